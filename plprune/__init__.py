@@ -1,0 +1,45 @@
+"""Prune a Hugging Face causal language model once, recover it with LoRA, in one `Trainer.fit`.
+
+::
+
+    Recovery loads the model            RecoveryData reads the text
+      -> Prune: method.prune(model, calibration windows) -> PruningPlan     statistics -> scores -> keep -> shrink
+      -> LoRA, ranks by the plan's block importance
+      -> Trainer.fit                                                        sees only the final structure
+      -> Evaluate: dense, pruned, recovered         Export: merged, saved, loads again with load_pruned
+
+Below the Lightning line (`callbacks`, `recovery`, `data`, `cli`) everything is a plain library: `prune(model, method,
+batches)` is all of it.
+"""
+
+from plprune.calibration import Calibration
+from plprune.callbacks import Evaluate, Export, Prune
+from plprune.checkpoint import load_pruned, save_pruned
+from plprune.data import RecoveryData
+from plprune.evaluation import perplexity
+from plprune.lora import LoRA
+from plprune.methods import CFSP, FASP, FLAP, PruningMethod, TwoSSP, prune
+from plprune.plan import PruningPlan
+from plprune.recovery import Recovery
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CFSP",
+    "FASP",
+    "FLAP",
+    "Calibration",
+    "Evaluate",
+    "Export",
+    "LoRA",
+    "Prune",
+    "PruningMethod",
+    "PruningPlan",
+    "Recovery",
+    "RecoveryData",
+    "TwoSSP",
+    "load_pruned",
+    "perplexity",
+    "prune",
+    "save_pruned",
+]

@@ -1,0 +1,5 @@
+"""python -m plprune"""
+
+from plprune.cli import main
+
+main()

@@ -1,0 +1,241 @@
+r"""Where the prunable parts of each model family are. A new family is one record here, and nothing elsewhere.
+
+A :class:`Family` names modules by dotted paths relative to a decoder block. A :class:`Group` is a set of units that
+can only leave together: unit `u` owns the rows `rows[u]` of every producer and the columns `columns[u]` of the one
+consumer. As a group holds indices, fused projections need no code: a path that is named twice holds its parts stacked,
+in the order in which they are named.
+
+=============  =======================  ===========================  ==================================
+kind           unit                     producers                    consumer
+=============  =======================  ===========================  ==================================
+``attention``  kv head, with its query  rows of Q, K and V           columns of the output projection
+               heads
+``value``      value channel            rows of V                    the same channel of each query head
+``ffn``        FFN channel              rows of gate and up, or fc1  columns of down, or fc2
+=============  =======================  ===========================  ==================================
+
+Symbols: B blocks, d model width, n FFN width, H query heads, hd head dimension, g query heads per kv head.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+Kind = Literal["attention", "value", "ffn"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Dotted paths, relative to one decoder block (`blocks` to the model).
+
+    Args:
+        blocks: The list of decoder blocks.
+        qkv: Query, key and value projections; one path three times when they are fused.
+        output: The projection that consumes the heads.
+        ffn_in: The projections that produce the FFN channels; one path twice when gate and up are fused.
+        ffn_out: The projection that consumes the FFN channels.
+        attention: The attention sub-block; its `head_dim` and, under grouped queries, `num_key_value_groups` are read.
+        counts: Attributes that must follow the number of `heads` or `kv_heads`, because the family's forward pass
+            does not read them off the widths. `config` in such a path is the block's own view of the config.
+        config_keys: What `config.json` calls the FFN's width and the numbers of heads.
+    """
+
+    blocks: str = "model.layers"
+    qkv: tuple[str, str, str] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    output: str = "self_attn.o_proj"
+    ffn_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    ffn_out: str = "mlp.down_proj"
+    attention: str = "self_attn"
+    counts: Mapping[str, Literal["heads", "kv_heads"]] = field(default_factory=dict)
+    config_keys: Mapping[Literal["width", "heads", "kv_heads"], str] = field(
+        default_factory=lambda: {
+            "width": "intermediate_size",
+            "heads": "num_attention_heads",
+            "kv_heads": "num_key_value_heads",
+        }
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "phi3": Family(
+        qkv=("self_attn.qkv_proj", "self_attn.qkv_proj", "self_attn.qkv_proj"),
+        ffn_in=("mlp.gate_up_proj", "mlp.gate_up_proj"),
+        counts={"self_attn.config.num_attention_heads": "heads", "self_attn.num_key_value_heads": "kv_heads"},
+    ),
+    "opt": Family(
+        blocks="model.decoder.layers",
+        output="self_attn.out_proj",
+        ffn_in=("fc1",),
+        ffn_out="fc2",
+        counts={"self_attn.num_heads": "heads"},
+        config_keys={"width": "ffn_dim", "heads": "num_attention_heads"},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The part of one projection that belongs to a group: row or column `u` of `index` is unit `u`'s."""
+
+    path: str
+    index: Tensor  # [units, rows or columns per unit], int64
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units of one block that leave together."""
+
+    block: int
+    kind: Kind
+    producers: tuple[Slice, ...]
+    consumer: Slice
+
+    @property
+    def name(self) -> str:
+        return f"blocks.{self.block}.{self.kind}"
+
+    def __len__(self) -> int:
+        return len(self.consumer.index)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder block: its place, its module and the names of its parts."""
+
+    index: int
+    module: nn.Module
+    family: Family
+
+    def part(self, path: str) -> nn.Module:
+        """The module at `path`; a projection may be an `nn.Linear`, or the gather or scatter around one."""
+        return self.module.get_submodule(path)
+
+    def weight(self, group: Group) -> Tensor:  # [d, units, columns per unit]
+        """The consumer's weight, by unit."""
+        weight, index = dense_weight(self.part(group.consumer.path)), group.consumer.index
+        return weight[:, index.to(weight.device)]
+
+    def cost(self, group: Group) -> int:
+        """Parameters that leave with one unit."""
+        rows = sum(s.index.shape[1] * _per_row(self.part(s.path)) for s in group.producers)
+        return rows + group.consumer.index.shape[1] * innermost(self.part(group.consumer.path)).weight.shape[0]
+
+    def parameters(self, path: str = "") -> int:
+        """Parameters of the block, or of the part of it at `path`."""
+        return sum(p.numel() for p in self.part(path).parameters())
+
+    @property
+    def has_attention(self) -> bool:
+        return hasattr(self.part(self.family.attention), "head_dim")
+
+    def groups(self, attention: Literal["kv_heads", "value_channels", "none"] = "kv_heads") -> list[Group]:
+        """The block's groups, attention first, with the unit of attention asked for."""
+        make = {"kv_heads": self._kv_heads, "value_channels": self._value_channels}.get(attention)
+        return [make(), self._channels()] if make and self.has_attention else [self._channels()]
+
+    @property
+    def kv_heads(self) -> int:
+        return cast(int, self.part(self.family.output).in_features) // (self.queries_per_head * self.head_dim)
+
+    @property
+    def queries_per_head(self) -> int:
+        """Query heads of one kv head (g)."""
+        return cast(int, getattr(self.part(self.family.attention), "num_key_value_groups", 1))
+
+    @property
+    def head_dim(self) -> int:
+        return cast(int, self.part(self.family.attention).head_dim)
+
+    def _kv_heads(self) -> Group:
+        kv, g, hd = self.kv_heads, self.queries_per_head, self.head_dim
+        sizes = (kv * g * hd, kv * hd, kv * hd)
+        producers = tuple(Slice(p, r.view(kv, -1)) for p, r in _stacked(self.family.qkv, sizes))
+        columns = torch.arange(kv * g * hd).view(kv, g * hd)
+        return Group(self.index, "attention", producers, Slice(self.family.output, columns))
+
+    def _value_channels(self) -> Group:
+        kv, g, hd = self.kv_heads, self.queries_per_head, self.head_dim
+        path, rows = _stacked(self.family.qkv, (kv * g * hd, kv * hd, kv * hd))[2]
+        present = torch.isin(rows, kept_rows(self.part(path)))  # some may have left in an earlier pruning
+        columns = torch.arange(kv * g * hd).view(kv, g, hd).transpose(1, 2).reshape(kv * hd, g)
+        consumer = Slice(self.family.output, columns[present])
+        return Group(self.index, "value", (Slice(path, rows[present, None]),), consumer)
+
+    def _channels(self) -> Group:
+        width = cast(int, self.part(self.family.ffn_out).in_features)
+        parts = _stacked(self.family.ffn_in, (width,) * len(self.family.ffn_in))
+        producers = tuple(Slice(path, rows[:, None]) for path, rows in parts)
+        return Group(self.index, "ffn", producers, Slice(self.family.ffn_out, torch.arange(width)[:, None]))
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The record for a model's `config.model_type`.
+
+    Raises:
+        ValueError: The family is not in :data:`FAMILIES`, or the model is a mixture of experts.
+    """
+    if any(getattr(config, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
+        raise ValueError(
+            f"{config.model_type!r} is a mixture of experts, which plprune does not prune; "
+            f"take a dense model of these families: {', '.join(FAMILIES)}"
+        )
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"unknown model family {config.model_type!r}; supported: {', '.join(FAMILIES)}. "
+            "Add one record to FAMILIES in plprune/anatomy.py to support another"
+        )
+    return FAMILIES[config.model_type]
+
+
+def blocks_of(model: PreTrainedModel) -> list[Block]:
+    """The decoder blocks of a model, in depth order."""
+    family = family_of(model.config)
+    modules = cast(Iterable[nn.Module], model.get_submodule(family.blocks))
+    return [Block(i, module, family) for i, module in enumerate(modules)]
+
+
+def innermost(module: nn.Module) -> nn.Linear:
+    """The `nn.Linear` itself, inside a gather or scatter, and below LoRA."""
+    for name in ("linear", "base_layer"):
+        if isinstance(inner := getattr(module, name, None), nn.Module):
+            return innermost(inner)
+    return cast(nn.Linear, module)
+
+
+def kept_rows(module: nn.Module) -> Tensor:
+    """The output channels that a projection computes: all of them, unless it is a scatter."""
+    return (
+        cast(Tensor, module.index).cpu() if hasattr(module, "index") else torch.arange(innermost(module).out_features)
+    )
+
+
+def dense_weight(module: nn.Module) -> Tensor:  # [d_out, d_in]
+    """A consumer's weight over all its inputs, with zeros for those that a gather leaves out."""
+    weight = innermost(module).weight.detach()
+    if not hasattr(module, "index"):
+        return weight
+    full = weight.new_zeros(len(weight), cast(int, module.in_features))
+    return full.index_copy_(1, cast(Tensor, module.index), weight)
+
+
+def _per_row(module: nn.Module) -> int:
+    linear = innermost(module)
+    return linear.weight.shape[1] + (linear.bias is not None)
+
+
+def _stacked(paths: tuple[str, ...], sizes: tuple[int, ...]) -> list[tuple[str, Tensor]]:
+    """Row indices of each part, counted on within a path that is named again."""
+    start = dict.fromkeys(paths, 0)
+    parts = []
+    for path, size in zip(paths, sizes, strict=True):
+        parts.append((path, torch.arange(start[path], start[path] + size)))
+        start[path] += size
+    return parts

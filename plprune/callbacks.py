@@ -1,0 +1,200 @@
+"""When things happen in a fit; how is said elsewhere.
+
+Pruning happens in `setup`: the model is whole then, on the CPU, and no optimizer or wrapper has seen it. `on_fit_start`
+is too late; there, nothing would train, without an error.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from plprune.atomic import check_free
+from plprune.calibration import Calibration, on_device
+from plprune.checkpoint import load_stage, save_pruned, save_stage
+from plprune.evaluation import Measurement, as_dict, measure, table
+from plprune.lora import merged
+from plprune.methods.base import PruningMethod, prune, text_fingerprint
+from plprune.plan import FILE, PruningPlan, fingerprint
+from plprune.surgery import plan_of
+
+log = logging.getLogger(__name__)
+
+
+class Prune(pl.Callback):
+    """Prunes the model of a LightningModule before training, once.
+
+    The plan and what the method repaired are kept beside the run, under `plans/` and a name made of the model, the
+    text and the method's settings: a run that is stopped and started again finds them, and does not calibrate again.
+
+    Args:
+        method: How to prune.
+        calibration: Token ids, [b, s] each; the data module's `calibration()` if not given.
+        attribute: Name of the module's attribute that holds the Hugging Face model.
+        folder: Where plans are kept; the trainer's `default_root_dir` if not given.
+        offload: Whether the hidden states of calibration wait on the CPU, to save memory on the accelerator.
+    """
+
+    def __init__(
+        self,
+        method: PruningMethod,
+        calibration: Iterable[Tensor] | None = None,
+        attribute: str = "model",
+        folder: str | None = None,
+        offload: bool = False,
+    ) -> None:
+        self.method, self.calibration, self.attribute = method, calibration, attribute
+        self.folder, self.offload = folder, offload
+        self.plan: PruningPlan | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        model = model_of(pl_module, self.attribute)
+        if self.plan is not None and plan_of(model) is self.plan:
+            return
+        loaded = plan_of(model)
+        if loaded is not None and loaded.settings == dataclasses.asdict(cast(Any, self.method)):
+            log.info("the model is already pruned by %s with these settings", loaded.method)
+            self.plan = loaded
+            return
+        self.plan = self._prune(trainer, model)
+        log.info("%s", summary(self.plan))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"plan": self.plan.digest if self.plan else None}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.plan is not None and state_dict["plan"] != self.plan.digest:
+            raise ValueError(
+                f"the checkpoint belongs to plan {state_dict['plan']}, this run's is {self.plan.digest}: "
+                "use the model, text and method it was trained with, or start without it"
+            )
+
+    def _prune(self, trainer: pl.Trainer, model: PreTrainedModel) -> PruningPlan:
+        batches = self._batches(trainer)
+        folder = Path(self.folder or trainer.default_root_dir) / "plans" / self._key(model, batches)
+        if (folder / FILE).exists():
+            log.info("using the plan in %s", folder)
+            return load_stage(model, folder)
+        plan = prune(model, self.method, batches, getattr(trainer_data(trainer), "seed", None))
+        save_stage(model, plan, folder)
+        return plan
+
+    def _batches(self, trainer: pl.Trainer) -> Calibration:
+        batches = self.calibration
+        if batches is None:
+            source = getattr(trainer_data(trainer), "calibration", None)
+            if source is None:
+                raise ValueError(
+                    "Prune has no calibration text: give `calibration`, or a data module like RecoveryData"
+                )
+            batches = source()
+        device = trainer.strategy.root_device
+        return dataclasses.replace(Calibration.of(batches), device=device, offload=self.offload)
+
+    def _key(self, model: PreTrainedModel, batches: Calibration) -> str:
+        name, settings = type(self.method).__name__, dataclasses.asdict(cast(Any, self.method))
+        asked = [fingerprint(model.named_parameters()), text_fingerprint(batches), settings]
+        return f"{name}-{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]}"
+
+
+class Export(pl.Callback):
+    """Saves the recovered model, adapters merged, when training ends.
+
+    Args:
+        output: Folder to write; it must not exist or be empty.
+        overwrite: Whether to replace what is there.
+        attribute: Name of the module's attribute that holds the Hugging Face model.
+    """
+
+    def __init__(self, output: str, overwrite: bool = False, attribute: str = "model") -> None:
+        self.output, self.overwrite, self.attribute = output, overwrite, attribute
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            check_free(self.output, self.overwrite)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        model = model_of(pl_module, self.attribute)
+        with merged(model):
+            save_pruned(model, self.output, getattr(pl_module, "tokenizer", None), self.overwrite)
+        log.info("saved the recovered model to %s", self.output)
+
+
+class Evaluate(pl.Callback):
+    """Measures the model dense, pruned and recovered, on the data module's held-out windows, and prints a table.
+
+    List it before `Prune`, so that it sees the dense model.
+
+    Args:
+        attribute: Name of the module's attribute that holds the Hugging Face model.
+    """
+
+    def __init__(self, attribute: str = "model") -> None:
+        self.attribute = attribute
+        self.rows: dict[str, Measurement] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        model = model_of(pl_module, self.attribute)
+        if stage == "fit" and plan_of(model) is None:
+            with on_device(model, trainer.strategy.root_device):
+                self._measure("dense", trainer, model)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        model = model_of(pl_module, self.attribute)
+        if plan_of(model) is not None and trainer.ckpt_path is None:
+            with merged(model):  # untrained adapters change nothing but the speed
+                self._measure("pruned", trainer, model)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        model = model_of(pl_module, self.attribute)
+        with merged(model):
+            self._measure("recovered", trainer, model)
+        print(f"\n{table(self.rows)}\n")
+
+    def _measure(self, name: str, trainer: pl.Trainer, model: PreTrainedModel) -> None:
+        data = trainer_data(trainer)
+        if not hasattr(data, "held_out_windows"):
+            raise ValueError("Evaluate has no text: train with a data module that has `held_out_windows`")
+        self.rows[name] = measure(model, cast(Any, data).held_out_windows())
+        if trainer.logger is not None:
+            values = as_dict({name: self.rows[name]})[name]
+            trainer.logger.log_metrics({f"{name}/{key}": value for key, value in values.items()})
+
+
+def model_of(module: pl.LightningModule, attribute: str) -> PreTrainedModel:
+    """The Hugging Face model that a LightningModule holds.
+
+    Raises:
+        ValueError: There is none under that name.
+    """
+    model = getattr(module, attribute, None)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"{type(module).__name__}.{attribute} is {type(model).__name__}, not a Hugging Face model: "
+            "give the name of the attribute that holds it (`attribute`)"
+        )
+    return model
+
+
+def trainer_data(trainer: pl.Trainer) -> Any:
+    """The data module of a run, if it has one."""
+    return getattr(trainer, "datamodule", None)
+
+
+def summary(plan: PruningPlan) -> str:
+    """One line on what a plan reached.
+
+    Example:
+        FLAP removed 25.0% of the blocks' parameters (25.0% asked), 19.7% of the model's
+    """
+    return (
+        f"{plan.method} removed {plan.reached:.1%} of the blocks' parameters ({plan.sparsity:.1%} asked), "
+        f"{plan.reached_of_model:.1%} of the model's"
+    )

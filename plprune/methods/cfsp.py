@@ -1,0 +1,134 @@
+r"""CFSP: coarse-to-fine structured pruning (Wang et al., COLING 2025, https://arxiv.org/abs/2409.13199).
+
+How far a block moves its hidden states sets the width of its FFN; within it, activations choose the channels. One
+forward pass is enough. The same importance sets the LoRA ranks of recovery (`plprune.lora`).
+
+Symbols: :math:`S_l` the mean distance between input and output of block l, :math:`u_l` its importance, p the fraction
+of the FFN channels to remove, n FFN width, d model width, :math:`W^d, W^u, W^g` the weights of down, up and gate,
+:math:`x_j` the norm of down's input.
+
+Deviations from the authors' code:
+
+- The distance is averaged over tokens, so that the gain `a` does not depend on their number; the arc cosine is
+  clamped, without which it is NaN for blocks that hardly change their input.
+- Widths are rounded so that they sum to the budget exactly; theirs are rounded down, plus one.
+- Their normaliser runs over the axis over which the score is then averaged, so that every bracket is 1 and the
+  weights and `b` cancel: the official score is :math:`x_j^c` (`score="activation"`). The paper's equation normalises
+  across channels (`score="relative"`).
+- A family without a gate has no third term.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Literal
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from plprune.allocation import importance, largest_remainder, rescale, top_k
+from plprune.anatomy import Block, Group, blocks_of, innermost
+from plprune.calibration import Calibration, observe, stream
+from plprune.methods.base import PruningMethod
+from plprune.plan import PruningPlan
+from plprune.stats import Distance, Norms
+from plprune.surgery import Surgery
+
+
+@dataclasses.dataclass(frozen=True)
+class CFSP(PruningMethod):
+    """Block importance sets each FFN's width, activations choose its channels.
+
+    Args:
+        sparsity: The fraction of parameters to remove, in [0, 1).
+        distance: How far a block moves its hidden states: angular, cosine, mse, mae, or uniform (all the same).
+        score: Score of a channel: its activation, as in the authors' code, or relative weights times activation, as
+            in the paper's equation.
+        a: Gain of the sigmoid that turns distances into importance.
+        b: Exponent of the activation within the down projection's term; `relative` only.
+        c: Exponent of the activation outside.
+        multiple_of: Widths are rounded to multiples of this; 128 is the authors' `cuda_friendly`.
+        sparsity_of: What `sparsity` is a fraction of: the decoder blocks' parameters, or the FFN's width, as the
+            paper counts.
+    """
+
+    sparsity: float = 0.2
+    distance: Distance = "angular"
+    score: Literal["activation", "relative"] = "activation"
+    a: float = 1.0
+    b: float = 1.0
+    c: float = 1.0
+    multiple_of: int = 1
+    sparsity_of: Literal["blocks", "ffn"] = "blocks"
+
+    def prune(self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor]) -> PruningPlan:
+        p = self._budget(blocks_of(model))
+        scores, distances = [], []
+        for block, inputs in stream(model, batches, "CFSP"):
+            ((group, norms),) = observe(block, inputs, Norms, attention="none")
+            scores.append((block, group, self._score(block, group, norms.pooled)))
+            distances.append(inputs.influence.distance(self.distance))
+        surgery, u = Surgery(model), importance(distances, self.a)
+        widths = self._widths([len(group) for _, group, _ in scores], u, p)
+        for (block, group, score), width in zip(scores, widths, strict=True):
+            surgery.keep(block, group, top_k(score, width))
+        return surgery.plan("CFSP", dataclasses.asdict(self), u)
+
+    def _budget(self, blocks: list[Block]) -> float:
+        """The fraction of the FFN channels to remove (p)."""
+        prunable = sum(len(g) * b.cost(g) for b in blocks for g in b.groups("none"))
+        whole = prunable if self.sparsity_of == "ffn" else sum(b.parameters() for b in blocks)
+        return rescale(self.sparsity, whole, prunable, "the FFN")
+
+    def _score(self, block: Block, group: Group, norm: Tensor) -> Tensor:  # [n]
+        if self.score == "activation":
+            return norm**self.c
+        down = block.weight(group).squeeze(-1)
+        producers = [innermost(block.part(s.path)).weight[s.index[:, 0]] for s in group.producers]
+        return relative_score(down.double(), [w.detach().double() for w in producers], norm, self.b, self.c)
+
+    def _widths(self, sizes: list[int], u: Tensor, p: float) -> list[int]:
+        exact = [n * k for n, k in zip(sizes, kept_fractions(u, p).tolist(), strict=True)]
+        if self.multiple_of > 1:
+            m = self.multiple_of
+            return [min(n, max(m, int((w + m / 2) / m) * m)) for n, w in zip(sizes, exact, strict=True)]
+        return largest_remainder(exact, round(sum(sizes) * (1 - p)))
+
+
+def kept_fractions(u: Tensor, p: float) -> Tensor:  # [B] -> [B]
+    r"""The fraction of each block's channels to keep (CFSP, equation for the layer-wise ratio).
+
+    .. math:: k_l = \frac{u_l}{\bar u} (1 - p)
+
+    where importance is drawn toward its mean first if a block would otherwise keep more than it has.
+
+    Example:
+        >>> kept_fractions(torch.tensor([0.4, 0.6]), 0.2)
+        tensor([0.6400, 0.9600])
+    """
+    mean = u.mean()
+    if u.max() / mean * (1 - p) >= 1 and u.max() > mean:
+        u = mean + (u - mean) * (mean * (1 / (1 - p) - 1) / (u.max() - mean) / 1.05)
+    return u / mean * (1 - p)
+
+
+def relative_score(
+    down: Tensor,  # [d, n]
+    producers: list[Tensor],  # up and gate, [n, d] each
+    norm: Tensor,  # [n]
+    b: float = 1.0,
+    c: float = 1.0,
+) -> Tensor:  # [n]
+    r"""The paper's fine-grained score: each weight relative to its row's sum over all channels.
+
+    .. math:: \frac1d \sum_i \Bigl[ \frac{|W^d_{ij}| x_j^b}{\sum_k |W^d_{ik}| x_k^b} +
+              \frac{|W^u_{ji}|}{\sum_k |W^u_{ki}|} + \frac{|W^g_{ji}|}{\sum_k |W^g_{ki}|} \Bigr] x_j^c
+
+    Example:
+        >>> relative_score(torch.tensor([[1.0, 1.0]]), [torch.tensor([[3.0], [1.0]])], torch.tensor([1.0, 3.0]))
+        tensor([1., 3.])
+    """
+    weighted = down.abs() * norm**b
+    terms = weighted / weighted.sum(1, keepdim=True)
+    for weight in producers:
+        terms = terms + (weight.abs() / weight.abs().sum(0)).T
+    return terms.mean(0) * norm**c

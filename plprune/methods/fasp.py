@@ -1,0 +1,115 @@
+r"""FASP: fast and accurate structured pruning (Hu et al., 2025, https://arxiv.org/abs/2501.09412).
+
+A column of a consumer and the rows of its producers leave together; columns are ranked by a Wanda-like score, and the
+columns that stay are changed, in closed form, to do the work of those that left. Blocks are walked in depth order, on
+the inputs that the already pruned prefix produces.
+
+Symbols: W the consumer's weight, X its inputs, M the kept columns, :math:`\mu` the mean of X, s the fraction to remove.
+
+There is no public code. Choices where the paper is silent, and deviations:
+
+- The fraction of what can be pruned is scaled up so that `sparsity` holds for the whole block, as Q and K stay.
+- Under grouped-query attention a value channel is shared by the query heads of its kv head: its score is their sum.
+- Inputs are centred and the bias takes up the difference of means (`compensate`); off, it is the paper's form.
+- The damping shrinks toward the kept weights, not toward zero; its size is ours.
+- `attention="kv_heads"` removes whole kv heads instead of value channels, which every program can load.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Literal
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from plprune.allocation import importance, rescale, top_k
+from plprune.anatomy import Block, Group, blocks_of, dense_weight
+from plprune.calibration import Calibration, observe, stream
+from plprune.methods.base import PruningMethod
+from plprune.plan import PruningPlan
+from plprune.repair import compensation, restore
+from plprune.stats import Gram
+from plprune.surgery import Surgery
+
+
+@dataclasses.dataclass(frozen=True)
+class FASP(PruningMethod):
+    """Coupled columns and rows, a column score, least-squares restoration.
+
+    Args:
+        sparsity: The fraction of the decoder blocks' parameters to remove, in [0, 1).
+        attention: Units of attention: single value channels (the paper's; only plprune can load the result), whole kv
+            heads, or none.
+        restoration: Whether the kept weights are restored by least squares.
+        damping: Regularisation of the restoration, relative to the mean diagonal of the inputs' second moments.
+        compensate: Whether inputs are centred and the consumer's bias takes up the difference of means.
+    """
+
+    sparsity: float = 0.2
+    attention: Literal["value_channels", "kv_heads", "none"] = "value_channels"
+    restoration: bool = True
+    damping: float = 0.01
+    compensate: bool = True
+
+    def prune(self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor]) -> PruningPlan:
+        fraction = self._fraction(blocks_of(model))
+        surgery, distances = Surgery(model), []
+        for block, inputs in stream(model, batches, "FASP"):
+            observed = observe(block, inputs, Gram, self.attention)
+            counts = kept_counts(block, [group for group, _ in observed], fraction)
+            for (group, gram), count in zip(observed, counts, strict=True):
+                self._prune(surgery, block, group, gram, count)
+            distances.append(inputs.influence.distance("angular"))
+        return surgery.plan("FASP", dataclasses.asdict(self), importance(distances))
+
+    def _fraction(self, blocks: list[Block]) -> float:
+        """The fraction of prunable parameters to remove."""
+        prunable = sum(len(g) * b.cost(g) for b in blocks for g in b.groups(self.attention))
+        return rescale(self.sparsity, sum(b.parameters() for b in blocks), prunable, "what FASP prunes")
+
+    def _prune(self, surgery: Surgery, block: Block, group: Group, gram: Gram, count: int) -> None:
+        index = group.consumer.index
+        keep = top_k(column_score(block.weight(group), gram.norm[index]), count)
+        if count == len(group):
+            return surgery.keep(block, group, keep)
+        weight, columns = dense_weight(block.part(group.consumer.path)), index[keep].flatten()
+        # A scatter leaves its empty channels zero, so they need no care: their moments and mean are zero too.
+        moments = gram.covariance() if self.compensate else gram.second_moment()
+        restored = restore(weight, moments, columns, self.damping) if self.restoration else None
+        gain = compensation(weight, gram.mean, columns, restored) if self.compensate else None
+        order = columns.argsort()  # the consumer holds its columns in ascending order
+        surgery.keep(block, group, keep, None if restored is None else restored[:, order], gain)
+
+
+def column_score(
+    weight: Tensor,  # [d_out, units, columns per unit]
+    norm: Tensor,  # [units, columns per unit]
+) -> Tensor:  # [units]
+    r"""Wanda's score, summed over a column and over the columns of a unit (FASP, section 3.2).
+
+    .. math:: S_u = \sum_{j \in u} \lVert W_{:,j} \rVert_1 \lVert X_{:,j} \rVert_2
+
+    Example:
+        >>> import torch
+        >>> column_score(torch.tensor([[[1.0], [-2.0]], [[3.0], [0.0]]]), torch.tensor([[1.0], [5.0]]))
+        tensor([ 4., 10.], dtype=torch.float64)
+    """
+    return (weight.double().abs().sum(0) * norm.double()).sum(1)
+
+
+def kept_counts(block: Block, groups: list[Group], fraction: float) -> list[int]:
+    """Units to keep in each of a block's groups: the last group, the FFN, makes up for the rounding of the others.
+
+    Raises:
+        ValueError: A group would lose its last unit.
+    """
+    left = fraction * sum(len(g) * block.cost(g) for g in groups)
+    counts = []
+    for group in groups:
+        last = group is groups[-1]
+        remove = round(left / block.cost(group)) if last else min(int(fraction * len(group) + 0.5), len(group) - 1)
+        if not 0 <= remove < len(group):
+            raise ValueError(f"{group.name} cannot lose {remove} of {len(group)} units: ask for a lower sparsity")
+        counts.append(len(group) - remove)
+        left -= remove * block.cost(group)
+    return counts

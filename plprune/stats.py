@@ -1,0 +1,198 @@
+r"""What calibration remembers: running statistics, accumulated in float64, of any number of batches of any size.
+
+Symbols: X the inputs of one projection, b samples (sequences), s tokens of each, d features; t runs over all tokens.
+"""
+
+import math
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Distance = Literal["angular", "cosine", "mse", "mae", "uniform"]
+
+
+class Statistic(Protocol):
+    """Something that can be updated with the inputs of a projection."""
+
+    def update(self, x: Tensor) -> None:  # [b, s, d]
+        ...
+
+
+class Moments:
+    r"""Mean and variance of every feature over tokens, put together from the moments of each sample.
+
+    Example:
+        >>> m = Moments()
+        >>> m.update(torch.tensor([[[1.0], [2.0]]]))
+        >>> m.update(torch.tensor([[[5.0], [8.0]]]))
+        >>> m.mean, m.variance
+        (tensor([4.], dtype=torch.float64), tensor([10.], dtype=torch.float64))
+    """
+
+    def __init__(self) -> None:
+        self._counts: list[int] = []  # tokens of each sample
+        self._means: list[Tensor] = []  # [b, d] each
+        self._m2: list[Tensor] = []  # [b, d] each, sums of squared deviations from the sample's own mean
+
+    def update(self, x: Tensor) -> None:  # [b, s, d]
+        x, s = x.float(), x.shape[1]
+        mean = x.mean(1, dtype=torch.float64)
+        pivot = mean.float()  # deviations are taken in float32 from a float32 pivot, and the rest is put right here
+        m2 = torch.linalg.vector_norm(x - pivot[:, None], dim=1, dtype=torch.float64).square()
+        self._counts += [s] * len(x)
+        self._means.append(mean)
+        self._m2.append(m2 - s * (mean - pivot).square())
+
+    @property
+    def count(self) -> int:
+        return sum(self._counts)
+
+    @property
+    def mean(self) -> Tensor:  # [d]
+        return (self._weights() * torch.cat(self._means)).sum(0) / self.count
+
+    @property
+    def variance(self) -> Tensor:  # [d]
+        """Unbiased; of at least two tokens."""
+        spread = self._weights() * (torch.cat(self._means) - self.mean).square()
+        return (torch.cat(self._m2) + spread).sum(0) / (self.count - 1)
+
+    @property
+    def running_variance(self) -> Tensor:  # [d]
+        r"""The estimate of FLAP's authors, which never looks back: sample c about the mean of samples up to c,
+
+        .. math:: \frac{1}{C - 1} \sum_{c=2}^{C} \frac{c - 1}{c} \, \frac1s \sum_t (X_{ctj} - \bar X^{(c)}_j)^2
+
+        The plain variance if there is only one sample.
+        """
+        if len(self._counts) == 1:
+            return self.variance
+        means, weights = torch.cat(self._means), self._weights()
+        running = (weights * means).cumsum(0) / weights.cumsum(0)
+        about = torch.cat(self._m2) / weights + (means - running).square()
+        c = torch.arange(1, len(means) + 1, dtype=means.dtype, device=means.device)[:, None]
+        return ((c - 1) / c * about).sum(0) / (len(means) - 1)
+
+    @property
+    def norm(self) -> Tensor:  # [d]
+        r""":math:`\lVert X_{:,j} \rVert_2` over all tokens."""
+        return (torch.cat(self._m2) + self._weights() * torch.cat(self._means).square()).sum(0).sqrt()
+
+    def _weights(self) -> Tensor:  # [samples, 1]
+        return torch.tensor(self._counts, dtype=torch.float64, device=self._means[0].device)[:, None]
+
+
+class Norms:
+    r"""Euclidean norm of every feature, of each sample by itself and of all of them pooled.
+
+    Example:
+        >>> n = Norms()
+        >>> n.update(torch.tensor([[[3.0], [4.0]], [[0.0], [12.0]]]))
+        >>> n.mean, n.pooled
+        (tensor([8.5000], dtype=torch.float64), tensor([13.], dtype=torch.float64))
+    """
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self._sum = torch.zeros((), dtype=torch.float64)
+        self._squares = torch.zeros((), dtype=torch.float64)
+
+    def update(self, x: Tensor) -> None:  # [b, s, d]
+        norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+        self._sum = self._sum.to(x.device) + norms.sum(0)
+        self._squares = self._squares.to(x.device) + norms.square().sum(0)
+        self.samples += len(x)
+
+    @property
+    def mean(self) -> Tensor:  # [d]
+        r""":math:`\frac1C \sum_c \lVert X_{c,:,j} \rVert_2`"""
+        return self._sum / self.samples
+
+    @property
+    def pooled(self) -> Tensor:  # [d]
+        r""":math:`\lVert X_{:,j} \rVert_2` over all tokens."""
+        return self._squares.sqrt()
+
+
+class Gram:
+    r"""Second moments :math:`X^\top X` and mean of all features.
+
+    Products are taken in float32 and summed in float64.
+
+    Example:
+        >>> g = Gram()
+        >>> g.update(torch.tensor([[[1.0, 2.0], [3.0, 2.0]]]))
+        >>> g.covariance()
+        tensor([[1., 0.],
+                [0., 0.]], dtype=torch.float64)
+    """
+
+    tile = 512  # columns of one product: X'X is symmetric, so tiles below the diagonal are not computed
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sum = torch.zeros((), dtype=torch.float64)
+        self._products: Tensor | None = None  # [d, d], upper tiles
+
+    def update(self, x: Tensor) -> None:  # [b, s, d]
+        x = x.flatten(0, -2).float()
+        if self._products is None:
+            self._products = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+        for i in range(0, x.shape[1], self.tile):
+            self._products[i : i + self.tile, i:] += x[:, i : i + self.tile].T @ x[:, i:]
+        self._sum = self._sum.to(x.device) + x.sum(0, dtype=torch.float64)
+        self.count += len(x)
+
+    @property
+    def mean(self) -> Tensor:  # [d]
+        return self._sum / self.count
+
+    def second_moment(self) -> Tensor:  # [d, d]
+        assert self._products is not None, "no update yet"
+        upper = self._products.triu()
+        return (upper + upper.triu(1).T) / self.count
+
+    def covariance(self) -> Tensor:  # [d, d]
+        """Second moment about the mean."""
+        return self.second_moment() - torch.outer(self.mean, self.mean)
+
+    @property
+    def norm(self) -> Tensor:  # [d]
+        r""":math:`\lVert X_{:,j} \rVert_2` over all tokens."""
+        assert self._products is not None, "no update yet"
+        return self._products.diagonal().sqrt()
+
+
+class BlockInfluence:
+    r"""How far a block moves its hidden states: the mean over tokens of a distance between input and output.
+
+    Example:
+        >>> influence = BlockInfluence()
+        >>> influence.update(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]]))
+        >>> influence.distance("angular"), influence.distance("mae")
+        (0.5, 1.0)
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sums: dict[str, float] = dict.fromkeys(("angular", "cosine", "mse", "mae"), 0.0)
+
+    def update(self, x: Tensor, y: Tensor) -> None:  # [b, s, d], [b, s, d]
+        x, y = x.flatten(0, -2).float(), y.flatten(0, -2).float()
+        # Rounding takes the cosine of equal vectors above 1, and the arc cosine of that is NaN: clamp.
+        cosine = torch.cosine_similarity(x, y).clamp(-1, 1)
+        change = y - x
+        values = {
+            "angular": cosine.arccos() / math.pi,
+            "cosine": 1 - cosine,
+            "mse": change.square().mean(-1),
+            "mae": change.abs().mean(-1),
+        }
+        for name, value in values.items():
+            self._sums[name] += value.sum(dtype=torch.float64).item()
+        self.count += len(x)
+
+    def distance(self, name: Distance) -> float:
+        """The mean distance over tokens; `uniform` is the same for every block."""
+        return 1.0 if name == "uniform" else self._sums[name] / self.count
