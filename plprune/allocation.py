@@ -17,10 +17,17 @@ def check_sparsity(sparsity: float) -> None:
         )
 
 
-def rescale(sparsity: float, total: int, prunable: int, what: str) -> float:
+def rescale(sparsity: float, total: int, prunable: int, what: str, added: int = 0) -> float:
     r"""The fraction of `prunable` parameters to remove so that `sparsity` of `total` is removed.
 
-    .. math:: s' = s \, P / P_{prunable}
+    .. math:: s' = (s \, P + P_{added}) / P_{prunable}
+
+    Args:
+        sparsity: s.
+        total: All parameters that count (P).
+        prunable: Those that can leave.
+        what: What those are, for the error.
+        added: Parameters that the pruning itself will add.
 
     Example:
         >>> rescale(0.25, 100, 50, "the FFN")
@@ -30,7 +37,7 @@ def rescale(sparsity: float, total: int, prunable: int, what: str) -> float:
         ValueError: Not even all of `prunable` would be enough.
     """
     check_sparsity(sparsity)
-    fraction = sparsity * total / prunable
+    fraction = (sparsity * total + added) / prunable if sparsity else 0.0
     if fraction >= 1:
         raise ValueError(
             f"sparsity {sparsity} is out of reach: {what} is {prunable / total:.1%} of the blocks' parameters and "

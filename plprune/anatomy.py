@@ -128,6 +128,11 @@ class Block:
         rows = sum(s.index.shape[1] * _per_row(self.part(s.path)) for s in group.producers)
         return rows + group.consumer.index.shape[1] * innermost(self.part(group.consumer.path)).weight.shape[0]
 
+    def absent_bias(self, group: Group) -> int:
+        """Parameters that a bias of the consumer would add: none if it has one."""
+        linear = innermost(self.part(group.consumer.path))
+        return len(linear.weight) if linear.bias is None else 0
+
     def parameters(self, path: str = "") -> int:
         """Parameters of the block, or of the part of it at `path`."""
         return sum(p.numel() for p in self.part(path).parameters())

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: written under a temporary name beside their place, then renamed."""
+"""Files and folders that appear whole or not at all: written under a temporary name, then renamed."""
 
 import contextlib
 import os

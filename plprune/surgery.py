@@ -121,15 +121,18 @@ class Surgery:
             block: The group's block.
             group: The group.
             keep: Indices of the units that stay, ascending.
-            weight: The consumer's weight from now on, over the columns that stay.
+            weight: The consumer's weight from now on, over the columns that stay, ascending.
             bias_gain: Added to the consumer's bias, which is made if there is none.
         """
         self._keep[group.name], self._sizes[group.name] = keep.cpu(), len(group)
         shrink(block, group, keep)
-        if weight is None and bias_gain is None:
+        if len(keep) == len(group) or (weight is None and bias_gain is None):
             return
-        linear = innermost(block.part(group.consumer.path))
+        consumer = block.part(group.consumer.path)
+        linear = innermost(consumer)
         if weight is not None:
+            if isinstance(consumer, Gather) and group.kind != "value":  # of the columns that stay, it reads some
+                weight = weight[:, consumer.index]
             linear.weight = _parameter(linear.weight, weight)
             self._repaired.append(self._name(linear.weight))
         if bias_gain is not None:

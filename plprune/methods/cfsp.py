@@ -75,9 +75,10 @@ class CFSP(PruningMethod):
 
     def _budget(self, blocks: list[Block]) -> float:
         """The fraction of the FFN channels to remove (p)."""
+        if self.sparsity_of == "ffn":
+            return self.sparsity
         prunable = sum(len(g) * b.cost(g) for b in blocks for g in b.groups("none"))
-        whole = prunable if self.sparsity_of == "ffn" else sum(b.parameters() for b in blocks)
-        return rescale(self.sparsity, whole, prunable, "the FFN")
+        return rescale(self.sparsity, sum(b.parameters() for b in blocks), prunable, "the FFN")
 
     def _score(self, block: Block, group: Group, norm: Tensor) -> Tensor:  # [n]
         if self.score == "activation":

@@ -64,21 +64,21 @@ class FASP(PruningMethod):
 
     def _fraction(self, blocks: list[Block]) -> float:
         """The fraction of prunable parameters to remove."""
-        prunable = sum(len(g) * b.cost(g) for b in blocks for g in b.groups(self.attention))
-        return rescale(self.sparsity, sum(b.parameters() for b in blocks), prunable, "what FASP prunes")
+        groups = [(b, g) for b in blocks for g in b.groups(self.attention)]
+        prunable = sum(len(g) * b.cost(g) for b, g in groups)
+        biases = sum(b.absent_bias(g) for b, g in groups) if self.compensate else 0
+        return rescale(self.sparsity, sum(b.parameters() for b in blocks), prunable, "what FASP prunes", biases)
 
     def _prune(self, surgery: Surgery, block: Block, group: Group, gram: Gram, count: int) -> None:
         index = group.consumer.index
         keep = top_k(column_score(block.weight(group), gram.norm[index]), count)
         if count == len(group):
             return surgery.keep(block, group, keep)
-        weight, columns = dense_weight(block.part(group.consumer.path)), index[keep].flatten()
-        # A scatter leaves its empty channels zero, so they need no care: their moments and mean are zero too.
+        weight, columns = dense_weight(block.part(group.consumer.path)), index[keep].flatten().sort().values
         moments = gram.covariance() if self.compensate else gram.second_moment()
         restored = restore(weight, moments, columns, self.damping) if self.restoration else None
         gain = compensation(weight, gram.mean, columns, restored) if self.compensate else None
-        order = columns.argsort()  # the consumer holds its columns in ascending order
-        surgery.keep(block, group, keep, None if restored is None else restored[:, order], gain)
+        surgery.keep(block, group, keep, restored, gain)
 
 
 def column_score(
@@ -106,10 +106,13 @@ def kept_counts(block: Block, groups: list[Group], fraction: float) -> list[int]
     left = fraction * sum(len(g) * block.cost(g) for g in groups)
     counts = []
     for group in groups:
-        last = group is groups[-1]
-        remove = round(left / block.cost(group)) if last else min(int(fraction * len(group) + 0.5), len(group) - 1)
-        if not 0 <= remove < len(group):
+        cost = block.cost(group)
+        most = len(group) - 1
+        remove = (
+            round(left / cost) if group is groups[-1] else min(round(fraction * len(group)), int(left / cost), most)
+        )
+        if remove > most:
             raise ValueError(f"{group.name} cannot lose {remove} of {len(group)} units: ask for a lower sparsity")
         counts.append(len(group) - remove)
-        left -= remove * block.cost(group)
+        left -= remove * cost
     return counts

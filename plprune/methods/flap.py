@@ -85,8 +85,10 @@ class FLAP(PruningMethod):
     def _budget(self, blocks: list[Block]) -> float:
         """The fraction of prunable parameters to remove (p)."""
         prunable = sum(len(g) * b.cost(g) for b in blocks for g in b.groups())
-        whole = prunable if self.sparsity_of == "linears" else sum(b.parameters() for b in blocks)
-        return rescale(self.sparsity, whole, prunable, "what FLAP prunes")
+        if self.sparsity_of == "linears":
+            return self.sparsity
+        biases = sum(b.absent_bias(g) for b in blocks for g in b.groups()) if self.compensate else 0
+        return rescale(self.sparsity, sum(b.parameters() for b in blocks), prunable, "what FLAP prunes", biases)
 
     def _score(self, block: Block, group: Group, moments: Moments) -> Tensor:  # [units, columns per unit]
         weight = block.weight(group).double()

@@ -1,0 +1,204 @@
+"""What every method promises on every family."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from plprune import PruningPlan, load_pruned, perplexity, prune, save_pruned, surgery
+from plprune.anatomy import FAMILIES, Block, Group, blocks_of
+from tests.builders import METHODS, method, tiny, windows
+
+pytestmark = pytest.mark.parametrize("family", FAMILIES)
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def pruned(family: str, name: str, sparsity: float = 0.25, **settings) -> tuple[PreTrainedModel, PruningPlan]:
+    model = tiny(family, **settings)
+    return model, prune(model, method(name, sparsity), list(windows().split(2)))
+
+
+def logits(model: PreTrainedModel, ids: Tensor | None = None) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=windows(2, 12, seed=7) if ids is None else ids).logits
+
+
+@every_method
+def test_pruning_changes_the_function_and_keeps_it_finite(family: str, name: str) -> None:
+    model, plan = pruned(family, name)
+    assert plan.reached > 0
+    assert logits(model).isfinite().all()
+    assert not torch.allclose(logits(model), logits(tiny(family)))
+
+
+@every_method
+def test_cached_decoding_equals_the_full_forward_pass(family: str, name: str) -> None:
+    model, _ = pruned(family, name)
+    ids = windows(2, 12, seed=7)
+    cache, steps = None, []
+    with torch.no_grad():
+        for t in range(ids.shape[1]):
+            out = model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            steps.append(out.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), logits(model, ids), rtol=1e-4, atol=2e-5)
+
+
+@every_method
+def test_generate_with_cache_equals_generate_without(family: str, name: str) -> None:
+    model, _ = pruned(family, name)
+    texts = [
+        model.generate(windows(2, 5), use_cache=c, max_new_tokens=12, do_sample=False)  # type: ignore[operator]
+        for c in (True, False)
+    ]
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_an_attention_dropped_anywhere_leaves_the_cache_right(family: str, block: int) -> None:
+    model = tiny(family)
+    surgery.drop_attention(blocks_of(model)[block])
+    ids = windows(2, 9)
+    with torch.no_grad():
+        first = model(input_ids=ids[:, :6], use_cache=True)
+        second = model(input_ids=ids[:, 6:], past_key_values=first.past_key_values, use_cache=True)
+    together = torch.cat([first.logits, second.logits], 1)
+    torch.testing.assert_close(together, logits(model, ids), rtol=1e-4, atol=2e-5)
+
+
+@every_method
+@pytest.mark.parametrize("tied", [True, False])
+def test_saving_and_loading_is_bit_exact(family: str, name: str, tied: bool, tmp_path) -> None:
+    model, plan = pruned(family, name, tie_word_embeddings=tied)
+    save_pruned(model, tmp_path / "out")
+    again = load_pruned(tmp_path / "out")
+    assert torch.equal(logits(again), logits(model))
+    assert surgery.plan_of(again).digest == plan.digest  # type: ignore[union-attr]
+    assert shapes(again) == shapes(model)
+    text = [m.generate(windows(1, 5), max_new_tokens=8, do_sample=False) for m in (model, again)]  # type: ignore[operator]
+    assert torch.equal(*text)
+
+
+@every_method
+def test_the_plan_alone_rebuilds_the_shapes(family: str, name: str, tmp_path) -> None:
+    model, plan = pruned(family, name)
+    plan.save(tmp_path / "plan.safetensors")
+    other = tiny(family, seed=5)
+    surgery.apply(other, PruningPlan.load(tmp_path / "plan.safetensors"))
+    assert shapes(other) == shapes(model)
+    assert logits(other).isfinite().all()
+
+
+@every_method
+def test_a_pruned_model_can_be_pruned_again_and_saved(family: str, name: str, tmp_path) -> None:
+    model, first = pruned(family, name, 0.15)
+    save_pruned(model, tmp_path / "first")
+    model = load_pruned(tmp_path / "first")
+    second = prune(model, method("FASP kv_heads", 0.15), list(windows().split(2)))
+    assert second.previous is not None
+    assert second.previous.digest == first.digest
+    assert sum(second.before) == sum(first.after)
+    save_pruned(model, tmp_path / "second")
+    assert torch.equal(logits(load_pruned(tmp_path / "second")), logits(model))
+
+
+def test_value_channels_can_leave_twice_and_heads_after_them(family: str, tmp_path) -> None:
+    model = tiny(family)
+    for name in ("FASP value_channels", "FASP value_channels", "FLAP AL-AM"):
+        prune(model, method(name, 0.15), [windows()])
+    save_pruned(model, tmp_path / "out")
+    assert torch.equal(logits(load_pruned(tmp_path / "out")), logits(model))
+
+
+@every_method
+def test_the_budget_is_met_within_one_unit(family: str, name: str) -> None:
+    sparsity = 0.25
+    unit = {group.kind: cost for group, cost in units(tiny(family))}
+    model, plan = pruned(family, name, sparsity)
+    off = sum(plan.before) - sum(plan.after) - sparsity * sum(plan.before)
+    blocks = len(plan.before)
+    if "UL-UM" in name:  # rounds down by up to a head and a channel in every block
+        assert -blocks * (unit["attention"] + unit["ffn"]) <= off <= 0
+    elif "UL-MM" in name:  # a given number of heads, and the same number of channels everywhere, rounded down
+        assert -blocks * unit["ffn"] <= off <= 0
+    elif name.startswith(("FLAP", "CFSP")):  # widths are free: one unit in all
+        assert abs(off) <= unit["ffn"] if "CFSP" in name or "MM" in name else unit["attention"]
+    else:  # the same width everywhere: half a channel in every block
+        assert abs(off) <= blocks * unit["ffn"] * 0.51 + blocks
+    assert sum(plan.after) == sum(b.parameters() for b in blocks_of(model))
+
+
+@every_method
+def test_no_block_loses_its_last_unit(family: str, name: str) -> None:
+    model, plan = pruned(family, name, 0.3 if "UL" in name or "MM" in name else 0.5)
+    for group, keep in plan.keep.items():
+        assert len(keep) or (name == "TwoSSP" and group.endswith("attention"))
+        assert torch.equal(keep, keep.unique())
+        assert len(keep) <= plan.sizes[group]
+    assert logits(model).isfinite().all()
+
+
+@every_method
+def test_sparsity_0_is_the_identity(family: str, name: str) -> None:
+    if "MM" in name:
+        pytest.skip("removes a given number of heads")
+    model, plan = pruned(family, name, 0.0)
+    assert plan.reached == 0
+    assert torch.equal(logits(model), logits(tiny(family)))
+
+
+@every_method
+def test_the_same_text_gives_the_same_plan_whatever_the_batch_size(family: str, name: str) -> None:
+    plans = [prune(tiny(family), method(name), list(windows().split(size))) for size in (1, 2, 4, 6)]
+    for plan in plans[1:]:
+        assert plan.keep.keys() == plans[0].keep.keys()
+        assert all(torch.equal(plan.keep[g], plans[0].keep[g]) for g in plan.keep)
+        torch.testing.assert_close(plan.importance, plans[0].importance)
+    assert prune(tiny(family), method(name), list(windows().split(2))).digest == plans[1].digest
+
+
+@every_method
+def test_importance_is_one_positive_number_a_block(family: str, name: str) -> None:
+    _, plan = pruned(family, name)
+    assert plan.importance.shape == (3,)
+    assert (plan.importance > 0).all()
+
+
+@every_method
+def test_permuting_the_units_permutes_the_plan_and_not_the_function(family: str, name: str) -> None:
+    ids = windows()
+    model = tiny(family)
+    other = copy.deepcopy(model)
+    orders = {}
+    for block in blocks_of(other):
+        for group in block.groups():
+            orders[group.name] = permute(block, group)
+    torch.testing.assert_close(logits(other), logits(model), rtol=1e-4, atol=1e-4)
+    plan, moved = prune(model, method(name), [ids]), prune(other, method(name), [ids])
+    for group, order in orders.items():
+        if group in plan.keep:
+            assert set(order[moved.keep[group]].tolist()) == set(plan.keep[group].tolist())
+    assert perplexity(other, [ids]) == pytest.approx(perplexity(model, [ids]), rel=1e-3)
+
+
+def permute(block: Block, group: Group) -> Tensor:
+    """Shuffles the units of a group within a dense block: unit i is then what unit order[i] was."""
+    order = torch.randperm(len(group), generator=torch.Generator().manual_seed(len(group)))
+    for part in group.producers:
+        linear = block.part(part.path)
+        for tensor in (linear.weight, linear.bias):
+            if tensor is not None:
+                tensor.data[part.index.flatten()] = tensor.data[part.index[order].flatten()]  # type: ignore[index]
+    weight, columns = block.part(group.consumer.path).weight, group.consumer.index
+    weight.data[:, columns.flatten()] = weight.data[:, columns[order].flatten()]  # type: ignore[index,union-attr]
+    return order
+
+
+def units(model: PreTrainedModel) -> list[tuple[Group, int]]:
+    return [(group, block.cost(group)) for block in blocks_of(model)[:1] for group in block.groups()]
+
+
+def shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}

@@ -1,0 +1,256 @@
+"""Prune, LoRA and training together, through the real Trainer."""
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from plprune import CFSP, FLAP, Evaluate, Export, LoRA, Prune, Recovery, RecoveryData, load_pruned, perplexity
+from plprune.lora import adapters
+from plprune.plan import PruningPlan
+from plprune.surgery import plan_of
+from tests.builders import METHODS, method, save_tiny, tiny, windows
+
+STEPS = 9
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    return str(file)
+
+
+def data(text: str, **settings: Any) -> RecoveryData:
+    return RecoveryData(train=text, **{"seq_len": 16, "batch_size": 2, "num_samples": 4, "held_out": 0.2} | settings)
+
+
+def trainer(root: Path, *callbacks: pl.Callback, steps: int = STEPS, **settings: Any) -> pl.Trainer:
+    settings = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False} | settings
+    settings |= {"enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 2}
+    return pl.Trainer(max_steps=steps, default_root_dir=root, callbacks=list(callbacks), **settings)
+
+
+def recovery(folder: str, **settings: Any) -> Recovery:
+    return Recovery(folder, learning_rate=5e-3, **settings)
+
+
+def losses(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+class Stopped(Exception):
+    pass
+
+
+class StopAfter(pl.Callback):
+    """Ends a run as a crash would, after a number of steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.steps:
+            raise Stopped
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_recovery_lowers_the_loss_of_every_method(folder: str, text: str, tmp_path: Path, name: str) -> None:
+    torch.manual_seed(0)
+    module = recovery(folder)
+    run = trainer(tmp_path, Evaluate(), Prune(method(name)), Export(str(tmp_path / "out")), steps=30)
+    run.fit(module, datamodule=data(text))
+    rows = next(c for c in run.callbacks if isinstance(c, Evaluate)).rows  # type: ignore[attr-defined]
+    assert rows["recovered"].perplexity < 0.9 * rows["pruned"].perplexity
+    assert rows["recovered"].block_parameters == rows["pruned"].block_parameters < rows["dense"].block_parameters
+    held_out = data(text, tokenizer=folder).held_out_windows()
+    assert perplexity(load_pruned(tmp_path / "out"), held_out) == pytest.approx(rows["recovered"].perplexity, rel=1e-6)
+
+
+def test_only_adapters_are_trained(folder: str, text: str, tmp_path: Path) -> None:
+    module = recovery(folder)
+    before = {n: p.detach().clone() for n, p in module.model.named_parameters()}
+    trainer(tmp_path).fit(module, datamodule=data(text))
+    after = dict(module.model.named_parameters())
+    for name, value in before.items():
+        kept = name if name in after else name.replace(".weight", ".base_layer.weight")
+        assert torch.equal(after[kept], value)
+    assert all("lora" in n for n, p in after.items() if p.requires_grad)
+    assert any(p.abs().sum() > 0 for n, p in after.items() if "lora_B" in n)
+
+
+def test_ranks_follow_importance_and_sum_to_the_budget(folder: str, text: str, tmp_path: Path) -> None:
+    for by in ("importance", "damage", "uniform"):
+        module = recovery(folder, lora=LoRA(rank=8, by=by))  # type: ignore[arg-type]
+        trainer(tmp_path / by, Prune(CFSP(0.3, a=3)), steps=1).fit(module, datamodule=data(text))
+        plan = plan_of(module.model)
+        assert plan is not None
+        assert sum(module.ranks) == 3 * 8
+        share = {"importance": plan.importance, "damage": plan.damage, "uniform": torch.ones(3)}[by]
+        assert all(abs(rank - 8 * u / share.mean()) < 1 for rank, u in zip(module.ranks, share, strict=True))
+        scales = {s for _, layer in adapters(module.model) for s in layer.scaling.values()}
+        assert all(s == pytest.approx(32 / 8) for s in scales)
+
+
+@pytest.mark.parametrize("stop", [3, 4, 7])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
+    folder: str, text: str, tmp_path: Path, stop: int, dropout: float, monkeypatch
+) -> None:
+    """An epoch has 4 batches: stops within one, at the last batch of one, and in a later one."""
+
+    def run(root: Path, *extra: pl.Callback, ckpt_path: Path | None = None) -> tuple[dict[str, torch.Tensor], float]:
+        pl.seed_everything(0)
+        module = recovery(folder, lora=LoRA(rank=2, dropout=dropout))
+        save = ModelCheckpoint(root / "ckpt", filename="{step}", every_n_train_steps=stop, save_top_k=-1)
+        run = trainer(root, Prune(FLAP(0.3)), save, *extra, enable_checkpointing=True)
+        run.fit(module, datamodule=data(text, seq_len=24, batch_size=18), ckpt_path=ckpt_path)
+        assert run.num_training_batches == 4
+        return losses(module), float(run.callback_metrics["train_loss"])
+
+    whole, loss = run(tmp_path / "whole")
+    with pytest.raises(Stopped):
+        run(tmp_path / "parts", StopAfter(stop))
+    monkeypatch.setattr("plprune.callbacks.prune", lambda *_: pytest.fail("calibrated again"))
+    resumed, resumed_loss = run(tmp_path / "parts", ckpt_path=tmp_path / "parts" / "ckpt" / f"step={stop}.ckpt")
+    assert resumed_loss == loss
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+def test_checkpoints_hold_the_adapters_only(folder: str, text: str, tmp_path: Path) -> None:
+    module = recovery(folder)
+    run = trainer(tmp_path, Prune(CFSP(0.3)), steps=2)
+    run.fit(module, datamodule=data(text))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    state = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    assert state
+    assert all("lora_" in name for name in state)
+
+
+def test_a_checkpoint_of_another_plan_or_model_is_refused(folder: str, text: str, tmp_path: Path) -> None:
+    run = trainer(tmp_path / "a", Prune(CFSP(0.3)), steps=2)
+    run.fit(recovery(folder), datamodule=data(text))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    other = save_tiny(tmp_path / "other", seed=9)
+    for model, sparsity in ((folder, 0.2), (other, 0.3)):
+        again = trainer(tmp_path / "a", Prune(CFSP(sparsity)), steps=4)
+        with pytest.raises(ValueError, match="trained on another base model or plan"):
+            again.fit(recovery(model), datamodule=data(text), ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_a_missing_adapter_is_noticed(folder: str, text: str, tmp_path: Path) -> None:
+    run = trainer(tmp_path, steps=1)
+    run.fit(recovery(folder), datamodule=data(text))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    checkpoint["state_dict"].popitem()
+    torch.save(checkpoint, tmp_path / "b.ckpt")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        trainer(tmp_path, steps=2).fit(recovery(folder), datamodule=data(text), ckpt_path=tmp_path / "b.ckpt")
+
+
+def test_prune_works_with_any_module_that_holds_a_model(tmp_path: Path) -> None:
+    class Plain(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = tiny("qwen2")
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            return self.network(input_ids=batch, labels=batch).loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module = Plain()
+    prune = Prune(CFSP(0.3), calibration=[windows()], attribute="network")
+    before = sum(p.numel() for p in module.parameters())
+    run = trainer(tmp_path, prune, Export(str(tmp_path / "out"), attribute="network"), steps=3)
+    run.fit(module, torch.utils.data.DataLoader(windows(8), batch_size=2))  # type: ignore[arg-type]
+    assert sum(p.numel() for p in module.parameters()) < before
+    ids = windows(1)
+    with torch.no_grad():
+        assert torch.equal(load_pruned(tmp_path / "out")(input_ids=ids).logits, module.network(input_ids=ids).logits)
+
+
+def test_prune_says_what_is_missing(folder: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Recovery\.net is NoneType"):
+        trainer(tmp_path, Prune(CFSP(), attribute="net")).fit(recovery(folder), windows())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no calibration text"):
+        trainer(tmp_path, Prune(CFSP())).fit(recovery(folder), windows())  # type: ignore[arg-type]
+
+
+def test_a_second_run_uses_the_plan_and_another_setting_makes_its_own(folder: str, text: str, tmp_path: Path) -> None:
+    for sparsity in (0.2, 0.2, 0.3):
+        trainer(tmp_path, Prune(FLAP(sparsity)), steps=1).fit(recovery(folder), datamodule=data(text))
+    plans = [PruningPlan.load(path) for path in (tmp_path / "plans").iterdir()]
+    assert sorted(plan.sparsity for plan in plans) == [0.2, 0.3]
+
+
+def test_fit_goes_on_from_a_pruned_folder(folder: str, text: str, tmp_path: Path) -> None:
+    method = CFSP(0.3)
+    trainer(tmp_path, Prune(method), Export(str(tmp_path / "out")), steps=2).fit(recovery(folder), datamodule=data(text))
+    module = recovery(str(tmp_path / "out"))
+    run = trainer(tmp_path, Prune(method), Export(str(tmp_path / "further")), steps=2)
+    run.fit(module, datamodule=data(text))
+    plan = plan_of(load_pruned(tmp_path / "further"))
+    assert plan is not None
+    assert plan.previous is None
+    assert plan.digest == plan_of(load_pruned(tmp_path / "out")).digest  # type: ignore[union-attr]
+
+
+def test_validate_and_test_see_the_pruned_model(folder: str, text: str, tmp_path: Path) -> None:
+    module = recovery(folder)
+    run = trainer(tmp_path, Prune(CFSP(0.3)), steps=4)
+    run.fit(module, datamodule=data(text))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    kept = copy.deepcopy(losses(module))
+    again = recovery(folder)
+    run = trainer(tmp_path, Prune(CFSP(0.3)))
+    (validated,) = run.validate(again, datamodule=data(text, max_windows=3), ckpt_path=tmp_path / "a.ckpt")
+    (tested,) = run.test(again, datamodule=data(text, max_windows=3), ckpt_path=tmp_path / "a.ckpt")
+    assert all(torch.equal(losses(again)[name], value) for name, value in kept.items())
+    expected = perplexity(again.model, data(text, max_windows=3, tokenizer=folder).held_out_windows())
+    assert validated["val_perplexity"] == pytest.approx(expected, rel=1e-4)
+    assert tested["test_perplexity"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing(folder: str, text: str, tmp_path: Path) -> None:
+    ends = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        module = recovery(folder, gradient_checkpointing=checkpointing)
+        trainer(tmp_path, Prune(CFSP(0.3)), steps=4).fit(module, datamodule=data(text))
+        ends.append(losses(module))
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value)
+
+
+def test_bfloat16_weights_with_float32_adapters(folder: str, text: str, tmp_path: Path) -> None:
+    module = recovery(folder, dtype="bfloat16")
+    trainer(tmp_path, Prune(CFSP(0.3)), Export(str(tmp_path / "out")), steps=3).fit(module, datamodule=data(text))
+    assert {p.dtype for p in losses(module).values()} == {torch.float32}
+    assert load_pruned(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_a_run_without_an_end_is_refused(folder: str, text: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_steps"):
+        trainer(tmp_path, steps=-1, max_epochs=-1).fit(recovery(folder), datamodule=data(text))
+
+
+def test_loss_and_perplexity_agree_with_transformers(folder: str) -> None:
+    module = recovery(folder)
+    ids = windows()
+    with torch.no_grad():
+        theirs = module.model(input_ids=ids, labels=ids).loss.item()
+    assert perplexity(module.model, list(ids.split(4))) == pytest.approx(math.exp(theirs), rel=1e-5)
