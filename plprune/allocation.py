@@ -59,6 +59,8 @@ def top_k(score: Tensor, k: int) -> Tensor:  # [units] -> [k]
 def largest_remainder(shares: Sequence[float], total: int, least: int = 1) -> list[int]:
     """Whole numbers near `shares`, scaled to sum to `total` exactly, none below `least` (Hamilton's method).
 
+    Shares that are all zero count as equal.
+
     Example:
         >>> largest_remainder([2.6, 1.3, 0.1], 4)
         [2, 1, 1]
@@ -66,7 +68,8 @@ def largest_remainder(shares: Sequence[float], total: int, least: int = 1) -> li
         [3, 3, 2]
     """
     assert total >= least * len(shares), "the total cannot give everyone the least"
-    scale = total / sum(shares) if sum(shares) else 0.0
+    shares = shares if any(shares) else [1.0] * len(shares)
+    scale = total / sum(shares)
     exact = [max(share * scale, float(least)) for share in shares]
     while (excess := sum(exact) - total) > 1e-9 * total:  # those lifted to the least are paid for by the others
         free = sum(x - least for x in exact)

@@ -41,7 +41,7 @@ class Family:
         attention: The attention sub-block; its `head_dim` and, under grouped queries, `num_key_value_groups` are read.
         counts: Attributes that must follow the number of `heads` or `kv_heads`, because the family's forward pass
             does not read them off the widths. `config` in such a path is the block's own view of the config.
-        config_keys: What `config.json` calls the FFN's width and the numbers of heads.
+        config_keys: What `config.json` calls the FFN's width, the numbers of heads and their dimension.
     """
 
     blocks: str = "model.layers"
@@ -51,11 +51,12 @@ class Family:
     ffn_out: str = "mlp.down_proj"
     attention: str = "self_attn"
     counts: Mapping[str, Literal["heads", "kv_heads"]] = field(default_factory=dict)
-    config_keys: Mapping[Literal["width", "heads", "kv_heads"], str] = field(
+    config_keys: Mapping[Literal["width", "heads", "kv_heads", "head_dim"], str] = field(
         default_factory=lambda: {
             "width": "intermediate_size",
             "heads": "num_attention_heads",
             "kv_heads": "num_key_value_heads",
+            "head_dim": "head_dim",
         }
     )
 

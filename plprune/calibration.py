@@ -47,7 +47,7 @@ class Calibration:
         calibration = batches if isinstance(batches, cls) else cls(list(batches))
         if not calibration.batches:
             raise ValueError("no calibration text: give at least one batch of token ids")
-        if any(ids.ndim != 2 or ids.is_floating_point() for ids in calibration.batches):
+        if any(not isinstance(b, Tensor) or b.ndim != 2 or b.is_floating_point() for b in calibration.batches):
             raise ValueError("calibration batches must be integer tensors of shape [batch, seq_len]")
         return calibration
 
@@ -76,12 +76,12 @@ class BlockInputs:
         self.block, self.hidden, self.calls, self.device, self.store = block, hidden, calls, device, store
         self.influence = BlockInfluence()
         self._outputs: list[Tensor] = []
-        self._weights: list[tuple[Tensor, int]] = []  # those that made the outputs
+        self._weights: list[Tensor] = []  # copies of those that made the outputs
 
     @torch.no_grad()
     def run(self, influence: BlockInfluence | None = None) -> None:
         """Runs the block on every batch, and keeps the outputs."""
-        self._outputs, self._weights = [], self._versions()
+        self._outputs, self._weights = [], [p.detach().clone() for p in self.block.module.parameters()]
         for hidden, call in zip(self.hidden, self.calls, strict=True):
             x = hidden.to(self.device)
             y = run_block(self.block, x, call.to(self.device))
@@ -96,16 +96,11 @@ class BlockInputs:
 
     def outputs(self) -> list[Tensor]:
         """What leaves the block as it is now: it is run again only if its weights were changed since it last was."""
-        now = self._versions()
-        same = len(now) == len(self._weights) and all(
-            a is b and v == w for (a, v), (b, w) in zip(now, self._weights, strict=True)
-        )
+        now = list(self.block.module.parameters())  # compared by value: a change through `.data` leaves no other trace
+        same = len(now) == len(self._weights) and all(map(torch.equal, now, self._weights))
         if not self._outputs or not same:
             self.run()
         return self._outputs
-
-    def _versions(self) -> list[tuple[Tensor, int]]:
-        return [(p, p._version) for p in self.block.module.parameters()]
 
 
 def stream(

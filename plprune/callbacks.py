@@ -156,7 +156,8 @@ class Evaluate(pl.Callback):
         model = model_of(pl_module, self.attribute)
         with merged(model):
             self._measure("recovered", trainer, model)
-        print(f"\n{table(self.rows)}\n")
+        if trainer.is_global_zero:
+            print(f"\n{table(self.rows)}\n")
 
     def _measure(self, name: str, trainer: pl.Trainer, model: PreTrainedModel) -> None:
         data = trainer_data(trainer)

@@ -7,12 +7,14 @@ plan. Nothing is ever pickled, and nothing of a checkpoint is executed.
 import importlib.util
 import json
 import os
+import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -22,6 +24,7 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -47,7 +50,7 @@ def locate(name_or_path: str) -> str:
     if not name_or_path.startswith(PACKAGE):
         return name_or_path
     package, _, file = name_or_path.removeprefix(PACKAGE).partition("/")
-    spec = importlib.util.find_spec(package)
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None  # a dotted name would be imported
     for folder in (spec and spec.submodule_search_locations) or []:
         if (path := Path(folder) / file).is_file():
             return str(path)
@@ -66,7 +69,7 @@ def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
     Raises:
         ValueError: There is no model of a supported family there, or its files are damaged.
     """
-    path = Path(locate(name_or_path))
+    path = _present(name_or_path)
     if path.is_dir() and (path / FILE).exists():
         return load_pruned(path, dtype)
     if path.is_dir() and not (path / "config.json").exists():
@@ -75,19 +78,25 @@ def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
         if path.suffix == ".gguf":
             return _load_gguf(path, getattr(torch, dtype))
         family_of(AutoConfig.from_pretrained(name_or_path))
-        return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=getattr(torch, dtype))
+        return _load_dense(name_or_path, getattr(torch, dtype))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot load a model from {name_or_path}: {_first_line(error)}") from error
+    except (RuntimeError, StrictDataclassError) as error:  # sizes that transformers does not know
+        raise ValueError(
+            f"cannot load a model from {name_or_path}, a pruned one only together with its {FILE}: {_first_line(error)}"
+        ) from error
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a model; the arguments are those of :func:`load_model`."""
-    path = Path(locate(name_or_path))
+    path = _present(name_or_path)
     try:
         if path.suffix == ".gguf":
             return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name_or_path)
-    except (OSError, ValueError) as error:
+        # transformers reads the family from config.json, and refuses those of many ragged models.
+        config = _config(PruningPlan.load(path).config) if (path / FILE).exists() else None
+        return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name_or_path, config=config)
+    except (OSError, ValueError, struct.error) as error:
         raise ValueError(f"cannot load a tokenizer from {name_or_path}: {_first_line(error)}") from error
 
 
@@ -110,12 +119,12 @@ def load_pruned(folder: str | os.PathLike[str], dtype: Dtype | None = None) -> P
     model = _skeleton(plan.config)
     surgery.apply(model, plan)
     state = _read_weights(folder)
+    if dtype:  # only what is on disk: buffers such as the rotary frequencies stay in float32
+        state = {name: tensor.to(getattr(torch, dtype)) for name, tensor in state.items()}
     _fill(model, state, folder)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config.name_or_path = str(folder)
-    if dtype:
-        cast(torch.nn.Module, model).to(getattr(torch, dtype))
     model.config.dtype = model.dtype
     return model.eval()
 
@@ -140,26 +149,26 @@ def save_pruned(
     """
     plan = surgery.plan_of(model)
     with staged(folder, overwrite) as temporary:
-        try:
-            model.save_pretrained(temporary)
-            if plan is not None:
-                file = temporary / "config.json"
-                config = json.loads(file.read_text()) | sizes(model)
-                file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-                plan.save(temporary / FILE)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
-        except SafetensorError as error:
-            raise OSError(f"cannot write {folder}: {error}") from error
+        model.save_pretrained(temporary)
+        if plan is not None:
+            file = temporary / "config.json"
+            config = json.loads(file.read_text()) | sizes(model)
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            plan.save(temporary / FILE)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
 
 
 def sizes(model: PreTrainedModel) -> dict[str, Any]:
     """What `config.json` says of a pruned model's sizes: one for all, or `per_layer_config` where blocks differ."""
-    keys = family_of(model.config).config_keys
-    own = [_sizes(block, keys) for block in blocks_of(model)]
-    if all(size == own[0] for size in own):
-        return own[0]
-    dense = {key: getattr(model.config, key) for key in keys.values()}
+    keys, blocks = family_of(model.config).config_keys, blocks_of(model)
+    own = [_sizes(block, keys) for block in blocks]
+    # Without it, some families would take the width divided by the number of heads, which pruning changes.
+    dims = {block.head_dim for block in blocks if block.has_attention}
+    head_dim = {keys["head_dim"]: dims.pop()} if dims and "head_dim" in keys else {}
+    if all(size == own[0] for size in own) and "skip" not in own[0]:
+        return own[0] | head_dim
+    dense = {key: getattr(model.config, key, None) for key in keys.values()} | head_dim
     differing = {str(i): {k: v for k, v in size.items() if dense.get(k) != v} for i, size in enumerate(own)}
     return dense | {"per_layer_config": {i: size for i, size in differing.items() if size}}
 
@@ -170,15 +179,18 @@ def save_stage(model: PreTrainedModel, plan: PruningPlan, folder: str | os.PathL
     with staged(folder) as temporary:
         temporary.mkdir()
         plan.save(temporary / FILE)
-        try:
-            save_file({name: state[name].contiguous() for name in plan.repaired}, temporary / REPAIRED)
-        except SafetensorError as error:
-            raise OSError(f"cannot write {folder}: {error}") from error
+        save_file({name: state[name].contiguous() for name in plan.repaired}, temporary / REPAIRED)
 
 
 def load_stage(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PruningPlan:
-    """Gives a dense model the structure and the repaired values that :func:`save_stage` has written."""
-    plan = PruningPlan.load(folder)
+    """Gives the model that was pruned the structure and the repaired values that :func:`save_stage` has written.
+
+    Raises:
+        ValueError: The files are damaged, or the model is another, or was pruned differently before.
+    """
+    plan, done = PruningPlan.load(folder), surgery.plan_of(model)
+    if (done.digest if done else None) != (plan.previous.digest if plan.previous else None):
+        raise ValueError(f"{folder} does not continue from this model: load the one that was pruned there")
     surgery.apply(model, plan)
     state = model.state_dict()
     for name, value in _read(Path(folder) / REPAIRED).items():
@@ -186,14 +198,47 @@ def load_stage(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Prunin
     return plan
 
 
+def _load_dense(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
+    loading: Any = AutoModelForCausalLM.from_pretrained(
+        name_or_path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    model, info = loading
+    # transformers would go on with random weights in their place.
+    wrong = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
+    if wrong:
+        raise ValueError(
+            f"{name_or_path} does not hold the model of its config.json: {min(wrong)} is absent or of another shape; "
+            f"get it again, a pruned one together with its {FILE}"
+        )
+    return model
+
+
+def _present(name_or_path: str) -> Path:
+    """The path of a model or a tokenizer that is there; the name of one that a hub may have, as a path."""
+    path = Path(locate(name_or_path))
+    if path.is_dir() and not any((path / file).exists() for file in ("config.json", "tokenizer_config.json", FILE)):
+        raise ValueError(f"{path} is not a model: it has no config.json")
+    if path.is_file() and path.suffix != ".gguf":
+        raise ValueError(f"{path} is not a model: give its folder, or a .gguf file")
+    local = path.suffix == ".gguf" or len(path.parts) > 2 or name_or_path.startswith((".", "/", "~"))
+    if local and not path.exists():
+        raise ValueError(f"{name_or_path} does not exist: give a folder, a .gguf file, or ORG/NAME of a hub")
+    return path
+
+
 def _load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     # Unless it is dequantised, weights may stay packed, and no pruning code can slice those.
     quantization = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(path.parent), gguf_file=path.name, quantization_config=quantization, dtype=dtype
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), gguf_file=path.name, quantization_config=quantization, dtype=dtype
+        )
+    except (OSError, ValueError, struct.error) as error:
+        raise ValueError(
+            f"cannot read {path}, it is damaged or of a family that transformers does not read: {_first_line(error)}"
+        ) from error
     model.config.__dict__.pop("quantization_config", None)
     family_of(model.config)
     return model
@@ -201,9 +246,12 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 def _skeleton(config: dict[str, Any]) -> PreTrainedModel:
     """A model without memory: parameters on meta, buffers that are computed from the config on the CPU."""
-    kind = CONFIG_MAPPING[config["model_type"]]
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(kind.from_dict(dict(config)))
+        return AutoModelForCausalLM.from_config(_config(config))
+
+
+def _config(values: dict[str, Any]) -> PreTrainedConfig:
+    return CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:

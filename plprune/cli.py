@@ -6,23 +6,29 @@ import logging
 import os
 import re
 import sys
+import warnings
+from argparse import ArgumentError
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import docstring_parser
+import lightning.pytorch as pl
 import torch
+import transformers
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import plprune
 from plprune import callbacks, methods
 from plprune.atomic import check_free
 from plprune.calibration import Calibration
 from plprune.checkpoint import Dtype, load_model, load_tokenizer, save_pruned
-from plprune.data import PYDOC, RecoveryData, check_source, draw, pack, tokenised
+from plprune.data import RecoveryData
 from plprune.evaluation import measure, table
 from plprune.methods import PruningMethod
 from plprune.recovery import Recovery
+from plprune.text import PYDOC, check_sizes, check_source, draw, pack, tokenised
 
 
 def prune(
@@ -59,12 +65,14 @@ def prune(
         seed: Of the choice of windows.
         overwrite: Whether to replace what is in the output folder.
     """
+    check_sizes(num_samples=num_samples, seq_len=seq_len, batch_size=batch_size)
     check_free(output, overwrite)
     check_source(text)
+    place = device_called(device)
     tokenizer = load_tokenizer(model)
     windows = draw(tokenised(text, tokenizer, join, seed=seed)[0], num_samples, seq_len, seed)
     network = load_model(model, dtype)
-    calibration = Calibration(list(windows.split(batch_size)), torch.device(device), offload)
+    calibration = Calibration(list(windows.split(batch_size)), place, offload)
     plan = methods.prune(network, method, calibration, seed)
     save_pruned(network, output, tokenizer, overwrite)
     print(f"{callbacks.summary(plan)}; saved to {output}")
@@ -91,24 +99,32 @@ def evaluate(
         dtype: Of the weights.
         device: Where to compute: cpu, cuda, cuda:1.
     """
+    check_sizes(seq_len=seq_len, max_windows=max_windows)
     check_source(text)
+    place = device_called(device)
     ids = pack(tokenised(text, load_tokenizer(model), join), seq_len, "evaluation").tensors[0][:max_windows]
-    row = measure(load_model(model, dtype).to(device), list(ids.split(1)))  # type: ignore[arg-type]
+    row = measure(load_model(model, dtype).to(place), list(ids.split(1)))  # type: ignore[arg-type]
     print(table({"model": row}))
     print(f"perplexity over {len(ids)} windows of {seq_len} tokens of {text}, windows do not overlap, no BOS")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"prune": prune, "evaluate": evaluate}
-
-
-class Parser(LightningArgumentParser):
-    """A parser whose errors name the near match."""
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
-        if os.environ.get("PLPRUNE_DEBUG") and ex is not None:
-            raise ex
-        message = with_near_match(_one_line(message), list(self._option_string_actions))
-        sys.exit(_complain(f"{message}; see {self.prog.replace(' [options]', '')} --help", 2))
+STAGES = {
+    "fit": "Prunes a model, recovers it by LoRA, measures and exports it, as a YAML file says.",
+    "validate": "Measures a model, or a checkpoint of a fit, on the validation text.",
+    "test": "Measures a model, or a checkpoint of a fit, on the test text.",
+}
+CLASSES = [*PruningMethod.__subclasses__(), callbacks.Prune, callbacks.Evaluate, callbacks.Export]
+METHODS = "known methods: " + ", ".join(method.__name__ for method in PruningMethod.__subclasses__())
+REWORDED = {  # what jsonargparse says, and what of it helps
+    r"(?s)Does not validate .*?Errors:\s*- (Problem with given class_path.*?)\n\s*- .*": r"\1",
+    r"(?s)Does not validate .*?Errors:(.*)Given value type:.*?Given value:": r"\1 but got",
+    r'Parser key "(?:\S*\.)?method":\s+Expected a dot import path string: (\S+)': rf"no method '\1'; {METHODS}",
+    r"Expected a dot import path string: (\S+)": r"no class '\1'",
+    r"Option '(\S+)' is not accepted|Subcommand '\w+' does not accept option '(\S+)'": r"no option '\1\2'",
+    r"Problem with given class_path '(\S+)':|Parser key \"(\S+)\":": r"\1\2:",
+    r"Expected a (?:typing\.Literal\[(.*?)\]|<class '(\w+)'>)": r"expected \1\2",
+}
 
 
 class CLI(LightningCLI):
@@ -118,29 +134,29 @@ class CLI(LightningCLI):
         super().__init__(
             Recovery,
             RecoveryData,
+            seed_everything_default=0,
             auto_configure_optimizers=False,  # it would build the optimizer before Prune's setup
             save_config_kwargs={"overwrite": True},
-            parser_class=Parser,
+            parser_kwargs={"prog": "plprune", "exit_on_error": False}
+            | {stage: {"description": text, "exit_on_error": False} for stage, text in STAGES.items()},
             args=args,
         )
 
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        others = "".join(f"\n  plprune {name:<10}{_short(command)}" for name, command in COMMANDS.items())
-        kwargs["description"] = f"{_short(plprune)}\n\nmore commands, each with its own --help:{others}"
-        return super().init_parser(**kwargs)
-
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {c: a for c, a in LightningCLI.subcommands().items() if c in ("fit", "validate", "test")}
+        return {stage: LightningCLI.subcommands()[stage] for stage in STAGES}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        self.config = parser.parse_args(cast(Any, args))  # LightningCLI's own warns of args beside sys.argv
 
 
-def command_parser(name: str, command: Callable[..., None]) -> Parser:
+def command_parser(name: str) -> LightningArgumentParser:
     """The parser of a function: its first parameter by position, the others as options, booleans as switches."""
-    text = docstring_parser.parse(command.__doc__ or "")
-    helps = {p.arg_name: p.description for p in text.params}
+    command = COMMANDS[name]
+    helps = {p.arg_name: p.description for p in docstring_parser.parse(command.__doc__ or "").params}
     first, *others = inspect.signature(command).parameters.values()
     switches = [p.name for p in others if p.annotation is bool]
-    parser = Parser(prog=f"plprune {name}", description=_short(command))
+    parser = LightningArgumentParser(prog=f"plprune {name}", description=_short(command), exit_on_error=False)
     parser.add_argument(first.name, type=first.annotation, help=helps[first.name])
     parser.add_function_arguments(command, skip={first.name, *switches}, as_group=False, as_positional=False)
     for switch in switches:
@@ -148,50 +164,106 @@ def command_parser(name: str, command: Callable[..., None]) -> Parser:
     return parser
 
 
+def device_called(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: It is not there.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"there is no device {name!r} here ({error}): give cpu, cuda or cuda:1") from error
+
+
 def main(args: list[str] | None = None) -> None:
     """Runs a command, and turns what goes wrong into one line."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _quieten()
+    given = (sys.argv[1:] if args is None else args) or ["--help"]
     try:
-        _run(args)
-    except KeyboardInterrupt:
-        sys.exit(_complain("interrupted; nothing half-written is left behind", 130))
-    except (ValueError, OSError, ImportError, MisconfigurationException) as error:
-        if os.environ.get("PLPRUNE_DEBUG"):
+        _run(given, args)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):  # Lightning makes one
             raise
-        sys.exit(_complain(_one_line(error), 1))
+        sys.exit(_complain("interrupted; nothing half-written is left behind", 130))
+    except ArgumentError as error:
+        command = f" {given[0]}" if given[0] in STAGES | COMMANDS else ""
+        sys.exit(_complain(f"{explained(str(error), given[0])} (see plprune{command} --help)", 2, error))
+    except (ValueError, OSError, ImportError, MisconfigurationException) as error:
+        sys.exit(_complain(str(error) or type(error).__name__, 1, error))
 
 
-def with_near_match(message: str, options: list[str]) -> str:
-    """An error message, with the option that was probably meant.
+def explained(message: str, command: str) -> str:
+    """A parser's message cut to what helps, with the name that was probably meant.
 
     Example:
-        >>> with_near_match("Unrecognized arguments: --sparsty", ["--sparsity", "--seed"])
-        'Unrecognized arguments: --sparsty; did you mean --sparsity?'
+        >>> explained("unrecognized arguments: --sparsity 0.2", "prune")
+        'unrecognized arguments: --sparsity 0.2; did you mean --method.sparsity?'
     """
-    for word in re.findall(r"--[\w.+-]+", message):
-        near = difflib.get_close_matches(word, options, 1)
-        if near and word not in options:
-            return f"{message}; did you mean {near[0]}?"
+    for wording, better in REWORDED.items():
+        message = re.sub(wording, better, message)
+    if unknown := re.search(r"(arguments: --|no \w+ ')([\w.+-]+)", message):
+        start, word = unknown.groups()
+        names = {name.lower(): name for name in _names(start.strip(" '"), command)}
+        near = difflib.get_close_matches(word.lower(), names, 1)
+        message += f"; did you mean {'--' * start.endswith('--')}{names[near[0]]}?" if near else ""
     return message
 
 
-def _run(args: list[str] | None) -> None:
-    name, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
-    if name not in COMMANDS:
-        CLI([name] if name == "--help" else args)
-        return
-    parser = command_parser(name, COMMANDS[name])
-    COMMANDS[name](**vars(parser.instantiate_classes(parser.parse_args(rest))))
+def _names(kind: str, command: str) -> list[str]:
+    """What could have been meant by an unknown word of a kind."""
+    if kind == "no command":
+        return [*STAGES, *COMMANDS]
+    if kind in ("no method", "no class", "no attribute"):
+        return [each.__name__ for each in CLASSES]
+    owners: list[tuple[str, Any]] = [("trainer.", pl.Trainer), ("model.", Recovery), ("data.", RecoveryData)]
+    if command in COMMANDS:
+        owners = [("", COMMANDS[command]), *(("method.", each) for each in PruningMethod.__subclasses__())]
+    owners += [("", each) for each in CLASSES if kind == "no option"]
+    return [prefix + name for prefix, owner in owners for name in inspect.signature(owner).parameters]
+
+
+def _run(given: list[str], args: list[str] | None) -> None:
+    name, *rest = given
+    if name in ("-h", "--help"):
+        print(_overview())
+    elif name == "--version":
+        print(f"plprune {plprune.__version__}")
+    elif name in COMMANDS:
+        parser = command_parser(name)
+        COMMANDS[name](**vars(parser.instantiate_classes(parser.parse_args(rest))))
+    elif name in STAGES or name.startswith("-"):
+        CLI(args)
+    else:
+        raise ArgumentError(None, f"no command '{name}'; known commands: {', '.join([*STAGES, *COMMANDS])}")
+
+
+def _overview() -> str:
+    commands = STAGES | {name: _short(command) for name, command in COMMANDS.items()}
+    listed = "\n".join(f"  {name:<10}{text}" for name, text in commands.items())
+    return (
+        f"usage: plprune COMMAND [options]\n\n{_short(plprune)}\n\ncommands:\n{listed}\n\n"
+        "`plprune COMMAND --help` lists the options of a command, `plprune --version` prints the version."
+    )
+
+
+def _quieten() -> None:
+    """Leaves our own lines, and of others' those that a user can act on."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("plprune").setLevel(logging.WARNING if rank_zero_only.rank else logging.INFO)
+    for handler in logging.getLogger("lightning.pytorch").handlers:
+        handler.addFilter(lambda record: not re.search("Tip:|Detected KeyboardInterrupt", record.getMessage()))
+    warnings.filterwarnings("ignore", ".*(LeafSpec|does not have many workers|dataloader is not resumable).*")
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
 
 
 def _short(thing: object) -> str:
     return (thing.__doc__ or "").strip().partition("\n")[0]
 
 
-def _one_line(message: object) -> str:
-    return " ".join(str(message).split())
-
-
-def _complain(message: str, code: int) -> int:
-    print(f"plprune: error: {message}", file=sys.stderr)
+def _complain(message: str, code: int, error: Exception | None = None) -> int:
+    if error is not None and os.environ.get("PLPRUNE_DEBUG"):
+        raise error
+    print(f"plprune: error: {' '.join(message.split())}", file=sys.stderr)
     return code

@@ -33,6 +33,9 @@ def perplexity(model: PreTrainedModel, windows: Iterable[Tensor]) -> float:
     Args:
         model: A causal language model.
         windows: Token ids, [b, s] each, without padding.
+
+    Raises:
+        ValueError: There is no token to predict.
     """
     total, count = 0.0, 0
     with evaluating(model):
@@ -40,6 +43,8 @@ def perplexity(model: PreTrainedModel, windows: Iterable[Tensor]) -> float:
             ids = ids.to(model.device)
             total += next_token_loss(model(input_ids=ids, use_cache=False).logits, ids, "sum").double().item()
             count += ids[:, 1:].numel()
+    if not count:
+        raise ValueError("no text to measure perplexity on: give windows of at least two tokens")
     return float(torch.tensor(total / count, dtype=torch.float64).exp())
 
 

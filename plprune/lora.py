@@ -66,7 +66,7 @@ def ranks(weights: Sequence[float], rank: int) -> list[int]:
         >>> ranks([1.0, 2.0, 3.0], 4)
         [2, 4, 6]
     """
-    return largest_remainder(weights if sum(weights) else [1.0] * len(weights), rank * len(weights))
+    return largest_remainder(weights, rank * len(weights))
 
 
 def inject(model: PreTrainedModel, lora: LoRA, plan: PruningPlan | None) -> list[int]:

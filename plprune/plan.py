@@ -86,10 +86,7 @@ class PruningPlan:
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Writes the plan to one safetensors file, whole or not at all."""
         with staged(path, overwrite) as temporary:
-            try:
-                save_file(self._tensors(), temporary, metadata={"plprune": json.dumps(self._receipt())})
-            except SafetensorError as error:
-                raise OSError(f"cannot write {path}: {error}") from error
+            save_file(self._tensors(), temporary, metadata={"plprune": json.dumps(self._receipt())})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PruningPlan":
@@ -104,10 +101,9 @@ class PruningPlan:
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                receipt = json.loads(file.metadata()["plprune"])
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+                return cls._from_parts(tensors, json.loads(file.metadata()["plprune"]))
+        except (SafetensorError, AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is truncated, corrupted or no pruning plan ({error}): write it again") from error
-        return cls._from_parts(tensors, receipt)
 
     def _tensors(self, prefix: str = "") -> dict[str, Tensor]:
         tensors = {f"{prefix}keep.{name}": index.to(torch.int32) for name, index in self.keep.items()}

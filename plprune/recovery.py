@@ -14,11 +14,11 @@ from torchmetrics.text import Perplexity
 
 from plprune import lora as adapters
 from plprune.checkpoint import Dtype, load_model, load_tokenizer
-from plprune.data import IGNORED
 from plprune.evaluation import next_token_loss
 from plprune.lora import LoRA
 from plprune.plan import fingerprint
 from plprune.surgery import plan_of
+from plprune.text import IGNORED
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Recovery(pl.LightningModule):
         if stage == "fit":
             self.model.train()
             if self.gradient_checkpointing:
-                self.model.gradient_checkpointing_enable({"use_reentrant": False})
+                self.model.gradient_checkpointing_enable()
 
     def forward(self, input_ids: Tensor) -> Tensor:  # [b, s] -> [b, s, vocabulary]
         return self.model(input_ids=input_ids, use_cache=False).logits

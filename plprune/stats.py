@@ -118,7 +118,8 @@ class Norms:
 class Gram:
     r"""Second moments :math:`X^\top X` and mean of all features.
 
-    Products are taken in float32 and summed in float64.
+    Products are taken in float32 and summed in float64, of inputs less the mean of the first batch: features that stay
+    far from zero would otherwise cost their variance its digits.
 
     Example:
         >>> g = Gram()
@@ -128,17 +129,20 @@ class Gram:
                 [0., 0.]], dtype=torch.float64)
     """
 
-    tile = 512  # columns of one product: X'X is symmetric, so tiles below the diagonal are not computed
+    tile = 256  # columns of one product: X'X is symmetric, so tiles below the diagonal are not computed
 
     def __init__(self) -> None:
         self.count = 0
+        self._pivot: Tensor | None = None  # [d], what the other sums are taken from
         self._sum = torch.zeros((), dtype=torch.float64)
-        self._products: Tensor | None = None  # [d, d], upper tiles
+        self._products = torch.zeros((), dtype=torch.float64)  # [d, d], upper tiles
 
     def update(self, x: Tensor) -> None:  # [b, s, d]
         x = x.flatten(0, -2).float()
-        if self._products is None:
+        if self._pivot is None:
+            self._pivot = x.mean(0)
             self._products = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+        x = x - self._pivot
         for i in range(0, x.shape[1], self.tile):
             self._products[i : i + self.tile, i:] += x[:, i : i + self.tile].T @ x[:, i:]
         self._sum = self._sum.to(x.device) + x.sum(0, dtype=torch.float64)
@@ -146,22 +150,24 @@ class Gram:
 
     @property
     def mean(self) -> Tensor:  # [d]
-        return self._sum / self.count
+        assert self._pivot is not None, "no update yet"
+        return self._pivot + self._sum / self.count
 
     def second_moment(self) -> Tensor:  # [d, d]
-        assert self._products is not None, "no update yet"
-        upper = self._products.triu()
-        return (upper + upper.triu(1).T) / self.count
+        return self.covariance().addr_(self.mean, self.mean)
 
     def covariance(self) -> Tensor:  # [d, d]
         """Second moment about the mean."""
-        return self.second_moment() - torch.outer(self.mean, self.mean)
+        for i in range(self.tile, len(self._products), self.tile):
+            self._products[i:, i - self.tile : i] = self._products[i - self.tile : i, i:].T
+        offset = self._sum / self.count
+        return (self._products / self.count).addr_(offset, offset, alpha=-1)
 
     @property
     def norm(self) -> Tensor:  # [d]
         r""":math:`\lVert X_{:,j} \rVert_2` over all tokens."""
-        assert self._products is not None, "no update yet"
-        return self._products.diagonal().sqrt()
+        offset = self._sum / self.count
+        return (self._products.diagonal() + self.count * (self.mean.square() - offset.square())).clamp(min=0).sqrt()
 
 
 class BlockInfluence:

@@ -5,6 +5,7 @@ device too, so that a plan rebuilds the structure of a pruned model before any w
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any, Literal, cast
 
@@ -174,12 +175,16 @@ def attach(model: PreTrainedModel, plan: PruningPlan) -> None:
 
 
 def apply(model: PreTrainedModel, plan: PruningPlan) -> None:
-    """Gives a dense model the structure of a plan, those before it included; repaired values are not in a plan.
+    """Gives a model the structure of a plan, with those before it that it lacks; repaired values are not in a plan.
 
     Raises:
-        ValueError: The plan was made for a model of other shapes.
+        ValueError: The plan was made for a model of other shapes, or one that had been pruned otherwise.
     """
-    for step in plan.chain():
+    done, steps = plan_of(model), plan.chain()
+    past = [step.digest for step in done.chain()] if done else []
+    if past != [step.digest for step in steps[: len(past)]]:
+        raise ValueError("the plan does not fit the model, which is pruned by another: use the model it was made for")
+    for step in steps[len(past) :]:
         blocks = blocks_of(model)
         _check_fit(blocks, step)
         for block in blocks:
@@ -233,6 +238,13 @@ def _check_fit(blocks: list[Block], plan: PruningPlan) -> None:
             raise ValueError(
                 f"the plan does not fit the model: {name} has {size} units in the plan and "
                 f"{sizes.get(name, 'none')} in the model; use the model it was made for ({plan.origin.get('model')})"
+            )
+    now = [block.parameters() for block in blocks]
+    for i, (there, here) in enumerate(itertools.zip_longest(plan.before, now, fillvalue=0)):
+        if there != here:
+            raise ValueError(
+                f"the plan does not fit the model: block {i} has {there} parameters in the plan and {here} in the "
+                f"model; use the model it was made for ({plan.origin.get('model')})"
             )
 
 

@@ -1,6 +1,8 @@
 """Tiny random models of every family, a tiny tokenizer, and text: nothing is downloaded."""
 
 import functools
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -47,12 +49,10 @@ METHODS: dict[str, Any] = {
 
 def tiny(family: str = "llama", seed: int = 0, **settings: Any) -> PreTrainedModel:
     """A random model of three blocks, float32, in evaluation mode."""
-    config = CONFIG_MAPPING[family](
-        **{"num_hidden_layers": 3, "vocab_size": VOCABULARY, "max_position_embeddings": 128}
-        | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-        | SETTINGS[family]
-        | settings
-    )
+    sizes = {"num_hidden_layers": 3, "vocab_size": VOCABULARY, "max_position_embeddings": 128}
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    everything: dict[str, Any] = {**sizes, **special, **SETTINGS[family], **settings}
+    config = CONFIG_MAPPING[family](**everything)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():  # biases and norms start at 0 and 1, where faults hide
@@ -91,3 +91,18 @@ def save_tiny(folder: Path, family: str = "llama", **settings: Any) -> str:
     tiny(family, **settings).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def decode(ids: Tensor | list[int]) -> str:
+    return str(tokenizer().decode(ids, clean_up_tokenization_spaces=False))
+
+
+def jsonl(path: Path, rows: Iterable[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def numbers(path: Path, start: int = 0, stop: int = 400) -> str:
+    """A text in which every window of a few tokens is unlike all others."""
+    path.write_text(" ".join(str(i) for i in range(1000 + start, 1000 + stop)))
+    return str(path)

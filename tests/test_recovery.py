@@ -199,7 +199,9 @@ def test_a_second_run_uses_the_plan_and_another_setting_makes_its_own(folder: st
 
 def test_fit_goes_on_from_a_pruned_folder(folder: str, text: str, tmp_path: Path) -> None:
     method = CFSP(0.3)
-    trainer(tmp_path, Prune(method), Export(str(tmp_path / "out")), steps=2).fit(recovery(folder), datamodule=data(text))
+    trainer(tmp_path, Prune(method), Export(str(tmp_path / "out")), steps=2).fit(
+        recovery(folder), datamodule=data(text)
+    )
     module = recovery(str(tmp_path / "out"))
     run = trainer(tmp_path, Prune(method), Export(str(tmp_path / "further")), steps=2)
     run.fit(module, datamodule=data(text))

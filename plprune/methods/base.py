@@ -69,4 +69,5 @@ def prune(
 
 def text_fingerprint(batches: Calibration) -> str:
     """A hash of the calibration windows, whatever the size of the batches."""
-    return fingerprint([("ids", torch.cat([ids.flatten() for ids in batches]).cpu())], values=1 << 30)
+    ids, lengths = [ids.flatten() for ids in batches], [ids.shape[1] for ids in batches for _ in ids]
+    return fingerprint([("ids", torch.cat(ids).cpu()), ("lengths", torch.tensor(lengths))], values=1 << 30)

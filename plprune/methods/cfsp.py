@@ -19,9 +19,10 @@ Deviations from the authors' code:
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -88,25 +89,30 @@ class CFSP(PruningMethod):
         return relative_score(down.double(), [w.detach().double() for w in producers], norm, self.b, self.c)
 
     def _widths(self, sizes: list[int], u: Tensor, p: float) -> list[int]:
-        exact = [n * k for n, k in zip(sizes, kept_fractions(u, p).tolist(), strict=True)]
+        exact = [n * k for n, k in zip(sizes, kept_fractions(u, p, sizes).tolist(), strict=True)]
         if self.multiple_of > 1:
             m = self.multiple_of
             return [min(n, max(m, int((w + m / 2) / m) * m)) for n, w in zip(sizes, exact, strict=True)]
-        return largest_remainder(exact, round(sum(sizes) * (1 - p)))
+        total = round(sum(sizes) * (1 - p))
+        if total < len(sizes):
+            raise ValueError(f"CFSP would keep {total} FFN channels in {len(sizes)} blocks: ask for a lower sparsity")
+        return largest_remainder(exact, total)
 
 
-def kept_fractions(u: Tensor, p: float) -> Tensor:  # [B] -> [B]
+def kept_fractions(u: Tensor, p: float, sizes: Sequence[int] | None = None) -> Tensor:  # [B] -> [B]
     r"""The fraction of each block's channels to keep (CFSP, equation for the layer-wise ratio).
 
     .. math:: k_l = \frac{u_l}{\bar u} (1 - p)
 
-    where importance is drawn toward its mean first if a block would otherwise keep more than it has.
+    where importance is drawn toward its mean first if a block would otherwise keep more than it has. The mean is
+    weighted by the blocks' `sizes`, should they differ: p is of all channels together.
 
     Example:
         >>> kept_fractions(torch.tensor([0.4, 0.6]), 0.2)
         tensor([0.6400, 0.9600])
     """
-    mean = u.mean()
+    size = torch.tensor(sizes or [1] * len(u), dtype=u.dtype)
+    mean = (u * size).sum() / size.sum()
     if u.max() / mean * (1 - p) >= 1 and u.max() > mean:
         u = mean + (u - mean) * (mean * (1 / (1 - p) - 1) / (u.max() - mean) / 1.05)
     return u / mean * (1 - p)

@@ -187,6 +187,9 @@ def global_ranking(scores: list[Tensor], costs: list[int], p: float) -> list[Ten
         costs: Parameters of one unit of each group.
         p: The fraction of all cost to remove.
 
+    Raises:
+        ValueError: The best unit of each group is already more than what may stay.
+
     Example:
         >>> global_ranking([torch.tensor([3.0, 1.0]), torch.tensor([2.0, 0.0])], [1, 1], 0.5)
         [tensor([0]), tensor([0])]
@@ -199,7 +202,12 @@ def global_ranking(scores: list[Tensor], costs: list[int], p: float) -> list[Ten
     flat[best] = torch.inf
     order = flat.argsort(descending=True, stable=True)
     spent = cost[order].cumsum(0)
-    count = max(len(scores), int((spent - (1 - p) * cost.sum()).abs().argmin()) + 1)
+    count = int((spent - (1 - p) * cost.sum()).abs().argmin()) + 1
+    if count < len(scores):
+        raise ValueError(
+            f"FLAP cannot remove {p:.1%} of what it prunes, as every block keeps its best head and its best channel: "
+            "ask for a lower sparsity"
+        )
     kept = torch.zeros(len(flat), dtype=torch.bool).index_fill_(0, order[:count], True)
     return [kept[owner == i].nonzero().flatten() for i in range(len(scores))]
 

@@ -16,6 +16,7 @@ Deviations from the authors' code:
 
 import dataclasses
 import logging
+import math
 from collections.abc import Iterable
 
 import torch
@@ -25,7 +26,7 @@ from transformers import PreTrainedModel
 
 from plprune.allocation import check_sparsity, importance, top_k
 from plprune.anatomy import Block, blocks_of
-from plprune.calibration import Calibration, finish, observe, on_device, record, run_block, stream
+from plprune.calibration import Calibration, evaluating, finish, observe, on_device, record, run_block, stream
 from plprune.evaluation import next_token_loss
 from plprune.methods.base import PruningMethod
 from plprune.plan import PruningPlan
@@ -52,6 +53,11 @@ class TwoSSP(PruningMethod):
     drop_attentions: int | None = None
     stage2_samples: int = 1
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha <= 0 or self.stage2_samples < 1:
+            raise ValueError("2SSP needs a positive `alpha`, and at least one window to judge by (`stage2_samples`)")
+
     def prune(self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor]) -> PruningPlan:
         calibration = Calibration.of(batches)
         drop, fraction = self._shares(blocks_of(model))
@@ -65,7 +71,8 @@ class TwoSSP(PruningMethod):
             surgery.keep(block, group, top_k(score, round(len(group) * fraction)))
         if drop:
             windows = calibration.windows(self.stage2_samples)
-            SecondStage(surgery, windows, calibration.device or model.device).drop(drop)
+            with evaluating(model):
+                SecondStage(surgery, windows, calibration.device or model.device).drop(drop)
         return surgery.plan("TwoSSP", dataclasses.asdict(self), importance(distances))
 
     def _shares(self, blocks: list[Block]) -> tuple[int, float]:
@@ -171,11 +178,11 @@ class SecondStage:
         )
 
     def _drop_one(self, candidates: list[Block]) -> None:
-        best, trail, lowest = candidates[0], self.entering, float("inf")
+        best, trail, lowest = candidates[0], [], math.inf
         for block in candidates:
             with without_attention(block):
                 trial = self._run(block.index)
-            if (loss := self._loss(trial[-1])) < lowest:
+            if (loss := self._loss(trial[-1])) < lowest or not trail:
                 best, trail, lowest = block, trial, loss
         self.surgery.keep(best, best.groups()[0], torch.zeros(0, dtype=torch.long))
         self.entering[best.index + 1 :] = trail
@@ -197,4 +204,5 @@ class SecondStage:
         for ids, x in zip(self.windows, hidden, strict=True):
             logits = finish(model, ids, x.to(model.device))
             total += next_token_loss(logits, ids, "sum").double().item()
-        return total / sum(ids[:, 1:].numel() for ids in self.windows)
+        loss = total / sum(ids[:, 1:].numel() for ids in self.windows)
+        return loss if math.isfinite(loss) else math.inf

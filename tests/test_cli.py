@@ -1,0 +1,209 @@
+import inspect
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import plprune
+from plprune import CFSP, FLAP, load_pruned
+from plprune.callbacks import summary
+from plprune.checkpoint import load_model
+from plprune.cli import COMMANDS, STAGES, explained, main
+from plprune.plan import PruningPlan
+from plprune.text import draw, tokenised
+from tests.builders import save_tiny, tokenizer
+
+FIT = """
+trainer:
+  accelerator: cpu
+  max_steps: 2
+  logger: false
+  enable_progress_bar: false
+  enable_checkpointing: false
+  callbacks:
+    - class_path: plprune.Evaluate
+    - class_path: plprune.Prune
+      init_args: {method: {class_path: CFSP, init_args: {sparsity: 0.2}}}
+    - class_path: plprune.Export
+      init_args: {output: out, overwrite: true}
+model: {name_or_path: model}
+data: {train: text.txt, seq_len: 16, num_samples: 4, batch_size: 2}
+"""
+PRUNE = ["prune", "model", "--output=out", "--text=text.txt", "--num_samples=4", "--seq_len=16"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model, a text and a configuration, which is the current one."""
+    save_tiny(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("So it goes. " * 200)
+    (tmp_path / "fit.yaml").write_text(FIT)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def printed(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """What a command prints, and nothing goes wrong."""
+    code = None
+    capsys.readouterr()
+    try:
+        main(list(args))
+    except SystemExit as stop:
+        code = stop.code
+    assert not code
+    return capsys.readouterr().out
+
+
+# ---- help
+
+
+@pytest.mark.parametrize("args", [[], ["-h"], ["--help"]])
+def test_the_overview_names_every_command_with_what_it_does(
+    capsys: pytest.CaptureFixture[str], args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["plprune"])
+    lines = printed(capsys, *args).splitlines()
+    assert lines[0] == "usage: plprune COMMAND [options]"
+    listed = [line.split(maxsplit=1) for line in lines if line.startswith("  ")]
+    assert [name for name, _ in listed] == ["fit", "validate", "test", "prune", "evaluate"]
+    assert all(len(what) > 20 for _, what in listed)
+    assert max(map(len, lines)) <= 100
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, "--version") == f"plprune {plprune.__version__}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_says_what_it_is_and_its_default(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    text = " ".join(printed(capsys, name, "--help").split())
+    assert text.startswith(f"usage: plprune {name} ")
+    first, *options = inspect.signature(COMMANDS[name]).parameters.values()
+    assert f" {first.name} A name on the hub" in text or f" {first.name} A folder" in text
+    for option in options:
+        about = text.rpartition(f" --{option.name} ")[2]  # the usage names it before
+        meaning, _, rest = about.partition("(")
+        assert len(meaning.split()) > 1
+        default = {None: "null"}.get(option.default, option.default)
+        required = option.default is inspect.Parameter.empty
+        assert ("required" if required else f"default: {default})") in rest[: rest.index(")") + 1]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_help_of_lightning_commands(capsys: pytest.CaptureFixture[str], stage: str) -> None:
+    text = " ".join(printed(capsys, stage, "--help").split())
+    assert STAGES[stage] in text
+    for option in ("--config", "--model.name_or_path", "--model.lora.rank", "--data.train", "--trainer.callbacks"):
+        assert f" {option} " in text
+    assert "--optimizer" not in text
+
+
+def test_the_settings_of_a_method_have_help(capsys: pytest.CaptureFixture[str]) -> None:
+    text = " ".join(printed(capsys, "prune", "--method.help=CFSP").split())
+    assert "--method.sparsity SPARSITY" in text
+
+
+@pytest.mark.parametrize(
+    ("message", "command", "said"),
+    [
+        ("unrecognized arguments: --sedd 3", "prune", "--sedd 3; did you mean --seed?"),
+        ("unrecognized arguments: --sparsity 0.2", "prune", "did you mean --method.sparsity?"),
+        ("unrecognized arguments: --model.learningrate 1", "fit", "did you mean --model.learning_rate?"),
+        ("unrecognized arguments: --qqqqqqqq 1", "fit", "unrecognized arguments: --qqqqqqqq 1"),
+        ('Parser key "method":\n  Expected a dot import path string: 2SSP', "prune", "did you mean TwoSSP?"),
+        ("Subcommand 'fit' does not accept option 'data.jion'", "fit", "'data.jion'; did you mean data.join?"),
+        ("the following arguments are required: output", "prune", "the following arguments are required: output"),
+    ],
+)
+def test_near_matches(message: str, command: str, said: str) -> None:
+    assert explained(message, command).endswith(said)
+
+
+# ---- running
+
+
+def test_prune_does_what_the_library_does(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = printed(capsys, *PRUNE, "--method=FLAP", "--method.sparsity=0.3", "--batch_size=3", "--seed=5")
+    ids, _ = tokenised("text.txt", tokenizer())
+    model = load_model("model")
+    plan = plprune.prune(model, FLAP(sparsity=0.3), list(draw(ids, 4, 16, seed=5).split(3)), seed=5)
+    assert PruningPlan.load("out").digest == plan.digest
+    own = load_pruned("out")
+    assert torch.equal(own(input_ids=ids[None, :16]).logits, model(input_ids=ids[None, :16]).logits)
+    assert out == f"{summary(plan)}; saved to out\n"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_evaluate_measures_dense_and_pruned_models(here: Path, capsys: pytest.CaptureFixture[str], device: str) -> None:
+    main([*PRUNE, "--method=CFSP"])
+    parameters = []
+    for model in ("model", "out"):
+        args = ["--text=text.txt", "--seq_len=16", "--max_windows=5", f"--device={device}"]
+        head, row, foot = printed(capsys, "evaluate", model, *args).splitlines()
+        assert head.split()[:2] == ["model", "perplexity"]
+        parameters.append(int(row.split()[3].replace(",", "")))
+        assert foot.startswith("perplexity over 5 windows of 16 tokens of text.txt")
+    assert parameters[0] > parameters[1]
+
+
+def test_join_and_dtype_reach_the_work(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "rows.jsonl").write_text('{"text": "So it goes."}\n' * 300)
+    main([*PRUNE, "--method=CFSP", "--text=rows.jsonl", "--join=\\n\\n", "--dtype=bfloat16", "--offload"])
+    assert load_pruned("out").dtype == torch.bfloat16
+    plans = [PruningPlan.load("out").origin["calibration"]]
+    main([*PRUNE, "--method=CFSP", "--text=rows.jsonl", "--overwrite"])
+    assert PruningPlan.load("out").origin["calibration"] not in plans
+
+
+def test_a_fit_is_pruned_recovered_measured_and_exported(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = printed(capsys, "fit", "--config=fit.yaml", "--data.batch_size=3", "--model.lora.rank=2")
+    rows = [line.split()[0] for line in out.splitlines() if line.startswith(("dense ", "pruned ", "recovered "))]
+    assert rows == ["dense", "pruned", "recovered"]
+    assert PruningPlan.load("out").method == CFSP.__name__
+    for stage in ("validate", "test"):
+        assert "perplexity" in printed(capsys, stage, "--config=fit.yaml")
+
+
+def test_the_command_line_is_taken_from_the_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["plprune", "--version"])
+    main()
+    assert capsys.readouterr().out.startswith("plprune ")
+
+
+@pytest.mark.parametrize("args", [["prune", "no", "--method=CFP", "--output=a"], ["evaluate", "no", "--text=no.txt"]])
+def test_debugging_shows_where_it_went_wrong(monkeypatch: pytest.MonkeyPatch, args: list[str]) -> None:
+    monkeypatch.setenv("PLPRUNE_DEBUG", "1")
+    with pytest.raises(Exception, match=r"CFP|no\.txt"):
+        main(args)
+
+
+def test_our_own_lines_are_heard_and_those_of_others_are_not(
+    here: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(["--version"])
+    assert logging.getLogger("plprune.callbacks").isEnabledFor(logging.INFO)
+    assert not logging.getLogger("httpx").isEnabledFor(logging.INFO)
+    monkeypatch.setattr("plprune.cli.rank_zero_only.rank", 1)
+    main(["--version"])
+    assert not logging.getLogger("plprune.callbacks").isEnabledFor(logging.INFO)
+
+
+def test_a_real_fit_says_everything_once(here: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "plprune", "fit", "--config=fit.yaml"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == len(set(lines))
+    for ours in ("removed", "LoRA ranks", "saved the recovered model"):
+        assert sum(ours in line for line in lines) == 1
+    for noise in ("Warning", "warn", "Tip:", "LightningCLI's args", "workers", "LeafSpec", "INFO", "it/s", "No seed"):
+        assert noise not in done.stderr

