@@ -135,7 +135,8 @@ def relative_score(
         tensor([1., 3.])
     """
     weighted = down.abs() * norm**b
-    terms = weighted / weighted.sum(1, keepdim=True)
+    least = torch.finfo(weighted.dtype).tiny  # of a row of zeros every share is zero
+    terms = weighted / weighted.sum(1, keepdim=True).clamp(min=least)
     for weight in producers:
-        terms = terms + (weight.abs() / weight.abs().sum(0)).T
+        terms = terms + (weight.abs() / weight.abs().sum(0).clamp(min=least)).T
     return terms.mean(0) * norm**c

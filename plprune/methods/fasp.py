@@ -12,7 +12,7 @@ There is no public code. Choices where the paper is silent, and deviations:
 - Under grouped-query attention a value channel is shared by the query heads of its kv head: its score is their sum.
 - Inputs are centred and the bias takes up the difference of means (`compensate`); off, it is the paper's form.
 - The damping shrinks toward the kept weights, not toward zero; its size is ours.
-- `attention="kv_heads"` removes whole kv heads instead of value channels, which every program can load.
+- `attention="kv_heads"` removes whole kv heads instead of value channels, and leaves plain, uniform shapes.
 """
 
 import dataclasses

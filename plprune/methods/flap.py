@@ -49,7 +49,8 @@ class FLAP(PruningMethod):
         structure: Who competes with whom. AL-AM: all heads and channels of all blocks. AL-MM: all heads among
             themselves, all channels among themselves. UL-MM: within each block, with a given number of heads.
             UL-UM: within each block, the same fraction of heads and of channels, rounded down.
-        remove_heads: kv heads to remove in all blocks together; for AL-MM and UL-MM only, the channels give the rest.
+        remove_heads: kv heads to remove in all blocks together, for AL-MM and UL-MM only: the channels give the rest.
+            UL-MM removes the same number in each block, rounded down.
         square_attention: Whether the scores of attention channels are squared first, as in the authors' code.
         compensate: Whether the removed channels' mean contribution is added to the consumer's bias.
         sparsity_of: What `sparsity` is a fraction of: the decoder blocks' parameters, or their linear layers' only,
