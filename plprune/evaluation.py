@@ -49,7 +49,7 @@ def perplexity(model: PreTrainedModel, windows: Iterable[Tensor]) -> float:
 
 
 @torch.no_grad()
-def tokens_per_second(model: PreTrainedModel, ids: Tensor, repeats: int = 5) -> float:  # [b, s]
+def tokens_per_second(model: PreTrainedModel, ids: Tensor, repeats: int = 9) -> float:  # [b, s]
     """How fast a model reads: the median over `repeats` forward passes, after one that does not count."""
     ids = ids.to(model.device)
     seconds = []
