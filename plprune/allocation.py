@@ -4,9 +4,12 @@ Symbols: B blocks, s sparsity, :math:`S_l` how far block l moves its hidden stat
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from plprune.anatomy import Block
 
 
 def check_sparsity(sparsity: float) -> None:
@@ -44,6 +47,31 @@ def rescale(sparsity: float, total: int, prunable: int, what: str, added: int = 
             f"cannot be removed whole; ask for less than {prunable / total:.3f}"
         )
     return fraction
+
+
+def fraction_to_remove(
+    sparsity: float,
+    blocks: Sequence[Block],
+    attention: Literal["kv_heads", "value_channels", "none"],
+    what: str,
+    biased: bool = False,
+) -> float:
+    """The fraction of the blocks' prunable parameters to remove, so that `sparsity` of all their parameters leaves.
+
+    Args:
+        sparsity: The fraction of the blocks' parameters to remove.
+        blocks: All blocks.
+        attention: The unit of attention that can leave, beside the FFN channels.
+        what: What can leave, for the error.
+        biased: Whether every consumer will be given a bias, which the budget then pays for.
+
+    Raises:
+        ValueError: Not even all that can leave would be enough.
+    """
+    groups = [(block, group) for block in blocks for group in block.groups(attention)]
+    prunable = sum(len(group) * block.cost(group) for block, group in groups)
+    biases = sum(block.absent_bias(group) for block, group in groups) if biased else 0
+    return rescale(sparsity, sum(block.parameters() for block in blocks), prunable, what, biases)
 
 
 def top_k(score: Tensor, k: int) -> Tensor:  # [units] -> [k]

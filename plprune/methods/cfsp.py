@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune.allocation import importance, largest_remainder, rescale, top_k
+from plprune.allocation import fraction_to_remove, importance, largest_remainder, top_k
 from plprune.anatomy import Block, Group, blocks_of, innermost
 from plprune.calibration import Calibration, observe, stream
 from plprune.methods.base import PruningMethod
@@ -78,8 +78,7 @@ class CFSP(PruningMethod):
         """The fraction of the FFN channels to remove (p)."""
         if self.sparsity_of == "ffn":
             return self.sparsity
-        prunable = sum(len(g) * b.cost(g) for b in blocks for g in b.groups("none"))
-        return rescale(self.sparsity, sum(b.parameters() for b in blocks), prunable, "the FFN")
+        return fraction_to_remove(self.sparsity, blocks, "none", "the FFN")
 
     def _score(self, block: Block, group: Group, norm: Tensor) -> Tensor:  # [n]
         if self.score == "activation":

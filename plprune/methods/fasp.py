@@ -22,8 +22,8 @@ from typing import Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune.allocation import importance, rescale, top_k
-from plprune.anatomy import Block, Group, blocks_of, dense_weight
+from plprune.allocation import fraction_to_remove, importance, top_k
+from plprune.anatomy import Block, Group, dense_weight
 from plprune.calibration import Calibration, observe, stream
 from plprune.methods.base import PruningMethod
 from plprune.plan import PruningPlan
@@ -52,8 +52,9 @@ class FASP(PruningMethod):
     compensate: bool = True
 
     def prune(self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor]) -> PruningPlan:
-        fraction = self._fraction(blocks_of(model))
         surgery, distances = Surgery(model), []
+        attention, what = self.attention, "what FASP prunes"
+        fraction = fraction_to_remove(self.sparsity, surgery.blocks, attention, what, biased=self.compensate)
         for block, inputs in stream(model, batches, "FASP"):
             observed = observe(block, inputs, Gram, self.attention)
             counts = kept_counts(block, [group for group, _ in observed], fraction)
@@ -61,13 +62,6 @@ class FASP(PruningMethod):
                 self._prune(surgery, block, group, gram, count)
             distances.append(inputs.influence.distance("angular"))
         return surgery.plan("FASP", dataclasses.asdict(self), importance(distances))
-
-    def _fraction(self, blocks: list[Block]) -> float:
-        """The fraction of prunable parameters to remove."""
-        groups = [(b, g) for b in blocks for g in b.groups(self.attention)]
-        prunable = sum(len(g) * b.cost(g) for b, g in groups)
-        biases = sum(b.absent_bias(g) for b, g in groups) if self.compensate else 0
-        return rescale(self.sparsity, sum(b.parameters() for b in blocks), prunable, "what FASP prunes", biases)
 
     def _prune(self, surgery: Surgery, block: Block, group: Group, gram: Gram, count: int) -> None:
         index = group.consumer.index

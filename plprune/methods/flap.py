@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune.allocation import importance, rescale, top_k
+from plprune.allocation import fraction_to_remove, importance, top_k
 from plprune.anatomy import Block, Group, blocks_of
 from plprune.calibration import Calibration, observe, stream
 from plprune.methods.base import PruningMethod
@@ -85,11 +85,9 @@ class FLAP(PruningMethod):
 
     def _budget(self, blocks: list[Block]) -> float:
         """The fraction of prunable parameters to remove (p)."""
-        prunable = sum(len(g) * b.cost(g) for b in blocks for g in b.groups())
         if self.sparsity_of == "linears":
             return self.sparsity
-        biases = sum(b.absent_bias(g) for b in blocks for g in b.groups()) if self.compensate else 0
-        return rescale(self.sparsity, sum(b.parameters() for b in blocks), prunable, "what FLAP prunes", biases)
+        return fraction_to_remove(self.sparsity, blocks, "kv_heads", "what FLAP prunes", biased=self.compensate)
 
     def _score(self, block: Block, group: Group, moments: Moments) -> Tensor:  # [units, columns per unit]
         weight = block.weight(group).double()
