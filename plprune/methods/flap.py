@@ -109,20 +109,16 @@ class FLAP(PruningMethod):
         heads = [row for row in scores if row[1].kind == "attention"]
         channels = [row for row in scores if row[1].kind == "ffn"]
         target = p * sum(len(g) * b.cost(g) for b, g, _ in scores)
-        if self.structure == "UL-MM":
-            keep = self._per_block(heads, self.remove_heads // max(1, len(heads)))
-            left = target - sum((len(g) - len(k)) * b.cost(g) for (b, g, _), k in zip(heads, keep, strict=True))
-            keep += self._per_block(channels, int(left / sum(b.cost(g) for b, g, _ in channels) + 1e-9))
+        costs = [b.cost(g) for b, g, _ in channels]
+        if self.structure == "UL-MM":  # what is removed is removed once in each block
+            choose, remove, cost = _within_blocks, self.remove_heads // max(1, len(heads)), sum(costs)
         else:
-            keep = _among_themselves(heads, self.remove_heads)
-            left = target - sum((len(g) - len(k)) * b.cost(g) for (b, g, _), k in zip(heads, keep, strict=True))
-            keep += _among_themselves(channels, int(left / channels[0][0].cost(channels[0][1]) + 1e-9))
+            choose, remove, cost = _among_themselves, self.remove_heads, costs[0]
+        keep = choose(heads, remove)
+        left = target - sum((len(g) - len(k)) * b.cost(g) for (b, g, _), k in zip(heads, keep, strict=True))
+        keep += choose(channels, int(left / cost + 1e-9))
         by_name = {g.name: k for (_, g, _), k in zip(heads + channels, keep, strict=True)}
         return [by_name[group.name] for _, group, _ in scores]
-
-    def _per_block(self, rows: list[tuple[Block, Group, Tensor]], remove: int) -> list[Tensor]:
-        _check_removal(remove, min((len(g) for _, g, _ in rows), default=1), "in each block")
-        return [top_k(score.sum(1), len(score) - remove) for *_, score in rows]
 
 
 METRICS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -209,6 +205,12 @@ def global_ranking(scores: list[Tensor], costs: list[int], p: float) -> list[Ten
         )
     kept = torch.zeros(len(flat), dtype=torch.bool).index_fill_(0, order[:count], True)
     return [kept[owner == i].nonzero().flatten() for i in range(len(scores))]
+
+
+def _within_blocks(rows: list[tuple[Block, Group, Tensor]], remove: int) -> list[Tensor]:
+    """UL-MM: a ranking of one kind's units in each block, which loses `remove` of them."""
+    _check_removal(remove, min((len(g) for _, g, _ in rows), default=1), "in each block")
+    return [top_k(score.sum(1), len(score) - remove) for *_, score in rows]
 
 
 def _among_themselves(rows: list[tuple[Block, Group, Tensor]], remove: int) -> list[Tensor]:
