@@ -229,8 +229,6 @@ def _present(name_or_path: str) -> Path:
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
     # Unless it is dequantised, weights may stay packed, and no pruning code can slice those.
     quantization = GgufConfig(dequantize=True)
     try:
