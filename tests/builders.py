@@ -68,6 +68,12 @@ def windows(count: int = 6, length: int = 16, seed: int = 1) -> Tensor:
     return torch.randint(3, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: Tensor | None = None) -> Tensor:
+    """What a model makes of token ids, by default of two windows."""
+    return model(input_ids=windows(2, 12, seed=7) if ids is None else ids).logits
+
+
 def method(name: str, sparsity: float = 0.2) -> PruningMethod:
     return METHODS[name](sparsity=sparsity)
 

@@ -16,14 +16,9 @@ from plprune.anatomy import FAMILIES
 from plprune.checkpoint import load_model, load_stage, load_tokenizer, locate, save_stage
 from plprune.plan import FILE, PruningPlan
 from plprune.surgery import plan_of
-from tests.builders import save_tiny, tiny, tokenizer, windows
+from tests.builders import logits, save_tiny, tiny, tokenizer, windows
 
 WEIGHTS = "model.safetensors"
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel) -> Tensor:
-    return model(input_ids=windows(2)).logits
 
 
 def pruned(folder: Path, method: Any = None, family: str = "llama") -> PreTrainedModel:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from plprune import PruningPlan, load_pruned, perplexity, prune, save_pruned, surgery
 from plprune.anatomy import FAMILIES, Block, Group, blocks_of
-from tests.builders import METHODS, method, tiny, windows
+from tests.builders import METHODS, logits, method, tiny, windows
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -18,11 +18,6 @@ every_method = pytest.mark.parametrize("name", METHODS)
 def pruned(family: str, name: str, sparsity: float = 0.25, **settings) -> tuple[PreTrainedModel, PruningPlan]:
     model = tiny(family, **settings)
     return model, prune(model, method(name, sparsity), list(windows().split(2)))
-
-
-def logits(model: PreTrainedModel, ids: Tensor | None = None) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=windows(2, 12, seed=7) if ids is None else ids).logits
 
 
 @every_method

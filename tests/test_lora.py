@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from plprune import FASP, FLAP, LoRA, TwoSSP, prune
@@ -14,7 +14,7 @@ from plprune.anatomy import FAMILIES, blocks_of
 from plprune.lora import adapters, inject, merged, ranks, weights
 from plprune.plan import PruningPlan
 from plprune.surgery import plan_of
-from tests.builders import tiny, windows
+from tests.builders import logits, tiny, windows
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -30,11 +30,6 @@ def adapted(family: str = "llama", lora: LoRA | None = None, *methods: Any) -> P
         if parameter.requires_grad:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     return model
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel) -> Tensor:
-    return model(input_ids=windows(2)).logits
 
 
 def plan(importance: list[float], after: list[int] | None = None) -> PruningPlan:

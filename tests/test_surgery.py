@@ -24,15 +24,10 @@ from plprune.surgery import (
     shrink,
     without_attention,
 )
-from tests.builders import tiny, windows
+from tests.builders import logits, tiny, windows
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_unit = pytest.mark.parametrize("attention", ["kv_heads", "value_channels", "none"])
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel) -> Tensor:
-    return model(input_ids=windows(2, 12, seed=7)).logits
 
 
 def silence(block: Block, group: Group, keep: Tensor) -> None:
