@@ -15,6 +15,7 @@ batches)` is all of it.
 from plprune.calibration import Calibration
 from plprune.callbacks import Evaluate, Export, Prune
 from plprune.checkpoint import load_pruned, save_pruned
+from plprune.checkpointing import Checkpoint
 from plprune.data import RecoveryData
 from plprune.evaluation import perplexity
 from plprune.lora import LoRA
@@ -29,6 +30,7 @@ __all__ = [
     "FASP",
     "FLAP",
     "Calibration",
+    "Checkpoint",
     "Evaluate",
     "Export",
     "LoRA",

@@ -17,13 +17,16 @@ kind           unit                     producers                    consumer
 Symbols: B blocks, d model width, n FFN width, H query heads, hd head dimension, g query heads per kv head.
 """
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from plprune.journal import Decision
 
 Kind = Literal["attention", "value", "ffn"]
 
@@ -107,6 +110,20 @@ class Group:
         return len(self.consumer.index)
 
 
+class Home(Protocol):
+    """Where the weights of a block are while they are not in memory; its module carries it as `home`."""
+
+    version: int  # how often the block was written there
+
+    def present(self, device: torch.device | None) -> contextlib.AbstractContextManager[None]:
+        """The weights in memory, for the time of the context."""
+        ...
+
+    def note(self, decision: Decision) -> None:
+        """A decision that was carried out on the block, which is present."""
+        ...
+
+
 @dataclass(frozen=True)
 class Block:
     """One decoder block: its place, its module and the names of its parts."""
@@ -115,14 +132,26 @@ class Block:
     module: nn.Module
     family: Family
 
+    @property
+    def home(self) -> Home | None:
+        """Where the weights are, if they are not in memory."""
+        return getattr(self.module, "home", None)
+
+    def present(self, device: torch.device | None = None) -> contextlib.AbstractContextManager[None]:
+        """The block in memory, and on `device` if one is given, for the time of the context; what changed is kept."""
+        if self.home is not None:
+            return self.home.present(device)
+        return contextlib.nullcontext() if device is None else on_device(self.module, device)
+
     def part(self, path: str) -> nn.Module:
         """The module at `path`; a projection may be an `nn.Linear`, or the gather or scatter around one."""
         return self.module.get_submodule(path)
 
     def weight(self, group: Group) -> Tensor:  # [d, units, columns per unit]
         """The consumer's weight, by unit."""
-        weight, index = dense_weight(self.part(group.consumer.path)), group.consumer.index
-        return weight[:, index.to(weight.device)]
+        with self.present():
+            weight, index = dense_weight(self.part(group.consumer.path)), group.consumer.index
+            return weight[:, index.to(weight.device)]
 
     def cost(self, group: Group) -> int:
         """Parameters that leave with one unit."""
@@ -206,6 +235,20 @@ def blocks_of(model: PreTrainedModel) -> list[Block]:
     family = family_of(model.config)
     modules = cast(Iterable[nn.Module], model.get_submodule(family.blocks))
     return [Block(i, module, family) for i, module in enumerate(modules)]
+
+
+@contextlib.contextmanager
+def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """The module on `device`, for the time of the context."""
+    home = next(module.parameters()).device
+    if home == device:
+        yield
+        return
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)
 
 
 def innermost(module: nn.Module) -> nn.Linear:

@@ -1,6 +1,12 @@
-"""Files and folders that appear whole or not at all: written beside their place under another name, then renamed."""
+"""Files and folders that appear whole or not at all: written beside their place under another name, then renamed.
+
+The other name is that of a folder, the room, which its writer keeps locked. A lock ends with its process, however that
+ends: rooms without one are what killed writers have left, and the next writer removes them.
+"""
 
 import contextlib
+import fnmatch
+import glob
 import os
 import shutil
 import tempfile
@@ -8,6 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked or flushed, and what a killed writer leaves stays
+    fcntl = None
+
+OLD = "old"  # in a room: what was there before
+SUFFIX = ".partial"
 
 
 def check_free(path: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -39,21 +53,89 @@ def staged(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Pa
     path = Path(os.path.abspath(path))
     created = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    room = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    clear(path.parent, glob.escape(path.name))
+    room, lock = Path(tempfile.mkdtemp(SUFFIX, f".{path.name}.", path.parent)), None
+    with contextlib.suppress(OSError):  # there are file systems without locks
+        lock = _lock(room)
     try:
         yield room / path.name
+        flush(room / path.name)
         if path.is_dir() or (path.exists() and (room / path.name).is_dir()):  # these a rename does not replace
-            os.replace(path, room / "old")
+            os.replace(path, room / OLD)
         os.replace(room / path.name, path)
+        _sync(path.parent)
     except Exception as error:
         if getattr(error, "errno", None) or isinstance(error, SafetensorError) or type(error) is Exception:
             reason = " ".join(str(error).split())  # a bare Exception is what tokenizers raises when it cannot write
             raise OSError(f"cannot write {path} ({reason}): check the space and the rights there") from error
         raise
     finally:
-        if not path.exists() and (room / "old").exists():
-            os.replace(room / "old", path)
-        shutil.rmtree(room, ignore_errors=True)
+        _discard(room, path)
+        _unlock(lock)
         with contextlib.suppress(OSError):  # of folders, only those that are empty go
             for folder in created:
                 folder.rmdir()
+
+
+def clear(folder: str | os.PathLike[str], names: str = "*") -> None:
+    """Removes what killed writers have left in a folder, of files and folders whose names match a pattern."""
+    for room in Path(folder).glob(f".*.*{SUFFIX}"):
+        name = room.name[1:].removesuffix(SUFFIX).rpartition(".")[0]
+        if not fnmatch.fnmatchcase(name, names) or not room.is_dir() or room.is_symlink():
+            continue
+        with contextlib.suppress(OSError):  # someone writes there, or was faster
+            lock = _lock(room)
+            _discard(room, room.parent / name)
+            _unlock(lock)
+
+
+def remove(path: str | os.PathLike[str]) -> None:
+    """Removes a file or a folder at once: what is killed meanwhile leaves something that :func:`clear` removes."""
+    path = Path(path)
+    room = path.with_name(f".{path.name}.removed{SUFFIX}")
+    shutil.rmtree(room, ignore_errors=True)
+    room.mkdir()
+    os.replace(path, room / "removed")
+    shutil.rmtree(room)
+
+
+def flush(path: str | os.PathLike[str]) -> None:
+    """Has a file, or a folder with all that is in it, written to the disk, so that it survives a loss of power."""
+    path = Path(path)
+    for each in [*path.rglob("*"), path] if path.is_dir() else [path]:
+        _sync(each)
+
+
+def _sync(path: Path) -> None:
+    if fcntl is None:
+        return
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _discard(room: Path, path: Path) -> None:
+    """Removes a room, and puts back what it had been about to replace."""
+    if not path.exists() and (room / OLD).exists():
+        os.replace(room / OLD, path)
+    shutil.rmtree(room, ignore_errors=True)
+
+
+def _lock(room: Path) -> int | None:
+    """Raises OSError if another process has it."""
+    if fcntl is None:
+        return None
+    lock = os.open(room, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)

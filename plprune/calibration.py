@@ -5,17 +5,21 @@ is recorded, and the blocks are then called with just that. One block at a time 
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from plprune import processes
 from plprune.anatomy import Block, Group, blocks_of
+from plprune.journal import Filed, Past, Walk, journal_of, restore
+from plprune.progress import Progress
 from plprune.stats import BlockInfluence, Statistic
+from plprune.surgery import replay
 
 S = TypeVar("S", bound=Statistic)
 
@@ -27,12 +31,15 @@ class Calibration:
     Args:
         batches: Token ids, one tensor [b, s] each, without padding.
         device: Where the current block runs; the model's own device if not given.
-        offload: Whether hidden states wait on the CPU rather than on `device`.
+        offload: Where hidden states wait: in the CPU's memory, on disk (only if the model streams from there), or on
+            `device` if not given.
+        group: Processes that share the work, each with the whole text and the whole model; None if there is only one.
     """
 
     batches: list[Tensor]
     device: torch.device | None = None
-    offload: bool = False
+    offload: Literal["cpu", "disk"] | None = None
+    group: processes.Group = None
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.batches)
@@ -53,7 +60,19 @@ class Calibration:
 
     def windows(self, count: int) -> list[Tensor]:  # [1, s] each
         """The first `count` windows, one by one."""
-        return [ids[i : i + 1] for ids in self.batches for i in range(len(ids))][:count]
+        return self._windows()[:count]
+
+    def share(self) -> list[Tensor]:  # [b, s] each
+        """The batches of this process, which may have none."""
+        if self.group is None:
+            return self.batches
+        size = max(len(ids) for ids in self.batches)
+        mine = processes.share(self._windows(), self.group)
+        alike = [list(run) for _, run in itertools.groupby(mine, lambda ids: ids.shape[1])]
+        return [torch.cat(run[i : i + size]) for run in alike for i in range(0, len(run), size)]
+
+    def _windows(self) -> list[Tensor]:  # [1, s] each
+        return [ids[i : i + 1] for ids in self.batches for i in range(len(ids))]
 
 
 @dataclass(frozen=True)
@@ -67,21 +86,54 @@ class Call:
         return Call(_move(self.args, device), _move(self.kwargs, device))
 
 
+class Held(list[Tensor]):
+    """Hidden states in memory, on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def append(self, hidden: Tensor) -> None:
+        super().append(hidden.to(self.device))
+
+    def discard(self) -> None:
+        """Nothing is left behind."""
+
+
 class BlockInputs:
-    """What enters one block, over all batches, and after :func:`observe` also what leaves it."""
+    """What enters one block, over all batches, and after :func:`observe` also what leaves it.
+
+    Args:
+        block: The block.
+        hidden: The hidden states that enter it, [b, s, d] each.
+        calls: What else it is called with.
+        device: Where it runs.
+        states: Makes an empty collection for what leaves it.
+        group: Processes that share the batches.
+    """
 
     def __init__(
-        self, block: Block, hidden: list[Tensor], calls: list[Call], device: torch.device, store: torch.device
-    ):
-        self.block, self.hidden, self.calls, self.device, self.store = block, hidden, calls, device, store
+        self,
+        block: Block,
+        hidden: Sequence[Tensor],
+        calls: list[Call],
+        device: torch.device,
+        states: Callable[[], Held | Filed],
+        group: processes.Group = None,
+    ) -> None:
+        self.block, self.hidden, self.calls = block, hidden, calls
+        self.device, self.states, self.group = device, states, group
         self.influence = BlockInfluence()
-        self._outputs: list[Tensor] = []
-        self._weights: list[Tensor] = []  # copies of those that made the outputs
+        self.observed: list[dict[str, Any]] = []  # statistics by consumer, of each observation
+        self._outputs: Held | Filed | None = None
+        self._weights: dict[str, Tensor] = {}  # a summary of those that made the outputs
 
     @torch.no_grad()
     def run(self, influence: BlockInfluence | None = None) -> None:
         """Runs the block on every batch, and keeps the outputs."""
-        self._outputs, self._weights = [], [p.detach().clone() for p in self.block.module.parameters()]
+        if self._outputs is not None:
+            self._outputs.discard()
+        self._outputs, self._weights = self.states(), summary(self.block.module)
         for hidden, call in zip(self.hidden, self.calls, strict=True):
             x = hidden.to(self.device)
             y = run_block(self.block, x, call.to(self.device))
@@ -92,15 +144,46 @@ class BlockInputs:
                 )
             if influence is not None:
                 influence.update(x, y)
-            self._outputs.append(y.to(self.store))
+            self._outputs.append(y)
 
-    def outputs(self) -> list[Tensor]:
+    def outputs(self) -> "Held | Filed":
         """What leaves the block as it is now: it is run again only if its weights were changed since it last was."""
-        now = list(self.block.module.parameters())  # compared by value: a change through `.data` leaves no other trace
-        same = len(now) == len(self._weights) and all(map(torch.equal, now, self._weights))
-        if not self._outputs or not same:
+        if self._outputs is None or not same_values(summary(self.block.module), self._weights):
+            self.observed.clear()
             self.run()
+        assert self._outputs is not None
         return self._outputs
+
+
+class Replay(BlockInputs):
+    """Stands for a block that an earlier run has behind it: gives back what was observed there, and runs nothing.
+
+    Args:
+        block: The block.
+        past: What is known of it.
+        device: Where it would run.
+    """
+
+    def __init__(self, block: Block, past: Past, device: torch.device) -> None:
+        self.block, self.device, self.group = block, device, None
+        self.influence = BlockInfluence()
+        restore(self.influence, past.influence)
+        self._observed = None if past.observed is None else iter(past.observed)
+
+    def __getattr__(self, name: str) -> Any:
+        raise ValueError(
+            f"`{name}` of block {self.block.index} is not kept: a method that looks at more than what `observe` gives "
+            "cannot go on after a stop; start again by --overwrite without --resume"
+        )
+
+    def again(self, groups: list[Group], statistic: Callable[[], S]) -> list[tuple[Group, S]]:
+        """What the next observation gave; nothing if the block was pruned then, and its decisions are known."""
+        if self._observed is None:
+            return []
+        kept, statistics = next(self._observed), {group.consumer.path: statistic() for group in groups}
+        for path, state in kept.items():
+            restore(statistics[path], state)
+        return [(group, statistics[group.consumer.path]) for group in groups]
 
 
 def stream(
@@ -108,7 +191,8 @@ def stream(
 ) -> Iterator[tuple[Block, BlockInputs]]:
     """The blocks in depth order, each with its inputs.
 
-    The caller may change a block before it asks for the next one: what follows then sees the change.
+    The caller may change a block before it asks for the next one: what follows then sees the change. If the model has a
+    journal, what is known of a block is kept there once the caller asks for the next one.
 
     Args:
         model: A dense or pruned model.
@@ -119,20 +203,28 @@ def stream(
         ValueError: Activations hold NaN or infinity; the message names the block.
     """
     calibration = Calibration.of(batches)
-    device = calibration.device or model.device
-    store = torch.device("cpu") if calibration.offload else device
-    blocks = blocks_of(model)
-    with evaluating(model), tqdm(total=len(blocks), desc=title, unit="block", disable=None) as bar:
-        records = [record(model, ids) for ids in calibration]
-        hidden = [first.to(store) for first, _ in records]
-        for block in blocks:
-            calls = [calls[block.index] for _, calls in records]
-            inputs = BlockInputs(block, hidden, calls, device, store)
-            with on_device(block.module, device):
+    device, states = calibration.device or model.device, _states(model, calibration)
+    blocks, walk = blocks_of(model), _walk(model, calibration)
+    done = walk.done if walk else 0
+    quiet = processes.rank(calibration.group) > 0
+    walking = walk or contextlib.nullcontext()
+    with evaluating(model), walking, Progress(len(blocks), title, "block", done, quiet) as bar:
+        for block in blocks[:done]:
+            yield from _again(model, block, cast(Walk, walk), device)
+        hidden = walk.entering() if walk and done else states()
+        calls = list(_enter(model, calibration, None if done else hidden)) if done < len(blocks) else []
+        for block in blocks[done:]:
+            inputs = BlockInputs(block, hidden, [c[block.index] for c in calls], device, states, calibration.group)
+            version = block.home.version if block.home else 0
+            with block.present(device):
                 yield block, inputs
-                if block is not blocks[-1]:
-                    hidden = inputs.outputs()
+                leaving = inputs.outputs() if block is not blocks[-1] else None
+            if walk:
+                walk.commit(_past(block, inputs, version), leaving)
+                hidden.discard()
             bar.update()
+            if leaving is not None:
+                hidden = leaving
 
 
 def observe(
@@ -141,30 +233,36 @@ def observe(
     statistic: Callable[[], S],
     attention: Literal["kv_heads", "value_channels", "none"] = "kv_heads",
 ) -> list[tuple[Group, S]]:
-    """Runs a block once over its inputs: every group with the statistic of its consumer's inputs.
+    """Runs a block once over its inputs: every group with the statistic of its consumer's inputs, in all processes.
 
-    The same pass measures how far the block moves its hidden states (`inputs.influence`) and keeps its outputs.
+    The same pass measures how far the block moves its hidden states (`inputs.influence`) and keeps its outputs. Where
+    an earlier run has already pruned the block, there are no groups left to decide on, and the list is empty.
     """
     groups = block.groups(attention)
+    if isinstance(inputs, Replay):
+        return inputs.again(groups, statistic)
     statistics = {group.consumer.path: statistic() for group in groups}
-    shapes = iter(h.shape[:2] for h in inputs.hidden)  # some families flatten samples and tokens before the FFN
-    shape = next(shapes)
+    shape: tuple[int, ...] = ()  # some families flatten samples and tokens before the FFN
 
     def hook(path: str) -> Callable[..., None]:
         return lambda _, args: statistics[path].update(args[0].reshape(*shape, -1))
 
-    def advance(*_: Any) -> None:
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal shape
-        shape = next(shapes, shape)
+        shape = _split(args, kwargs)[0].shape[:2]
 
     handles = [block.part(path).register_forward_pre_hook(hook(path)) for path in statistics]
-    handles.append(block.module.register_forward_hook(advance))
+    handles.append(block.module.register_forward_pre_hook(enter, with_kwargs=True))
     inputs.influence = BlockInfluence()
     try:
         inputs.run(inputs.influence)
     finally:
         for handle in handles:
             handle.remove()
+    if inputs.group is not None:
+        for merging in (*statistics.values(), inputs.influence):
+            merging.merge(inputs.group)
+    inputs.observed.append(statistics)
     return [(group, statistics[group.consumer.path]) for group in groups]
 
 
@@ -203,18 +301,24 @@ def run_block(block: Block, hidden: Tensor, call: Call) -> Tensor:  # [b, s, d] 
     return output[0] if isinstance(output, tuple) else output
 
 
-@contextlib.contextmanager
-def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """The module on `device`, for the time of the context."""
-    home = next(module.parameters()).device
-    if home == device:
-        yield
-        return
-    module.to(device)
-    try:
-        yield
-    finally:
-        module.to(home)
+def summary(module: nn.Module) -> dict[str, Tensor]:
+    """Sums over the bits of each parameter, by rows and by columns: of two sets of values no two are alike in practice.
+
+    Far smaller than the values, and read off them in a moment.
+    """
+    return {name: _sums(p.detach()) for name, p in module.named_parameters()}
+
+
+def same_values(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether two summaries are of the same values."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _sums(values: Tensor) -> Tensor:
+    if values.ndim != 2 or not values.is_contiguous() or values.shape[1] * values.element_size() % 8:
+        return values.clone()
+    bits = values.view(torch.int64)
+    return torch.cat([bits.sum(0), bits.sum(1)])
 
 
 @contextlib.contextmanager
@@ -252,6 +356,59 @@ def _standing_in(blocks: list[Block], forwards: list[Callable[..., Any]]) -> Ite
             del block.module.forward
             if forward is not None:
                 cast(Any, block.module).forward = forward
+
+
+def _walk(model: PreTrainedModel, calibration: Calibration) -> Walk | None:
+    journal = journal_of(model)
+    if journal is not None and calibration.group is not None:
+        raise ValueError("a model that streams from disk is pruned by one process: start it without others")
+    return Walk(journal) if journal is not None else None
+
+
+def _states(model: PreTrainedModel, calibration: Calibration) -> Callable[[], Held | Filed]:
+    """What makes empty collections of hidden states, where those are to wait."""
+    if calibration.offload != "disk":
+        device = torch.device("cpu") if calibration.offload else calibration.device or model.device
+        return lambda: Held(device)
+    journal, count = journal_of(model), itertools.count()
+    if journal is None:
+        raise ValueError(
+            "hidden states can wait on disk only if the model streams from there (--stream): offload to cpu"
+        )
+    return lambda: Filed(journal.room(f"states.{next(count)}"))
+
+
+def _enter(model: PreTrainedModel, calibration: Calibration, hidden: Held | Filed | None) -> Iterator[list[Call]]:
+    """How each batch enters the blocks: what they are called with, and into `hidden` the states before the first."""
+    for ids in calibration.share():
+        first, calls = record(model, ids)
+        if hidden is not None:
+            hidden.append(first)
+        yield calls
+
+
+def _again(
+    model: PreTrainedModel, block: Block, walk: Walk, device: torch.device
+) -> Iterator[tuple[Block, BlockInputs]]:
+    """A block that an earlier run has behind it."""
+    past, home = walk.past(block.index, device), block.home
+    inputs = Replay(block, past, device)
+    if home is None or past.version == home.version:
+        with block.present(device):
+            yield block, inputs
+        return
+    while home.version < past.version:
+        home.version += 1
+        decisions = walk.journal.decided(block.index, home.version)
+        replay(block, decisions, model)
+        walk.journal.taken_over += decisions
+    yield block, inputs
+
+
+def _past(block: Block, inputs: BlockInputs, version: int) -> Past:
+    """What is known of a block; what was observed there only if the decisions are still to be taken."""
+    now = block.home.version if block.home else 0
+    return Past(vars(inputs.influence), inputs.observed if now == version else None, now)
 
 
 def _move(value: Any, device: torch.device) -> Any:

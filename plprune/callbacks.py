@@ -4,25 +4,30 @@ Pruning happens in `setup`: the model is whole then, on the CPU, and no optimize
 is too late; there, nothing would train, without an error.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from plprune import processes, surgery
+from plprune.anatomy import on_device
 from plprune.atomic import check_free
-from plprune.calibration import Calibration, on_device
-from plprune.checkpoint import load_stage, save_pruned, save_stage
+from plprune.calibration import Calibration
+from plprune.checkpoint import load_stage, rebuilt, save_pruned, save_stage
 from plprune.evaluation import Measurement, as_dict, measure, table
-from plprune.lora import merged
-from plprune.methods.base import PruningMethod, prune, text_fingerprint
+from plprune.lora import merged, merged_state
+from plprune.methods.base import PruningMethod, equalise, prune, text_fingerprint
 from plprune.plan import FILE, PruningPlan, fingerprint
+from plprune.strategies import shards, whole
 from plprune.surgery import plan_of
 
 log = logging.getLogger(__name__)
@@ -30,6 +35,8 @@ log = logging.getLogger(__name__)
 
 class Prune(pl.Callback):
     """Prunes the model of a LightningModule before training, once.
+
+    Under several processes each calibrates on its share of the windows, and all take the decisions that one would.
 
     The plan and what the method repaired are kept beside the run, under `plans/` and a name made of the model, the
     text and the method's settings: a run that is stopped and started again finds them, and does not calibrate again.
@@ -39,7 +46,7 @@ class Prune(pl.Callback):
         calibration: Token ids, [b, s] each; the data module's `calibration()` if not given.
         attribute: Name of the module's attribute that holds the Hugging Face model.
         folder: Where plans are kept; the trainer's `default_root_dir` if not given.
-        offload: Whether the hidden states of calibration wait on the CPU, to save memory on the accelerator.
+        offload: Where the hidden states of calibration wait, to save memory on the accelerator: `cpu`, or on it.
     """
 
     def __init__(
@@ -48,7 +55,7 @@ class Prune(pl.Callback):
         calibration: Iterable[Tensor] | None = None,
         attribute: str = "model",
         folder: str | None = None,
-        offload: bool = False,
+        offload: Literal["cpu"] | None = None,
     ) -> None:
         self.method, self.calibration, self.attribute = method, calibration, attribute
         self.folder, self.offload = folder, offload
@@ -59,7 +66,7 @@ class Prune(pl.Callback):
         if self.plan is not None and plan_of(model) is self.plan:
             return
         loaded = plan_of(model)
-        if loaded is not None and loaded.settings == dataclasses.asdict(cast(Any, self.method)):
+        if loaded is not None and (loaded.method, loaded.settings) == self._asked():
             log.info("the model is already pruned by %s with these settings", loaded.method)
             self.plan = loaded
             return
@@ -77,13 +84,27 @@ class Prune(pl.Callback):
             )
 
     def _prune(self, trainer: pl.Trainer, model: PreTrainedModel) -> PruningPlan:
-        batches = self._batches(trainer)
-        folder = Path(self.folder or trainer.default_root_dir) / "plans" / self._key(model, batches)
-        if (folder / FILE).exists():
-            log.info("using the plan in %s", folder)
-            return load_stage(model, folder)
+        group, batches = processes.world(), self._batches(trainer)
+        key = None if processes.rank(group) else self._key(model, batches)
+        folder = Path(self.folder or trainer.default_root_dir) / "plans" / cast(str, processes.same(key, group))
+        if processes.same((folder / FILE).exists(), group):
+            return self._reload(trainer, model, folder, group)
         plan = prune(model, self.method, batches, getattr(trainer_data(trainer), "seed", None))
-        save_stage(model, plan, folder)
+        if not processes.rank(group):
+            save_stage(model, plan, folder)
+        return plan
+
+    def _reload(self, trainer: pl.Trainer, model: PreTrainedModel, folder: Path, group: processes.Group) -> PruningPlan:
+        """The first process reads the plan, the others get its structure before its weights."""
+        log.info("using the plan in %s", folder)
+        plan = processes.same(None if processes.rank(group) else load_stage(model, folder), group)
+        assert plan is not None
+        if processes.rank(group):
+            surgery.apply(model, plan)
+        lacking = processes.total(torch.tensor(any(p.is_meta for p in model.parameters()), dtype=torch.int64), group)
+        if not shards(trainer.strategy) or not lacking:  # those that lack weights get shards of them later
+            processes.receive(model, group)
+            equalise(model, plan, group)
         return plan
 
     def _batches(self, trainer: pl.Trainer) -> Calibration:
@@ -95,17 +116,22 @@ class Prune(pl.Callback):
                     "Prune has no calibration text: give `calibration`, or a data module like RecoveryData"
                 )
             batches = source()
-        device = trainer.strategy.root_device
-        return dataclasses.replace(Calibration.of(batches), device=device, offload=self.offload)
+        device, group = trainer.strategy.root_device, processes.world()
+        return dataclasses.replace(Calibration.of(batches), device=device, offload=self.offload, group=group)
+
+    def _asked(self) -> tuple[str, dict[str, Any]]:
+        return type(self.method).__name__, dataclasses.asdict(cast(Any, self.method))
 
     def _key(self, model: PreTrainedModel, batches: Calibration) -> str:
-        name, settings = type(self.method).__name__, dataclasses.asdict(cast(Any, self.method))
+        name, settings = self._asked()
         asked = [fingerprint(model.named_parameters()), text_fingerprint(batches), settings]
         return f"{name}-{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
 class Export(pl.Callback):
     """Saves the recovered model, adapters merged, when training ends.
+
+    Of several processes the first writes; where weights are in shards it gathers them one by one on the CPU.
 
     Args:
         output: Folder to write; it must not exist or be empty.
@@ -121,16 +147,23 @@ class Export(pl.Callback):
             check_free(self.output, self.overwrite)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model = model_of(pl_module, self.attribute)
-        with merged(model):
-            save_pruned(model, self.output, getattr(pl_module, "tokenizer", None), self.overwrite)
-        log.info("saved the recovered model to %s", self.output)
+        model, state = model_of(pl_module, self.attribute), {}
+        if trainer.is_global_zero or shards(trainer.strategy):
+            for name, value in merged_state(model, whole):
+                if trainer.is_global_zero:
+                    state[name] = value
+        if trainer.is_global_zero:
+            tokenizer = getattr(pl_module, "tokenizer", None)
+            save_pruned(rebuilt(model, state), self.output, tokenizer, self.overwrite)
+            log.info("saved the recovered model to %s", self.output)
+        trainer.strategy.barrier()
 
 
 class Evaluate(pl.Callback):
     """Measures the model dense, pruned and recovered, on the data module's held-out windows, and prints a table.
 
-    List it before `Prune`, so that it sees the dense model.
+    List it before `Prune`, so that it sees the dense model. Several processes share the windows; with weights in shards
+    the speed is not measured.
 
     Args:
         attribute: Name of the module's attribute that holds the Hugging Face model.
@@ -143,27 +176,27 @@ class Evaluate(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         model = model_of(pl_module, self.attribute)
         if stage == "fit" and plan_of(model) is None:
+            processes.receive(model, processes.world())
             with on_device(model, trainer.strategy.root_device):
-                self._measure("dense", trainer, model)
+                self._measure("dense", trainer, model, sharded=False)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = model_of(pl_module, self.attribute)
         if plan_of(model) is not None and trainer.ckpt_path is None:
-            with merged(model):  # untrained adapters change nothing but the speed
-                self._measure("pruned", trainer, model)
+            self._measure("pruned", trainer, model, shards(trainer.strategy))  # the adapters change nothing yet
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model = model_of(pl_module, self.attribute)
-        with merged(model):
-            self._measure("recovered", trainer, model)
+        self._measure("recovered", trainer, model_of(pl_module, self.attribute), shards(trainer.strategy))
         if trainer.is_global_zero:
             print(f"\n{table(self.rows)}\n")
 
-    def _measure(self, name: str, trainer: pl.Trainer, model: PreTrainedModel) -> None:
+    def _measure(self, name: str, trainer: pl.Trainer, model: PreTrainedModel, sharded: bool) -> None:
         data = trainer_data(trainer)
         if not hasattr(data, "held_out_windows"):
             raise ValueError("Evaluate has no text: train with a data module that has `held_out_windows`")
-        self.rows[name] = measure(model, cast(Any, data).held_out_windows())
+        windows = cast(Any, data).held_out_windows()
+        with contextlib.nullcontext() if sharded else merged(model):
+            self.rows[name] = measure(model, windows, processes.world(), speed=not sharded)
         if trainer.logger is not None:
             values = as_dict({name: self.rows[name]})[name]
             trainer.logger.log_metrics({f"{name}/{key}": value for key, value in values.items()})

@@ -4,6 +4,7 @@ A saved folder holds safetensors, `config.json` (with `per_layer_config` where b
 plan. Nothing is ever pickled, and nothing of a checkpoint is executed.
 """
 
+import copy
 import importlib.util
 import json
 import os
@@ -87,6 +88,23 @@ def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
         ) from error
 
 
+def load_skeleton(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
+    """What :func:`load_model` loads, without the weights: parameters are on the meta device.
+
+    Raises:
+        ValueError: There is no model of a supported family there.
+    """
+    path = _present(name_or_path)
+    if path.is_dir() and (path / FILE).exists():
+        model = _skeleton(_config(PruningPlan.load(path).config), getattr(torch, dtype))
+        surgery.apply(model, PruningPlan.load(path))
+    else:
+        model = _skeleton(_config_at(name_or_path), getattr(torch, dtype))
+    model.tie_weights()
+    model.config.name_or_path = str(path.parent if path.suffix == ".gguf" else name_or_path)  # as load_model does
+    return model.eval()
+
+
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a model; the arguments are those of :func:`load_model`."""
     path = _present(name_or_path)
@@ -116,7 +134,7 @@ def load_pruned(folder: str | os.PathLike[str], dtype: Dtype | None = None) -> P
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder with a pruned model")
     plan = PruningPlan.load(folder)
-    model = _skeleton(plan.config)
+    model = _skeleton(_config(plan.config))
     surgery.apply(model, plan)
     state = _read_weights(folder)
     if dtype:  # only what is on disk: buffers such as the rotary frequencies stay in float32
@@ -147,16 +165,21 @@ def save_pruned(
         FileExistsError: The folder is not empty.
         OSError: It could not be written; nothing is left behind.
     """
-    plan = surgery.plan_of(model)
     with staged(folder, overwrite) as temporary:
         model.save_pretrained(temporary)
-        if plan is not None:
-            file = temporary / "config.json"
-            config = json.loads(file.read_text()) | sizes(model)
-            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-            plan.save(temporary / FILE)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+        describe(model, temporary, tokenizer)
+
+
+def describe(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Adds to a model's folder what else it takes to load the model: the sizes that pruning left, plan, tokenizer."""
+    plan = surgery.plan_of(model)
+    if plan is not None:
+        file = folder / "config.json"
+        config = json.loads(file.read_text()) | sizes(model)
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        plan.save(folder / FILE)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def sizes(model: PreTrainedModel) -> dict[str, Any]:
@@ -171,6 +194,25 @@ def sizes(model: PreTrainedModel) -> dict[str, Any]:
     dense = {key: getattr(model.config, key, None) for key in keys.values()} | head_dim
     differing = {str(i): {k: v for k, v in size.items() if dense.get(k) != v} for i, size in enumerate(own)}
     return dense | {"per_layer_config": {i: size for i, size in differing.items() if size}}
+
+
+def rebuilt(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """A model of the same structure that holds the parameters of `state`; of `model` itself no weight is read.
+
+    Args:
+        model: May be in shards, and have adapters.
+        state: All parameters, on the CPU.
+
+    Raises:
+        ValueError: A parameter is missing, or has another shape.
+    """
+    plan = surgery.plan_of(model)
+    fresh = _skeleton(_config(plan.config) if plan else copy.deepcopy(model.config))
+    if plan is not None:
+        surgery.apply(fresh, plan)
+    _fill(fresh, state, "the model")
+    fresh.generation_config, fresh.config.dtype = model.generation_config, fresh.dtype
+    return fresh.eval()
 
 
 def save_stage(model: PreTrainedModel, plan: PruningPlan, folder: str | os.PathLike[str]) -> None:
@@ -244,10 +286,20 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _skeleton(config: dict[str, Any]) -> PreTrainedModel:
+def _skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A model without memory: parameters on meta, buffers that are computed from the config on the CPU."""
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(_config(config))
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _config_at(name_or_path: str) -> PreTrainedConfig:
+    path = Path(locate(name_or_path))
+    if path.suffix == ".gguf":
+        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    else:
+        config = AutoConfig.from_pretrained(name_or_path)
+    family_of(config)
+    return config
 
 
 def _config(values: dict[str, Any]) -> PreTrainedConfig:
@@ -270,19 +322,19 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{file} is missing, truncated or corrupted ({_first_line(error)}): save it again") from error
 
 
-def _fill(model: PreTrainedModel, state: dict[str, torch.Tensor], folder: Path) -> None:
+def _fill(model: PreTrainedModel, state: dict[str, torch.Tensor], where: object) -> None:
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     for name, tensor in state.items():
         if shapes.get(name) != tuple(tensor.shape):
             raise ValueError(
-                f"plan and weights of {folder} disagree: {name} is {tuple(tensor.shape)} on disk and "
+                f"plan and weights of {where} disagree: {name} is {tuple(tensor.shape)} on disk and "
                 f"{shapes.get(name, 'absent')} by the plan; save the model again"
             )
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     absent = [name for name, p in model.named_parameters() if p.is_meta]
     if absent:
-        raise ValueError(f"{folder} has no weights for {absent[0]}: save the model again")
+        raise ValueError(f"{where} has no weights for {absent[0]}: save the model again")
 
 
 def _sizes(block: Block, keys: Mapping[Any, str]) -> dict[str, Any]:

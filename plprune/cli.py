@@ -1,6 +1,8 @@
 """The command line: LightningCLI for fit, validate and test, jsonargparse for the other commands. Wiring only."""
 
+import contextlib
 import difflib
+import glob
 import inspect
 import logging
 import os
@@ -9,7 +11,8 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import docstring_parser
 import lightning.pytorch as pl
@@ -20,15 +23,16 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import plprune
-from plprune import callbacks, methods
-from plprune.atomic import check_free
+from plprune import callbacks, checkpointing, methods, processes, streaming
+from plprune.atomic import check_free, clear
 from plprune.calibration import Calibration
-from plprune.checkpoint import Dtype, load_model, load_tokenizer, save_pruned
+from plprune.checkpoint import Dtype, load_model, load_skeleton, load_tokenizer, save_pruned
 from plprune.data import RecoveryData
 from plprune.evaluation import measure, table
 from plprune.methods import PruningMethod
 from plprune.recovery import Recovery
 from plprune.text import PYDOC, check_sizes, check_source, draw, pack, tokenised
+from plprune.watch import Watch
 
 
 def prune(
@@ -42,8 +46,10 @@ def prune(
     batch_size: int = 8,
     dtype: Dtype = "float32",
     device: str = "cpu",
-    offload: bool = False,
+    offload: Literal["cpu", "disk"] | None = None,
     seed: int = 0,
+    stream: bool = False,
+    resume: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Prunes a model without training, and saves a folder that loads again.
@@ -60,22 +66,39 @@ def prune(
         seq_len: Tokens of a window.
         batch_size: Windows that are run at once; the result does not depend on it.
         dtype: Of the weights.
-        device: Where the current block is calibrated: cpu, cuda, cuda:1.
-        offload: Whether hidden states wait on the CPU, to save memory on the device.
+        device: Where the current block is calibrated: cpu, cuda, cuda:1; under torchrun, `cuda` is each process's own.
+        offload: Where hidden states wait, to save memory on the device: in the CPU's memory, or, with `stream`, on
+            disk.
         seed: Of the choice of windows.
-        overwrite: Whether to replace what is in the output folder.
+        stream: Whether the model stays on disk, where it must be in safetensors, and one block at a time is loaded,
+            pruned and written: for models that are larger than memory.
+        resume: Whether to go on where an earlier streaming run of the same command was stopped, if there is one.
+        overwrite: Whether to replace what is in the output folder, and to forget an unfinished run unless `resume`.
     """
     check_sizes(num_samples=num_samples, seq_len=seq_len, batch_size=batch_size)
-    check_free(output, overwrite)
+    streaming.check_output(output, stream, resume, overwrite)
     check_source(text)
     place = device_called(device)
     tokenizer = load_tokenizer(model)
     windows = draw(tokenised(text, tokenizer, join, seed=seed)[0], num_samples, seq_len, seed)
-    network = load_model(model, dtype)
-    calibration = Calibration(list(windows.split(batch_size)), place, offload)
-    plan = methods.prune(network, method, calibration, seed)
-    save_pruned(network, output, tokenizer, overwrite)
-    print(f"{callbacks.summary(plan)}; saved to {output}")
+    load = streaming.open_streamed if stream else load_skeleton if processes.local_rank() else load_model
+    network = load(model, dtype)
+    with processes.launched(place) as group:
+        calibration = Calibration(list(windows.split(batch_size)), place, offload, group)
+        if not stream:
+            processes.receive(network, group)
+        begin, first = "", processes.rank(group) == 0
+        if resume and (plan := streaming.finished(output, streaming.asked(network, method, calibration, seed))):
+            begin = "this run is finished: "
+        elif stream:
+            plan = streaming.prune_streamed(network, method, calibration, output, tokenizer, seed, resume, overwrite)
+        else:
+            check_free(output, overwrite)
+            plan = methods.prune(network, method, calibration, seed)
+            if first:
+                save_pruned(network, output, tokenizer, overwrite)
+    if first:
+        print(f"{begin}{callbacks.summary(plan)}; saved to {output}")
 
 
 def evaluate(
@@ -114,7 +137,13 @@ STAGES = {
     "validate": "Measures a model, or a checkpoint of a fit, on the validation text.",
     "test": "Measures a model, or a checkpoint of a fit, on the test text.",
 }
+RESUME = (
+    "Go on where an earlier run of the same command was stopped: from its newest complete checkpoint, or from the "
+    "start if there is none. A run that gets SIGTERM, or has used up its max_hours, saves and ends with exit code "
+    f"{checkpointing.AGAIN}: start it again with --resume."
+)
 CLASSES = [*PruningMethod.__subclasses__(), callbacks.Prune, callbacks.Evaluate, callbacks.Export]
+CLASSES += [checkpointing.Checkpoint]
 METHODS = "known methods: " + ", ".join(method.__name__ for method in PruningMethod.__subclasses__())
 REWORDED = {  # what jsonargparse says, and what of it helps
     r"(?s)Does not validate .*?Errors:\s*- (Problem with given class_path.*?)\n\s*- .*": r"\1",
@@ -124,6 +153,10 @@ REWORDED = {  # what jsonargparse says, and what of it helps
     r"Option '(\S+)' is not accepted|Subcommand '\w+' does not accept option '(\S+)'": r"no option '\1\2'",
     r"Problem with given class_path '(\S+)':|Parser key \"(\S+)\":": r"\1\2:",
     r"Expected a (?:typing\.Literal\[(.*?)\]|<class '(\w+)'>)": r"expected \1\2",
+}
+FAULTS = {  # what Lightning and jsonargparse say of a machine, and what helps
+    "No supported gpu backend found!": "there is no GPU here: give --trainer.accelerator cpu, or use another machine",
+    r"(?s)Does not validate .*(the strategy DeepSpeed needs .*?)\s+Given value type.*": r"\1",
 }
 
 
@@ -145,6 +178,54 @@ class CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {stage: LightningCLI.subcommands()[stage] for stage in STAGES}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument("--resume", action="store_true", help=RESUME)
+        return parser
+
+    def fit(self, **kwargs: Any) -> None:
+        """Trains, after a look at what an earlier run has left."""
+        resume, trainer = self.config["fit"]["resume"], self.trainer
+        if rank_zero_only.rank == 0:
+            self._tidy()
+        with checkpointing.preemptible(trainer.strategy.launcher):
+            if resume and self._nothing_left():
+                return
+            if resume and (path := checkpointing.resume_from(trainer)):
+                kwargs["ckpt_path"] = str(path)
+                if not checkpointing.is_finished(trainer):
+                    for export in self._exports():  # what is there is this run's own, as it was free at the start
+                        export.overwrite = True
+            elif not kwargs["ckpt_path"]:
+                checkpointing.begin_anew(trainer)
+            trainer.fit(**kwargs)
+
+    def _tidy(self) -> None:
+        """Removes what killed runs have left half-written."""
+        for each in cast(Any, self.trainer).callbacks:
+            if isinstance(each, checkpointing.Checkpoint):
+                clear(each.folder(self.trainer))
+            elif isinstance(each, callbacks.Export):
+                clear(Path(each.output).absolute().parent, glob.escape(Path(each.output).name))
+            elif isinstance(each, callbacks.Prune):
+                clear(Path(each.folder or self.trainer.default_root_dir) / "plans")
+
+    def _nothing_left(self) -> bool:
+        outputs = [export.output for export in self._exports()]
+        done = checkpointing.is_finished(self.trainer) and all(map(os.path.exists, outputs))
+        if done and rank_zero_only.rank == 0:
+            print(f"this run is finished{''.join(f'; its model is in {output}' for output in outputs)}")
+        return done
+
+    def _exports(self) -> list[callbacks.Export]:
+        return [each for each in cast(Any, self.trainer).callbacks if isinstance(each, callbacks.Export)]
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        cast(Any, trainer).callbacks.insert(0, Watch())
+        return trainer
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parser.parse_args(cast(Any, args))  # LightningCLI's own warns of args beside sys.argv
@@ -170,8 +251,9 @@ def device_called(name: str) -> torch.device:
     Raises:
         ValueError: It is not there.
     """
+    own = f"cuda:{processes.local_rank()}" if name == "cuda" and int(os.environ.get("WORLD_SIZE", 1)) > 1 else name
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, device=own).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"there is no device {name!r} here ({error}): give cpu, cuda or cuda:1") from error
 
@@ -190,7 +272,7 @@ def main(args: list[str] | None = None) -> None:
         command = f" {given[0]}" if given[0] in STAGES | COMMANDS else ""
         sys.exit(_complain(f"{explained(str(error), given[0])} (see plprune{command} --help)", 2, error))
     except (ValueError, OSError, ImportError, MisconfigurationException) as error:
-        sys.exit(_complain(str(error) or type(error).__name__, 1, error))
+        sys.exit(_complain(_helpful(str(error)) or type(error).__name__, 1, error))
 
 
 def explained(message: str, command: str) -> str:
@@ -207,6 +289,12 @@ def explained(message: str, command: str) -> str:
         names = {name.lower(): name for name in _names(start.strip(" '"), command)}
         near = difflib.get_close_matches(word.lower(), names, 1)
         message += f"; did you mean {'--' * start.endswith('--')}{names[near[0]]}?" if near else ""
+    return message
+
+
+def _helpful(message: str) -> str:
+    for wording, better in FAULTS.items():
+        message = re.sub(wording, better, message)
     return message
 
 
@@ -233,7 +321,8 @@ def _run(given: list[str], args: list[str] | None) -> None:
         parser = command_parser(name)
         COMMANDS[name](**vars(parser.instantiate_classes(parser.parse_args(rest))))
     elif name in STAGES or name.startswith("-"):
-        CLI(args)
+        with checkpointing.preemptible() if name == "fit" else contextlib.nullcontext():
+            CLI(args)
     else:
         raise ArgumentError(None, f"no command '{name}'; known commands: {', '.join([*STAGES, *COMMANDS])}")
 
@@ -253,6 +342,8 @@ def _quieten() -> None:
     logging.getLogger("plprune").setLevel(logging.WARNING if rank_zero_only.rank else logging.INFO)
     for handler in logging.getLogger("lightning.pytorch").handlers:
         handler.addFilter(lambda record: not re.search("Tip:|Detected KeyboardInterrupt", record.getMessage()))
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed guesses, and says so
     warnings.filterwarnings("ignore", ".*(LeafSpec|does not have many workers|dataloader is not resumable).*")
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()

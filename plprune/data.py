@@ -1,7 +1,6 @@
 """RecoveryData: calibration windows, training batches and held-out windows as a LightningDataModule."""
 
 from collections.abc import Iterator, Sized
-from itertools import islice
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -12,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from plprune.calibration import Calibration
 from plprune.checkpoint import load_tokenizer
-from plprune.text import PYDOC, Stream, check_sizes, check_source, draw, pack, split, tokenised
+from plprune.text import IGNORED, PYDOC, Stream, check_sizes, check_source, draw, pack, split, tokenised
 
 
 class RecoveryData(pl.LightningDataModule):
@@ -79,7 +78,8 @@ class RecoveryData(pl.LightningDataModule):
         self.join, self.num_workers, self.seed = join, num_workers, seed
         self._train: Stream | None = None
         self._parts: dict[str, TensorDataset] = {}
-        self._done = (0, 0)  # epoch, and batches of it that were trained on before a resume
+        self._done = (0, 0)  # epoch, and samples of it that all processes together were trained on before a resume
+        self._sampler: ResumableSampler | None = None
         for source in self.sources.values():
             check_source(source)
 
@@ -110,10 +110,16 @@ class RecoveryData(pl.LightningDataModule):
         return list(self._parts["validation"].tensors[0][: self.max_windows].split(1))
 
     def train_dataloader(self) -> DataLoader:
-        data, (epoch, batches) = self._parts["train"], self._done
-        shares = (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
-        sampler = ResumableSampler(data, self.seed, epoch, batches * self.batch_size, **shares)
-        return self._loader(data, sampler=sampler, drop_last=len(sampler) >= self.batch_size)
+        data = self._parts["train"]
+        replicas, rank = self._replicas()
+        if len(data) < replicas:
+            raise ValueError(
+                f"the training text gives {len(data)} windows, too few for {replicas} processes: "
+                "give more text, or a smaller seq_len"
+            )
+        self._sampler = ResumableSampler(data, self.seed, *self._done, num_replicas=replicas, rank=rank)
+        full = len(self._sampler) >= self.batch_size
+        return self._loader(LateDataLoader, data, sampler=self._sampler, drop_last=full)
 
     def val_dataloader(self) -> DataLoader:
         return self._held_out_loader("validation")
@@ -122,20 +128,39 @@ class RecoveryData(pl.LightningDataModule):
         return self._held_out_loader("test")
 
     def state_dict(self) -> dict[str, Any]:
-        """How far training has come, so that a resumed run goes on with the next batch."""
+        """How far training has come, so that a resumed run goes on with the next sample, in any number of processes."""
         assert self.trainer is not None
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return {"epoch": self.trainer.current_epoch, "batches": progress.ready}
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return {"epoch": self.trainer.current_epoch, "samples": batches * self.batch_size * self._replicas()[0]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._done = (state_dict["epoch"], state_dict["batches"])
+        self._done = (state_dict["epoch"], state_dict["samples"])
+        if self._sampler is not None:  # some strategies make the loader first
+            self._sampler.begin(*self._done)
+
+    def batches_done(self) -> int:
+        """Batches of the current epoch that were trained on before a resume, had their size always been this run's."""
+        (replicas, _), (_, samples), count = self._replicas(), self._done, len(self._parts["train"])
+        if count // replicas < self.batch_size:
+            return int(samples > 0)
+        return count // replicas // self.batch_size - max(0, count - samples) // replicas // self.batch_size
+
+    def _replicas(self) -> tuple[int, int]:
+        """How many processes share the data, and which of them this one is."""
+        shares = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+        return shares["num_replicas"], shares["rank"]
 
     def _held_out_loader(self, part: str) -> DataLoader:
-        return self._loader(TensorDataset(*(tensor[: self.max_windows] for tensor in self._parts[part].tensors)))
+        ids, labels = (tensor[: self.max_windows] for tensor in self._parts[part].tensors)
+        missing = -len(ids) % self._replicas()[0]  # every process needs as many, and none may count twice
+        if missing:
+            ids = torch.cat([ids, ids[:1].expand(missing, -1)])
+            labels = torch.cat([labels, torch.full_like(labels[:1], IGNORED).expand(missing, -1)])
+        return self._loader(DataLoader, TensorDataset(ids, labels))
 
-    def _loader(self, data: TensorDataset, **kwargs: Any) -> DataLoader:
+    def _loader(self, kind: type[DataLoader], data: TensorDataset, **kwargs: Any) -> DataLoader:
         # A generator of its own keeps the making of an iterator from moving the global random state.
-        return DataLoader(
+        return kind(
             data,
             batch_size=self.batch_size,
             collate_fn=collate,
@@ -161,13 +186,15 @@ class RecoveryData(pl.LightningDataModule):
 class ResumableSampler(DistributedSampler[int]):
     """A new order for every epoch that depends on nothing but the seed, and can start within one.
 
-    Lightning leaves a `DistributedSampler` as it is; any other it would wrap, and lose the place in the epoch.
+    At the same global batch, several processes see together, batch by batch, what one would: each takes every n-th
+    sample of the same order, and what is left over at the end is left out. Lightning leaves a `DistributedSampler` as
+    it is; any other it would wrap, and lose the place in the epoch.
 
     Args:
         data: What is sampled.
         seed: Of the orders.
         epoch: The epoch to begin with.
-        skip: Samples of that epoch to leave out, in this process.
+        skip: Samples of that epoch to leave out, of all processes together.
         num_replicas: Processes that share the data.
         rank: Which of them this one is.
     """
@@ -175,12 +202,30 @@ class ResumableSampler(DistributedSampler[int]):
     def __init__(
         self, data: Sized, seed: int, epoch: int = 0, skip: int = 0, num_replicas: int = 1, rank: int = 0
     ) -> None:
-        super().__init__(cast(Any, data), num_replicas, rank, seed=seed)
+        super().__init__(cast(Any, data), num_replicas, rank, seed=seed, drop_last=True)
+        self.begin(epoch, skip)
+
+    def begin(self, epoch: int, skip: int) -> None:
+        """Sets where the next iteration starts."""
         self.epoch = epoch
         self._skip = {epoch: skip}
 
     def __iter__(self) -> Iterator[int]:
-        return islice(super().__iter__(), self._skip.get(self.epoch, 0), None)
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(cast(Sized, self.dataset)), generator=generator)[self._skip.get(self.epoch, 0) :]
+        return iter(
+            order[: len(order) // self.num_replicas * self.num_replicas][self.rank :: self.num_replicas].tolist()
+        )
+
+
+class LateDataLoader(DataLoader):
+    """A DataLoader that asks its sampler for nothing until the first batch is wanted.
+
+    Under DeepSpeed and FSDP2, Lightning makes the iterator before it knows where a resumed run goes on.
+    """
+
+    def __iter__(self) -> Any:
+        yield from super().__iter__()
 
 
 def collate(rows: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

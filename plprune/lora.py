@@ -13,7 +13,7 @@ Symbols: B blocks, r mean rank, :math:`u_l` what block l is weighted by.
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -107,6 +107,11 @@ def adapters(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
 
 
+def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of a model, by name, but those of its adapters."""
+    return [(name, p) for name, p in model.named_parameters() if ".lora_A." not in name and ".lora_B." not in name]
+
+
 @contextlib.contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
     """The model with its adapters merged into plain layers, for the time of the context; exactly as before after it."""
@@ -125,6 +130,28 @@ def merged(model: nn.Module) -> Iterator[None]:
             base = cast(nn.Linear, layer.get_base_layer())
             base.weight.data = weight.to(base.weight.device)
             _set(model, name, cast(nn.Module, layer))
+
+
+def merged_state(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The parameters that the model has without adapters, one by one, with these merged into them.
+
+    Args:
+        model: With or without adapters; it is not changed.
+        whole: Gives the value of a parameter, which may be in shards. It is called for all of them, in order.
+    """
+    layers = dict(adapters(model))
+    for name, parameter in base_parameters(model):
+        path, _, kind = name.rpartition(".")
+        layer = layers.get(path.removesuffix(".base_layer"))
+        value = whole(parameter)
+        if layer is not None and kind == "weight":
+            value = (value.float() + sum(_delta(layer, each, whole) for each in layer.active_adapters)).to(value.dtype)
+        yield name.replace(".base_layer.", "."), value
+
+
+def _delta(layer: LoraLayer, adapter: str, whole: Callable[[Tensor], Tensor]) -> Tensor:
+    a, b = (whole(cast(nn.Linear, factor[adapter]).weight) for factor in (layer.lora_A, layer.lora_B))
+    return b.float() @ a.float() * layer.scaling[adapter]
 
 
 def _targeted(name: str, targets: list[str] | None) -> bool:

@@ -3,20 +3,24 @@
 import logging
 import math
 import time
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.text import Perplexity
+from typing_extensions import Self
 
 from plprune import lora as adapters
-from plprune.checkpoint import Dtype, load_model, load_tokenizer
+from plprune import processes
+from plprune.checkpoint import Dtype, load_model, load_skeleton, load_tokenizer
 from plprune.evaluation import next_token_loss
 from plprune.lora import LoRA
 from plprune.plan import fingerprint
+from plprune.strategies import check_strategy, description, shards, split
 from plprune.surgery import plan_of
 from plprune.text import IGNORED
 
@@ -28,6 +32,9 @@ class Recovery(pl.LightningModule):
 
     The model is loaded at once; a `Prune` callback prunes it in its `setup`, and the adapters are added right after.
     Checkpoints hold the adapters only; one that belongs to another base model or plan is refused.
+
+    Of several processes on one node only the first loads; the others get its weights, whole or, under ZeRO-3 and FSDP2,
+    their shards of them.
 
     Args:
         name_or_path: A name on the hub, a folder (a pruned one too), a `.gguf` file, or `package://PACKAGE/FILE.gguf`
@@ -52,50 +59,73 @@ class Recovery(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.tokenizer = load_tokenizer(name_or_path)
-        self.model = load_model(name_or_path, dtype)
+        load = load_skeleton if processes.local_rank() else load_model
+        self.model = load(name_or_path, dtype)
         self.lora = lora
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.gradient_checkpointing = gradient_checkpointing
         self.val_perplexity = Perplexity(ignore_index=IGNORED)
         self.ranks: list[int] = []
         self._base: dict[str, str | None] = {}  # what a checkpoint must have been trained on
-        self._random_state: dict[str, Any] | None = None
+        self._random_states: dict[str, Tensor] = {}  # of each process, by device
         self._tokens, self._since = 0, 0.0
+
+    def prepare_data(self) -> None:
+        """Says how the processes share the run; this is the first hook of it."""
+        if self.trainer.is_global_zero and self.trainer.state.fn == "fit":
+            size = sum(p.numel() * p.element_size() for p in self.model.parameters())
+            log.info("%s", description(self.trainer.strategy, self.trainer.world_size, size))
 
     def setup(self, stage: str) -> None:
         """Adds the adapters, unless they are there."""
+        check_strategy(self.trainer.strategy)
+        sharded = shards(self.trainer.strategy)
+        if not sharded:
+            processes.receive(self.model, processes.world())
         if not self.ranks:
-            plan = plan_of(self.model)
-            weights = fingerprint(self.model.named_parameters())
-            self._base = {"weights": weights, "plan": plan.digest if plan else None}
-            self.ranks = adapters.inject(self.model, self.lora, plan)
-            log.info("LoRA ranks by %s: %s", self.lora.by if plan else "nothing, as there is no plan", self.ranks)
+            self._inject()
+        self.strict_loading = not (sharded or isinstance(self.trainer.strategy, DeepSpeedStrategy))
         if stage == "fit":
             self.model.train()
             if self.gradient_checkpointing:
                 self.model.gradient_checkpointing_enable()
+
+    def configure_model(self) -> None:
+        """Puts the weights into shards, where a strategy has such."""
+        if shards(self.trainer.strategy):
+            split(self.model, self.trainer.strategy)
+
+    def cpu(self) -> Self:
+        """Lightning calls it when a run fails; a model still without weights would then hide why."""
+        return self if any(p.is_meta for p in self.parameters()) else super().cpu()
 
     def forward(self, input_ids: Tensor) -> Tensor:  # [b, s] -> [b, s, vocabulary]
         return self.model(input_ids=input_ids, use_cache=False).logits
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = next_token_loss(self(batch["input_ids"]), batch["labels"])
-        self.log("train_loss", loss, prog_bar=True)
-        self._tokens += batch["input_ids"].numel()
+        self.log("train_loss", loss, prog_bar=True, sync_dist=True)
+        self._tokens += batch["input_ids"].numel() * self.trainer.world_size
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.val_perplexity(self(batch["input_ids"])[:, :-1].float(), batch["labels"][:, 1:])
-        self.log("val_perplexity", self.val_perplexity, prog_bar=True, batch_size=len(batch["labels"]))
+        self._judge(batch, "val_perplexity")
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.val_perplexity(self(batch["input_ids"])[:, :-1].float(), batch["labels"][:, 1:])
-        self.log("test_perplexity", self.val_perplexity, batch_size=len(batch["labels"]))
+        self._judge(batch, "test_perplexity")
 
     def on_train_start(self) -> None:
-        if self._random_state is not None:
-            _set_random_state(self._random_state)
+        self._agree_on(self.trainer.num_training_batches)
+        self._restore_random_state()
         self._tokens, self._since = 0, time.perf_counter()
+
+    def on_validation_start(self) -> None:
+        self._agree_on(
+            self.trainer.num_sanity_val_batches if self.trainer.sanity_checking else self.trainer.num_val_batches
+        )
+
+    def on_test_start(self) -> None:
+        self._agree_on(self.trainer.num_test_batches)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         now = time.perf_counter()
@@ -114,9 +144,23 @@ class Recovery(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = self._trained()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        checkpoint["plprune"] = {"base": self._base, "random_state": _random_state()}
+        own = {"base": self._base, "trained": trained, "random_states": self._gathered_random_states()}
+        checkpoint["plprune"] = own
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_checkpoint(checkpoint)
+        self._random_states = checkpoint["plprune"]["random_states"]
+        if "state_dict" in checkpoint:  # DeepSpeed and FSDP2 have loaded it already
+            trained = self._trained()
+            frozen = {k: v for k, v in self.state_dict().items() if k not in trained}
+            checkpoint["state_dict"] = frozen | checkpoint["state_dict"]
+
+    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Makes sure that a checkpoint continues this model's training.
+
+        Raises:
+            ValueError: It was not written by `Recovery`, or for another model or plan, or its adapters are others.
+        """
         own = checkpoint.get("plprune")
         if own is None:
             raise ValueError("the checkpoint was not written by plprune.Recovery: name another with --ckpt_path")
@@ -125,13 +169,53 @@ class Recovery(pl.LightningModule):
                 f"the checkpoint was trained on another base model or plan ({own['base']}) than this run's "
                 f"({self._base}): use the settings it was trained with, or start without it"
             )
-        self._random_state = own["random_state"]
-        trained = self._trained()
-        frozen = {k: v for k, v in self.state_dict().items() if k not in trained}
-        checkpoint["state_dict"] = frozen | checkpoint["state_dict"]
+        here, there = self._trained(), own["trained"]
+        state = checkpoint.get("state_dict", checkpoint.get("module", there))  # DeepSpeed calls it module
+        unlike = [name for name in here | there if here.get(name) != there.get(name) or name not in state]
+        if unlike:
+            raise ValueError(
+                f"the checkpoint and this run do not have the same adapters ({min(unlike)} differs or is missing): "
+                "use the LoRA settings it was trained with, or another checkpoint"
+            )
 
-    def _trained(self) -> set[str]:
-        return {name for name, p in self.named_parameters() if p.requires_grad}
+    def _inject(self) -> None:
+        plan, group = plan_of(self.model), processes.world()
+        lacking = any(p.is_meta for p in self.model.parameters())
+        weights = processes.same(None if lacking else fingerprint(self.model.named_parameters()), group)
+        self._base = {"weights": weights, "plan": plan.digest if plan else None}
+        self.ranks = adapters.inject(self.model, self.lora, plan)
+        log.info("LoRA ranks by %s: %s", self.lora.by if plan else "nothing, as there is no plan", self.ranks)
+
+    def _judge(self, batch: dict[str, Tensor], name: str) -> None:
+        self.val_perplexity(self(batch["input_ids"])[:, :-1].float(), batch["labels"][:, 1:])
+        self.log(name, self.val_perplexity, prog_bar=True, batch_size=len(batch["labels"]))
+
+    def _agree_on(self, batches: Any) -> None:
+        """Refuses what would otherwise hang: a process that has run out of batches waits for nobody."""
+        processes.agree(str(batches), "the number of batches", processes.world())
+
+    def _trained(self) -> dict[str, list[int]]:
+        """The shapes of all that is trained, by name."""
+        # ZeRO-3 leaves a parameter empty, and knows better.
+        return {n: list(getattr(p, "ds_shape", p.shape)) for n, p in self.named_parameters() if p.requires_grad}
+
+    def _gathered_random_states(self) -> dict[str, Tensor]:  # [processes, bytes] each
+        cuda = {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
+        states = {"cpu": torch.get_rng_state()} | cuda
+        return {kind: cast(Tensor, processes.joined(s[None], processes.world())).cpu() for kind, s in states.items()}
+
+    def _restore_random_state(self) -> None:
+        states, count, rank = self._random_states, self.trainer.world_size, self.trainer.global_rank
+        if states and len(states["cpu"]) != count:
+            log.warning(
+                "the checkpoint is of %d processes, this run has %d: dropout is not what it would have been",
+                len(states["cpu"]),
+                count,
+            )
+        elif states:
+            torch.set_rng_state(states["cpu"][rank].clone())  # a row as it is would have torch read elsewhere
+            if "cuda" in states and self.device.type == "cuda":
+                torch.cuda.set_rng_state(states["cuda"][rank].clone(), self.device)
 
 
 def warmup_cosine(step: int, steps: int, warmup: float) -> float:
@@ -145,14 +229,3 @@ def warmup_cosine(step: int, steps: int, warmup: float) -> float:
     if step < rise:
         return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, steps - rise))))
-
-
-def _random_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"].cpu())
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

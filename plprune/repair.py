@@ -44,14 +44,15 @@ def restore(
     gone = complement(keep, len(moments)).to(moments.device)
     keep = keep.to(moments.device)
     weight, moments = weight.double().to(moments.device), moments.double()
-    kept = moments[keep][:, keep]
+    kept = moments[keep[:, None], keep]  # as few copies as can be: for a wide FFN each takes gigabytes
     kept.diagonal().add_(damping * kept.diagonal().mean())
     factor, info = torch.linalg.cholesky_ex(kept)
+    del kept
     if info.item():
         raise ValueError(
             "the calibration inputs do not determine the restored weights: raise `damping`, or num_samples"
         )
-    return weight[:, keep] + torch.cholesky_solve(moments[keep][:, gone] @ weight[:, gone].T, factor).T
+    return weight[:, keep] + torch.cholesky_solve(moments[keep[:, None], gone] @ weight[:, gone].T, factor).T
 
 
 def compensation(

@@ -9,13 +9,19 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from plprune.processes import Group, device, joined, same, total
+
 Distance = Literal["angular", "cosine", "mse", "mae", "uniform"]
 
 
 class Statistic(Protocol):
-    """Something that can be updated with the inputs of a projection."""
+    """Something that can be updated with the inputs of a projection, and merged over processes."""
 
     def update(self, x: Tensor) -> None:  # [b, s, d]
+        ...
+
+    def merge(self, group: Group) -> None:
+        """Takes in what all other processes have seen, so that each has what one would that had seen everything."""
         ...
 
 
@@ -43,6 +49,12 @@ class Moments:
         self._counts += [s] * len(x)
         self._means.append(mean)
         self._m2.append(m2 - s * (mean - pivot).square())
+
+    def merge(self, group: Group) -> None:  # samples keep their order: no bit differs from one process's
+        for rows in (self._means, self._m2):
+            rows[:] = [merged] if (merged := joined(torch.cat(rows) if rows else None, group)) is not None else []
+        counts = joined(torch.tensor(self._counts, dtype=torch.int64) if self._counts else None, group)
+        self._counts = counts.tolist() if counts is not None else []
 
     @property
     def count(self) -> int:
@@ -104,6 +116,10 @@ class Norms:
         self._squares = self._squares.to(x.device) + norms.square().sum(0)
         self.samples += len(x)
 
+    def merge(self, group: Group) -> None:
+        self._sum, self._squares = total(self._sum, group), total(self._squares, group)
+        self.samples = int(total(torch.tensor(self.samples), group))
+
     @property
     def mean(self) -> Tensor:  # [d]
         r""":math:`\frac1C \sum_c \lVert X_{c,:,j} \rVert_2`"""
@@ -139,14 +155,35 @@ class Gram:
 
     def update(self, x: Tensor) -> None:  # [b, s, d]
         x = x.flatten(0, -2).float()
-        if self._pivot is None:
-            self._pivot = x.mean(0)
-            self._products = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
-        x = x - self._pivot
-        for i in range(0, x.shape[1], self.tile):
-            self._products[i : i + self.tile, i:] += x[:, i : i + self.tile].T @ x[:, i:]
-        self._sum = self._sum.to(x.device) + x.sum(0, dtype=torch.float64)
+        x = x - (self._start(x.mean(0)) if self._pivot is None else self._pivot)
+        for i, tile in zip(range(0, x.shape[1], self.tile), self._tiles(), strict=True):
+            tile += x[:, i : i + self.tile].T @ x[:, i:]
+        self._sum += x.sum(0, dtype=torch.float64)
         self.count += len(x)
+
+    def merge(self, group: Group) -> None:
+        r"""Sums of :math:`x - p` and of its products are first moved to the first process's pivot p."""
+        first = same(None if self._pivot is None else self._pivot.cpu(), group)
+        assert first is not None, "the first process has seen nothing"
+        pivot = self._start(first.to(device(group))) if self._pivot is None else self._pivot
+        shift = (pivot - first.to(pivot.device)).double()
+        self._products.addr_(shift, self._sum).addr_(self._sum, shift).addr_(shift, shift, alpha=self.count)
+        self._pivot = first.to(pivot.device)
+        self._sum = total(self._sum + self.count * shift, group)
+        self.count = int(total(torch.tensor(self.count), group))
+        upper = total(torch.cat([tile.flatten() for tile in self._tiles()]), group)
+        for tile, part in zip(self._tiles(), upper.split([tile.numel() for tile in self._tiles()]), strict=True):
+            tile.copy_(part.view_as(tile))
+
+    def _start(self, pivot: Tensor) -> Tensor:
+        self._pivot, d = pivot, len(pivot)
+        self._sum = torch.zeros(d, dtype=torch.float64, device=pivot.device)
+        self._products = torch.zeros(d, d, dtype=torch.float64, device=pivot.device)
+        return pivot
+
+    def _tiles(self) -> list[Tensor]:
+        """Views of the products' upper part."""
+        return [self._products[i : i + self.tile, i:] for i in range(0, len(self._products), self.tile)]
 
     @property
     def mean(self) -> Tensor:  # [d]
@@ -162,6 +199,10 @@ class Gram:
             self._products[i:, i - self.tile : i] = self._products[i - self.tile : i, i:].T
         offset = self._sum / self.count
         return (self._products / self.count).addr_(offset, offset, alpha=-1)
+
+    def release(self) -> None:
+        """Frees the second moments, which can be larger than a block; the mean stays."""
+        self._products = torch.zeros((), dtype=torch.float64)
 
     @property
     def norm(self) -> Tensor:  # [d]
@@ -198,6 +239,11 @@ class BlockInfluence:
         for name, value in values.items():
             self._sums[name] += value.sum(dtype=torch.float64).item()
         self.count += len(x)
+
+    def merge(self, group: Group) -> None:
+        """Takes in what all other processes have seen."""
+        sums = total(torch.tensor([*self._sums.values(), self.count], dtype=torch.float64), group).tolist()
+        self._sums, self.count = dict(zip(self._sums, sums, strict=False)), int(sums[-1])
 
     def distance(self, name: Distance) -> float:
         """The mean distance over tokens; `uniform` is the same for every block."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plprune.anatomy import Block, Group, blocks_of, innermost
+from plprune.journal import Decision, journal_of
 from plprune.plan import PruningPlan
 from plprune.repair import complement
 
@@ -125,24 +126,20 @@ class Surgery:
             weight: The consumer's weight from now on, over the columns that stay, ascending.
             bias_gain: Added to the consumer's bias, which is made if there is none.
         """
-        self._keep[group.name], self._sizes[group.name] = keep.cpu(), len(group)
-        shrink(block, group, keep)
-        if len(keep) == len(group) or (weight is None and bias_gain is None):
-            return
-        consumer = block.part(group.consumer.path)
-        linear = innermost(consumer)
-        if weight is not None:
-            if isinstance(consumer, Gather) and group.kind != "value":  # of the columns that stay, it reads some
-                weight = weight[:, consumer.index]
-            linear.weight = _parameter(linear.weight, weight)
-            self._repaired.append(self._name(linear.weight))
-        if bias_gain is not None:
-            old = linear.bias if linear.bias is not None else linear.weight.new_zeros(len(linear.weight))
-            linear.bias = _parameter(old, old.double() + bias_gain.to(old.device))
-            self._repaired.append(self._name(linear.bias))
+        size = len(group)
+        with block.present():
+            shrink(block, group, keep)
+            nothing = len(keep) == size or (weight is None and bias_gain is None)
+            repaired = [] if nothing else self._repair(block, group, weight, bias_gain)
+            decision = Decision(group.name, keep.cpu(), size, repaired)
+            if block.home is not None:
+                block.home.note(decision)
+        self._take_over()
+        self._write_down(decision)
 
     def plan(self, method: str, settings: dict[str, Any], importance: Tensor) -> PruningPlan:
         """The plan of all that was done, which the model carries from now on as `pruning_plan`."""
+        self._take_over()
         plan = PruningPlan(
             keep=self._keep,
             sizes=self._sizes,
@@ -159,6 +156,31 @@ class Surgery:
         )
         attach(self.model, plan)
         return plan
+
+    def _repair(self, block: Block, group: Group, weight: Tensor | None, bias_gain: Tensor | None) -> list[str]:
+        """Gives the consumer new values; the names of the parameters that got them."""
+        consumer = block.part(group.consumer.path)
+        linear, repaired = innermost(consumer), []
+        if weight is not None:
+            if isinstance(consumer, Gather) and group.kind != "value":  # of the columns that stay, it reads some
+                weight = weight[:, consumer.index]
+            linear.weight = _parameter(linear.weight, weight)
+            repaired.append(self._name(linear.weight))
+        if bias_gain is not None:
+            old = linear.bias if linear.bias is not None else linear.weight.new_zeros(len(linear.weight))
+            linear.bias = _parameter(old, old.double() + bias_gain.to(old.device))
+            repaired.append(self._name(linear.bias))
+        return repaired
+
+    def _take_over(self) -> None:
+        """Writes down what an earlier run had decided, and this one has not been asked to."""
+        journal = journal_of(self.model)
+        while journal is not None and journal.taken_over:
+            self._write_down(journal.taken_over.pop(0))
+
+    def _write_down(self, decision: Decision) -> None:
+        self._keep[decision.group], self._sizes[decision.group] = decision.keep, decision.size
+        self._repaired += decision.repaired
 
     def _name(self, parameter: nn.Parameter) -> str:
         return next(name for name, p in self.model.named_parameters() if p is parameter)
@@ -190,12 +212,16 @@ def apply(model: PreTrainedModel, plan: PruningPlan) -> None:
         for block in blocks:
             for group in _planned(block, step):
                 shrink(block, group, step.keep[group.name])
-        for name in step.repaired:
-            path, _, kind = name.rpartition(".")
-            linear = cast(nn.Linear, model.get_submodule(path))
-            if kind == "bias" and linear.bias is None:
-                linear.bias = _parameter(linear.weight, linear.weight.new_zeros(len(linear.weight)))
+        _add_biases(model, step.repaired)
     attach(model, plan)
+
+
+def replay(block: Block, decisions: list[Decision], model: PreTrainedModel) -> None:
+    """Gives a block the structure that decisions gave it before; its weights may be on meta."""
+    for decision in decisions:
+        groups = [*block.groups("kv_heads"), *block.groups("value_channels")[:-1]]
+        shrink(block, next(group for group in groups if group.name == decision.group), decision.keep)
+        _add_biases(model, decision.repaired)
 
 
 def shrink(block: Block, group: Group, keep: Tensor) -> None:
@@ -229,6 +255,14 @@ def without_attention(block: Block) -> Iterator[None]:
         yield
     finally:
         _replace(block, block.family.attention, attention)
+
+
+def _add_biases(model: PreTrainedModel, repaired: list[str]) -> None:
+    for name in repaired:
+        path, _, kind = name.rpartition(".")
+        linear = cast(nn.Linear, model.get_submodule(path))
+        if kind == "bias" and linear.bias is None:
+            linear.bias = _parameter(linear.weight, linear.weight.new_zeros(len(linear.weight)))
 
 
 def _check_fit(blocks: list[Block], plan: PruningPlan) -> None:

@@ -1,12 +1,16 @@
+import contextlib
+import multiprocessing
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors import SafetensorError
 
-from plprune.atomic import check_free, staged
+from plprune.atomic import check_free, clear, remove, staged
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -122,3 +126,85 @@ def test_a_path_may_be_relative_and_have_dots(tmp_path: Path, monkeypatch: pytes
     with staged("../there/../out") as temporary:
         write_folder(temporary)
     assert tree(tmp_path) == {"here": "", "out": "", "out/new": "new"}
+
+
+# ---- killed writers
+
+
+def half_write(path: Path, writing: Any) -> None:
+    with staged(path, overwrite=True) as temporary:
+        temporary.mkdir()
+        (temporary / "half").write_text("half")
+        writing.set()
+        time.sleep(60)
+
+
+@contextlib.contextmanager
+def writer(path: Path) -> Iterator[BaseProcess]:
+    """A process in the middle of its writing."""
+    context = multiprocessing.get_context("fork")
+    writing = context.Event()
+    process = context.Process(target=half_write, args=(path, writing))
+    process.start()
+    try:
+        assert writing.wait(30)
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    write_folder(tmp_path / "out")
+    before = tree(tmp_path)
+    with writer(tmp_path / "out") as process:
+        process.kill()
+        process.join()
+        assert tree(tmp_path) != before
+    with staged(tmp_path / "out", overwrite=True) as temporary:
+        write_folder(temporary)
+    assert tree(tmp_path) == before
+
+
+def test_what_others_write_or_have_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".out.original").mkdir()
+    (tmp_path / ".other.12345678.partial").mkdir()
+    with writer(tmp_path / "out"):
+        before = tree(tmp_path)
+        clear(tmp_path, "out")
+        assert tree(tmp_path) == before
+    clear(tmp_path, "o*")
+    assert tree(tmp_path) == {".out.original": ""}
+
+
+def test_a_writer_killed_between_its_renames_loses_nothing(tmp_path: Path) -> None:
+    room = tmp_path / ".out.12345678.partial"
+    room.mkdir()
+    write_folder(room / "old")
+    clear(tmp_path)
+    assert tree(tmp_path) == {"out": "", "out/new": "new"}
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_removing_leaves_nothing(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    write(tmp_path / "out")
+    (tmp_path / ".out.removed.partial").mkdir()  # an earlier attempt
+    remove(tmp_path / "out")
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_all_is_flushed_before_it_takes_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None]
+) -> None:
+    flushed: list[str] = []
+
+    def fsync(file: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{file}"))
+        assert (tmp_path / "out").exists() == (flushed[-1] == str(tmp_path))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with staged(tmp_path / "out") as temporary:
+        write(temporary)
+    assert {Path(name).name for name in flushed} >= {"out", tmp_path.name}
+    assert len(flushed) == (3 if write is write_folder else 2)

@@ -1,5 +1,6 @@
 """What goes wrong outside of plprune ends in one line that says what, in an exit code, and in nothing half-written."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -176,6 +177,26 @@ def test_unknown_command(complain: Complain, given: str, meant: str) -> None:
 )
 def test_configurations_of_fit(complain: Complain, model: Path, here: Path, changes: dict[str, Any], said: str) -> None:
     assert said in complain("fit", "--config", fit_config(here, model, **changes))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("strategy", ["ddp", "zero3", "fsdp2"])
+def test_a_configuration_for_gpus_without_one(complain: Complain, model: Path, here: Path, strategy: str) -> None:
+    shipped = Path(__file__).parents[1] / "configs" / "strategy" / f"{strategy}.yaml"
+    said = complain("fit", "--config", fit_config(here, model), "--config", shipped)
+    assert said.startswith("there is no GPU here: give --trainer.accelerator cpu")
+
+
+def test_deepspeed_that_is_not_installed(
+    complain: Complain, model: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = fit_config(here, model, trainer__strategy={"class_path": "plprune.strategies.DeepSpeed"})
+    present = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "deepspeed" else present(name, *a)
+    )
+    said = complain("fit", "--config", config)
+    assert said == "the strategy DeepSpeed needs DeepSpeed: pip install 'plprune[deepspeed]'"
 
 
 @pytest.mark.parametrize(

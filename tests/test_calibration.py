@@ -10,7 +10,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plprune.anatomy import FAMILIES, Block, blocks_of
-from plprune.calibration import Calibration, evaluating, finish, observe, record, run_block, stream
+from plprune.calibration import (
+    Calibration,
+    evaluating,
+    finish,
+    observe,
+    record,
+    run_block,
+    same_values,
+    stream,
+    summary,
+)
 from plprune.stats import BlockInfluence, Gram, Moments, Norms
 from plprune.surgery import drop_attention
 from tests.builders import tiny, windows
@@ -40,7 +50,7 @@ def hidden_states(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
 
 def streamed(model: PreTrainedModel, batches: list[Tensor]) -> list[list[Tensor]]:
     """What enters each block, by batch."""
-    return [inputs.hidden for _, inputs in stream(model, batches)]
+    return [list(inputs.hidden) for _, inputs in stream(model, batches)]
 
 
 def counting(model: PreTrainedModel) -> list[int]:
@@ -203,7 +213,7 @@ def error_in_the_loop(model: PreTrainedModel) -> None:
 
 
 def error_in_a_statistic(model: PreTrainedModel) -> None:
-    class Broken:
+    class Broken(Norms):
         def update(self, x: Tensor) -> None:
             raise RuntimeError("in a statistic")
 
@@ -294,7 +304,7 @@ def test_windows_are_the_first_rows_whatever_the_batches() -> None:
 
 def test_waiting_on_the_cpu_changes_nothing() -> None:
     results = []
-    for offload in (False, True):
+    for offload in (None, "cpu"):
         calibration = Calibration([windows(2), windows(2, seed=5)], torch.device("cpu"), offload)
         model = tiny()
         for block, inputs in stream(model, calibration):
@@ -309,3 +319,26 @@ def test_evaluating_is_for_the_time_of_the_context() -> None:
     with evaluating(model):
         assert not any(module.training for module in model.modules())
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(8, 16), (7, 5), (6,)])
+def test_a_summary_sees_every_change_of_values(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    module = nn.ParameterDict({"a": torch.randn(shape).to(dtype), "b": torch.zeros(4, 4).to(dtype)})
+    before = summary(module)
+    assert same_values(summary(module), before)
+    values = module["a"].data
+    changes = [lambda: values.mul_(2), lambda: values.copy_(values.flip(0)), lambda: values[-1:].neg_()]
+    for change in changes:
+        change()
+        assert not same_values(summary(module), before)
+        before = summary(module)
+    module["a"] = nn.Parameter(values[:-1])
+    assert not same_values(summary(module), before)
+    del module["b"]
+    assert summary(module).keys() == {"a"}
+
+
+def test_a_summary_is_small() -> None:
+    (sums,) = summary(nn.Linear(512, 512, bias=False)).values()
+    assert sums.numel() <= 1024

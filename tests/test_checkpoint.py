@@ -1,7 +1,7 @@
 """Folders that load again bit for bit, and those that are refused with a reason."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from plprune import CFSP, FASP, FLAP, TwoSSP, load_pruned, prune, save_pruned
 from plprune.anatomy import FAMILIES
-from plprune.checkpoint import load_model, load_stage, load_tokenizer, locate, save_stage
+from plprune.checkpoint import load_model, load_skeleton, load_stage, load_tokenizer, locate, rebuilt, save_stage
 from plprune.plan import FILE, PruningPlan
 from plprune.surgery import plan_of
 from tests.builders import logits, save_tiny, tiny, tokenizer, windows
@@ -363,6 +363,53 @@ def test_a_stage_goes_on_from_the_model_that_was_pruned_before(tmp_path: Path) -
     assert torch.equal(logits(again), logits(model))
     with pytest.raises(ValueError, match="does not continue from this model"):
         load_stage(tiny(), tmp_path / "stage")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", [None, FLAP(0.3), FASP(0.3), TwoSSP(0.3)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_skeleton_is_the_model_without_its_weights(family: str, method: Any, dtype: Any, tmp_path: Path) -> None:
+    """The plan that one process makes of the model, and another of the skeleton, must be the same."""
+    if method is None:
+        save_tiny(tmp_path / "model", family, tie_word_embeddings=True)
+    else:
+        pruned(tmp_path / "model", method, family)
+    model, skeleton = load_model(str(tmp_path / "model"), dtype), load_skeleton(str(tmp_path / "model"), dtype)
+    assert skeleton.config.to_dict() == model.config.to_dict()
+    assert structure(skeleton.named_parameters()) == structure(model.named_parameters())
+    assert all(p.is_meta for p in skeleton.parameters())
+    digests = [plan.digest for plan in map(plan_of, (model, skeleton)) if plan]
+    assert len(set(digests)) == (method is not None)
+    skeleton.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(logits(skeleton), logits(model))
+
+
+def structure(parameters: Iterable[tuple[str, Tensor]]) -> list[Any]:
+    return [(name, p.shape, p.dtype) for name, p in parameters]
+
+
+def test_a_skeleton_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        load_skeleton(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("method", [None, FLAP(0.3), FASP(0.3), TwoSSP(0.3)])
+def test_a_model_is_rebuilt_from_its_plan_and_parameters(method: Any, tmp_path: Path) -> None:
+    model = tiny("llama")
+    if method is not None:
+        prune(model, method, [windows()])
+    again = rebuilt(model, {name: p.detach() for name, p in model.named_parameters()})
+    assert torch.equal(logits(again), logits(model))
+    save_pruned(model, tmp_path / "model")
+    save_pruned(again, tmp_path / "again")
+    assert config(tmp_path / "again") == config(tmp_path / "model")
+
+
+def test_a_parameter_that_is_missing_is_noticed() -> None:
+    model = tiny()
+    state = {name: p.detach() for name, p in model.named_parameters() if "norm" not in name}
+    with pytest.raises(ValueError, match="no weights for"):
+        rebuilt(model, state)
 
 
 def test_a_damaged_stage_is_refused(tmp_path: Path) -> None:

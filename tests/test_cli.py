@@ -1,5 +1,6 @@
 import inspect
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from plprune.cli import COMMANDS, STAGES, explained, main
 from plprune.plan import PruningPlan
 from plprune.text import draw, tokenised
 from tests.builders import save_tiny, tokenizer
+from tests.ranks import free_port
 
 FIT = """
 trainer:
@@ -151,7 +153,7 @@ def test_evaluate_measures_dense_and_pruned_models(here: Path, capsys: pytest.Ca
 
 def test_join_and_dtype_reach_the_work(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "rows.jsonl").write_text('{"text": "So it goes."}\n' * 300)
-    main([*PRUNE, "--method=CFSP", "--text=rows.jsonl", "--join=\\n\\n", "--dtype=bfloat16", "--offload"])
+    main([*PRUNE, "--method=CFSP", "--text=rows.jsonl", "--join=\\n\\n", "--dtype=bfloat16", "--offload=cpu"])
     assert load_pruned("out").dtype == torch.bfloat16
     plans = [PruningPlan.load("out").origin["calibration"]]
     main([*PRUNE, "--method=CFSP", "--text=rows.jsonl", "--overwrite"])
@@ -165,6 +167,64 @@ def test_a_fit_is_pruned_recovered_measured_and_exported(here: Path, capsys: pyt
     assert PruningPlan.load("out").method == CFSP.__name__
     for stage in ("validate", "test"):
         assert "perplexity" in printed(capsys, stage, "--config=fit.yaml")
+
+
+# ---- going on
+
+
+RESUMABLE = (
+    FIT.replace("  enable_checkpointing: false\n", "")
+    .replace("  callbacks:\n", "  callbacks:\n    - class_path: plprune.Checkpoint\n")
+    .replace(", overwrite: true", "")
+)
+
+
+@pytest.fixture
+def resumable(here: Path) -> Path:
+    (here / "fit.yaml").write_text(RESUMABLE)
+    return here
+
+
+def test_resuming_a_finished_run_writes_what_is_missing(resumable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed(capsys, "fit", "--config=fit.yaml", "--resume")
+    first = (resumable / "out" / "model.safetensors").read_bytes()
+    assert printed(capsys, "fit", "--config=fit.yaml", "--resume") == "this run is finished; its model is in out\n"
+    shutil.rmtree(resumable / "out")
+    assert "recovered" in printed(capsys, "fit", "--config=fit.yaml", "--resume")
+    assert (resumable / "out" / "model.safetensors").read_bytes() == first
+
+
+def test_resuming_a_run_that_was_stopped_after_its_export_writes_it_again(
+    resumable: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed(capsys, "fit", "--config=fit.yaml")
+    first = (resumable / "out" / "model.safetensors").read_bytes()
+    (resumable / "checkpoints" / "finished.json").unlink()
+    (resumable / "out" / "model.safetensors").unlink()
+    printed(capsys, "fit", "--config=fit.yaml", "--resume")
+    assert (resumable / "out" / "model.safetensors").read_bytes() == first
+
+
+def test_without_resume_nothing_is_lost_by_mistake(resumable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed(capsys, "fit", "--config=fit.yaml")
+    before = sorted(path.name for path in (resumable / "checkpoints").glob("*.ckpt"))
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config=fit.yaml"])
+    assert stop.value.code == 1
+    assert "choose another output" in capsys.readouterr().err
+    assert sorted(path.name for path in (resumable / "checkpoints").glob("*.ckpt")) == before
+
+
+def test_resuming_needs_checkpoints(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config=fit.yaml", "--resume"])
+    assert stop.value.code == 1
+    assert "add plprune.Checkpoint to trainer.callbacks" in capsys.readouterr().err
+
+
+def test_the_help_says_what_resuming_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "exit code 75: start it again with --resume" in " ".join(printed(capsys, "fit", "--help").split())
+    assert "--resume" not in printed(capsys, "validate", "--help")
 
 
 def test_the_command_line_is_taken_from_the_process(
@@ -207,3 +267,17 @@ def test_a_real_fit_says_everything_once(here: Path) -> None:
         assert sum(ours in line for line in lines) == 1
     for noise in ("Warning", "warn", "Tip:", "LightningCLI's args", "workers", "LeafSpec", "INFO", "it/s", "No seed"):
         assert noise not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+def test_prune_under_torchrun_writes_what_one_process_does(here: Path) -> None:
+    main([*PRUNE, "--method", "FLAP"])
+    launch = ["-m", "torch.distributed.run", f"--master-port={free_port()}", "--nproc-per-node=2", "-m", "plprune"]
+    command = [*launch, *PRUNE[:2], "--output=both", *PRUNE[3:], "--method", "FLAP"]
+    run = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120, check=True)
+    assert run.stdout.count("saved to both") == 1
+    assert PruningPlan.load("both").digest == PruningPlan.load("out").digest
+    alone, together = load_pruned("out").state_dict(), load_pruned("both").state_dict()
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value)

@@ -11,7 +11,9 @@ from plprune.cli import main
 from plprune.surgery import plan_of
 from tests.builders import save_tiny
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(FOLDER.glob("*.yaml"))
+STRATEGIES = sorted((FOLDER / "strategy").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -43,6 +45,24 @@ def test_config_runs_on_a_tiny_model(path: Path, tmp_path: Path, monkeypatch) ->
 def test_config_keeps_its_runs_apart(path: Path) -> None:
     root = yaml.safe_load(path.read_text())["trainer"]["default_root_dir"]
     assert root == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [CONFIGS[0], *(pytest.param(p, marks=pytest.mark.slow) for p in CONFIGS[1:])])
+def test_strategy_combines_with_config(path: Path, strategy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """None touches more than three settings, so that what combines with one config does with all."""
+    expected = yaml.safe_load(strategy.read_text())
+    assert expected.keys() == {"trainer"}
+    assert expected["trainer"].keys() == {"accelerator", "devices", "strategy"}
+
+    with pytest.raises(SystemExit) as end:
+        main(["fit", f"--config={path}", f"--config={strategy}", "--print_config"])
+
+    assert not end.value.code
+    parsed = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    if isinstance(chosen := expected["trainer"]["strategy"], dict):
+        chosen["init_args"] = parsed["strategy"]["init_args"] | chosen.get("init_args", {})
+    assert expected["trainer"].items() <= parsed.items()
 
 
 def prune_of(config: dict[str, Any]) -> dict[str, Any]:

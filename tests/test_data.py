@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from plprune import RecoveryData
 from plprune.data import ResumableSampler
-from plprune.text import (
-    tokenised,
-)
+from plprune.text import IGNORED, tokenised
 from tests.builders import decode, jsonl, numbers, tokenizer
 
 
@@ -24,6 +23,10 @@ def data(train: str, **settings: Any) -> RecoveryData:
 
 def rows_of(loader: Any) -> list[tuple[int, ...]]:
     return [tuple(row.tolist()) for batch in loader for row in batch["input_ids"]]
+
+
+def batches_of(loader: Any) -> list[list[tuple[int, ...]]]:
+    return [[tuple(row.tolist()) for row in batch["input_ids"]] for batch in loader]
 
 
 # ---- reading
@@ -52,11 +55,14 @@ def test_a_sampler_goes_on_within_its_first_epoch_only() -> None:
         assert len(resumed) == len(whole) == 20
 
 
-def test_processes_share_the_data() -> None:
-    parts = [list(ResumableSampler(range(20), 3, num_replicas=2, rank=rank)) for rank in range(2)]
-    rests = [list(ResumableSampler(range(20), 3, 0, 4, num_replicas=2, rank=rank)) for rank in range(2)]
-    assert sorted(parts[0] + parts[1]) == list(range(20))
-    assert rests == [part[4:] for part in parts]
+@pytest.mark.parametrize(("count", "replicas", "skip"), [(20, 2, 0), (23, 2, 8), (23, 3, 6), (23, 4, 7), (5, 4, 9)])
+def test_processes_see_together_what_one_would(count: int, replicas: int, skip: int) -> None:
+    parts = [list(ResumableSampler(range(count), 3, 0, skip, replicas, rank)) for rank in range(replicas)]
+    alone = list(ResumableSampler(range(count), 3, 0, skip))
+    assert len({len(part) for part in parts}) == 1
+    assert len(parts[0]) == (len(alone) // replicas)
+    for i, row in enumerate(zip(*parts, strict=True)):
+        assert list(row) == alone[i * replicas : (i + 1) * replicas]
 
 
 # ---- the data module
@@ -118,8 +124,74 @@ def test_training_goes_on_with_the_next_batch(tmp_path: Path) -> None:
     source = numbers(tmp_path / "text.txt")
     loader, resumed = data(source).train_dataloader(), data(source)
     loader.sampler.set_epoch(1)  # type: ignore[attr-defined]
-    resumed.load_state_dict({"epoch": 1, "batches": 4})
-    assert rows_of(resumed.train_dataloader()) == rows_of(loader)[4 * 3 :]
+    resumed.load_state_dict({"epoch": 1, "samples": 12})
+    assert rows_of(resumed.train_dataloader()) == rows_of(loader)[12:]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_goes_on_with_the_next_batch_if_the_loader_was_made_before(tmp_path: Path, workers: int) -> None:
+    source = numbers(tmp_path / "text.txt")
+    resumed = data(source, num_workers=workers)
+    iterator = iter(resumed.train_dataloader())
+    resumed.load_state_dict({"epoch": 0, "samples": 12})
+    assert rows_of(iterator) == rows_of(data(source).train_dataloader())[12:]
+
+
+class Share:
+    """As much of a trainer as says which of several processes this is."""
+
+    def __init__(self, replicas: int, rank: int) -> None:
+        self.distributed_sampler_kwargs = {"num_replicas": replicas, "rank": rank}
+        self.lightning_module = None
+
+
+@pytest.mark.parametrize("batch_size", [3, 7, 40])
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_processes_train_on_the_global_batches_of_one(tmp_path: Path, replicas: int, batch_size: int) -> None:
+    source = numbers(tmp_path / "text.txt")
+    alone = batches_of(data(source, batch_size=replicas * batch_size).train_dataloader())
+    ranks = []
+    for rank in range(replicas):
+        own = data(source, batch_size=batch_size)
+        own.trainer = Share(replicas, rank)  # type: ignore[assignment]
+        ranks.append(batches_of(own.train_dataloader()))
+    assert len({tuple(map(len, batches)) for batches in ranks}) == 1
+    assert len(ranks[0]) == len(alone)
+    for whole, *parts in zip(alone, *ranks, strict=True):
+        seen = [row for part in parts for row in part]
+        if len(whole) == replicas * batch_size:
+            assert sorted(seen) == sorted(whole)
+        else:  # the only batch, of a text with too few windows for a full one
+            assert set(seen) <= set(whole)
+            assert len(seen) == len(whole) // replicas * replicas
+
+
+def test_batches_are_counted_anew_for_another_number_of_processes(tmp_path: Path) -> None:
+    source = numbers(tmp_path / "text.txt")
+    count = len(data(source)._parts["train"])
+    for replicas, batch_size, samples in ((1, 4, 8), (2, 4, 8), (2, 2, 8), (3, 2, 8), (1, 4, count), (2, 1000, 2000)):
+        own = data(source, batch_size=batch_size)
+        own.trainer = Share(replicas, 0)  # type: ignore[assignment]
+        own.load_state_dict({"epoch": 0, "samples": samples})
+        loader = own.train_dataloader()
+        assert own.batches_done() + len(batches_of(loader)) == len(loader)
+
+
+def test_too_few_windows_for_the_processes_are_refused(tmp_path: Path) -> None:
+    own = data(numbers(tmp_path / "text.txt", 0, 60), num_samples=1)
+    own.trainer = Share(50, 0)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="too few for 50 processes: give more text"):
+        own.train_dataloader()
+
+
+@pytest.mark.parametrize("replicas", [2, 3, 7])
+def test_every_held_out_window_counts_once_in_all_processes(tmp_path: Path, replicas: int) -> None:
+    own = data(numbers(tmp_path / "text.txt"), max_windows=5)
+    own.trainer = Share(replicas, 0)  # type: ignore[assignment]
+    ids, labels = next(iter(DataLoader(own.val_dataloader().dataset, batch_size=100)))
+    assert len(ids) % replicas == 0
+    counted = ids[(labels != IGNORED).any(1)]
+    assert torch.equal(counted, own._parts["validation"].tensors[0][:5])
 
 
 def test_loading_leaves_the_global_random_state_alone(tmp_path: Path) -> None:

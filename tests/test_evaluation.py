@@ -100,6 +100,7 @@ def test_a_measurement_is_of_the_model_as_it_stands(dtype: torch.dtype, size: in
     assert row.perplexity == perplexity(model, [windows(2), windows(1)])
     assert (row.block_parameters, row.parameters) == parameters(model)
     assert row.bytes == size * row.parameters
+    assert row.tokens_per_second is not None
     assert row.tokens_per_second > 0
 
 
@@ -120,6 +121,13 @@ def test_the_table_has_a_row_for_each_model_under_its_heading() -> None:
         "dense            26.98 106,202,880 134,515,008  538.1 MB     1234.6",
         "recovered          inf           7      12,345    0.0 MB        2.0",
     ]
+
+
+def test_a_speed_that_was_not_measured_is_a_dash() -> None:
+    row = measure(tiny(), [windows(1)], speed=False)
+    assert row.tokens_per_second is None
+    assert table({"pruned": row}).splitlines()[1].split()[-1] == "-"
+    assert "tokens_per_second" not in as_dict({"pruned": row})["pruned"]
 
 
 def test_measurements_are_json() -> None:

@@ -11,11 +11,11 @@ import plprune
 ROOT = Path(plprune.__file__).parent
 TIERS = [
     {"__init__", "__main__"},
-    {"cli", "callbacks", "recovery", "data", "strategies"},
+    {"cli", "callbacks", "checkpointing", "recovery", "data", "strategies", "watch"},
     # the Lightning line
-    {"methods", "lora", "checkpoint", "evaluation", "text", "export", "report"},
+    {"methods", "lora", "checkpoint", "evaluation", "text", "export", "report", "streaming"},
     {"calibration", "surgery", "repair"},
-    {"anatomy", "plan", "allocation", "stats", "atomic"},
+    {"anatomy", "plan", "allocation", "stats", "atomic", "processes", "journal", "progress"},
 ]
 TREES = {path.relative_to(ROOT): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
 every_file = pytest.mark.parametrize("path", TREES, ids=str)

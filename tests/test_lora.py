@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from plprune import FASP, FLAP, LoRA, TwoSSP, prune
 from plprune.anatomy import FAMILIES, blocks_of
-from plprune.lora import adapters, inject, merged, ranks, weights
+from plprune.lora import adapters, base_parameters, inject, merged, merged_state, ranks, weights
 from plprune.plan import PruningPlan
 from plprune.surgery import plan_of
 from tests.builders import logits, tiny, windows
@@ -151,6 +151,25 @@ def test_after_merging_everything_is_as_before_bit_for_bit(dtype: torch.dtype) -
     assert all(torch.equal(after[name], before[name]) and after[name].dtype == before[name].dtype for name in after)
     assert all(dict(adapters(model))[name] is layer for name, layer in layers.items())
     assert all(p.requires_grad == (".lora_" in name) for name, p in after.items())
+
+
+@pytest.mark.parametrize("method", [FASP(0.3), FLAP(0.3), TwoSSP(0.3, drop_attentions=2)])
+@every_family
+def test_merged_state_is_that_of_the_merged_model(family: str, method: Any) -> None:
+    model = adapted(family, None, method)
+    asked = []
+    state = dict(merged_state(model, lambda p: asked.append(p) or p.detach()))
+    assert len(asked) == len(list(model.parameters()))  # each once, as all processes must take part
+    with merged(model):
+        expected = dict(model.named_parameters())
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], value) for name, value in expected.items())
+
+
+def test_base_parameters_are_all_but_the_adapters() -> None:
+    model = adapted()
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert [name for name, _ in base_parameters(model)] == frozen
 
 
 def test_a_model_without_adapters_is_merged_already() -> None:

@@ -163,3 +163,12 @@ def test_vectors_of_zeros_have_finite_distances() -> None:
     influence.update(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3))
     influence.update(torch.zeros(1, 2, 3), torch.ones(1, 2, 3))
     assert all(math.isfinite(influence.distance(name)) for name in ("angular", "cosine", "mse", "mae"))
+
+
+def test_a_gram_that_was_released_still_has_its_mean() -> None:
+    gram = Gram()
+    gram.update(torch.arange(12.0).view(1, 4, 3))
+    mean, covariance = gram.mean, gram.covariance()
+    gram.release()
+    assert torch.equal(gram.mean, mean)
+    assert covariance.shape == (3, 3)

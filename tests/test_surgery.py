@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from plprune import FASP, FLAP, TwoSSP, prune
 from plprune.anatomy import FAMILIES, Block, Group, blocks_of, innermost
+from plprune.journal import Decision
 from plprune.repair import complement
 from plprune.surgery import (
     BlockConfig,
@@ -21,6 +22,7 @@ from plprune.surgery import (
     apply,
     drop_attention,
     plan_of,
+    replay,
     shrink,
     without_attention,
 )
@@ -255,6 +257,20 @@ def test_a_plan_that_does_not_fit_is_refused_and_changes_nothing(settings: dict[
         apply(other, plan)
     assert torch.equal(logits(other), before)
     assert plan_of(other) is None
+
+
+@pytest.mark.parametrize("attention", ["kv_heads", "value_channels"])
+def test_decisions_that_are_replayed_give_the_shapes_they_gave(attention: Any) -> None:
+    model, other = tiny(), tiny()
+    surgery, block = Surgery(model), blocks_of(model)[1]
+    for group in block.groups(attention):
+        surgery.keep(block, group, torch.arange(len(group) - 1), bias_gain=torch.ones(32))
+    decisions = [Decision(name, keep, 0, surgery._repaired) for name, keep in surgery._keep.items()]
+    torch.nn.Module.to(other, "meta")
+    replay(blocks_of(other)[1], decisions, other)
+    shapes = [{name: p.shape for name, p in m.named_parameters()} for m in (model, other)]
+    assert shapes[0] == shapes[1]
+    assert shapes[0]["model.layers.1.mlp.down_proj.bias"] == (32,)
 
 
 def test_a_plan_goes_on_from_the_model_it_was_made_for() -> None:

@@ -5,11 +5,13 @@ import platform
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from plprune import processes
 from plprune.allocation import check_sparsity
 from plprune.calibration import Calibration
 from plprune.plan import PruningPlan, fingerprint
@@ -47,24 +49,48 @@ def prune(
     """Prunes a model in place by any method, and completes the plan with where it came from.
 
     Args:
-        model: A causal language model.
+        model: A causal language model. Of several processes (`Calibration.group`) one needs to have its weights, and
+            the others a model of the same structure, with parameters on meta; all end with the pruned model.
         method: How to prune.
         batches: Calibration token ids, [b, s] each, without padding.
         seed: The seed that chose the calibration text, for the record.
+
+    Raises:
+        ValueError: The method cannot do it, or the processes came to different plans.
     """
     calibration = Calibration.of(batches)
-    origin = {
+    processes.receive(model, calibration.group)
+    of = origin(model, calibration, seed)
+    plan = dataclasses.replace(method.prune(model, calibration), origin=of)
+    attach(model, plan)
+    equalise(model, plan, calibration.group)
+    return plan
+
+
+def equalise(model: PreTrainedModel, plan: PruningPlan, group: processes.Group) -> None:
+    """Makes sure that all processes have one plan, and gives them the first one's repaired values.
+
+    Those are computed by each of them, and may differ in the last bit where the processors do.
+    """
+    processes.agree(plan.digest, "the plan", group)
+    if group is not None:
+        state = model.state_dict()
+        for name in plan.repaired:
+            state[name].copy_(processes.sent(state[name], 0, group))
+
+
+def origin(model: PreTrainedModel, calibration: Calibration, seed: int | None = None) -> dict[str, Any]:
+    """What a plan is made from, for the record."""
+    weights = getattr(model, "weights_fingerprint", None)  # of a model whose weights are on disk
+    return {
         "model": model.config.name_or_path,
-        "weights": fingerprint(model.named_parameters()),
+        "weights": weights or fingerprint(model.named_parameters()),
         "calibration": text_fingerprint(calibration),
         "tokens": sum(ids.numel() for ids in calibration),
         "seed": seed,
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("plprune", "torch", "transformers")},
     }
-    plan = dataclasses.replace(method.prune(model, calibration), origin=origin)
-    attach(model, plan)
-    return plan
 
 
 def text_fingerprint(batches: Calibration) -> str:

@@ -22,9 +22,10 @@ from typing import Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from plprune import processes
 from plprune.allocation import fraction_to_remove, importance, top_k
 from plprune.anatomy import Block, Group, dense_weight
-from plprune.calibration import Calibration, observe, stream
+from plprune.calibration import BlockInputs, Calibration, observe, stream
 from plprune.methods.base import PruningMethod
 from plprune.plan import PruningPlan
 from plprune.repair import compensation, restore
@@ -56,21 +57,30 @@ class FASP(PruningMethod):
         attention, what = self.attention, "what FASP prunes"
         fraction = fraction_to_remove(self.sparsity, surgery.blocks, attention, what, biased=self.compensate)
         for block, inputs in stream(model, batches, "FASP"):
-            observed = observe(block, inputs, Gram, self.attention)
-            counts = kept_counts(block, [group for group, _ in observed], fraction)
-            for (group, gram), count in zip(observed, counts, strict=True):
-                self._prune(surgery, block, group, gram, count)
+            self._prune_block(surgery, block, inputs, fraction)
             distances.append(inputs.influence.distance("angular"))
         return surgery.plan("FASP", dataclasses.asdict(self), importance(distances))
 
-    def _prune(self, surgery: Surgery, block: Block, group: Group, gram: Gram, count: int) -> None:
+    def _prune_block(self, surgery: Surgery, block: Block, inputs: BlockInputs, fraction: float) -> None:
+        observed = observe(block, inputs, Gram, self.attention)  # as large as the block: gone before the next one's
+        counts = kept_counts(block, [group for group, _ in observed], fraction)
+        for (group, gram), count in zip(observed, counts, strict=True):
+            self._prune(surgery, block, group, gram, count, inputs.group)
+
+    def _prune(
+        self, surgery: Surgery, block: Block, group: Group, gram: Gram, count: int, peers: processes.Group
+    ) -> None:
         index = group.consumer.index
         keep = top_k(column_score(block.weight(group), gram.norm[index]), count)
         if count == len(group):
             return surgery.keep(block, group, keep)
         weight, columns = dense_weight(block.part(group.consumer.path)), index[keep].flatten().sort().values
         moments = gram.covariance() if self.compensate else gram.second_moment()
-        restored = restore(weight, moments, columns, self.damping) if self.restoration else None
+        gram.release()
+        restored = None
+        if self.restoration:  # the rows of the weight are independent: each process restores some
+            rows = processes.share(range(len(weight)), peers)
+            restored = processes.joined(restore(weight[rows], moments, columns, self.damping), peers)
         gain = compensation(weight, gram.mean, columns, restored) if self.compensate else None
         surgery.keep(block, group, keep, restored, gain)
 

@@ -18,6 +18,7 @@ Deviations from the authors' code:
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Literal
 
@@ -77,10 +78,12 @@ class FLAP(PruningMethod):
                 means[group.name] = moments.mean
                 scores.append((block, group, self._score(block, group, moments)))
             distances.append(inputs.influence.distance("angular"))
-        surgery = Surgery(model)
-        for (block, group, _), keep in zip(scores, self._choose(scores, budget), strict=True):
-            gain = compensation(_consumer(block, group), means[group.name], _columns(group, keep))
-            surgery.keep(block, group, keep, bias_gain=gain if self.compensate else None)
+        surgery, chosen = Surgery(model), self._choose(scores, budget)
+        for block, rows in itertools.groupby(zip(scores, chosen, strict=True), lambda row: row[0][0]):
+            with block.present():
+                for (_, group, _), keep in rows:
+                    gain = compensation(_consumer(block, group), means[group.name], _columns(group, keep))
+                    surgery.keep(block, group, keep, bias_gain=gain if self.compensate else None)
         return surgery.plan("FLAP", dataclasses.asdict(self), importance(distances))
 
     def _budget(self, blocks: list[Block]) -> float:

@@ -15,25 +15,32 @@ Deviations from the authors' code:
 """
 
 import dataclasses
+import itertools
 import logging
 import math
+import time
 from collections.abc import Iterable
+from datetime import timedelta
+from typing import cast
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from plprune import processes
 from plprune.allocation import check_sparsity, importance, top_k
 from plprune.anatomy import Block, blocks_of
-from plprune.calibration import Calibration, evaluating, finish, observe, on_device, record, run_block, stream
+from plprune.calibration import Calibration, evaluating, finish, observe, record, run_block, stream
 from plprune.evaluation import next_token_loss
+from plprune.journal import Filed, journal_of
 from plprune.methods.base import PruningMethod
 from plprune.plan import PruningPlan
+from plprune.progress import Progress
 from plprune.stats import Norms
 from plprune.surgery import Surgery, without_attention
 
 log = logging.getLogger(__name__)
+States = list[Tensor] | Filed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +79,7 @@ class TwoSSP(PruningMethod):
         if drop:
             windows = calibration.windows(self.stage2_samples)
             with evaluating(model):
-                SecondStage(surgery, windows, calibration.device or model.device).drop(drop)
+                SecondStage(surgery, windows, calibration.device or model.device, calibration.group).drop(drop)
         return surgery.plan("TwoSSP", dataclasses.asdict(self), importance(distances))
 
     def _shares(self, blocks: list[Block]) -> tuple[int, float]:
@@ -152,53 +159,103 @@ class SecondStage:
         surgery: What drops them.
         windows: Token ids, [1, s] each.
         device: Where blocks run.
+        group: Processes that share the candidates.
     """
 
-    def __init__(self, surgery: Surgery, windows: list[Tensor], device: torch.device) -> None:
-        self.surgery, self.windows, self.device = surgery, windows, device
-        self.blocks = surgery.blocks
+    def __init__(
+        self, surgery: Surgery, windows: list[Tensor], device: torch.device, group: processes.Group = None
+    ) -> None:
+        self.surgery, self.windows, self.device, self.group = surgery, windows, device, group
+        self.blocks, self.journal = surgery.blocks, journal_of(surgery.model)
         self.evaluations = 0
         records = [record(surgery.model, ids) for ids in windows]
         self.calls = [[calls[b.index].to(device) for _, calls in records] for b in self.blocks]
-        self.entering = [
-            [first.to(device) for first, _ in records]
-        ]  # hidden states that enter each block, and the head
+        self._rooms = itertools.count()
+        self.entering = [self._kept([first.to(device) for first, _ in records])]  # what enters each block, and the head
+        start = time.monotonic()
         self.entering += self._run(0)
+        self._seconds = (time.monotonic() - start) / len(self.blocks)  # one block takes
 
     def drop(self, count: int) -> None:
         """Drops the `count` attentions that are missed least, one after another."""
         plain = 0
-        for _ in tqdm(range(count), desc="2SSP stage 2", unit="attention", disable=None):
-            candidates = [b for b in self.blocks if b.has_attention]
-            plain += len(candidates) * len(self.blocks) * len(self.windows)
-            self._drop_one(candidates)
+        self._announce(count)
+        with Progress(count, "2SSP stage 2", "attention", quiet=processes.rank(self.group) > 0) as bar:
+            for step in range(count):
+                candidates = [b for b in self.blocks if b.has_attention]
+                plain += len(candidates) * len(self.blocks) * len(self.windows)
+                self._drop_one(candidates, step)
+                bar.update()
+        evaluations = int(processes.total(torch.tensor(self.evaluations), self.group))
         log.info(
             "2SSP stage 2: %d block evaluations, %.0f%% of the plain loop's %d",
-            *(self.evaluations, 100 * self.evaluations / plain, plain),
+            *(evaluations, 100 * evaluations / plain, plain),
         )
 
-    def _drop_one(self, candidates: list[Block]) -> None:
-        best, trail, lowest = candidates[0], [], math.inf
-        for block in candidates:
-            with without_attention(block):
-                trial = self._run(block.index)
-            if (loss := self._loss(trial[-1])) < lowest or not trail:
-                best, trail, lowest = block, trial, loss
+    def _announce(self, count: int) -> None:
+        """Says how long it will take, if every block comes from disk every time."""
+        steps = sum(self.journal.recall(_key(step)) is None for step in range(count)) if self.journal else 0
+        if not steps:
+            return
+        candidates = [b for b in self.blocks if b.has_attention]
+        loads = steps * sum(len(self.blocks) - b.index for b in candidates)
+        start = time.monotonic()
+        self._loss(self.entering[-1])
+        seconds = loads * self._seconds + steps * len(candidates) * (time.monotonic() - start)
+        about = timedelta(seconds=round(seconds))
+        log.info("2SSP stage 2 loads blocks %d times, %.2g s each: about %s", loads, self._seconds, about)
+
+    def _drop_one(self, candidates: list[Block], step: int) -> None:
+        known = self.journal.recall(_key(step)) if self.journal else None
+        chosen, trail = (known, None) if known is not None else self._search(candidates)
+        if self.journal and known is None:
+            self.journal.remember(_key(step), chosen)
+        best = candidates[chosen]
         self.surgery.keep(best, best.groups()[0], torch.zeros(0, dtype=torch.long))
-        self.entering[best.index + 1 :] = trail
+        if self.journal:
+            _forget(self.entering[best.index + 1 :])
+            self.entering[best.index + 1 :] = trail or self._run(best.index)
+            return
+        source = chosen % processes.size(self.group)
+        mine = trail if source == processes.rank(self.group) else self.entering[best.index + 1 :]
+        self.entering[best.index + 1 :] = [
+            [processes.sent(x, source, self.group) for x in hidden] for hidden in cast(list[States], mine)
+        ]
+
+    def _search(self, candidates: list[Block]) -> tuple[int, list[States] | None]:
+        """The candidate that is missed least, and what leaves the blocks after it without it, if found here."""
+        losses, lowest, trail = torch.zeros(len(candidates), dtype=torch.float64), math.inf, None
+        for i in range(processes.rank(self.group), len(candidates), processes.size(self.group)):
+            with without_attention(candidates[i]):
+                trial = self._run(candidates[i].index)
+            losses[i] = self._loss(trial[-1])
+            if trail is None or losses[i] < lowest:
+                lowest, trail, trial = losses[i], trial, trail or []
+            _forget(trial)
+        every = processes.total(losses, self.group).tolist()
+        return every.index(min(every)), trail
 
     @torch.no_grad()
-    def _run(self, start: int) -> list[list[Tensor]]:
+    def _run(self, start: int) -> list[States]:
         """What leaves each block from `start` on."""
-        leaving, hidden = [], self.entering[start]
+        leaving, hidden = [], [x.to(self.device) for x in self.entering[start]]
         for block in self.blocks[start:]:
-            with on_device(block.module, self.device):
+            with block.present(self.device):
                 hidden = [run_block(block, x, c) for x, c in zip(hidden, self.calls[block.index], strict=True)]
-            leaving.append(hidden)
+            leaving.append(self._kept(hidden))
         self.evaluations += len(leaving) * len(hidden)
         return leaving
 
-    def _loss(self, hidden: list[Tensor]) -> float:
+    def _kept(self, hidden: list[Tensor]) -> States:
+        """Hidden states where they wait: on disk if the blocks do, whose states together are too many."""
+        if self.journal is None:
+            return hidden
+        filed = Filed(self.journal.room(f"second.{next(self._rooms)}"))
+        for x in hidden:
+            filed.append(x)
+        return filed
+
+    def _loss(self, hidden: States) -> float:
         """Mean loss per token of all windows; NaN counts as infinite."""
         model, total = self.surgery.model, 0.0
         for ids, x in zip(self.windows, hidden, strict=True):
@@ -206,3 +263,13 @@ class SecondStage:
             total += next_token_loss(logits, ids, "sum").double().item()
         loss = total / sum(ids[:, 1:].numel() for ids in self.windows)
         return loss if math.isfinite(loss) else math.inf
+
+
+def _forget(states: list[States]) -> None:
+    for filed in states:
+        if isinstance(filed, Filed):
+            filed.discard()
+
+
+def _key(step: int) -> str:
+    return f"attention-{step}"

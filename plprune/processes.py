@@ -1,0 +1,185 @@
+"""Several processes that act as one: each takes its share of the work, and all end with what one process would have.
+
+Everything goes through `torch.distributed`. A `group` of None means that this process is alone, and every function then
+gives back what it was given.
+"""
+
+import contextlib
+import math
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+T = TypeVar("T")
+Group = dist.ProcessGroup | None
+
+
+def world() -> Group:
+    """All processes of the run; None if there is only this one."""
+    ready = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return dist.group.WORLD if ready else None
+
+
+@contextlib.contextmanager
+def launched(where: torch.device) -> Iterator[Group]:
+    """The processes that torchrun has started, for the time of the context; None if there is only this one.
+
+    Args:
+        where: Where this one computes.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+        try:
+            yield world()
+        finally:
+            dist.destroy_process_group()
+    else:
+        yield None
+
+
+def size(group: Group) -> int:
+    """How many processes there are."""
+    return dist.get_world_size(group) if group else 1
+
+
+def rank(group: Group) -> int:
+    """Which of them this one is."""
+    return dist.get_rank(group) if group else 0
+
+
+def local_rank() -> int:
+    """Which of its node's processes this one is, known before any group exists: from torchrun, Lightning or SLURM."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+
+
+def device(group: Group) -> torch.device:
+    """Where tensors must be to be sent."""
+    return torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
+
+
+def share(items: Sequence[T], group: Group) -> list[T]:
+    """This process's part of a sequence: in order, without gaps, of sizes that differ by one at most.
+
+    The first process has something if anyone has.
+    """
+    n, i = size(group), rank(group)
+    start, end = (math.ceil(len(items) * k / n) for k in (i, i + 1))
+    return list(items[start:end])
+
+
+def total(tensor: Tensor, group: Group) -> Tensor:
+    """The sum over all processes; a scalar zero stands for a process that had nothing to count, of whatever shape."""
+    if group is None:
+        return tensor
+    shape = max(_all(tuple(tensor.shape), group), key=len)
+    result = tensor.to(device(group)).expand(shape).clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(result, group=group)
+    return result.to(tensor.device) if tensor.ndim else result
+
+
+def joined(tensor: Tensor | None, group: Group) -> Tensor | None:
+    """The rows of all processes, in the order of their ranks; None from one that has none."""
+    if group is None:
+        return tensor
+    own = None if tensor is None else (len(tensor), tuple(tensor.shape[1:]), tensor.dtype)
+    parts = _all(own, group)
+    if not any(parts):
+        return None
+    _, row, dtype = next(part for part in parts if part)
+    counts = [part[0] if part else 0 for part in parts]
+    rows = torch.zeros(sum(counts), *row, dtype=dtype, device=device(group))
+    if tensor is not None:  # adding zeros changes no bit
+        rows[sum(counts[: rank(group)]) :][: len(tensor)] = tensor
+    dist.all_reduce(rows, group=group)
+    return rows if tensor is None else rows.to(tensor.device)
+
+
+def same(value: T, group: Group) -> T:
+    """The first process's value, for all."""
+    if group is None:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, dist.get_global_rank(group, 0), group, device(group))
+    return values[0]
+
+
+def sent(tensor: Tensor, source: int, group: Group) -> Tensor:
+    """The tensor of the process of rank `source`, for all; the others give one of the same shape and dtype."""
+    if group is None:
+        return tensor
+    buffer = tensor.detach().to(device(group)).contiguous()
+    dist.broadcast(buffer, dist.get_global_rank(group, source), group)
+    return buffer.to(tensor.device)
+
+
+def agree(value: str, what: str, group: Group) -> None:
+    """Makes sure that all processes came to the same value.
+
+    Raises:
+        ValueError: They did not; the message names those that differ from the first.
+    """
+    values = _all(value, group)
+    others = [i for i, each in enumerate(values) if each != values[0]]
+    if others:
+        raise ValueError(
+            f"processes disagree on {what}: rank 0 has {values[0]}, rank {others[0]} has {values[others[0]]}"
+            f"{f' ({len(others)} of {len(values)} differ)' if len(others) > 1 else ''}; "
+            "give every process the same code, model, text and library versions"
+        )
+
+
+@torch.no_grad()
+def receive(model: PreTrainedModel, group: Group) -> None:
+    """Fills the parameters that are on meta with those of a process that has them, of the same node if one there has.
+
+    Every process must hold the same structure. Nothing is sent if nobody lacks anything.
+
+    Raises:
+        ValueError: The structures differ, or no process has the weights.
+    """
+    lacks: bool = any(p.is_meta for p in model.parameters())
+    lacking = _all(lacks, group)
+    if group is None or not any(lacking):
+        return
+    model.tie_weights()  # on meta, tied parameters may have been made apart
+    parameters = dict(model.named_parameters())
+    own = {name: f"{p.dtype} {tuple(p.shape)}" for name, p in parameters.items()}
+    first = same(own, group)
+    odd = [name for name in {**first, **own} if own.get(name) != first.get(name)]
+    agree(f"another {odd[0]} ({own.get(odd[0])})" if odd else "its own", "the model's structure", group)
+    senders, source = _senders(lacking, group)
+    for name, parameter in parameters.items():
+        value = torch.empty_like(parameter, device="cpu") if parameter.is_meta else parameter.detach()
+        value = sent(value, source, senders)
+        if parameter.is_meta:
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, nn.Parameter(value, parameter.requires_grad))
+    model.tie_weights()
+
+
+def _senders(lacking: list[bool], group: Group) -> tuple[Group, int]:
+    """The group in which this process's weights are sent, and the rank there of the process that sends them."""
+    hosts = _all(platform.node(), group)
+    nodes = {host: [i for i, each in enumerate(hosts) if each == host] for host in hosts}
+    if all(lacking):
+        raise ValueError("no process has the model's weights: one of each node must load them")
+    if len(nodes) == 1 or any(all(lacking[i] for i in node) for node in nodes.values()):
+        return group, lacking.index(False)
+    groups = {host: dist.new_group(node) for host, node in nodes.items()}  # all take part in making each of them
+    mine = platform.node()
+    return cast(Group, groups[mine]), next(k for k, i in enumerate(nodes[mine]) if not lacking[i])
+
+
+def _all(value: T, group: Group) -> list[T]:
+    """What each process has, by rank."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * size(group)
+    dist.all_gather_object(values, value, group)
+    return values

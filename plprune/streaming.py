@@ -1,0 +1,403 @@
+"""Pruning a model that is larger than memory: its blocks stay on disk, and one at a time is loaded, pruned and written.
+
+A streamed model is one whose blocks are on the meta device and know where their weights are; the rest (embeddings,
+head, final norm) is memory-mapped. Methods see no difference. What is done is kept in a journal (`plprune.journal`), of
+which the output is put together in the end.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from plprune.anatomy import Block, blocks_of
+from plprune.atomic import check_free
+from plprune.calibration import Calibration, same_values, summary
+from plprune.checkpoint import Dtype, describe, load_skeleton, locate
+from plprune.journal import ASKED, SHARD, Decision, Journal, writing
+from plprune.methods.base import PruningMethod, origin, prune
+from plprune.plan import FILE, PruningPlan, fingerprint
+
+MMAP_THRESHOLD, LARGE = -3, 1 << 17  # of malloc.h, and its initial value
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def open_streamed(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
+    """Opens a model, dense or pruned, without loading its blocks.
+
+    Args:
+        name_or_path: A folder with safetensors, in one file or sharded, or a name on the hub.
+        dtype: Of the weights when they are in memory.
+
+    Raises:
+        ValueError: There is no model of a supported family there, or its weights are in another format, missing,
+            damaged or of other shapes.
+    """
+    if locate(name_or_path).endswith(".gguf"):
+        raise _other_format(name_or_path)
+    _keep_nothing_freed()
+    model, folder = load_skeleton(name_or_path, dtype), _folder(name_or_path)
+    source = Source(folder, model, getattr(torch, dtype))
+    cast(Any, model).weights_fingerprint = fingerprint(
+        (name, source.mapped(name)) for name, _ in model.named_parameters()
+    )
+    inside = {id(p) for block in blocks_of(model) for p in block.module.parameters()}
+    for name, parameter in list(model.named_parameters()):
+        if id(parameter) not in inside:
+            _put(model, name, source.mapped(name))
+    model.tie_weights()
+    for block in blocks_of(model):
+        cast(Any, block.module).home = DiskHome(block, source)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.config.dtype = model.dtype
+    return model.eval()
+
+
+def prune_streamed(
+    model: PreTrainedModel,
+    method: PruningMethod,
+    calibration: Calibration,
+    output: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> PruningPlan:
+    """Prunes a model of :func:`open_streamed` block by block into a folder that loads again.
+
+    A run that was stopped, at whatever moment, goes on where it was, and ends with the same plan and weights.
+
+    Args:
+        model: The model; it streams from the journal afterwards, and is of no further use.
+        method: How to prune.
+        calibration: Token ids, and where to compute.
+        output: Folder to write.
+        tokenizer: Saved beside the model.
+        seed: The seed that chose the calibration text, for the record.
+        resume: Whether to go on with an unfinished run, if there is one.
+        overwrite: Whether to replace what is in the output folder, and to forget an unfinished run unless `resume`.
+
+    Raises:
+        ValueError: An unfinished run is in the way, or was asked for something else, or the method cannot prune so.
+        OSError: Something could not be written; what was done before is kept.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("a model that streams from disk is pruned by one process: start it without torchrun")
+    check_output(output, True, resume, overwrite)
+    if not unfinished(output):
+        check_free(output, overwrite)
+    with Journal(place_of_journal(output), asked(model, method, calibration, seed), resume, overwrite) as journal:
+        journal.blocks = len(blocks_of(model))
+        keep_in(model, journal)
+        plan = prune(model, method, calibration, seed)
+        _save(model, journal, Path(os.path.abspath(output)), tokenizer, overwrite)
+        journal.remove()
+    return plan
+
+
+def asked(
+    model: PreTrainedModel, method: PruningMethod, calibration: Calibration, seed: int | None = None
+) -> dict[str, Any]:
+    """Everything that decides the result of a pruning, in JSON's types."""
+    return {
+        "method": type(method).__name__,
+        "settings": dataclasses.asdict(cast(Any, method)),
+        **origin(model, calibration, seed),
+        "dtype": str(model.dtype),
+        "batches": [len(ids) for ids in calibration],
+        "device": (calibration.device or model.device).type,
+    }
+
+
+def finished(output: str | os.PathLike[str], asked: dict[str, Any]) -> PruningPlan | None:
+    """The plan in the output folder, if it is the one that is asked for; what is left of its journal is removed."""
+    if not (Path(output) / FILE).exists():
+        return None
+    plan = PruningPlan.load(output)
+    there = {"method": plan.method, "settings": plan.settings, **plan.origin}
+    keys = ("method", "settings", "weights", "calibration", "seed")
+    if any(json.dumps(there.get(key)) != json.dumps(asked[key]) for key in keys):
+        return None
+    if place_of_journal(output).exists():  # a kill came before it was gone, or it is another run's
+        with contextlib.suppress(ValueError), Journal(place_of_journal(output), asked, resume=True) as journal:
+            journal.remove()
+    return plan
+
+
+def check_output(output: str | os.PathLike[str], stream: bool, resume: bool, overwrite: bool) -> None:
+    """Makes sure, before anything is loaded, that nothing is in the way of a run.
+
+    Raises:
+        ValueError: An unfinished run is.
+        FileExistsError: Something would be lost.
+    """
+    journal = place_of_journal(output)
+    if unfinished(output) and not stream:
+        raise ValueError(
+            f"an unfinished run is in {journal}: go on with it by --stream --resume, or remove that folder"
+        )
+    if unfinished(output) and not resume and not overwrite:
+        raise ValueError(f"an unfinished run is in {journal}: go on with it by --resume, or start again by --overwrite")
+    if not resume:
+        check_free(output, overwrite)
+
+
+def unfinished(output: str | os.PathLike[str]) -> bool:
+    """Whether a run to this output was stopped before its end."""
+    return (place_of_journal(output) / ASKED).exists()
+
+
+def place_of_journal(output: str | os.PathLike[str]) -> Path:
+    """Where the journal of a run is: beside the output, so that what is in it need only be renamed."""
+    path = Path(os.path.abspath(output))
+    return path.with_name(f".{path.name}.progress")
+
+
+def keep_in(model: PreTrainedModel, journal: Journal) -> None:
+    """Makes a streamed model keep in a journal what is done to it."""
+    cast(Any, model).journal = journal
+    for block in blocks_of(model):
+        cast(DiskHome, block.home).journal = journal
+
+
+class Source:
+    """The weights of a model in the safetensors files of a folder, by the names that the model gives them.
+
+    Args:
+        folder: The folder.
+        model: Its parameters say which weights there must be, and of what shape.
+        dtype: As which they are read.
+
+    Raises:
+        ValueError: The files are missing or damaged, or do not hold the model.
+    """
+
+    def __init__(self, folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        self.dtype, there = dtype, _contents(folder)
+        self._places: dict[str, tuple[Path, str]] = {}
+        for name, parameter in model.named_parameters():
+            key = next((key for key in _names(model, name) if key in there), name)
+            file, shape = there.get(key, (folder, None))
+            if shape != tuple(parameter.shape):
+                raise ValueError(
+                    f"{folder} does not hold the model of its config.json: {name} is {shape or 'absent'} there and "
+                    f"{tuple(parameter.shape)} in the model; get it again, a pruned one together with its {FILE}"
+                )
+            self._places[name] = file, key
+
+    def stored(self, name: str) -> Tensor:
+        """A weight as it is on disk, memory-mapped."""
+        return _tensor(*self._places[name])
+
+    def mapped(self, name: str) -> Tensor:
+        """A weight of the dtype that is asked for; memory-mapped if it is so on disk."""
+        return self.stored(name).to(self.dtype)
+
+
+class DiskHome:
+    """A block's place on disk: the model's own file at first, and the journal once the block was changed.
+
+    Args:
+        block: The block.
+        source: The model's own weights.
+    """
+
+    def __init__(self, block: Block, source: Source) -> None:
+        self.block, self.source, self.version = block, source, 0
+        self.prefix = f"{block.family.blocks}.{block.index}."
+        self.journal: Journal | None = None
+        self._decisions: list[Decision] = []  # since the block was loaded
+        self._here = False
+
+    def note(self, decision: Decision) -> None:
+        self._decisions.append(decision)
+
+    @contextlib.contextmanager
+    def present(self, device: torch.device | None) -> Iterator[None]:
+        if self._here:
+            yield
+            return
+        self._load(device or torch.device("cpu"))
+        self._here, before = True, summary(self.block.module)
+        try:
+            yield
+        except GeneratorExit:  # who walks over the blocks has left his loop, and may have changed this one
+            self._write(before)
+            raise
+        else:
+            self._write(before)
+        finally:
+            self._here = False
+            self._unload()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The block's weights, which are present, as they are written."""
+        return {self.prefix + k: p.detach().cpu().contiguous() for k, p in self.block.module.named_parameters()}
+
+    def _load(self, device: torch.device) -> None:
+        _move_buffers(self.block.module, device)
+        for name, _ in list(self.block.module.named_parameters()):
+            stored = self._stored(self.prefix + name)
+            value = torch.empty(stored.shape, dtype=self.source.dtype, device=device)
+            _put(self.block.module, name, value.copy_(stored))  # a copy is aligned as others are, a map may not be
+
+    def _stored(self, name: str) -> Tensor:
+        if self.version == 0:
+            return self.source.stored(name)
+        assert self.journal is not None
+        return _tensor(self.journal.version(self.block.index, self.version) / SHARD, name)
+
+    def _write(self, before: dict[str, Tensor]) -> None:
+        """Keeps the block, if it was changed and an earlier run has not come to the same."""
+        if not self._decisions and same_values(before, summary(self.block.module)):
+            return
+        if self.journal is None:
+            raise ValueError("a model that streams from disk is pruned by prune_streamed, or --stream")
+        index, number = self.block.index, self.version + 1
+        done = self.journal.version(index, number).exists()
+        if not done or self.journal.decided(index, number) != self._decisions:
+            self.journal.write_block(index, number, self.tensors(), self._decisions)
+        self.version, self._decisions = number, []
+        self.journal.advance()
+
+    def _unload(self) -> None:
+        for name, parameter in list(self.block.module.named_parameters()):
+            _put(self.block.module, name, torch.empty_like(parameter, device="meta"))
+        _move_buffers(self.block.module, torch.device("cpu"))
+
+
+def _keep_nothing_freed() -> None:
+    """Makes the C library return freed tensors to the system: what it would keep for reuse is several blocks' worth."""
+    with contextlib.suppress(OSError, AttributeError):  # not every system has it
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE)
+
+
+def _save(
+    model: PreTrainedModel,
+    journal: Journal,
+    output: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    overwrite: bool,
+) -> None:
+    """Puts the output together, one shard for each block and one for the rest, and gives it its name."""
+    room, blocks = journal.room("output"), blocks_of(model)
+    shards = [f"model-{i + 1:05}-of-{len(blocks) + 1:05}.safetensors" for i in range(len(blocks) + 1)]
+    with writing(output):
+        rest = {name: p.detach() for name, p in model.named_parameters() if not p.is_meta}
+        model.save_pretrained(room, state_dict=rest, max_shard_size="1000TB")
+        os.replace(room / SINGLE, room / shards[0])
+        for block, shard in zip(blocks, shards[1:], strict=True):
+            _save_block(block, journal, room / shard)
+        _write_index(room, shards)
+        describe(model, room, tokenizer)
+        check_free(output, overwrite)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.exists():
+            os.replace(output, journal.room("replaced"))
+        os.replace(room, output)
+
+
+def _save_block(block: Block, journal: Journal, file: Path) -> None:
+    home = cast(DiskHome, block.home)
+    if home.version == 0:
+        with block.present():
+            return save_file(home.tensors(), file, metadata={"format": "pt"})
+    written = journal.version(block.index, home.version) / SHARD
+    try:
+        os.link(written, file)
+    except OSError:  # not every file system has hard links
+        shutil.copyfile(written, file)
+
+
+def _write_index(folder: Path, shards: list[str]) -> None:
+    places, size = {}, 0
+    for shard in shards:
+        with safe_open(folder / shard, framework="pt") as file:
+            places |= dict.fromkeys(file.keys(), shard)
+        size += (folder / shard).stat().st_size
+    index = {"metadata": {"total_size": size}, "weight_map": places}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _folder(name_or_path: str) -> Path:
+    """The folder with a model's files, fetched from the hub if it is a name there."""
+    path = Path(locate(name_or_path))
+    if not path.exists():
+        try:
+            wanted = ["*.safetensors", "*.json"]
+            path = Path(snapshot_download(name_or_path, allow_patterns=wanted))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot get {name_or_path} from the hub: {' '.join(str(error).split())}") from error
+    if not (path / INDEX).exists() and not (path / SINGLE).exists():
+        raise _other_format(name_or_path)
+    return path
+
+
+def _other_format(name_or_path: str) -> ValueError:
+    return ValueError(
+        f"{name_or_path} is not in safetensors, which streaming reads: save it so first, where there is memory for all "
+        "of it, by python -c 'from plprune.checkpoint import *; save_pruned(load_model(NAME), FOLDER, "
+        f"load_tokenizer(NAME))', with {name_or_path!r} for NAME"
+    )
+
+
+def _contents(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """Where each weight of a folder is, and its shape."""
+    files = [SINGLE]
+    if (folder / INDEX).exists():
+        try:
+            files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / INDEX} is damaged: get the model again") from error
+    contents = {}
+    for file in (folder / name for name in files):
+        with _opened(file) as opened:
+            for name in opened.keys():  # noqa: SIM118
+                contents[name] = file, tuple(opened.get_slice(name).get_shape())
+    return contents
+
+
+def _names(model: PreTrainedModel, name: str) -> list[str]:
+    """What files may call a parameter: older ones lack the prefix of the base model, or have it where others do not."""
+    prefix = f"{model.base_model_prefix}."
+    return [name, name.removeprefix(prefix), prefix + name]
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{file} is missing, truncated or corrupted ({error}): get the model again") from error
+
+
+def _tensor(file: Path, key: str) -> Tensor:
+    """One tensor of a file, memory-mapped: the map goes with the tensor."""
+    with _opened(file) as opened:
+        return opened.get_tensor(key)
+
+
+def _put(module: nn.Module, name: str, value: Tensor) -> None:
+    path, _, last = name.rpartition(".")
+    owner = module.get_submodule(path)
+    setattr(owner, last, nn.Parameter(value, requires_grad=getattr(owner, last).requires_grad))
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            part._buffers[name] = buffer.to(device)

@@ -1,0 +1,76 @@
+"""Callbacks that write down what each process of a run sees."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from plprune.strategies import whole
+from plprune.surgery import plan_of
+
+
+class Probe(pl.Callback):
+    """Saves losses, plan and adapters of each rank to `probe/<rank>.pt`."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Any] = {"losses": []}
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.found["held"] = sum(_held(p) for p in pl_module.parameters())
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.found["losses"].append(trainer.callback_metrics["train_loss"].item())
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        model: Any = pl_module.model
+        trained = {name: whole(p).clone() for name, p in model.named_parameters() if p.requires_grad}
+        plan = plan_of(model)
+        self.found |= {"adapters": trained, "plan": plan and plan.digest, "dtypes": _dtypes(model)}
+        _save(trainer, self.found, "probe")
+
+
+class Memory(pl.Callback):
+    """Saves by how much the memory of each rank rises while the weights are put into shards, to `memory/<rank>.pt`."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        configure: Callable[[], None] = pl_module.configure_model
+
+        def measured() -> None:
+            Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+            before = _kilobytes("VmRSS")
+            configure()
+            _save(trainer, {"peak": 1024 * (_kilobytes("VmHWM") - before)}, "memory")
+
+        pl_module.configure_model = measured  # type: ignore[method-assign]
+
+
+def _save(trainer: pl.Trainer, found: dict[str, Any], name: str) -> None:
+    folder = Path(name)
+    folder.mkdir(exist_ok=True)
+    torch.save(found, folder / f"{trainer.global_rank}.pt")
+
+
+def _held(parameter: Tensor) -> int:
+    """Elements of a parameter that this process holds."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local().numel()
+    return getattr(parameter, "ds_tensor", parameter).numel()
+
+
+def _dtypes(model: torch.nn.Module) -> dict[bool, set[torch.dtype]]:
+    """The dtypes of what is trained, and of what is not."""
+    kinds: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
+    for parameter in model.parameters():
+        kinds[parameter.requires_grad].add(parameter.dtype)
+    return kinds
+
+
+def _kilobytes(what: str) -> int:
+    found = re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1])

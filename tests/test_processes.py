@@ -1,0 +1,230 @@
+"""Real processes that share work, against one process that does all of it."""
+
+import dataclasses
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from plprune import Calibration, processes, prune
+from plprune.anatomy import FAMILIES
+from plprune.plan import PruningPlan
+from plprune.stats import BlockInfluence, Gram, Moments, Norms
+from tests.benchmarks.pruning import resident
+from tests.builders import METHODS, logits, method, tiny, windows
+from tests.ranks import in_ranks
+
+pytestmark = pytest.mark.multi_process
+SEVEN = list(range(7))
+RUNS = [("llama", name) for name in METHODS] + [(family, "FASP kv_heads") for family in FAMILIES if family != "llama"]
+SHORT = [torch.arange(3, 3 + length)[None] for length in (5, 5, 9)]  # of unlike lengths, and one fewer than windows
+
+
+def sample(i: int) -> Tensor:
+    generator = torch.Generator().manual_seed(i)
+    return torch.randn(2, 5, 6, generator=generator) + torch.arange(6) * 3
+
+
+def statistics(items: list[int]) -> dict[str, Any]:
+    moments, norms, gram, influence = Moments(), Norms(), Gram(), BlockInfluence()
+    for x in map(sample, items):
+        for statistic in (moments, norms, gram):
+            statistic.update(x)
+        influence.update(x, x.flip(-1))
+    return {"moments": moments, "norms": norms, "gram": gram, "influence": influence}
+
+
+def values(all_of: dict[str, Any]) -> dict[str, Any]:
+    moments, norms, gram, influence = all_of.values()
+    return {
+        "moments": [moments.mean, moments.variance, moments.running_variance, moments.norm],
+        "norms": [norms.mean, norms.pooled],
+        "gram": [gram.mean, gram.covariance(), gram.norm],
+        "influence": [torch.tensor(influence.distance(name)) for name in ("angular", "cosine", "mse", "mae")],
+        "counts": [torch.tensor(each.count) for each in (moments, gram, influence)] + [torch.tensor(norms.samples)],
+    }
+
+
+def merged(items: list[int]) -> dict[str, Any]:
+    group = processes.world()
+    own = statistics(processes.share(items, group))
+    for statistic in own.values():
+        statistic.merge(group)
+    return values(own)
+
+
+def pruned(family: str, name: str, batches: list[Tensor]) -> tuple[PruningPlan, Tensor]:
+    model = tiny(family)
+    plan = prune(model, method(name, 0.3), Calibration(batches, group=processes.world()), seed=0)
+    return plan, logits(model)
+
+
+def everything() -> dict[str, Any]:
+    group = processes.world()
+    found: dict[str, Any] = {
+        "merged": [merged(items) for items in (SEVEN, SEVEN[:1])],
+        "pruned": {run: pruned(*run, [windows(4), windows(3, seed=2)]) for run in RUNS},
+        "short": [
+            pruned("llama", name, SHORT[:1]) for name in ("FLAP AL-AM", "FASP kv_heads", "TwoSSP", "CFSP relative")
+        ],
+        "ragged": pruned("llama", "FLAP AL-AM", SHORT),
+        "same": processes.same(f"from {processes.rank(group)}", group),
+        "sent": processes.sent(torch.tensor([processes.rank(group)]), 1, group),
+        "nothing": processes.joined(None, group),
+    }
+    empty, unlike = tiny(), tiny(intermediate_size=32 + 16 * processes.rank(group))
+    for model in (empty, unlike):
+        to_meta(model)
+    found["faults"] = [
+        fault(processes.agree, "x", "a thing", group),
+        fault(processes.agree, str(processes.rank(group)), "a thing", group),
+        fault(processes.receive, empty, group),
+        fault(processes.receive, unlike, group),
+        fault(pruned, "llama", "FLAP AL-AM", [windows(4, seed=processes.rank(group))]),
+    ]
+    return found | {"received": received(group), "peak": peak_of_receiving(group)}
+
+
+def fault(function: Callable[..., Any], *args: Any) -> str:
+    try:
+        function(*args)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def peak_of_receiving(group: processes.Group) -> float:
+    """Memory that it takes to get a model of 100 MB, over the model's."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "vocab_size": 2000}
+    model = tiny("llama", **sizes)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if processes.rank(group):
+        to_meta(model)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    processes.receive(model, group)
+    return (resident("VmHWM") - before) * 2**20 / size
+
+
+def to_meta(model: PreTrainedModel) -> None:
+    for name, parameter in list(model.named_parameters()):
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, torch.nn.Parameter(parameter.to("meta")))
+
+
+def received(group: processes.Group) -> Tensor:
+    model = tiny("llama", tie_word_embeddings=True)
+    expected = logits(model)
+    if processes.rank(group):
+        to_meta(model)
+    processes.receive(model, group)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(logits(model), expected)
+    return expected
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    return in_ranks(everything)
+
+
+def test_statistics_merge_to_those_of_one_process(ranks: list[dict[str, Any]]) -> None:
+    for i, items in enumerate((SEVEN, SEVEN[:1])):  # shares of 3 and 4, and of 0 and 1
+        expected = values(statistics(items))
+        for rank in ranks:
+            for kind, tensors in expected.items():
+                for mine, theirs in zip(rank["merged"][i][kind], tensors, strict=True):
+                    digits = 1e-6 if kind == "gram" else 1e-12  # its products are taken in float32
+                    torch.testing.assert_close(mine, theirs, rtol=digits, atol=digits)
+
+
+def test_moments_merge_without_a_bit_of_difference(ranks: list[dict[str, Any]]) -> None:
+    expected = values(statistics(SEVEN))["moments"]
+    for rank in ranks:
+        assert all(map(torch.equal, rank["merged"][0]["moments"], expected))
+
+
+@pytest.mark.parametrize("run", RUNS, ids=" ".join)
+def test_two_processes_give_the_plan_of_one(ranks: list[dict[str, Any]], run: tuple[str, str]) -> None:
+    plan, expected = pruned(*run, [windows(4), windows(3, seed=2)])
+    for rank in ranks:
+        theirs, found = rank["pruned"][run]
+        # A sum over tokens, whose order differs; FASP's come out of weights that it has restored, in float32.
+        digits = 1e-6 if "FASP" in run[1] else 1e-12
+        torch.testing.assert_close(theirs.importance, plan.importance, rtol=digits, atol=0)
+        assert dataclasses.replace(theirs, importance=plan.importance).digest == plan.digest
+        torch.testing.assert_close(found, expected)
+    assert ranks[0]["pruned"][run][0].digest == ranks[1]["pruned"][run][0].digest
+
+
+def test_fewer_windows_than_processes(ranks: list[dict[str, Any]]) -> None:
+    names = ("FLAP AL-AM", "FASP kv_heads", "TwoSSP", "CFSP relative")
+    for name, *found in zip(names, *(rank["short"] for rank in ranks), strict=True):
+        plan, expected = pruned("llama", name, SHORT[:1])
+        for theirs, logits_there in found:
+            assert {n: k.tolist() for n, k in theirs.keep.items()} == {n: k.tolist() for n, k in plan.keep.items()}
+            torch.testing.assert_close(logits_there, expected)
+
+
+def test_windows_of_unlike_lengths(ranks: list[dict[str, Any]]) -> None:
+    plan, _ = pruned("llama", "FLAP AL-AM", SHORT)
+    for rank in ranks:
+        assert all(torch.equal(rank["ragged"][0].keep[name], keep) for name, keep in plan.keep.items())
+
+
+def test_values_go_from_one_to_all(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["same"] == "from 0"
+        assert rank["sent"].tolist() == [1]
+        assert rank["nothing"] is None
+        assert torch.equal(rank["received"], ranks[0]["received"])
+
+
+def test_whoever_receives_a_model_holds_it_once(ranks: list[dict[str, Any]]) -> None:
+    sender, receiver = (rank["peak"] for rank in ranks)
+    assert sender < 0.2
+    assert 0.8 < receiver < 1.2
+
+
+def test_a_disagreement_names_the_ranks(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        equal, unlike, *_ = rank["faults"]
+        assert equal == ""
+        assert unlike.startswith("processes disagree on a thing: rank 0 has 0, rank 1 has 1")
+
+
+def test_a_model_that_nobody_has_or_not_everybody_has_alike(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        _, _, nobody, otherwise, _ = rank["faults"]
+        assert nobody.startswith("no process has the model's weights")
+        assert "rank 1 has another model.layers.0.mlp.gate_proj.weight (torch.float32 (48, 32))" in otherwise
+
+
+def test_other_text_in_one_process_stops_all(ranks: list[dict[str, Any]]) -> None:
+    assert all(rank["faults"][-1].startswith("processes disagree on the plan") for rank in ranks)
+
+
+def test_alone() -> None:
+    assert processes.world() is None
+    assert processes.share(SEVEN, None) == SEVEN
+    assert merged(SEVEN)["counts"] == values(statistics(SEVEN))["counts"]
+    assert processes.same("x", None) == "x"
+    processes.agree("x", "a thing", None)
+    model = tiny()
+    processes.receive(model, None)
+    assert not any(p.is_meta for p in model.parameters())
+
+
+def test_one_process_of_each_node_sends(monkeypatch) -> None:
+    nodes = ["a", "a", "b", "b"]
+    monkeypatch.setattr(processes.dist, "new_group", lambda ranks: ranks)
+    monkeypatch.setattr(processes, "_all", lambda value, group: nodes)
+    monkeypatch.setattr(platform, "node", lambda: "b")
+    assert processes._senders([False, True, False, True], None) == ([2, 3], 0)
+    assert processes._senders([True, False, True, False], None) == ([2, 3], 1)
+    assert processes._senders([False, True, True, True], None) == (None, 0)  # node b has nobody: all receive from one
