@@ -8,8 +8,8 @@
       -> Trainer.fit                                                        sees only the final structure
       -> Evaluate: dense, pruned, recovered         Export: merged, saved, loads again with load_pruned
 
-Below the Lightning line (`callbacks`, `recovery`, `data`, `cli`) everything is a plain library: `prune(model, method,
-batches)` is all of it.
+Below the Lightning line (`callbacks`, `checkpointing`, `recovery`, `data`, `strategies`, `watch`, `cli`) everything is
+a plain library: `prune(model, method, batches)` is all of it.
 """
 
 from plprune.calibration import Calibration

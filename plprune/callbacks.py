@@ -190,6 +190,12 @@ class Evaluate(pl.Callback):
         if trainer.is_global_zero:
             print(f"\n{table(self.rows)}\n")
 
+    def state_dict(self) -> dict[str, Any]:
+        return as_dict(self.rows)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = {name: Measurement(**{"tokens_per_second": None} | row) for name, row in state_dict.items()}
+
     def _measure(self, name: str, trainer: pl.Trainer, model: PreTrainedModel, sharded: bool) -> None:
         data = trainer_data(trainer)
         if not hasattr(data, "held_out_windows"):

@@ -1,8 +1,8 @@
 """Checkpoints that outlive whatever ends a run: only complete ones, found again, and written before a run has to go.
 
-Lightning's `ModelCheckpoint` writes under the final name, collects the file in /tmp, and stops at a full disk; its
-answer to SIGTERM is a broadcast from within the signal handler, where other ranks may be in another collective, and
-code 0. Here the handler only takes a note, and all ranks look at their notes together at the end of each step.
+Lightning's `ModelCheckpoint` collects a file in /tmp, has DeepSpeed write under the final name, and stops at a full
+disk; its answer to SIGTERM is a broadcast from within the signal handler, where other ranks may be in another
+collective, and code 0. Here the handler only takes a note, and all ranks look at their notes together after each step.
 
 The last checkpoint is the one before the last step: Lightning calls no `on_train_end` if there is nothing left to
 train, and a run that was killed while it exported must come there again.

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 import time
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from plprune.checkpoint import Dtype, load_model, load_skeleton, load_tokenizer
 from plprune.evaluation import next_token_loss
 from plprune.lora import LoRA
 from plprune.plan import fingerprint
+from plprune.progress import Progress
 from plprune.strategies import check_strategy, description, shards, split
 from plprune.surgery import plan_of
 from plprune.text import IGNORED
@@ -118,6 +120,13 @@ class Recovery(pl.LightningModule):
         self._agree_on(self.trainer.num_training_batches)
         self._restore_random_state()
         self._tokens, self._since = 0, time.perf_counter()
+        self._first = self.trainer.global_step, self._since
+        steps = int(self.trainer.estimated_stepping_batches)
+        quiet = sys.stderr.isatty() or not self.trainer.is_global_zero  # on a terminal there is Lightning's bar
+        self._progress = Progress(steps, "training", "step", self.trainer.global_step, quiet)
+
+    def on_train_end(self) -> None:
+        self._progress.close()
 
     def on_validation_start(self) -> None:
         self._agree_on(
@@ -131,6 +140,11 @@ class Recovery(pl.LightningModule):
         now = time.perf_counter()
         self.log("tokens_per_second", self._tokens / (now - self._since), prog_bar=True)
         self._tokens, self._since = 0, now
+        step, (first, start) = self.trainer.global_step, self._first
+        if step > first:
+            left = (self.trainer.estimated_stepping_batches - step) * (now - start) / (step - first) / 60
+            self.log("minutes_left", left, prog_bar=True, logger=False)
+        self._progress.update(step - self._progress.n)
 
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.parameters() if p.requires_grad]

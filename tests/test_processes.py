@@ -22,7 +22,8 @@ from tests.ranks import in_ranks
 pytestmark = pytest.mark.multi_process
 SEVEN = list(range(7))
 RUNS = [("llama", name) for name in METHODS] + [(family, "FASP kv_heads") for family in FAMILIES if family != "llama"]
-SHORT = [torch.arange(3, 3 + length)[None] for length in (5, 5, 9)]  # of unlike lengths, and one fewer than windows
+ONE = [windows(1, 64)]
+SHORT = [torch.arange(3, 3 + length)[None] for length in (5, 5, 9)]  # windows of unlike lengths
 
 
 def sample(i: int) -> Tensor:
@@ -69,9 +70,7 @@ def everything() -> dict[str, Any]:
     found: dict[str, Any] = {
         "merged": [merged(items) for items in (SEVEN, SEVEN[:1])],
         "pruned": {run: pruned(*run, [windows(4), windows(3, seed=2)]) for run in RUNS},
-        "short": [
-            pruned("llama", name, SHORT[:1]) for name in ("FLAP AL-AM", "FASP kv_heads", "TwoSSP", "CFSP relative")
-        ],
+        "short": [pruned("llama", name, ONE) for name in ("FLAP AL-AM", "FASP kv_heads", "TwoSSP", "CFSP relative")],
         "ragged": pruned("llama", "FLAP AL-AM", SHORT),
         "same": processes.same(f"from {processes.rank(group)}", group),
         "sent": processes.sent(torch.tensor([processes.rank(group)]), 1, group),
@@ -165,7 +164,7 @@ def test_two_processes_give_the_plan_of_one(ranks: list[dict[str, Any]], run: tu
 def test_fewer_windows_than_processes(ranks: list[dict[str, Any]]) -> None:
     names = ("FLAP AL-AM", "FASP kv_heads", "TwoSSP", "CFSP relative")
     for name, *found in zip(names, *(rank["short"] for rank in ranks), strict=True):
-        plan, expected = pruned("llama", name, SHORT[:1])
+        plan, expected = pruned("llama", name, ONE)
         for theirs, logits_there in found:
             assert {n: k.tolist() for n, k in theirs.keep.items()} == {n: k.tolist() for n, k in plan.keep.items()}
             torch.testing.assert_close(logits_there, expected)

@@ -1,7 +1,9 @@
 """Prune, LoRA and training together, through the real Trainer."""
 
 import copy
+import logging
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -256,3 +258,29 @@ def test_loss_and_perplexity_agree_with_transformers(folder: str) -> None:
     with torch.no_grad():
         theirs = module.model(input_ids=ids, labels=ids).loss.item()
     assert perplexity(module.model, list(ids.split(4))) == pytest.approx(math.exp(theirs), rel=1e-5)
+
+
+def test_training_says_when_it_will_end(folder: str, text: str, tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("plprune.progress.Progress.seconds", 0.0)
+    run = trainer(tmp_path, steps=3)
+    with caplog.at_level(logging.INFO, "plprune.progress"):
+        run.fit(recovery(folder), datamodule=data(text))
+    lines = [record.getMessage() for record in caplog.records if record.name == "plprune.progress"]
+    assert [re.sub(r"\d\d:\d\d", "TIME", line) for line in lines] == [
+        f"training: {step} of 3 steps, TIME left" for step in (1, 2)
+    ]
+    assert run.callback_metrics["minutes_left"] == 0
+
+
+def test_a_resumed_run_remembers_what_was_measured(folder: str, text: str, tmp_path: Path) -> None:
+    first = Evaluate()
+    run = trainer(tmp_path, first, Prune(CFSP(0.3)), steps=2)
+    run.fit(recovery(folder), datamodule=data(text))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    again = Evaluate()
+    trainer(tmp_path, again, Prune(CFSP(0.3)), steps=4).fit(
+        recovery(folder), datamodule=data(text), ckpt_path=tmp_path / "a.ckpt"
+    )
+    assert list(again.rows) == ["dense", "pruned", "recovered"]
+    assert again.rows["pruned"] == first.rows["pruned"]
+    assert again.rows["recovered"] != first.rows["recovered"]

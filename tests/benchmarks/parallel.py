@@ -22,7 +22,7 @@ from tests.shared import SMOLLM2
 METHODS: dict[str, PruningMethod] = {
     "FLAP": FLAP(0.2),
     "CFSP": CFSP(0.2),
-    "2SSP": TwoSSP(0.2, drop_attentions=4),
+    "2SSP": TwoSSP(0.2, drop_attentions=1),
     "FASP, value channels": FASP(0.2),
     "FASP, kv heads": FASP(0.2, attention="kv_heads"),
 }
