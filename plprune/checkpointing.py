@@ -102,6 +102,11 @@ class Checkpoint(LightningCheckpoint):
         if trainer.is_global_zero:
             clear(self.folder(trainer), PATTERN)
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lightning sets its own handler next, and there is no hook between that and further collective operations."""
+        cast(Any, trainer)._signal_connector._sigterm_notifier_fn = self._note
+        _on_sigterm(self._note)
+
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._listen(trainer)
 
