@@ -104,8 +104,10 @@ class Checkpoint(LightningCheckpoint):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lightning sets its own handler next, and there is no hook between that and further collective operations."""
-        cast(Any, trainer)._signal_connector._sigterm_notifier_fn = self._note
-        _on_sigterm(self._note)
+        connector: Any = trainer._signal_connector
+        others = connector._has_already_handler
+        connector._sigterm_notifier_fn = self._note
+        connector._has_already_handler = lambda number: number != signal.SIGTERM and others(number)
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._listen(trainer)
