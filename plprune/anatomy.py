@@ -251,6 +251,13 @@ def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
         module.to(home)
 
 
+def put(module: nn.Module, name: str, value: Tensor) -> None:
+    """Gives a module another parameter under a dotted name."""
+    path, _, last = name.rpartition(".")
+    owner = module.get_submodule(path)
+    setattr(owner, last, nn.Parameter(value, requires_grad=getattr(owner, last).requires_grad))
+
+
 def innermost(module: nn.Module) -> nn.Linear:
     """The `nn.Linear` itself, inside a gather or scatter, and below LoRA."""
     for name in ("linear", "base_layer"):

@@ -101,7 +101,7 @@ class Prune(pl.Callback):
         assert plan is not None
         if processes.rank(group):
             surgery.apply(model, plan)
-        lacking = processes.total(torch.tensor(any(p.is_meta for p in model.parameters()), dtype=torch.int64), group)
+        lacking = processes.total(torch.tensor(processes.lacks_weights(model), dtype=torch.int64), group)
         if not shards(trainer.strategy) or not lacking:  # those that lack weights get shards of them later
             processes.receive(model, group)
             equalise(model, plan, group)

@@ -96,8 +96,9 @@ def load_skeleton(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedMode
     """
     path = _present(name_or_path)
     if path.is_dir() and (path / FILE).exists():
-        model = _skeleton(_config(PruningPlan.load(path).config), getattr(torch, dtype))
-        surgery.apply(model, PruningPlan.load(path))
+        plan = PruningPlan.load(path)
+        model = _skeleton(_config(plan.config), getattr(torch, dtype))
+        surgery.apply(model, plan)
     else:
         model = _skeleton(_config_at(name_or_path), getattr(torch, dtype))
     model.tie_weights()

@@ -251,7 +251,7 @@ def device_called(name: str) -> torch.device:
     Raises:
         ValueError: It is not there.
     """
-    own = f"cuda:{processes.local_rank()}" if name == "cuda" and int(os.environ.get("WORLD_SIZE", 1)) > 1 else name
+    own = f"cuda:{processes.local_rank()}" if name == "cuda" and processes.launched_count() > 1 else name
     try:
         return torch.empty(0, device=own).device
     except (RuntimeError, AssertionError) as error:

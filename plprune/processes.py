@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from plprune.anatomy import put
+
 T = TypeVar("T")
 Group = dist.ProcessGroup | None
 
@@ -26,6 +28,11 @@ def world() -> Group:
     return dist.group.WORLD if ready else None
 
 
+def launched_count() -> int:
+    """How many processes torchrun has started, known before any group exists; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 @contextlib.contextmanager
 def launched(where: torch.device) -> Iterator[Group]:
     """The processes that torchrun has started, for the time of the context; None if there is only this one.
@@ -33,7 +40,7 @@ def launched(where: torch.device) -> Iterator[Group]:
     Args:
         where: Where this one computes.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if launched_count() > 1:
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
         try:
             yield world()
@@ -134,6 +141,11 @@ def agree(value: str, what: str, group: Group) -> None:
         )
 
 
+def lacks_weights(model: nn.Module) -> bool:
+    """Whether this process has the structure of a model only."""
+    return any(p.is_meta for p in model.parameters())
+
+
 @torch.no_grad()
 def receive(model: PreTrainedModel, group: Group) -> None:
     """Fills the parameters that are on meta with those of a process that has them, of the same node if one there has.
@@ -143,8 +155,7 @@ def receive(model: PreTrainedModel, group: Group) -> None:
     Raises:
         ValueError: The structures differ, or no process has the weights.
     """
-    lacks: bool = any(p.is_meta for p in model.parameters())
-    lacking = _all(lacks, group)
+    lacking = _all(lacks_weights(model), group)
     if group is None or not any(lacking):
         return
     model.tie_weights()  # on meta, tied parameters may have been made apart
@@ -158,8 +169,7 @@ def receive(model: PreTrainedModel, group: Group) -> None:
         value = torch.empty_like(parameter, device="cpu") if parameter.is_meta else parameter.detach()
         value = sent(value, source, senders)
         if parameter.is_meta:
-            owner, _, last = name.rpartition(".")
-            setattr(model.get_submodule(owner), last, nn.Parameter(value, parameter.requires_grad))
+            put(model, name, value)
     model.tie_weights()
 
 

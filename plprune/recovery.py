@@ -194,7 +194,7 @@ class Recovery(pl.LightningModule):
 
     def _inject(self) -> None:
         plan, group = plan_of(self.model), processes.world()
-        lacking = any(p.is_meta for p in self.model.parameters())
+        lacking = processes.lacks_weights(self.model)
         weights = processes.same(None if lacking else fingerprint(self.model.named_parameters()), group)
         self._base = {"weights": weights, "plan": plan.digest if plan else None}
         self.ranks = adapters.inject(self.model, self.lora, plan)

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from plprune.anatomy import Block, blocks_of
+from plprune import processes
+from plprune.anatomy import Block, blocks_of, put
 from plprune.atomic import check_free
 from plprune.calibration import Calibration, same_values, summary
 from plprune.checkpoint import Dtype, describe, load_skeleton, locate
@@ -56,7 +57,7 @@ def open_streamed(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedMode
     inside = {id(p) for block in blocks_of(model) for p in block.module.parameters()}
     for name, parameter in list(model.named_parameters()):
         if id(parameter) not in inside:
-            _put(model, name, source.mapped(name))
+            put(model, name, source.mapped(name))
     model.tie_weights()
     for block in blocks_of(model):
         cast(Any, block.module).home = DiskHome(block, source)
@@ -94,7 +95,7 @@ def prune_streamed(
         ValueError: An unfinished run is in the way, or was asked for something else, or the method cannot prune so.
         OSError: Something could not be written; what was done before is kept.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if processes.launched_count() > 1:
         raise ValueError("a model that streams from disk is pruned by one process: start it without torchrun")
     check_output(output, True, resume, overwrite)
     if not unfinished(output):
@@ -252,7 +253,7 @@ class DiskHome:
         for name, _ in list(self.block.module.named_parameters()):
             stored = self._stored(self.prefix + name)
             value = torch.empty(stored.shape, dtype=self.source.dtype, device=device)
-            _put(self.block.module, name, value.copy_(stored))  # a copy is aligned as others are, a map may not be
+            put(self.block.module, name, value.copy_(stored))  # a copy is aligned as others are, a map may not be
 
     def _stored(self, name: str) -> Tensor:
         if self.version == 0:
@@ -275,7 +276,7 @@ class DiskHome:
 
     def _unload(self) -> None:
         for name, parameter in list(self.block.module.named_parameters()):
-            _put(self.block.module, name, torch.empty_like(parameter, device="meta"))
+            put(self.block.module, name, torch.empty_like(parameter, device="meta"))
         _move_buffers(self.block.module, torch.device("cpu"))
 
 
@@ -389,12 +390,6 @@ def _tensor(file: Path, key: str) -> Tensor:
     """One tensor of a file, memory-mapped: the map goes with the tensor."""
     with _opened(file) as opened:
         return opened.get_tensor(key)
-
-
-def _put(module: nn.Module, name: str, value: Tensor) -> None:
-    path, _, last = name.rpartition(".")
-    owner = module.get_submodule(path)
-    setattr(owner, last, nn.Parameter(value, requires_grad=getattr(owner, last).requires_grad))
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:

@@ -219,8 +219,7 @@ def apply(model: PreTrainedModel, plan: PruningPlan) -> None:
 def replay(block: Block, decisions: list[Decision], model: PreTrainedModel) -> None:
     """Gives a block the structure that decisions gave it before; its weights may be on meta."""
     for decision in decisions:
-        groups = [*block.groups("kv_heads"), *block.groups("value_channels")[:-1]]
-        shrink(block, next(group for group in groups if group.name == decision.group), decision.keep)
+        shrink(block, next(group for group in _groups(block) if group.name == decision.group), decision.keep)
         _add_biases(model, decision.repaired)
 
 
@@ -284,8 +283,12 @@ def _check_fit(blocks: list[Block], plan: PruningPlan) -> None:
 
 def _planned(block: Block, plan: PruningPlan) -> list[Group]:
     """The block's groups that a plan speaks of."""
-    groups = [*block.groups("kv_heads"), *block.groups("value_channels")[:-1]]
-    return [group for group in groups if group.name in plan.keep]
+    return [group for group in _groups(block) if group.name in plan.keep]
+
+
+def _groups(block: Block) -> list[Group]:
+    """The block's groups of every kind."""
+    return [*block.groups("kv_heads"), *block.groups("value_channels")[:-1]]
 
 
 def _dense_config(model: PreTrainedModel) -> dict[str, Any]:

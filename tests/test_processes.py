@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plprune import Calibration, processes, prune
-from plprune.anatomy import FAMILIES
+from plprune.anatomy import FAMILIES, put
 from plprune.plan import PruningPlan
 from plprune.stats import BlockInfluence, Gram, Moments, Norms
 from tests.benchmarks.pruning import resident
@@ -112,8 +112,7 @@ def peak_of_receiving(group: processes.Group) -> float:
 
 def to_meta(model: PreTrainedModel) -> None:
     for name, parameter in list(model.named_parameters()):
-        owner, _, last = name.rpartition(".")
-        setattr(model.get_submodule(owner), last, torch.nn.Parameter(parameter.to("meta")))
+        put(model, name, parameter.to("meta"))
 
 
 def received(group: processes.Group) -> Tensor:
