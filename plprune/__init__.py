@@ -12,6 +12,8 @@ Below the Lightning line (`callbacks`, `checkpointing`, `recovery`, `data`, `str
 a plain library: `prune(model, method, batches)` is all of it.
 """
 
+from transformers import AutoConfig
+
 from plprune.calibration import Calibration
 from plprune.callbacks import Evaluate, Export, Prune
 from plprune.checkpoint import load_pruned, save_pruned
@@ -20,10 +22,13 @@ from plprune.data import RecoveryData
 from plprune.evaluation import perplexity
 from plprune.lora import LoRA
 from plprune.methods import CFSP, FASP, FLAP, PruningMethod, TwoSSP, prune
+from plprune.modeling_plprune import PrunedConfig
 from plprune.plan import PruningPlan
 from plprune.recovery import Recovery
 
 __version__ = "0.1.0"
+
+AutoConfig.register(PrunedConfig.model_type, PrunedConfig)  # transformers loads what plprune has saved
 
 __all__ = [
     "CFSP",

@@ -9,7 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from plprune.anatomy import Block
+from plprune.anatomy import Block, Group
+from plprune.serving import Constraint
+
+NEAR = 0.05  # how far from the sparsity that is asked for a constraint may lead
 
 
 def check_sparsity(sparsity: float) -> None:
@@ -107,6 +110,93 @@ def largest_remainder(shares: Sequence[float], total: int, least: int = 1) -> li
     for i in order[: total - sum(floors)]:
         floors[i] += 1
     return floors
+
+
+def fitted(wanted: Sequence[float], counts: Sequence[Sequence[int]], costs: Sequence[int], target: float) -> list[int]:
+    """Numbers of units that may be kept, near the `wanted` ones, whose cost together is as near to `target` as steps of
+    single groups get it.
+
+    Args:
+        wanted: Units to keep in each group.
+        counts: Those that each group may keep, ascending.
+        costs: The cost of one unit of each group.
+        target: What all kept units should cost.
+
+    Example:
+        >>> fitted([40.0, 50.0, 90.0], [range(32, 97, 32)] * 3, [1] * 3, 180)
+        [32, 64, 96]
+        >>> fitted([40.0, 50.0, 90.0], [range(32, 97, 32)] * 3, [1] * 3, 165)
+        [32, 32, 96]
+    """
+    at = [min(range(len(c)), key=lambda i, w=w, c=c: (abs(c[i] - w), -i)) for w, c in zip(wanted, counts, strict=True)]
+    while True:
+        excess = sum(c[i] * cost for c, i, cost in zip(counts, at, costs, strict=True)) - target
+        way, best = -1 if excess > 0 else 1, None
+        for k, (c, i, cost) in enumerate(zip(counts, at, costs, strict=True)):
+            if not 0 <= i + way < len(c) or (change := abs(c[i + way] - c[i]) * cost) >= 2 * abs(excess):
+                continue  # it would lead no nearer
+            farther = ((c[i + way] - wanted[k]) ** 2 - (c[i] - wanted[k]) ** 2) * cost**2 / change
+            if best is None or farther < best[0]:
+                best = farther, k
+        if best is None:
+            return [c[i] for c, i in zip(counts, at, strict=True)]
+        at[best[1]] += way
+
+
+def fit(
+    rows: Sequence[tuple[Block, Group]],
+    wanted: Sequence[float],
+    keep: float,
+    asked: Constraint,
+    each_block: bool = False,
+) -> list[int]:
+    """Units to keep in each group, of the numbers that a constraint allows: near the `wanted` ones, and to the budget.
+
+    Args:
+        rows: Blocks with their groups, in the order of the blocks.
+        wanted: Units to keep in each group.
+        keep: The fraction of the groups' parameters to keep.
+        asked: What allows only some numbers.
+        each_block: Whether each block has to keep its fraction, and not only all together.
+
+    Raises:
+        ValueError: A group can keep no number of units.
+    """
+    scopes = list(dict.fromkeys(block.index for block, _ in rows)) if each_block else [None]
+    chosen = [0] * len(rows)
+    for scope in scopes:
+        own = [i for i, (block, _) in enumerate(rows) if scope in (None, block.index)]
+        costs = [rows[i][0].cost(rows[i][1]) for i in own]
+        target = keep * sum(cost * len(rows[i][1]) for i, cost in zip(own, costs, strict=True))
+        found = fitted([wanted[i] for i in own], [asked.counts(*rows[i]) for i in own], costs, target)
+        for i, count in zip(own, found, strict=True):
+            chosen[i] = count
+    return chosen
+
+
+def check_near(
+    sparsity: float, rows: Sequence[tuple[Block, Group]], chosen: Sequence[int], keep: float, of: int
+) -> None:
+    """Makes sure that a constraint leads near enough to a budget: within 0.05, and at least half of the way.
+
+    Args:
+        sparsity: What is asked for.
+        rows: Blocks with their groups.
+        chosen: Units that each group keeps.
+        keep: The fraction of the groups' parameters to keep for that.
+        of: The parameters of which `sparsity` is a fraction.
+
+    Raises:
+        ValueError: It does not.
+    """
+    costs = [block.cost(group) for block, group in rows]
+    kept = sum(cost * count for cost, count in zip(costs, chosen, strict=True))
+    off = (kept - keep * sum(cost * len(group) for cost, (_, group) in zip(costs, rows, strict=True))) / of
+    if abs(off) > min(NEAR, sparsity / 2) + 1e-9:
+        raise ValueError(
+            f"sparsity {sparsity} is out of reach where `serve_on` and `tensor_parallel` say what sizes there can be: "
+            f"the nearest is {max(0.0, sparsity - off):.3f}; ask for that, for another place or for fewer devices"
+        )
 
 
 def importance(distances: Sequence[float], gain: float = 1.0) -> Tensor:  # [B]

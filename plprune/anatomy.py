@@ -5,11 +5,19 @@ can only leave together: unit `u` owns the rows `rows[u]` of every producer and 
 consumer. As a group holds indices, fused projections need no code: a path that is named twice holds its parts stacked,
 in the order in which they are named.
 
+To add a family, look at its modelling file in transformers. Which names differ from Llama's? Does the forward pass
+read a number of heads, or a width, that is not taken from the weights (`counts`)? Is anything else as wide as all heads
+together (`qk_norms`)? What does its configuration call the sizes (`config_keys`)? Then give `tests/builders.py` a tiny
+configuration of it: the tests take every family from :data:`FAMILIES`, and find what the record has wrong.
+
+Rows are outputs and columns are inputs, however a projection stores its weight: :func:`matrix` gives it as
+[d_out, d_in] also where it is a `Conv1D`, which holds the transpose.
+
 =============  =======================  ===========================  ==================================
 kind           unit                     producers                    consumer
 =============  =======================  ===========================  ==================================
-``attention``  kv head, with its query  rows of Q, K and V           columns of the output projection
-               heads
+``attention``  kv head, with its query  rows of Q, K and V, and of   columns of the output projection
+               heads                    norms over all heads
 ``value``      value channel            rows of V                    the same channel of each query head
 ``ffn``        FFN channel              rows of gate and up, or fc1  columns of down, or fc2
 =============  =======================  ===========================  ==================================
@@ -25,10 +33,13 @@ from typing import Literal, Protocol, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from plprune.journal import Decision
 
 Kind = Literal["attention", "value", "ffn"]
+Count = Literal["heads", "kv_heads", "query_width"]
+Side = Literal["in_features", "out_features"]
 
 
 @dataclass(frozen=True)
@@ -38,22 +49,31 @@ class Family:
     Args:
         blocks: The list of decoder blocks.
         qkv: Query, key and value projections; one path three times when they are fused.
+        interleaved: Whether fused projections hold queries, keys and values of one head after those of another, and
+            not all queries first.
+        qk_norms: Norms of queries and keys over all heads together, if there are any. Once heads have left they are
+            over those that stay.
         output: The projection that consumes the heads.
         ffn_in: The projections that produce the FFN channels; one path twice when gate and up are fused.
         ffn_out: The projection that consumes the FFN channels.
-        attention: The attention sub-block; its `head_dim` and, under grouped queries, `num_key_value_groups` are read.
-        counts: Attributes that must follow the number of `heads` or `kv_heads`, because the family's forward pass
-            does not read them off the widths. `config` in such a path is the block's own view of the config.
+        attention: The attention sub-block; under grouped queries its `num_key_value_groups` is read.
+        head_dim: What the attention sub-block calls the dimension of a head.
+        counts: Attributes that must follow the number of `heads`, of `kv_heads`, or the `query_width` of all heads,
+            because the family's forward pass does not read them off the weights. `config` in such a path is the
+            block's own view of the config.
         config_keys: What `config.json` calls the FFN's width, the numbers of heads and their dimension.
     """
 
     blocks: str = "model.layers"
     qkv: tuple[str, str, str] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    interleaved: bool = False
+    qk_norms: tuple[str, str] | tuple[()] = ()
     output: str = "self_attn.o_proj"
     ffn_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     ffn_out: str = "mlp.down_proj"
     attention: str = "self_attn"
-    counts: Mapping[str, Literal["heads", "kv_heads"]] = field(default_factory=dict)
+    head_dim: str = "head_dim"
+    counts: Mapping[str, Count] = field(default_factory=dict)
     config_keys: Mapping[Literal["width", "heads", "kv_heads", "head_dim"], str] = field(
         default_factory=lambda: {
             "width": "intermediate_size",
@@ -82,6 +102,34 @@ FAMILIES: dict[str, Family] = {
         counts={"self_attn.num_heads": "heads"},
         config_keys={"width": "ffn_dim", "heads": "num_attention_heads"},
     ),
+    "gemma2": Family(),
+    "gemma3_text": Family(),
+    "gpt_neox": Family(
+        blocks="gpt_neox.layers",
+        qkv=("attention.query_key_value", "attention.query_key_value", "attention.query_key_value"),
+        interleaved=True,
+        output="attention.dense",
+        ffn_in=("mlp.dense_h_to_4h",),
+        ffn_out="mlp.dense_4h_to_h",
+        attention="attention",
+        head_dim="head_size",
+        config_keys={"width": "intermediate_size", "heads": "num_attention_heads"},
+    ),
+    "gpt2": Family(
+        blocks="transformer.h",
+        qkv=("attn.c_attn", "attn.c_attn", "attn.c_attn"),
+        output="attn.c_proj",
+        ffn_in=("mlp.c_fc",),
+        ffn_out="mlp.c_proj",
+        attention="attn",
+        counts={"attn.num_heads": "heads", "attn.split_size": "query_width"},
+        config_keys={"width": "n_inner", "heads": "n_head"},
+    ),
+    "phi": Family(output="self_attn.dense", ffn_in=("mlp.fc1",), ffn_out="mlp.fc2"),
+    "olmo2": Family(qk_norms=("self_attn.q_norm", "self_attn.k_norm")),
+    "granite": Family(),
+    "smollm3": Family(),
+    "cohere2": Family(),
 }
 
 
@@ -156,12 +204,12 @@ class Block:
     def cost(self, group: Group) -> int:
         """Parameters that leave with one unit."""
         rows = sum(s.index.shape[1] * _per_row(self.part(s.path)) for s in group.producers)
-        return rows + group.consumer.index.shape[1] * innermost(self.part(group.consumer.path)).weight.shape[0]
+        return rows + group.consumer.index.shape[1] * len(matrix(self.part(group.consumer.path)))
 
     def absent_bias(self, group: Group) -> int:
         """Parameters that a bias of the consumer would add: none if it has one."""
-        linear = innermost(self.part(group.consumer.path))
-        return len(linear.weight) if linear.bias is None else 0
+        consumer = self.part(group.consumer.path)
+        return len(matrix(consumer)) if innermost(consumer).bias is None else 0
 
     def parameters(self, path: str = "") -> int:
         """Parameters of the block, or of the part of it at `path`."""
@@ -169,7 +217,7 @@ class Block:
 
     @property
     def has_attention(self) -> bool:
-        return hasattr(self.part(self.family.attention), "head_dim")
+        return hasattr(self.part(self.family.attention), self.family.head_dim)
 
     def groups(self, attention: Literal["kv_heads", "value_channels", "none"] = "kv_heads") -> list[Group]:
         """The block's groups, attention first, with the unit of attention asked for."""
@@ -178,7 +226,7 @@ class Block:
 
     @property
     def kv_heads(self) -> int:
-        return cast(int, self.part(self.family.output).in_features) // (self.queries_per_head * self.head_dim)
+        return width(self.part(self.family.output), "in_features") // (self.queries_per_head * self.head_dim)
 
     @property
     def queries_per_head(self) -> int:
@@ -187,28 +235,48 @@ class Block:
 
     @property
     def head_dim(self) -> int:
-        return cast(int, self.part(self.family.attention).head_dim)
+        return cast(int, getattr(self.part(self.family.attention), self.family.head_dim))
 
     def _kv_heads(self) -> Group:
-        kv, g, hd = self.kv_heads, self.queries_per_head, self.head_dim
-        sizes = (kv * g * hd, kv * hd, kv * hd)
-        producers = tuple(Slice(p, r.view(kv, -1)) for p, r in _stacked(self.family.qkv, sizes))
-        columns = torch.arange(kv * g * hd).view(kv, g * hd)
+        columns = torch.arange(width(self.part(self.family.output), "in_features")).view(self.kv_heads, -1)
+        producers = (*self._norms(), *self._projected())
         return Group(self.index, "attention", producers, Slice(self.family.output, columns))
 
     def _value_channels(self) -> Group:
         kv, g, hd = self.kv_heads, self.queries_per_head, self.head_dim
-        path, rows = _stacked(self.family.qkv, (kv * g * hd, kv * hd, kv * hd))[2]
-        present = torch.isin(rows, kept_rows(self.part(path)))  # some may have left in an earlier pruning
+        values = self._projected()[2]
+        rows = values.index.flatten()
+        present = torch.isin(rows, kept_rows(self.part(values.path)))  # some may have left in an earlier pruning
         columns = torch.arange(kv * g * hd).view(kv, g, hd).transpose(1, 2).reshape(kv * hd, g)
         consumer = Slice(self.family.output, columns[present])
-        return Group(self.index, "value", (Slice(path, rows[present, None]),), consumer)
+        return Group(self.index, "value", (Slice(values.path, rows[present, None]),), consumer)
+
+    def _projected(self) -> list[Slice]:
+        """The rows of queries, keys and values, by kv head."""
+        kv, sizes = self.kv_heads, self._per_kv_head()
+        if self.family.interleaved:
+            parts = torch.arange(kv * sum(sizes)).view(kv, -1).split(sizes, dim=1)
+            return [Slice(path, rows) for path, rows in zip(self.family.qkv, parts, strict=True)]
+        stacked = _stacked(self.family.qkv, tuple(kv * size for size in sizes))
+        return [Slice(path, rows.view(kv, -1)) for path, rows in stacked]
+
+    def _norms(self) -> list[Slice]:
+        """What norms over all heads together have for each kv head."""
+        sizes = self._per_kv_head()
+        return [
+            Slice(path, torch.arange(self.kv_heads * size).view(-1, size))
+            for path, size in zip(self.family.qk_norms, sizes, strict=False)
+        ]
+
+    def _per_kv_head(self) -> tuple[int, int, int]:
+        """Rows of queries, keys and values that belong to one kv head."""
+        return self.queries_per_head * self.head_dim, self.head_dim, self.head_dim
 
     def _channels(self) -> Group:
-        width = cast(int, self.part(self.family.ffn_out).in_features)
-        parts = _stacked(self.family.ffn_in, (width,) * len(self.family.ffn_in))
+        channels = width(self.part(self.family.ffn_out), "in_features")
+        parts = _stacked(self.family.ffn_in, (channels,) * len(self.family.ffn_in))
         producers = tuple(Slice(path, rows[:, None]) for path, rows in parts)
-        return Group(self.index, "ffn", producers, Slice(self.family.ffn_out, torch.arange(width)[:, None]))
+        return Group(self.index, "ffn", producers, Slice(self.family.ffn_out, torch.arange(channels)[:, None]))
 
 
 def family_of(config: PreTrainedConfig) -> Family:
@@ -259,32 +327,53 @@ def put(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def innermost(module: nn.Module) -> nn.Linear:
-    """The `nn.Linear` itself, inside a gather or scatter, and below LoRA."""
+    """The projection itself, inside a gather or scatter, and below LoRA; it may be a `Conv1D`, or a norm."""
     for name in ("linear", "base_layer"):
         if isinstance(inner := getattr(module, name, None), nn.Module):
             return innermost(inner)
     return cast(nn.Linear, module)
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a projection stores its weight as [d_in, d_out]."""
+    return isinstance(innermost(module), Conv1D)
+
+
+def matrix(module: nn.Module) -> Tensor:  # [d_out, d_in]
+    """The weight of a projection, inside whatever is around it; a view of it where it is stored transposed."""
+    weight = innermost(module).weight
+    return weight.T if is_transposed(module) else weight
+
+
+def width_name(module: nn.Module, side: Side) -> str | None:
+    """The attribute in which a projection has the number of its inputs or outputs; a norm has none."""
+    name = {"in_features": "nx", "out_features": "nf"}[side] if isinstance(module, Conv1D) else side
+    return name if hasattr(module, name) else None
+
+
+def width(module: nn.Module, side: Side) -> int:
+    """How many inputs or outputs a projection has; of a norm, how many values it scales."""
+    name = width_name(module, side)
+    return len(matrix(module)) if name is None else getattr(module, name)
+
+
 def kept_rows(module: nn.Module) -> Tensor:
     """The output channels that a projection computes: all of them, unless it is a scatter."""
-    return (
-        cast(Tensor, module.index).cpu() if hasattr(module, "index") else torch.arange(innermost(module).out_features)
-    )
+    return cast(Tensor, module.index).cpu() if hasattr(module, "index") else torch.arange(width(module, "out_features"))
 
 
 def dense_weight(module: nn.Module) -> Tensor:  # [d_out, d_in]
     """A consumer's weight over all its inputs, with zeros for those that a gather leaves out."""
-    weight = innermost(module).weight.detach()
+    weight = matrix(module).detach()
     if not hasattr(module, "index"):
         return weight
-    full = weight.new_zeros(len(weight), cast(int, module.in_features))
+    full = weight.new_zeros(len(weight), width(module, "in_features"))
     return full.index_copy_(1, cast(Tensor, module.index), weight)
 
 
 def _per_row(module: nn.Module) -> int:
-    linear = innermost(module)
-    return linear.weight.shape[1] + (linear.bias is not None)
+    weight = matrix(module)
+    return weight[0].numel() + (getattr(innermost(module), "bias", None) is not None)
 
 
 def _stacked(paths: tuple[str, ...], sizes: tuple[int, ...]) -> list[tuple[str, Tensor]]:

@@ -59,6 +59,7 @@ def staged(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Pa
         lock = _lock(room)
     try:
         yield room / path.name
+        _open_to_readers(room / path.name)
         flush(room / path.name)
         if path.is_dir() or (path.exists() and (room / path.name).is_dir()):  # these a rename does not replace
             os.replace(path, room / OLD)
@@ -104,6 +105,15 @@ def flush(path: str | os.PathLike[str]) -> None:
     path = Path(path)
     for each in [*path.rglob("*"), path] if path.is_dir() else [path]:
         _sync(each)
+
+
+def _open_to_readers(path: Path) -> None:
+    """Gives files the rights that new ones have here: safetensors makes its own for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for each in path.rglob("*") if path.is_dir() else [path]:
+        if each.is_file():
+            each.chmod(each.stat().st_mode | 0o666 & ~mask)
 
 
 def _sync(path: Path) -> None:

@@ -154,7 +154,8 @@ class Export(pl.Callback):
                     state[name] = value
         if trainer.is_global_zero:
             tokenizer = getattr(pl_module, "tokenizer", None)
-            save_pruned(rebuilt(model, state), self.output, tokenizer, self.overwrite)
+            record = run_record(trainer, pl_module)
+            save_pruned(rebuilt(model, state), self.output, tokenizer, self.overwrite, record=record)
             log.info("saved the recovered model to %s", self.output)
         trainer.strategy.barrier()
 
@@ -221,6 +222,19 @@ def model_of(module: pl.LightningModule, attribute: str) -> PreTrainedModel:
             "give the name of the attribute that holds it (`attribute`)"
         )
     return model
+
+
+def run_record(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+    """What a model card says of a run: perplexities, text, training."""
+    data, rows = trainer_data(trainer), [c.rows for c in trainer.callbacks if isinstance(c, Evaluate)]  # type: ignore[attr-defined]
+    sources = {k: v for k, v in getattr(data, "sources", {}).items() if v}
+    training = {"steps": trainer.global_step, "learning rate": getattr(module, "learning_rate", None)}
+    sizes = {"windows a step": getattr(data, "batch_size", None), "tokens a window": getattr(data, "seq_len", None)}
+    return {
+        "perplexity": {name: row.perplexity for measured in rows for name, row in measured.items()},
+        "text": sources,
+        "training": {k: v for k, v in (training | sizes).items() if v is not None},
+    }
 
 
 def trainer_data(trainer: pl.Trainer) -> Any:

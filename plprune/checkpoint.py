@@ -4,22 +4,23 @@ A saved folder holds safetensors, `config.json` (with `per_layer_config` where b
 plan. Nothing is ever pickled, and nothing of a checkpoint is executed.
 """
 
+import contextlib
 import copy
+import functools
 import importlib.util
 import json
 import os
+import re
+import shutil
 import struct
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
-    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,10 +30,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from plprune import surgery
-from plprune.anatomy import Block, blocks_of, family_of
+from plprune import modeling_plprune, surgery
+from plprune.anatomy import family_of
 from plprune.atomic import staged
+from plprune.card import CARD, write_card
+from plprune.hf import adopt, config_from, described, skeleton
+from plprune.modeling_plprune import PrunedForCausalLM, Written
 from plprune.plan import FILE, PruningPlan
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -77,7 +82,7 @@ def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
         raise ValueError(f"{path} is not a model: it has no config.json")
     try:
         if path.suffix == ".gguf":
-            return _load_gguf(path, getattr(torch, dtype))
+            return _load_gguf(name_or_path, path, getattr(torch, dtype))
         family_of(AutoConfig.from_pretrained(name_or_path))
         return _load_dense(name_or_path, getattr(torch, dtype))
     except (OSError, SafetensorError) as error:
@@ -86,6 +91,12 @@ def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
         raise ValueError(
             f"cannot load a model from {name_or_path}, a pruned one only together with its {FILE}: {_first_line(error)}"
         ) from error
+
+
+def load_as_stored(name_or_path: str, dtype: Dtype | None = None) -> PreTrainedModel:
+    """What :func:`load_model` loads, in the dtype in which it is stored if none is given."""
+    stored = str(getattr(_config_at(name_or_path), "dtype", None)).removeprefix("torch.")
+    return load_model(name_or_path, dtype or (cast(Dtype, stored) if stored in get_args(Dtype) else "float32"))
 
 
 def load_skeleton(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
@@ -97,13 +108,29 @@ def load_skeleton(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedMode
     path = _present(name_or_path)
     if path.is_dir() and (path / FILE).exists():
         plan = PruningPlan.load(path)
-        model = _skeleton(_config(plan.config), getattr(torch, dtype))
+        model = skeleton(config_from(plan.config), getattr(torch, dtype))
         surgery.apply(model, plan)
+        adopt(model)
     else:
-        model = _skeleton(_config_at(name_or_path), getattr(torch, dtype))
+        model = skeleton(_config_at(name_or_path), getattr(torch, dtype))
     model.tie_weights()
-    model.config.name_or_path = str(path.parent if path.suffix == ".gguf" else name_or_path)  # as load_model does
+    model.config.name_or_path = name_or_path  # as load_model does
     return model.eval()
+
+
+@functools.cache
+def licence_of(name_or_path: str) -> str | None:
+    """The licence that a model's GGUF file or model card names, if it is on this machine and does."""
+    with contextlib.suppress(ValueError, OSError, IndexError):
+        path = Path(locate(name_or_path))
+        if path.suffix == ".gguf":
+            import gguf
+
+            field = gguf.GGUFReader(path).fields.get("general.license")
+            return str(field.contents()) if field else None
+        found = re.search(r"^license: *(\S+)", (path / CARD).read_text().split("---")[1], re.MULTILINE)
+        return found.group(1) if found else None
+    return None
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -113,10 +140,13 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         if path.suffix == ".gguf":
             return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
         # transformers reads the family from config.json, and refuses those of many ragged models.
-        config = _config(PruningPlan.load(path).config) if (path / FILE).exists() else None
+        config = config_from(PruningPlan.load(path).config) if (path / FILE).exists() else None
         return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name_or_path, config=config)
     except (OSError, ValueError, struct.error) as error:
-        raise ValueError(f"cannot load a tokenizer from {name_or_path}: {_first_line(error)}") from error
+        raise ValueError(
+            f"cannot load a tokenizer from {name_or_path}: {_first_line(error)}; save the base model's there, by "
+            "AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)"
+        ) from error
 
 
 def load_pruned(folder: str | os.PathLike[str], dtype: Dtype | None = None) -> PreTrainedModel:
@@ -135,16 +165,17 @@ def load_pruned(folder: str | os.PathLike[str], dtype: Dtype | None = None) -> P
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder with a pruned model")
     plan = PruningPlan.load(folder)
-    model = _skeleton(_config(plan.config))
+    model = skeleton(config_from(plan.config))
     surgery.apply(model, plan)
     state = _read_weights(folder)
     if dtype:  # only what is on disk: buffers such as the rotary frequencies stay in float32
-        state = {name: tensor.to(getattr(torch, dtype)) for name, tensor in state.items()}
+        state = {name: t.to(getattr(torch, dtype)) if t.is_floating_point() else t for name, t in state.items()}
     _fill(model, state, folder)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config.name_or_path = str(folder)
     model.config.dtype = model.dtype
+    adopt(model)
     return model.eval()
 
 
@@ -153,48 +184,68 @@ def save_pruned(
     folder: str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
+    max_shard_size: str = "5GB",
+    record: dict[str, Any] | None = None,
 ) -> None:
     """Writes a model, its plan and its tokenizer to a folder, whole or not at all.
+
+    A result that the family's own class can hold is a stock checkpoint; any other has a small modelling file beside it,
+    by which `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads it without plprune.
 
     Args:
         model: A pruned model, LoRA merged; a dense one is saved as it is.
         folder: Where to.
         tokenizer: Saved beside the model.
         overwrite: Whether to replace what is there.
+        max_shard_size: Above it, the weights are written as several files.
+        record: Of the run, for the model card: see :mod:`plprune.card`.
 
     Raises:
         FileExistsError: The folder is not empty.
         OSError: It could not be written; nothing is left behind.
     """
     with staged(folder, overwrite) as temporary:
-        model.save_pretrained(temporary)
-        describe(model, temporary, tokenizer)
+        write(model, model.state_dict(), temporary, tokenizer, max_shard_size, record)
 
 
-def describe(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Adds to a model's folder what else it takes to load the model: the sizes that pruning left, plan, tokenizer."""
-    plan = surgery.plan_of(model)
-    if plan is not None:
-        file = folder / "config.json"
-        config = json.loads(file.read_text()) | sizes(model)
-        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+def write(
+    model: PreTrainedModel,
+    state: dict[str, torch.Tensor],
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_shard_size: str = "5GB",
+    record: dict[str, Any] | None = None,
+    with_plan: bool = True,
+) -> None:
+    """Writes all it takes to load a model: weights, configuration, plan, tokenizer.
+
+    Args:
+        model: Its structure, generation config and plan are written; of the weights only those in `state`.
+        state: Weights by name.
+        folder: Where to.
+        tokenizer: Saved beside the model.
+        max_shard_size: Above it, the weights are written as several files.
+        record: Of the run, for the model card.
+        with_plan: Whether the plan is still true of the structure, and is written too.
+    """
+    plan, (config, biases) = surgery.plan_of(model), described(model)
+    own_names: dict[str, Any] = {"save_original_format": False}  # not those of older transformers
+    model.save_pretrained(folder, state_dict=state | biases, max_shard_size=max_shard_size, **own_names)
+    own = isinstance(config, Written)
+    stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    config.architectures = [PrunedForCausalLM.__name__ if own else stock[type(config)].__name__]
+    config.dtype = model.dtype
+    config.save_pretrained(folder)
+    code = folder / Path(modeling_plprune.__file__).name
+    if own:
+        shutil.copyfile(modeling_plprune.__file__, code)
+    else:
+        code.unlink(missing_ok=True)
+    if plan is not None and with_plan:
         plan.save(folder / FILE)
+        write_card(folder, plan, {"licence": licence_of(plan.chain()[0].origin.get("model") or "")} | (record or {}))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-
-
-def sizes(model: PreTrainedModel) -> dict[str, Any]:
-    """What `config.json` says of a pruned model's sizes: one for all, or `per_layer_config` where blocks differ."""
-    keys, blocks = family_of(model.config).config_keys, blocks_of(model)
-    own = [_sizes(block, keys) for block in blocks]
-    # Without it, some families would take the width divided by the number of heads, which pruning changes.
-    dims = {block.head_dim for block in blocks if block.has_attention}
-    head_dim = {keys["head_dim"]: dims.pop()} if dims and "head_dim" in keys else {}
-    if all(size == own[0] for size in own) and "skip" not in own[0]:
-        return own[0] | head_dim
-    dense = {key: getattr(model.config, key, None) for key in keys.values()} | head_dim
-    differing = {str(i): {k: v for k, v in size.items() if dense.get(k) != v} for i, size in enumerate(own)}
-    return dense | {"per_layer_config": {i: size for i, size in differing.items() if size}}
 
 
 def rebuilt(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTrainedModel:
@@ -208,7 +259,7 @@ def rebuilt(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTraine
         ValueError: A parameter is missing, or has another shape.
     """
     plan = surgery.plan_of(model)
-    fresh = _skeleton(_config(plan.config) if plan else copy.deepcopy(model.config))
+    fresh = skeleton(config_from(plan.config) if plan else copy.deepcopy(model.config))
     if plan is not None:
         surgery.apply(fresh, plan)
     _fill(fresh, state, "the model")
@@ -271,26 +322,25 @@ def _present(name_or_path: str) -> Path:
     return path
 
 
-def _load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _load_gguf(name: str, path: Path, dtype: torch.dtype) -> PreTrainedModel:
     # Unless it is dequantised, weights may stay packed, and no pruning code can slice those.
     quantization = GgufConfig(dequantize=True)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(path.parent), gguf_file=path.name, quantization_config=quantization, dtype=dtype
         )
+    except NotImplementedError as error:
+        raise ValueError(
+            f"cannot read {path}, its quantisation cannot be undone: {_first_line(error)}; take a file in f16 or q8_0"
+        ) from error
     except (OSError, ValueError, struct.error) as error:
         raise ValueError(
             f"cannot read {path}, it is damaged or of a family that transformers does not read: {_first_line(error)}"
         ) from error
     model.config.__dict__.pop("quantization_config", None)
+    model.config.name_or_path = name
     family_of(model.config)
     return model
-
-
-def _skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A model without memory: parameters on meta, buffers that are computed from the config on the CPU."""
-    with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def _config_at(name_or_path: str) -> PreTrainedConfig:
@@ -301,10 +351,6 @@ def _config_at(name_or_path: str) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(name_or_path)
     family_of(config)
     return config
-
-
-def _config(values: dict[str, Any]) -> PreTrainedConfig:
-    return CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -324,26 +370,26 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _fill(model: PreTrainedModel, state: dict[str, torch.Tensor], where: object) -> None:
-    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    for name, tensor in state.items():
-        if shapes.get(name) != tuple(tensor.shape):
+    own, state = model.state_dict(), dict(state)
+    shapes = {name: tuple(p.shape) for name, p in own.items()}
+    for name, tensor in list(state.items()):
+        if name not in own and name.endswith(".bias") and not tensor.any():
+            del state[name]  # a stock class may ask for more biases than the plan speaks of
+        elif shapes.get(name) != tuple(tensor.shape) or (
+            name.endswith(".index") and not torch.equal(tensor, own[name])
+        ):
             raise ValueError(
                 f"plan and weights of {where} disagree: {name} is {tuple(tensor.shape)} on disk and "
                 f"{shapes.get(name, 'absent')} by the plan; save the model again"
             )
+    for name, index in model.named_buffers():
+        if name in state and not torch.equal(index, state[name]):
+            raise ValueError(f"plan and weights of {where} disagree: {name} are other channels; save the model again")
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     absent = [name for name, p in model.named_parameters() if p.is_meta]
     if absent:
         raise ValueError(f"{where} has no weights for {absent[0]}: save the model again")
-
-
-def _sizes(block: Block, keys: Mapping[Any, str]) -> dict[str, Any]:
-    sizes: dict[str, Any] = {keys["width"]: len(block.groups("none")[0])}
-    if not block.has_attention:
-        return sizes | {"skip": ["attention"]}
-    heads = {"heads": block.kv_heads * block.queries_per_head, "kv_heads": block.kv_heads}
-    return sizes | {keys[what]: count for what, count in heads.items() if what in keys}
 
 
 def _first_line(error: Exception) -> str:

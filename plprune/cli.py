@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import glob
 import inspect
 import logging
@@ -26,9 +27,10 @@ import plprune
 from plprune import callbacks, checkpointing, methods, processes, streaming
 from plprune.atomic import check_free, clear
 from plprune.calibration import Calibration
-from plprune.checkpoint import Dtype, load_model, load_skeleton, load_tokenizer, save_pruned
+from plprune.checkpoint import Dtype, load_as_stored, load_model, load_skeleton, load_tokenizer, save_pruned
 from plprune.data import RecoveryData
 from plprune.evaluation import measure, table
+from plprune.export import formats, parity
 from plprune.methods import PruningMethod
 from plprune.recovery import Recovery
 from plprune.text import PYDOC, check_sizes, check_source, draw, pack, tokenised
@@ -82,6 +84,8 @@ def prune(
     tokenizer = load_tokenizer(model)
     windows = draw(tokenised(text, tokenizer, join, seed=seed)[0], num_samples, seq_len, seed)
     load = streaming.open_streamed if stream else load_skeleton if processes.local_rank() else load_model
+    if method.serve_on or method.tensor_parallel > 1:
+        method.check(load_skeleton(model, dtype))
     network = load(model, dtype)
     with processes.launched(place) as group:
         calibration = Calibration(list(windows.split(batch_size)), place, offload, group)
@@ -131,7 +135,52 @@ def evaluate(
     print(f"perplexity over {len(ids)} windows of {seq_len} tokens of {text}, windows do not overlap, no BOS")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"prune": prune, "evaluate": evaluate}
+def export(
+    model: str,
+    output: str,
+    to: str = ",".join(formats.FORMATS),
+    dtype: Dtype | None = None,
+    gguf: formats.GgufDtype | None = None,
+    widen: bool = False,
+    pad_to: int = 1,
+    text: str = PYDOC,
+    seq_len: int = 128,
+    max_windows: int = 2,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model in the formats of other programs, loads each again there, and compares.
+
+    Args:
+        model: A folder, pruned or dense, a name on the hub, a `.gguf` file, or `package://PACKAGE/FILE.gguf`.
+        output: Folder to write: the formats, `parity.json`, and a model card with the same table.
+        to: Formats, separated by commas: hf, for transformers; gguf, for llama.cpp; decilm, for vLLM, SGLang,
+            TensorRT-LLM and mlx-lm.
+        dtype: Of the weights; as on disk if not given, and float32 for a `.gguf` file.
+        gguf: Of the matrices in a GGUF file; as `dtype` if not given.
+        widen: Whether value channels that FASP removed are put back as zeros, where a format cannot do without them:
+            the same function in a larger model.
+        pad_to: FFN widths are padded with zeros up to a multiple of this: the same function in a larger model.
+        text: What to compare by: a `.txt`, `.jsonl` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the hub, or
+            `pydoc_data.topics`.
+        seq_len: Tokens of a window to compare by.
+        max_windows: How many windows to compare by.
+        overwrite: Whether to replace what is in the output folder.
+    """
+    check_sizes(seq_len=seq_len, max_windows=max_windows)
+    wanted, how = [each.strip() for each in to.split(",")], formats.Options(gguf, widen, pad_to)
+    formats.check_formats(wanted)
+    check_free(output, overwrite)
+    check_source(text)
+    tokenizer = load_tokenizer(model)
+    windows = pack(tokenised(text, tokenizer), seq_len, "comparison").tensors[0][:max_windows].clone()
+    if list(tokenizer("").input_ids) == [tokenizer.bos_token_id]:  # it begins every text so, and the model needs it
+        windows[:, 0] = cast(int, tokenizer.bos_token_id)
+    load = functools.partial(load_as_stored, model, dtype)
+    rows = formats.export(model, load, tokenizer, output, wanted, windows, how, overwrite)
+    print(f"{parity.table(rows)}\n\nsaved to {output}; the text: {windows.numel()} tokens of {text}")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"prune": prune, "evaluate": evaluate, "export": export}
 STAGES = {
     "fit": "Prunes a model, recovers it by LoRA, measures and exports it, as a YAML file says.",
     "validate": "Measures a model, or a checkpoint of a fit, on the validation text.",
@@ -201,6 +250,18 @@ class CLI(LightningCLI):
             elif not kwargs["ckpt_path"]:
                 checkpointing.begin_anew(trainer)
             trainer.fit(**kwargs)
+
+    def before_instantiate_classes(self) -> None:
+        """Refuses a pruning whose result could not be served, before the model is loaded."""
+        config = self.config[self.subcommand]
+        for each in config.trainer.callbacks or []:
+            if each.class_path.endswith("Prune"):
+                parser = LightningArgumentParser(exit_on_error=False)
+                parser.add_argument("--method", type=PruningMethod)
+                given = parser.parse_object({"method": each.init_args.method.as_dict()})
+                method = parser.instantiate_classes(given).method
+                if method.serve_on or method.tensor_parallel > 1:
+                    method.check(load_skeleton(config.model.name_or_path))
 
     def _tidy(self) -> None:
         """Removes what killed runs have left half-written."""

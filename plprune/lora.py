@@ -22,9 +22,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from plprune.allocation import largest_remainder
-from plprune.anatomy import blocks_of, family_of
+from plprune.anatomy import blocks_of, family_of, is_transposed
 from plprune.plan import PruningPlan
 
 
@@ -82,7 +83,7 @@ def inject(model: PreTrainedModel, lora: LoRA, plan: PruningPlan | None) -> list
         f"{prefix}.{block.index}.{name}": rank
         for block, rank in zip(blocks, by_block, strict=True)
         for name, module in block.module.named_modules()
-        if isinstance(module, nn.Linear) and _targeted(name, lora.targets)
+        if isinstance(module, nn.Linear | Conv1D) and _targeted(name, lora.targets)
     }
     if not rank_of:
         raise ValueError(f"no linear layer of the blocks is named {' or '.join(lora.targets or [])}: see lora.targets")
@@ -91,6 +92,7 @@ def inject(model: PreTrainedModel, lora: LoRA, plan: PruningPlan | None) -> list
         lora_alpha=cast(int, lora.alpha),
         lora_dropout=lora.dropout,
         target_modules=list(rank_of),
+        fan_in_fan_out=is_transposed(model.get_submodule(next(iter(rank_of)))),
         # PEFT reads the keys as regular expressions; without its own alpha a layer's scale would follow its rank.
         rank_pattern={re.escape(path): rank for path, rank in rank_of.items()},
         alpha_pattern={re.escape(path): lora.alpha * rank / lora.rank for path, rank in rank_of.items()},
@@ -151,7 +153,8 @@ def merged_state(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterato
 
 def _delta(layer: LoraLayer, adapter: str, whole: Callable[[Tensor], Tensor]) -> Tensor:
     a, b = (whole(cast(nn.Linear, factor[adapter]).weight) for factor in (layer.lora_A, layer.lora_B))
-    return b.float() @ a.float() * layer.scaling[adapter]
+    delta = b.float() @ a.float() * layer.scaling[adapter]
+    return delta.T if is_transposed(layer.get_base_layer()) else delta
 
 
 def _targeted(name: str, targets: list[str] | None) -> bool:

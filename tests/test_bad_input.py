@@ -132,6 +132,10 @@ def test_sparsity_out_of_reach(complain_of_pruning: Complain, method: str) -> No
         ("--method.sparsty=0.1", "no option 'sparsty'; did you mean sparsity?"),
         ("--method.sparsity=many", "sparsity: expected float. Got value: many"),
         ("--method.sparsity=nan", "sparsity: expected float. Got value: nan"),
+        ("--method.serve_on=[olama]", "serve_on: expected 'llama.cpp', 'vllm', 'transformers'. Got value: olama"),
+        ("--method.tensor_parallel=0", "tensor_parallel is 0, but it is a number of devices: 1 or more"),
+        ("--method.tensor_parallel=3", "block 0 has 4 kv heads, but for 3 devices there can be only 3"),
+        ("--method.serve_on=[vllm]", "an FFN of width 48 cannot be a multiple of 256"),
         ("--method.score=relativ", "score: expected 'activation', 'relative'. Got value: relativ"),
         ("--dtype=float8", "dtype: expected 'float32', 'bfloat16', 'float16'. Got value: float8"),
         ("--dtpe=float16", "unrecognized arguments: --dtpe=float16; did you mean --dtype?"),
@@ -287,7 +291,7 @@ def garbled(name: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (with_config(model_type="gpt2"), "unknown model family 'gpt2'; supported: llama, "),
+        (with_config(model_type="bloom"), "unknown model family 'bloom'; supported: llama, "),
         (with_config(model_type="mixtral"), "'mixtral' is a mixture of experts"),
         (with_config(model_type="lama"), "lama"),
         (cut("config.json", 50), "config.json"),

@@ -70,7 +70,7 @@ def test_the_overview_names_every_command_with_what_it_does(
     lines = printed(capsys, *args).splitlines()
     assert lines[0] == "usage: plprune COMMAND [options]"
     listed = [line.split(maxsplit=1) for line in lines if line.startswith("  ")]
-    assert [name for name, _ in listed] == ["fit", "validate", "test", "prune", "evaluate"]
+    assert [name for name, _ in listed] == ["fit", "validate", "test", "prune", "evaluate", "export"]
     assert all(len(what) > 20 for _, what in listed)
     assert max(map(len, lines)) <= 100
 

@@ -1,21 +1,43 @@
-"""What every method promises on every family."""
+"""What every method promises on every family.
+
+In the quick suite: the four methods as they are by default on every family, the variants of the methods on llama, and
+the variants of the families where caches and checkpoints are concerned, with one of the methods. All else is slow.
+"""
 
 import copy
+import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from plprune import PruningPlan, load_pruned, perplexity, prune, save_pruned, surgery
-from plprune.anatomy import FAMILIES, Block, Group, blocks_of
-from tests.builders import METHODS, logits, method, tiny, windows
-
-pytestmark = pytest.mark.parametrize("family", FAMILIES)
-every_method = pytest.mark.parametrize("name", METHODS)
+from plprune.anatomy import FAMILIES, Block, Group, blocks_of, innermost, matrix
+from tests.builders import DEFAULTS, METHODS, VARIANTS, logits, method, tiny, windows
 
 
-def pruned(family: str, name: str, sparsity: float = 0.25, **settings) -> tuple[PreTrainedModel, PruningPlan]:
+def pairs(quick_variants: bool) -> pytest.MarkDecorator:
+    """Parametrises a test over families and methods."""
+
+    def quick(family: str, name: str) -> bool:
+        if family in VARIANTS:
+            return quick_variants and name == DEFAULTS[list(VARIANTS).index(family) % len(DEFAULTS)]
+        return name in DEFAULTS or family == "llama"
+
+    everything = itertools.product([*FAMILIES, *VARIANTS], METHODS)
+    cases = [(family, name) for family, name in everything if family in FAMILIES or name in DEFAULTS]
+    marked = [pytest.param(*case, marks=[] if quick(*case) else pytest.mark.slow) for case in cases]
+    return pytest.mark.parametrize(("family", "name"), marked)
+
+
+every_method = pairs(quick_variants=False)
+every_method_and_variant = pairs(quick_variants=True)
+every_family = pytest.mark.parametrize("family", [*FAMILIES, *VARIANTS])
+
+
+def pruned(family: str, name: str, sparsity: float = 0.25, **settings: Any) -> tuple[PreTrainedModel, PruningPlan]:
     model = tiny(family, **settings)
     return model, prune(model, method(name, sparsity), list(windows().split(2)))
 
@@ -28,45 +50,39 @@ def test_pruning_changes_the_function_and_keeps_it_finite(family: str, name: str
     assert not torch.allclose(logits(model), logits(tiny(family)))
 
 
-@every_method
+@every_method_and_variant
 def test_cached_decoding_equals_the_full_forward_pass(family: str, name: str) -> None:
     model, _ = pruned(family, name)
-    ids = windows(2, 12, seed=7)
-    cache, steps = None, []
-    with torch.no_grad():
-        for t in range(ids.shape[1]):
-            out = model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            steps.append(out.logits)
-    torch.testing.assert_close(torch.cat(steps, 1), logits(model, ids), rtol=1e-4, atol=2e-5)
+    ids = windows(2, 12, seed=7)  # longer than any sliding window
+    steps = decoded(model, ids, DynamicCache(config=model.config), [1] * 12)
+    torch.testing.assert_close(steps, logits(model, ids), rtol=1e-4, atol=2e-5)
 
 
-@every_method
+@every_method_and_variant
 def test_generate_with_cache_equals_generate_without(family: str, name: str) -> None:
     model, _ = pruned(family, name)
-    texts = [
-        model.generate(windows(2, 5), use_cache=c, max_new_tokens=12, do_sample=False)  # type: ignore[operator]
-        for c in (True, False)
+    ways: list[dict[str, Any]] = [{"use_cache": True}, {"use_cache": False}, {"cache_implementation": "static"}]
+    first, *others = [
+        model.generate(windows(2, 5), max_new_tokens=10, do_sample=False, **way)  # type: ignore[operator]
+        for way in ways
     ]
-    assert torch.equal(*texts)
+    assert all(torch.equal(first, other) for other in others)
 
 
-@pytest.mark.parametrize("block", [0, 2])
-def test_an_attention_dropped_anywhere_leaves_the_cache_right(family: str, block: int) -> None:
+@every_family
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_an_attention_dropped_anywhere_leaves_every_cache_right(family: str, block: int) -> None:
     model = tiny(family)
     surgery.drop_attention(blocks_of(model)[block])
-    ids = windows(2, 9)
-    with torch.no_grad():
-        first = model(input_ids=ids[:, :6], use_cache=True)
-        second = model(input_ids=ids[:, 6:], past_key_values=first.past_key_values, use_cache=True)
-    together = torch.cat([first.logits, second.logits], 1)
-    torch.testing.assert_close(together, logits(model, ids), rtol=1e-4, atol=2e-5)
+    ids = windows(2, 13)
+    for cache in (DynamicCache(config=model.config), DynamicCache(), StaticCache(model.config, max_cache_len=16)):
+        together = decoded(model, ids, cache, [5, 1, 4, 1, 1, 1])
+        torch.testing.assert_close(together, logits(model, ids), rtol=1e-4, atol=2e-5)
 
 
-@every_method
-@pytest.mark.parametrize("tied", [True, False])
-def test_saving_and_loading_is_bit_exact(family: str, name: str, tied: bool, tmp_path) -> None:
-    model, plan = pruned(family, name, tie_word_embeddings=tied)
+@every_method_and_variant
+def test_saving_and_loading_is_bit_exact(family: str, name: str, tmp_path) -> None:
+    model, plan = pruned(family, name)
     save_pruned(model, tmp_path / "out")
     again = load_pruned(tmp_path / "out")
     assert torch.equal(logits(again), logits(model))
@@ -74,6 +90,18 @@ def test_saving_and_loading_is_bit_exact(family: str, name: str, tied: bool, tmp
     assert shapes(again) == shapes(model)
     text = [m.generate(windows(1, 5), max_new_tokens=8, do_sample=False) for m in (model, again)]  # type: ignore[operator]
     assert torch.equal(*text)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_may_be_tied_or_not(family: str, tied: bool, tmp_path) -> None:
+    model, _ = pruned(family, "FASP kv_heads", tie_word_embeddings=tied)
+    save_pruned(model, tmp_path / "out")
+    again = load_pruned(tmp_path / "out")
+    assert torch.equal(logits(again), logits(model))
+    inputs, outputs = again.get_input_embeddings(), again.get_output_embeddings()
+    assert outputs is not None
+    assert (inputs.weight is outputs.weight) == tied
 
 
 @every_method
@@ -99,6 +127,7 @@ def test_a_pruned_model_can_be_pruned_again_and_saved(family: str, name: str, tm
     assert torch.equal(logits(load_pruned(tmp_path / "second")), logits(model))
 
 
+@every_family
 def test_value_channels_can_leave_twice_and_heads_after_them(family: str, tmp_path) -> None:
     model = tiny(family)
     for name in ("FASP value_channels", "FASP value_channels", "FLAP AL-AM"):
@@ -146,12 +175,12 @@ def test_sparsity_0_is_the_identity(family: str, name: str) -> None:
 
 @every_method
 def test_the_same_text_gives_the_same_plan_whatever_the_batch_size(family: str, name: str) -> None:
-    plans = [prune(tiny(family), method(name), list(windows().split(size))) for size in (1, 2, 4, 6)]
-    for plan in plans[1:]:
-        assert plan.keep.keys() == plans[0].keep.keys()
-        assert all(torch.equal(plan.keep[g], plans[0].keep[g]) for g in plan.keep)
-        torch.testing.assert_close(plan.importance, plans[0].importance)
-    assert prune(tiny(family), method(name), list(windows().split(2))).digest == plans[1].digest
+    twos, again, ones, fours = (prune(tiny(family), method(name), list(windows().split(n))) for n in (2, 2, 1, 4))
+    for plan in (ones, fours):
+        assert plan.keep.keys() == twos.keep.keys()
+        assert all(torch.equal(plan.keep[g], twos.keep[g]) for g in plan.keep)
+        torch.testing.assert_close(plan.importance, twos.importance)
+    assert again.digest == twos.digest
 
 
 @every_method
@@ -178,16 +207,22 @@ def test_permuting_the_units_permutes_the_plan_and_not_the_function(family: str,
     assert perplexity(other, [ids]) == pytest.approx(perplexity(model, [ids]), rel=1e-3)
 
 
+def decoded(model: PreTrainedModel, ids: Tensor, cache: Any, steps: list[int]) -> Tensor:  # [b, s, vocabulary]
+    """The logits of a sequence that is read in steps of these lengths, through a cache."""
+    with torch.no_grad():
+        return torch.cat([model(input_ids=x, past_key_values=cache).logits for x in ids.split(steps, dim=1)], 1)
+
+
 def permute(block: Block, group: Group) -> Tensor:
     """Shuffles the units of a group within a dense block: unit i is then what unit order[i] was."""
     order = torch.randperm(len(group), generator=torch.Generator().manual_seed(len(group)))
     for part in group.producers:
         linear = block.part(part.path)
-        for tensor in (linear.weight, linear.bias):
-            if tensor is not None:
-                tensor.data[part.index.flatten()] = tensor.data[part.index[order].flatten()]  # type: ignore[index]
-    weight, columns = block.part(group.consumer.path).weight, group.consumer.index
-    weight.data[:, columns.flatten()] = weight.data[:, columns[order].flatten()]  # type: ignore[index,union-attr]
+        bias = getattr(innermost(linear), "bias", None)
+        for tensor in (matrix(linear).data, *([] if bias is None else [bias.data])):
+            tensor[part.index.flatten()] = tensor[part.index[order].flatten()]
+    weight, columns = matrix(block.part(group.consumer.path)).data, group.consumer.index
+    weight[:, columns.flatten()] = weight[:, columns[order].flatten()]
     return order
 
 

@@ -13,9 +13,20 @@ TIERS = [
     {"__init__", "__main__"},
     {"cli", "callbacks", "checkpointing", "recovery", "data", "strategies", "watch"},
     # the Lightning line
-    {"methods", "lora", "checkpoint", "evaluation", "text", "export", "report", "streaming"},
+    {"methods", "lora", "checkpoint", "hf", "card", "evaluation", "text", "export", "report", "streaming"},
     {"calibration", "surgery", "repair"},
-    {"anatomy", "plan", "allocation", "stats", "atomic", "processes", "journal", "progress"},
+    {
+        "anatomy",
+        "plan",
+        "allocation",
+        "stats",
+        "atomic",
+        "processes",
+        "journal",
+        "progress",
+        "modeling_plprune",
+        "serving",
+    },
 ]
 TREES = {path.relative_to(ROOT): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
 every_file = pytest.mark.parametrize("path", TREES, ids=str)

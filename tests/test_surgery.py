@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,14 +10,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from plprune import FASP, FLAP, TwoSSP, prune
-from plprune.anatomy import FAMILIES, Block, Group, blocks_of, innermost
+from plprune.anatomy import FAMILIES, Block, Group, blocks_of, innermost, matrix
 from plprune.journal import Decision
+from plprune.modeling_plprune import BlockConfig, Gather, NoAttention, Scatter
 from plprune.repair import complement
 from plprune.surgery import (
-    BlockConfig,
-    Gather,
-    NoAttention,
-    Scatter,
     Surgery,
     apply,
     drop_attention,
@@ -26,16 +23,25 @@ from plprune.surgery import (
     shrink,
     without_attention,
 )
-from tests.builders import logits, tiny, windows
+from tests.builders import VARIANTS, logits, tiny, windows
 
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", [*FAMILIES, *VARIANTS])
 every_unit = pytest.mark.parametrize("attention", ["kv_heads", "value_channels", "none"])
 
 
 def silence(block: Block, group: Group, keep: Tensor) -> None:
-    """Sets what the consumer reads of all other units to zero."""
+    """Sets what the consumer reads of all other units to zero, and what norms over all heads see of them."""
     gone = complement(keep, len(group))
-    innermost(block.part(group.consumer.path)).weight.data[:, group.consumer.index[gone].flatten()] = 0
+    matrix(block.part(group.consumer.path)).data[:, group.consumer.index[gone].flatten()] = 0
+    if group.kind != "attention":
+        return
+    for norm, projection in zip(block.family.qk_norms, group.producers[2:4], strict=False):
+        linear, module = innermost(block.part(projection.path)), cast(Any, block.part(norm))
+        for parameter in linear.parameters():
+            parameter.data[projection.index[gone].flatten()] = 0
+        share = len(keep) / len(group)  # of the values that a mean of squares is of, zeros included
+        module.weight.data *= share**0.5
+        module.variance_epsilon *= share
 
 
 def same_function(a: PreTrainedModel, b: PreTrainedModel) -> None:
@@ -79,8 +85,8 @@ def test_groups_of_all_kinds_can_leave_one_after_the_other(family: str) -> None:
 def test_a_dropped_attention_is_one_that_gives_zero(family: str) -> None:
     small, dense = tiny(family), tiny(family)
     drop_attention(blocks_of(small)[1])
-    output = innermost(blocks_of(dense)[1].part(FAMILIES[family].output))
-    for parameter in output.parameters():
+    reference = blocks_of(dense)[1]
+    for parameter in reference.part(reference.family.output).parameters():
         parameter.data.zero_()
     same_function(small, dense)
 
@@ -106,10 +112,13 @@ def test_gather_and_scatter_are_linear_with_the_other_channels_at_zero() -> None
     assert not scattered[..., [0, 3, 6, 8]].any()
 
 
-def test_the_index_moves_with_the_module_and_is_not_saved() -> None:
-    gather = Gather(nn.Linear(2, 2), torch.tensor([0, 3]), 4)
-    assert set(gather.state_dict()) == {"linear.weight", "linear.bias"}
-    assert set(dict(gather.named_buffers())) == {"index"}
+@pytest.mark.parametrize("kind", [Gather, Scatter])
+def test_the_index_moves_with_the_module_and_is_saved(kind: type[Gather] | type[Scatter]) -> None:
+    module, index = kind(nn.Linear(2, 2), torch.tensor([0, 3]), 4), torch.tensor([1, 2])
+    assert set(module.state_dict()) == {"linear.weight", "linear.bias", "index"}
+    assert set(dict(module.named_buffers())) == {"index"}
+    module.load_state_dict(module.state_dict() | {"index": index})
+    assert torch.equal(module.index, index)
 
 
 def test_no_attention_gives_the_cache_its_length() -> None:
@@ -177,7 +186,7 @@ def test_surgery_writes_down_what_it_did() -> None:
     assert (plan.method, plan.sparsity, plan.config["model_type"]) == ("Mine", 0.3, "llama")
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
 def test_a_bias_gain_is_added_to_the_bias_or_makes_one(family: str) -> None:
     model = tiny(family)
     surgery = Surgery(model)
@@ -204,10 +213,11 @@ def test_a_repaired_weight_is_that_of_the_kept_columns_in_the_models_dtype() -> 
     assert not linear.bias.requires_grad
 
 
-def test_a_weight_repaired_behind_a_gather_is_that_of_the_columns_it_reads() -> None:
-    model, dense = tiny(), tiny()
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_a_weight_repaired_behind_a_gather_is_that_of_the_columns_it_reads(family: str) -> None:
+    model, dense = tiny(family), tiny(family)
     surgery = Surgery(model)
-    block, output = surgery.blocks[0], innermost(blocks_of(dense)[0].part("self_attn.o_proj"))
+    block, output = surgery.blocks[0], matrix(blocks_of(dense)[0].part(FAMILIES[family].output))
     value, _ = block.groups("value_channels")
     surgery.keep(block, value, chosen(value))
     attention, _ = block.groups()
@@ -215,7 +225,7 @@ def test_a_weight_repaired_behind_a_gather_is_that_of_the_columns_it_reads() -> 
     weight = torch.randn(32, len(columns))
     surgery.keep(block, attention, torch.tensor([0, 2]), weight=weight)
     silence(blocks_of(dense)[0], attention, torch.tensor([0, 2]))
-    output.weight.data[:, columns] = weight
+    output.data[:, columns] = weight
     silence(blocks_of(dense)[0], value, chosen(value))
     same_function(model, dense)
 
@@ -257,6 +267,36 @@ def test_a_plan_that_does_not_fit_is_refused_and_changes_nothing(settings: dict[
         apply(other, plan)
     assert torch.equal(logits(other), before)
     assert plan_of(other) is None
+
+
+def test_a_repaired_weight_is_stored_as_the_family_stores_it() -> None:
+    model = tiny("gpt2")
+    surgery = Surgery(model)
+    block = surgery.blocks[0]
+    ffn, weight = block.groups()[1], torch.randn(32, 10)
+    surgery.keep(block, ffn, torch.arange(10), weight=weight)
+    stored = innermost(block.part("mlp.c_proj")).weight
+    assert torch.equal(stored, weight.T)
+    assert stored.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("family", "counts"),
+    [
+        ("gpt2", {"attn.num_heads": 2, "attn.split_size": 16}),
+        ("opt", {"self_attn.num_heads": 2}),
+        ("phi3", {"self_attn.config.num_attention_heads": 4, "self_attn.num_key_value_heads": 2}),
+    ],
+)
+def test_attributes_that_the_forward_pass_reads_follow_the_heads(family: str, counts: dict[str, int]) -> None:
+    block = blocks_of(tiny(family))[1]
+    shrink(block, block.groups()[0], torch.tensor([0, 2]))
+    assert block.family.counts.keys() == counts.keys()
+    for path, count in counts.items():
+        value: Any = block.module
+        for name in path.split("."):
+            value = getattr(value, name)
+        assert value == count
 
 
 @pytest.mark.parametrize("attention", ["kv_heads", "value_channels"])

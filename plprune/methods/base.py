@@ -3,7 +3,7 @@
 import dataclasses
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -11,24 +11,66 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune import processes
+from plprune import processes, serving
 from plprune.allocation import check_sparsity
+from plprune.anatomy import Block, blocks_of
 from plprune.calibration import Calibration
+from plprune.modeling_plprune import Written
 from plprune.plan import PruningPlan, fingerprint
-from plprune.surgery import attach
+from plprune.serving import Constraint, Place
+from plprune.surgery import attach, plan_of
 
 
+@dataclasses.dataclass(frozen=True)
 class PruningMethod(ABC):
     """A one-shot structured pruning method.
 
-    Subclasses are frozen dataclasses of the paper's settings, `sparsity` among them: the fraction of the decoder
-    blocks' parameters to remove, in [0, 1).
+    Subclasses are frozen dataclasses of the paper's settings. One that is to honour `serve_on` says in `conflicts` what
+    it cannot do, and makes in `prune` what `check` returns.
+
+    Args:
+        sparsity: The fraction of the decoder blocks' parameters to remove, in [0, 1).
+        serve_on: Where the result must load: llama.cpp, vllm, transformers. Its sizes are then such as can be served
+            there, and its sparsity as near to the one asked for as that allows; what cannot be is refused.
+        tensor_parallel: Devices that will share the result: widths and heads are divisible by their number.
     """
 
     sparsity: float
+    serve_on: Sequence[Place] = dataclasses.field(default_factory=list, kw_only=True, hash=False)
+    tensor_parallel: int = dataclasses.field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
+        object.__setattr__(self, "serve_on", list(self.serve_on))  # as in a plan that was read
+        serving.constraint(self.serve_on, self.tensor_parallel, self.conflicts)
+
+    def conflicts(self, asked: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
+        """Why the method, with its settings, cannot honour a constraint, each reason with what to change.
+
+        Args:
+            asked: The constraint.
+            blocks: The model's; if not given, of one that has no biases.
+        """
+        return [] if asked == serving.FREE else [f"{type(self).__name__} does not know how: leave out `serve_on`"]
+
+    def check(self, model: PreTrainedModel) -> Constraint:
+        """Makes sure that the method can prune a model so that it can be served where it must; needs no weights.
+
+        Args:
+            model: Its parameters may be on the meta device.
+
+        Returns:
+            What the pruned model must be like.
+
+        Raises:
+            ValueError: The method cannot.
+        """
+        blocks = blocks_of(model)
+        asked = serving.constraint(
+            self.serve_on, self.tensor_parallel, lambda asked: self.conflicts(asked, blocks), model.config
+        )
+        asked.check_model(blocks, model.config)
+        return asked
 
     @abstractmethod
     def prune(self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor]) -> PruningPlan:
@@ -58,6 +100,8 @@ def prune(
     Raises:
         ValueError: The method cannot do it, or the processes came to different plans.
     """
+    if isinstance(model.config, Written) and plan_of(model) is None:
+        raise ValueError("the pruned model lacks its plan: load it by plprune.load_pruned from its folder")
     calibration = Calibration.of(batches)
     processes.receive(model, calibration.group)
     of = origin(model, calibration, seed)

@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune.allocation import fraction_to_remove, importance, largest_remainder, top_k
-from plprune.anatomy import Block, Group, blocks_of, innermost
+from plprune.allocation import check_near, fit, fraction_to_remove, importance, largest_remainder, top_k
+from plprune.anatomy import Block, Group, blocks_of, matrix
 from plprune.calibration import Calibration, observe, stream
 from plprune.methods.base import PruningMethod
 from plprune.plan import PruningPlan
+from plprune.serving import FREE, Constraint
 from plprune.stats import Distance, Norms
 from plprune.surgery import Surgery
 
@@ -50,6 +51,9 @@ class CFSP(PruningMethod):
         multiple_of: Widths are rounded to multiples of this; 128 is the authors' `cuda_friendly`.
         sparsity_of: What `sparsity` is a fraction of: the decoder blocks' parameters, or the FFN's width, as the
             paper counts.
+        serve_on: Where the result must load: llama.cpp, vllm, transformers. Its sizes are then such as can be served
+            there, and its sparsity as near to the one asked for as that allows; what cannot be is refused.
+        tensor_parallel: Devices that will share the result: widths and heads are divisible by their number.
     """
 
     sparsity: float = 0.2
@@ -62,17 +66,36 @@ class CFSP(PruningMethod):
     sparsity_of: Literal["blocks", "ffn"] = "blocks"
 
     def prune(self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor]) -> PruningPlan:
-        p = self._budget(blocks_of(model))
+        asked, p = self.check(model), self._budget(blocks_of(model))
         scores, distances = [], []
         for block, inputs in stream(model, batches, "CFSP"):
             ((group, norms),) = observe(block, inputs, Norms, attention="none")
             scores.append((block, group, self._score(block, group, norms.pooled)))
             distances.append(inputs.influence.distance(self.distance))
         surgery, u = Surgery(model), importance(distances, self.a)
-        widths = self._widths([len(group) for _, group, _ in scores], u, p)
+        widths = self._widths([(block, group) for block, group, _ in scores], u, p, asked)
         for (block, group, score), width in zip(scores, widths, strict=True):
             surgery.keep(block, group, top_k(score, width))
         return surgery.plan("CFSP", dataclasses.asdict(self), u)
+
+    def conflicts(self, asked: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
+        if asked.uniform and self.distance != "uniform":
+            return ["all blocks must have one width: set `distance` to uniform"]
+        return []
+
+    def check(self, model: PreTrainedModel) -> Constraint:
+        asked, blocks = super().check(model), blocks_of(model)
+        p = self._budget(blocks)
+        if asked == FREE:
+            return asked
+        asked.check_heads(blocks)
+        asked &= Constraint(width_multiple=self.multiple_of)
+        rows = [(block, block.groups("none")[0]) for block in blocks]
+        chosen = fit(rows, [len(group) * (1 - p) for _, group in rows], 1 - p, asked, asked.uniform)
+        every = sum(len(group) * block.cost(group) for block, group in rows)
+        whole = every if self.sparsity_of == "ffn" else sum(block.parameters() for block in blocks)
+        check_near(self.sparsity, rows, chosen, 1 - p, whole)
+        return asked
 
     def _budget(self, blocks: list[Block]) -> float:
         """The fraction of the FFN channels to remove (p)."""
@@ -84,11 +107,14 @@ class CFSP(PruningMethod):
         if self.score == "activation":
             return norm**self.c
         down = block.weight(group).squeeze(-1)
-        producers = [innermost(block.part(s.path)).weight[s.index[:, 0]] for s in group.producers]
+        producers = [matrix(block.part(s.path))[s.index[:, 0]] for s in group.producers]
         return relative_score(down.double(), [w.detach().double() for w in producers], norm, self.b, self.c)
 
-    def _widths(self, sizes: list[int], u: Tensor, p: float) -> list[int]:
+    def _widths(self, rows: list[tuple[Block, Group]], u: Tensor, p: float, asked: Constraint) -> list[int]:
+        sizes = [len(group) for _, group in rows]
         exact = [n * k for n, k in zip(sizes, kept_fractions(u, p, sizes).tolist(), strict=True)]
+        if asked != FREE:
+            return fit(rows, exact, 1 - p, asked, asked.uniform)
         if self.multiple_of > 1:
             m = self.multiple_of
             return [min(n, max(m, int((w + m / 2) / m) * m)) for n, w in zip(sizes, exact, strict=True)]

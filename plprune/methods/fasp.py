@@ -16,19 +16,20 @@ There is no public code. Choices where the paper is silent, and deviations:
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from plprune import processes
-from plprune.allocation import fraction_to_remove, importance, top_k
-from plprune.anatomy import Block, Group, dense_weight
+from plprune.allocation import check_near, fit, fraction_to_remove, importance, top_k
+from plprune.anatomy import Block, Group, blocks_of, dense_weight
 from plprune.calibration import BlockInputs, Calibration, observe, stream
 from plprune.methods.base import PruningMethod
 from plprune.plan import PruningPlan
 from plprune.repair import compensation, restore
+from plprune.serving import FREE, Constraint, adds_biases
 from plprune.stats import Gram
 from plprune.surgery import Surgery
 
@@ -44,6 +45,9 @@ class FASP(PruningMethod):
         restoration: Whether the kept weights are restored by least squares.
         damping: Regularisation of the restoration, relative to the mean diagonal of the inputs' second moments.
         compensate: Whether inputs are centred and the consumer's bias takes up the difference of means.
+        serve_on: Where the result must load: llama.cpp, vllm, transformers. Its sizes are then such as can be served
+            there, and its sparsity as near to the one asked for as that allows; what cannot be is refused.
+        tensor_parallel: Devices that will share the result: widths and heads are divisible by their number.
     """
 
     sparsity: float = 0.2
@@ -53,17 +57,52 @@ class FASP(PruningMethod):
     compensate: bool = True
 
     def prune(self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor]) -> PruningPlan:
-        surgery, distances = Surgery(model), []
-        attention, what = self.attention, "what FASP prunes"
-        fraction = fraction_to_remove(self.sparsity, surgery.blocks, attention, what, biased=self.compensate)
+        asked, surgery, distances = self.check(model), Surgery(model), []
+        fraction = self._fraction(surgery.blocks)
         for block, inputs in stream(model, batches, "FASP"):
-            self._prune_block(surgery, block, inputs, fraction)
+            self._prune_block(surgery, block, inputs, fraction, asked)
             distances.append(inputs.influence.distance("angular"))
         return surgery.plan("FASP", dataclasses.asdict(self), importance(distances))
 
-    def _prune_block(self, surgery: Surgery, block: Block, inputs: BlockInputs, fraction: float) -> None:
+    def conflicts(self, asked: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
+        reasons = []
+        if asked.whole_heads and self.attention == "value_channels":
+            reasons.append("heads must stay whole: set `attention` to kv_heads")
+        if asked.dense_heads and self.attention != "none":
+            reasons.append("no head may leave: set `attention` to none")
+        if asked.dense_biases and self.compensate and adds_biases(blocks):
+            reasons.append("no bias may be added: set `compensate` to false")
+        return reasons
+
+    def check(self, model: PreTrainedModel) -> Constraint:
+        asked, blocks = super().check(model), blocks_of(model)
+        fraction = self._fraction(blocks)
+        if asked == FREE:
+            return asked
+        if self.attention == "none":
+            asked.check_heads(blocks)
+        rows = [(block, group) for block in blocks for group in block.groups(self.attention)]
+        chosen = [count for block in blocks for count in self._counts(block, fraction, asked)]
+        check_near(self.sparsity, rows, chosen, 1 - fraction, sum(block.parameters() for block in blocks))
+        return asked
+
+    def _fraction(self, blocks: list[Block]) -> float:
+        """The fraction to remove of what can be pruned (s)."""
+        return fraction_to_remove(self.sparsity, blocks, self.attention, "what FASP prunes", biased=self.compensate)
+
+    def _counts(self, block: Block, fraction: float, asked: Constraint) -> list[int]:
+        """Units to keep in each of a block's groups."""
+        groups = block.groups(self.attention)
+        if asked == FREE:
+            return kept_counts(block, groups, fraction)
+        wanted = [len(group) * (1 - fraction) for group in groups]
+        return fit([(block, group) for group in groups], wanted, 1 - fraction, asked)
+
+    def _prune_block(
+        self, surgery: Surgery, block: Block, inputs: BlockInputs, fraction: float, asked: Constraint
+    ) -> None:
         observed = observe(block, inputs, Gram, self.attention)  # as large as the block: gone before the next one's
-        counts = kept_counts(block, [group for group, _ in observed], fraction)
+        counts = self._counts(block, fraction, asked) if observed else []  # an earlier run has decided
         for (group, gram), count in zip(observed, counts, strict=True):
             self._prune(surgery, block, group, gram, count, inputs.group)
 

@@ -19,19 +19,20 @@ Deviations from the authors' code:
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune.allocation import fraction_to_remove, importance, top_k
+from plprune.allocation import check_near, fit, fraction_to_remove, importance, rescale, top_k
 from plprune.anatomy import Block, Group, blocks_of
 from plprune.calibration import Calibration, observe, stream
 from plprune.methods.base import PruningMethod
 from plprune.plan import PruningPlan
 from plprune.repair import compensation
+from plprune.serving import FREE, Constraint, adds_biases
 from plprune.stats import Moments
 from plprune.surgery import Surgery
 
@@ -56,6 +57,9 @@ class FLAP(PruningMethod):
         compensate: Whether the removed channels' mean contribution is added to the consumer's bias.
         sparsity_of: What `sparsity` is a fraction of: the decoder blocks' parameters, or their linear layers' only,
             as the paper counts.
+        serve_on: Where the result must load: llama.cpp, vllm, transformers. Its sizes are then such as can be served
+            there, and its sparsity as near to the one asked for as that allows; what cannot be is refused.
+        tensor_parallel: Devices that will share the result: widths and heads are divisible by their number.
     """
 
     sparsity: float = 0.2
@@ -68,17 +72,19 @@ class FLAP(PruningMethod):
     sparsity_of: Literal["blocks", "linears"] = "blocks"
 
     def prune(self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor]) -> PruningPlan:
-        blocks = blocks_of(model)
-        budget = self._budget(blocks)
+        asked, blocks = self.check(model), blocks_of(model)
+        attention, budget = unit(asked), self._budget(blocks, asked)
         means: dict[str, Tensor] = {}
         scores: list[tuple[Block, Group, Tensor]] = []
         distances = []
         for block, inputs in stream(model, batches, "FLAP"):
-            for group, moments in observe(block, inputs, Moments):
+            for group, moments in observe(block, inputs, Moments, attention):
                 means[group.name] = moments.mean
                 scores.append((block, group, self._score(block, group, moments)))
             distances.append(inputs.influence.distance("angular"))
         surgery, chosen = Surgery(model), self._choose(scores, budget)
+        if asked != FREE:
+            chosen = self._fitted(scores, chosen, budget, asked)
         for block, rows in itertools.groupby(zip(scores, chosen, strict=True), lambda row: row[0][0]):
             with block.present():
                 for (_, group, _), keep in rows:
@@ -86,11 +92,41 @@ class FLAP(PruningMethod):
                     surgery.keep(block, group, keep, bias_gain=gain if self.compensate else None)
         return surgery.plan("FLAP", dataclasses.asdict(self), importance(distances))
 
-    def _budget(self, blocks: list[Block]) -> float:
-        """The fraction of prunable parameters to remove (p)."""
+    def conflicts(self, asked: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
+        reasons = []
+        if asked.uniform and self.structure.startswith("AL"):
+            reasons.append("all blocks must have the same sizes: set `structure` to UL-UM")
+        if asked.dense_heads and self.remove_heads:
+            reasons.append("no head may leave: set `remove_heads` to 0")
+        if asked.dense_biases and self.compensate and adds_biases(blocks):
+            reasons.append("no bias may be added: set `compensate` to false")
+        return reasons
+
+    def check(self, model: PreTrainedModel) -> Constraint:
+        asked, blocks = super().check(model), blocks_of(model)
+        p = self._budget(blocks, asked)
+        if asked == FREE:
+            return asked
+        if asked.dense_heads:
+            asked.check_heads(blocks)
+        rows = [(block, group) for block in blocks for group in block.groups(unit(asked))]
+        chosen = self._counts(rows, self._rehearsed(rows, p), p, asked)
+        check_near(self.sparsity, rows, chosen, 1 - p, self._whole(blocks))
+        return asked
+
+    def _whole(self, blocks: list[Block]) -> int:
+        """The parameters of which `sparsity` is a fraction."""
         if self.sparsity_of == "linears":
-            return self.sparsity
-        return fraction_to_remove(self.sparsity, blocks, "kv_heads", "what FLAP prunes", biased=self.compensate)
+            return sum(len(group) * block.cost(group) for block in blocks for group in block.groups())
+        return sum(block.parameters() for block in blocks)
+
+    def _budget(self, blocks: list[Block], asked: Constraint = FREE) -> float:
+        """The fraction of prunable parameters to remove (p)."""
+        attention, what = unit(asked), "what FLAP prunes"
+        if self.sparsity_of == "linears":
+            prunable = sum(len(group) * block.cost(group) for block in blocks for group in block.groups(attention))
+            return rescale(self.sparsity, self._whole(blocks), prunable, what)
+        return fraction_to_remove(self.sparsity, blocks, attention, what, biased=self.compensate)
 
     def _score(self, block: Block, group: Group, moments: Moments) -> Tensor:  # [units, columns per unit]
         weight = block.weight(group).double()
@@ -107,6 +143,41 @@ class FLAP(PruningMethod):
             return [top_k(s.sum(1), len(s) - int(p * len(s) + 1e-9)) for *_, s in scores]
         return self._mixed(scores, p)
 
+    def _fitted(
+        self, scores: list[tuple[Block, Group, Tensor]], chosen: list[Tensor], p: float, asked: Constraint
+    ) -> list[Tensor]:
+        """The best units of each group, as many as a constraint allows: near the number that was chosen."""
+        rows = [(block, group) for block, group, _ in scores]
+        counts = self._counts(rows, [len(keep) for keep in chosen], p, asked)
+        return [top_k(score.sum(1), count) for (*_, score), count in zip(scores, counts, strict=True)]
+
+    def _counts(
+        self, rows: list[tuple[Block, Group]], wanted: Sequence[float], p: float, asked: Constraint
+    ) -> list[int]:
+        """Units to keep in each group; a given number of heads is settled first, and channels give the rest."""
+        each_block = self.structure.startswith("UL")
+        kinds = {kind: [i for i, (_, g) in enumerate(rows) if g.kind == kind] for kind in ("attention", "ffn")}
+        if not self.structure.endswith("MM") or not kinds["attention"]:
+            return fit(rows, wanted, 1 - p, asked, each_block)
+        costs = [block.cost(group) for block, group in rows]
+        left, counts = (1 - p) * sum(cost * len(g) for cost, (_, g) in zip(costs, rows, strict=True)), {}
+        for kind, own in kinds.items():
+            share = sum(costs[i] * wanted[i] for i in own) if kind == "attention" else left
+            keep = share / sum(costs[i] * len(rows[i][1]) for i in own)
+            found = fit([rows[i] for i in own], [wanted[i] for i in own], keep, asked, each_block)
+            counts |= dict(zip(own, found, strict=True))
+            left -= sum(costs[i] * counts[i] for i in own)
+        return [counts[i] for i in range(len(rows))]
+
+    def _rehearsed(self, rows: list[tuple[Block, Group]], p: float) -> list[float]:
+        """How many units each group would keep if all scores were alike."""
+        wanted = [len(group) * (1 - p) for _, group in rows]
+        if not self.structure.endswith("MM"):
+            return wanted
+        gone = self.remove_heads / max(1, sum(group.kind == "attention" for _, group in rows))
+        gone = int(gone) if self.structure == "UL-MM" else gone
+        return [len(g) - gone if g.kind == "attention" else w for (_, g), w in zip(rows, wanted, strict=True)]
+
     def _mixed(self, scores: list[tuple[Block, Group, Tensor]], p: float) -> list[Tensor]:
         """UL-MM and AL-MM: `remove_heads` heads go, and channels for the rest of the budget."""
         heads = [row for row in scores if row[1].kind == "attention"]
@@ -122,6 +193,11 @@ class FLAP(PruningMethod):
         keep += choose(channels, int(left / cost + 1e-9))
         by_name = {g.name: k for (_, g, _), k in zip(heads + channels, keep, strict=True)}
         return [by_name[group.name] for _, group, _ in scores]
+
+
+def unit(asked: Constraint) -> Literal["kv_heads", "none"]:
+    """The unit of attention that can leave."""
+    return "none" if asked.dense_heads else "kv_heads"
 
 
 METRICS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {

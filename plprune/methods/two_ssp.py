@@ -19,7 +19,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import cast
 
@@ -28,14 +28,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plprune import processes
-from plprune.allocation import check_sparsity, importance, top_k
-from plprune.anatomy import Block, blocks_of
+from plprune.allocation import check_near, check_sparsity, fit, importance, top_k
+from plprune.anatomy import Block, Group, blocks_of
 from plprune.calibration import Calibration, evaluating, finish, observe, record, run_block, stream
 from plprune.evaluation import next_token_loss
 from plprune.journal import Filed, journal_of
 from plprune.methods.base import PruningMethod
 from plprune.plan import PruningPlan
 from plprune.progress import Progress
+from plprune.serving import FREE, Constraint
 from plprune.stats import Norms
 from plprune.surgery import Surgery, without_attention
 
@@ -53,6 +54,9 @@ class TwoSSP(PruningMethod):
         drop_attentions: Attention sub-blocks that the second stage drops; if not given, the paper's balance decides;
             0 leaves the second stage out.
         stage2_samples: Calibration windows that judge each candidate of the second stage.
+        serve_on: Where the result must load: llama.cpp, vllm, transformers. Its sizes are then such as can be served
+            there, and its sparsity as near to the one asked for as that allows; what cannot be is refused.
+        tensor_parallel: Devices that will share the result: widths and heads are divisible by their number.
     """
 
     sparsity: float = 0.25
@@ -67,33 +71,59 @@ class TwoSSP(PruningMethod):
 
     def prune(self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor]) -> PruningPlan:
         calibration = Calibration.of(batches)
-        drop, fraction = self._shares(blocks_of(model))
+        asked = self.check(model)
+        drop, fraction = self._shares(blocks_of(model), spared=asked.first_attention)
         scores, distances = [], []
         for block, inputs in stream(model, calibration, "2SSP stage 1"):
             ((group, norms),) = observe(block, inputs, Norms, attention="none")
             scores.append((block, group, norms.mean))
             distances.append(inputs.influence.distance("angular"))
-        surgery = Surgery(model)
-        for block, group, score in scores:
-            surgery.keep(block, group, top_k(score, round(len(group) * fraction)))
+        surgery, widths = Surgery(model), self._widths([(b, g) for b, g, _ in scores], fraction, asked)
+        for (block, group, score), width in zip(scores, widths, strict=True):
+            surgery.keep(block, group, top_k(score, width))
         if drop:
             windows = calibration.windows(self.stage2_samples)
             with evaluating(model):
-                SecondStage(surgery, windows, calibration.device or model.device, calibration.group).drop(drop)
+                stage = SecondStage(surgery, windows, calibration.device or model.device, calibration.group)
+                stage.drop(drop, first=int(asked.first_attention))
         return surgery.plan("TwoSSP", dataclasses.asdict(self), importance(distances))
 
-    def _shares(self, blocks: list[Block]) -> tuple[int, float]:
-        """Attentions to drop, and the fraction of FFN channels to keep."""
+    def conflicts(self, asked: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
+        drop = self.drop_attentions if blocks is None else self._shares(list(blocks))[0]
+        return ["no attention may leave: set `drop_attentions` to 0"] if asked.every_attention and drop else []
+
+    def check(self, model: PreTrainedModel) -> Constraint:
+        asked, blocks = super().check(model), blocks_of(model)
+        _, fraction = self._shares(blocks, spared=asked.first_attention)
+        if asked == FREE:
+            return asked
+        asked.check_heads(blocks)
+        rows = [(block, block.groups("none")[0]) for block in blocks]
+        whole = sum(block.parameters() for block in blocks)
+        check_near(self.sparsity, rows, self._widths(rows, fraction, asked), fraction, whole)
+        return asked
+
+    def _widths(self, rows: list[tuple[Block, Group]], fraction: float, asked: Constraint) -> list[int]:
+        """FFN channels that each block keeps."""
+        if asked == FREE:
+            return [round(len(group) * fraction) for _, group in rows]
+        return fit(rows, [len(group) * fraction for _, group in rows], fraction, asked, each_block=True)
+
+    def _shares(self, blocks: list[Block], spared: bool = False) -> tuple[int, float]:
+        """Attentions to drop, of all but the first block's if that is spared, and the fraction of channels to keep."""
         check_sparsity(self.sparsity)
         with_attention = [b for b in blocks if b.has_attention]
         attention = sum(b.parameters(b.family.attention) for b in with_attention) / max(1, len(with_attention))
-        ffn = sum(b.parameters(path) for b in blocks for path in {*b.family.ffn_in, b.family.ffn_out}) / len(blocks)
-        width = sum(len(b.groups("none")[0]) for b in blocks) / len(blocks)
+        groups = [(b, b.groups("none")[0]) for b in blocks]
+        ffn = sum(len(g) * b.cost(g) for b, g in groups) / len(blocks)  # a bias of the consumer stays whole
+        width = sum(len(g) for _, g in groups) / len(blocks)
         drop = self.drop_attentions
         if drop is None:
             drop = attentions_to_drop(self.sparsity, len(blocks), attention, ffn, self.alpha) if attention else 0
-        if not 0 <= drop <= len(with_attention):
-            raise ValueError(f"2SSP would drop {drop} attentions, but the model has {len(with_attention)}")
+        there = len(with_attention) - (spared and blocks[0].has_attention)
+        if not 0 <= drop <= there:
+            but = ", of which the first block's must stay: change `drop_attentions` or `serve_on`" if spared else ""
+            raise ValueError(f"2SSP would drop {drop} attentions, but the model has {len(with_attention)}{but}")
         total = sum(b.parameters() for b in blocks)
         return drop, channels_to_keep(self.sparsity, len(blocks), total, attention, ffn, width, drop) / width
 
@@ -176,13 +206,13 @@ class SecondStage:
         self.entering += self._run(0)
         self._seconds = (time.monotonic() - start) / len(self.blocks)  # one block takes
 
-    def drop(self, count: int) -> None:
-        """Drops the `count` attentions that are missed least, one after another."""
+    def drop(self, count: int, first: int = 0) -> None:
+        """Drops the `count` attentions that are missed least, one after another, of the blocks from `first` on."""
         plain = 0
-        self._announce(count)
+        self._announce(count, first)
         with Progress(count, "2SSP stage 2", "attention", quiet=processes.rank(self.group) > 0) as bar:
             for step in range(count):
-                candidates = [b for b in self.blocks if b.has_attention]
+                candidates = [b for b in self.blocks[first:] if b.has_attention]
                 plain += len(candidates) * len(self.blocks) * len(self.windows)
                 self._drop_one(candidates, step)
                 bar.update()
@@ -192,12 +222,12 @@ class SecondStage:
             *(evaluations, 100 * evaluations / plain, plain),
         )
 
-    def _announce(self, count: int) -> None:
+    def _announce(self, count: int, first: int) -> None:
         """Says how long it will take, if every block comes from disk every time."""
         steps = sum(self.journal.recall(_key(step)) is None for step in range(count)) if self.journal else 0
         if not steps:
             return
-        candidates = [b for b in self.blocks if b.has_attention]
+        candidates = [b for b in self.blocks[first:] if b.has_attention]
         loads = steps * sum(len(self.blocks) - b.index for b in candidates)
         start = time.monotonic()
         self._loss(self.entering[-1])

@@ -1,0 +1,167 @@
+r"""DeciLM folders (`block_configs`), which vLLM, SGLang, TensorRT-LLM, mlx-lm and llama.cpp's converter read.
+
+A block may differ from the others in the width of its FFN, and may lack its attention. The format gives the width as a
+multiple of the model's, from which programs compute it back:
+
+.. math:: m = \frac{3 W}{2 d}, \qquad W = \lceil \lfloor 2 m d / 3 \rfloor \rceil_{256}
+
+with W the width, d the model width, and the brackets rounding up to a multiple of 256.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from plprune.anatomy import Block, blocks_of, innermost
+from plprune.atomic import staged
+from plprune.modeling_plprune import Gather, Scatter
+
+MULTIPLE = 256
+FAMILIES = ("llama",)  # whose blocks compute what DeciLM's do
+PER_BLOCK = ("intermediate_size", "num_key_value_heads", "per_layer_config", "allow_global_per_layer_attribute_access")
+OURS = ("pruned", "auto_map", "base_model_type")
+
+
+def refusals(model: PreTrainedModel) -> list[str]:
+    """Why a model cannot be written in this format, with what to prune differently; empty if it can."""
+    blocks, config = blocks_of(model), model.config
+    if config.model_type not in FAMILIES:
+        return [f"DeciLM's blocks are Llama's, and this is {config.model_type}: prune a model of {', '.join(FAMILIES)}"]
+    heads, kv_heads = config.num_attention_heads, {b.kv_heads for b in blocks if b.has_attention}
+    reasons = []
+    if not blocks[0].has_attention:
+        reasons.append("block 0 has no attention: prune with serve_on [vllm], which keeps it")
+    if any(b.has_attention and b.kv_heads * b.queries_per_head != heads for b in blocks) or len(kv_heads) > 1:
+        reasons.append("query heads were removed: leave attention alone (FASP: attention none; FLAP: structure UL-MM)")
+    if any(isinstance(m, Gather | Scatter) for m in model.modules()):
+        reasons.append("value channels are ragged: export with --widen, or prune by FASP with attention none")
+    if any(innermost(m).bias is not None for b in blocks for m in _projections(b)):
+        reasons.append("there are biases: prune without compensation (FLAP: compensate false; or CFSP, TwoSSP)")
+    odd = sorted({width for b in blocks if (width := _width(b)) % MULTIPLE})
+    if odd:
+        named = ", ".join(map(str, odd[:3])) + (" and more" if odd[3:] else "")
+        reasons.append(
+            f"FFN widths {named} are not multiples of {MULTIPLE}: "
+            f"prune with serve_on [vllm], or export with --pad_to {MULTIPLE}"
+        )
+    return reasons
+
+
+def write(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, overwrite: bool = False
+) -> None:
+    """Writes a folder that programs which know DeciLM load.
+
+    Args:
+        model: A dense or pruned model.
+        tokenizer: Saved beside the model.
+        folder: Where to.
+        overwrite: Whether to replace what is there.
+
+    Raises:
+        ValueError: The format cannot hold the model; the message says why.
+        FileExistsError: The folder is not empty.
+    """
+    if reasons := refusals(model):
+        raise ValueError(f"DeciLM cannot hold this model: {'; '.join(reasons)}")
+    with staged(folder, overwrite) as temporary:
+        temporary.mkdir()
+        (temporary / "config.json").write_text(json.dumps(config_of(model), indent=2, sort_keys=True) + "\n")
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(temporary)
+        save_file(_weights(model), temporary / "model.safetensors", metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+
+
+def config_of(model: PreTrainedModel) -> dict[str, Any]:
+    """`config.json` as DeciLM has it."""
+    values = model.config.to_dict()
+    for key in PER_BLOCK + OURS:
+        values.pop(key, None)
+    rope = values.get("rope_parameters") or {}
+    scaling = None if rope.get("rope_type", "default") == "default" else rope
+    return values | {
+        "rope_theta": rope.get("rope_theta", 10000.0),
+        "rope_scaling": scaling,
+        "model_type": "nemotron-nas",
+        "architectures": ["DeciLMForCausalLM"],
+        "block_configs": [block_config(b, model.config.hidden_size) for b in blocks_of(model)],
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def block_config(block: Block, hidden_size: int) -> dict[str, dict[str, Any]]:
+    """What DeciLM's configuration says of one block."""
+    attention = block.has_attention
+    return {
+        "attention": {
+            "no_op": not attention,
+            "replace_with_linear": False,
+            "n_heads_in_group": block.queries_per_head if attention else None,
+        },
+        "ffn": {"no_op": False, "replace_with_linear": False, "ffn_mult": 3 * _width(block) / (2 * hidden_size)},
+    }
+
+
+def width_of(ffn_mult: float, hidden_size: int) -> int:
+    """The width that programs compute from a block's multiple.
+
+    Example:
+        >>> width_of(3 * 7936 / (2 * 4096), 4096)
+        7936
+    """
+    return -(-int(2 * ffn_mult * hidden_size / 3) // MULTIPLE) * MULTIPLE
+
+
+def check(folder: Path) -> None:
+    """Reads a folder back by the format's own rule.
+
+    Raises:
+        ValueError: A weight is absent, or has another shape than its block's configuration gives.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    for name, shape in _expected(config).items():
+        if shapes.pop(name, None) != shape:
+            raise ValueError(f"{folder}: {name} is not {shape}")
+    if left := [name for name in shapes if ".layers." in name]:
+        raise ValueError(f"{folder}: {left[0]} has no place in the format")
+
+
+def _expected(config: dict[str, Any]) -> dict[str, list[int]]:
+    """Shapes of the blocks' weights by their configurations alone."""
+    d, heads = config["hidden_size"], config["num_attention_heads"]
+    hd, shapes = config.get("head_dim") or d // heads, {}
+    for i, block in enumerate(config["block_configs"]):
+        prefix, width = f"model.layers.{i}.", width_of(block["ffn"]["ffn_mult"], d)
+        own = {f"mlp.{name}_proj.weight": [width, d] for name in ("gate", "up")}
+        own |= {"mlp.down_proj.weight": [d, width], "post_attention_layernorm.weight": [d]}
+        if not block["attention"]["no_op"]:
+            kv = heads // block["attention"]["n_heads_in_group"] * hd
+            own |= {f"self_attn.{n}_proj.weight": [rows, d] for n, rows in (("q", heads * hd), ("k", kv), ("v", kv))}
+            own |= {"self_attn.o_proj.weight": [d, heads * hd], "input_layernorm.weight": [d]}
+        shapes |= {prefix + name: shape for name, shape in own.items()}
+    return shapes
+
+
+def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """All weights, without the norms of attentions that were removed; tied ones once."""
+    gone = [f"{b.family.blocks}.{b.index}.input_layernorm" for b in blocks_of(model) if not b.has_attention]
+    own = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    return {name: value for name, value in own.items() if not name.startswith(tuple(gone))} if gone else own
+
+
+def _width(block: Block) -> int:
+    return len(block.groups("none")[0])
+
+
+def _projections(block: Block) -> list[torch.nn.Module]:
+    ffn = [*block.family.ffn_in, block.family.ffn_out]
+    return [block.part(p) for p in (ffn if not block.has_attention else [*block.family.qkv, block.family.output, *ffn])]

@@ -1,0 +1,168 @@
+"""Exports a model to every format that is asked for, and proves each: writes, loads again elsewhere, compares."""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from plprune import surgery
+from plprune.atomic import staged
+from plprune.card import record_of, write_card
+from plprune.checkpoint import write
+from plprune.export import decilm, parity
+from plprune.export.parity import Reading, Row
+
+log = logging.getLogger(__name__)
+FORMATS = ("hf", "gguf", "decilm")
+GgufDtype = Literal["f32", "f16", "bf16", "q8_0"]
+SAME_AS: dict[torch.dtype, GgufDtype] = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to export.
+
+    Args:
+        gguf: Of the matrices in a GGUF file; as the model's if not given.
+        widen: Whether ragged value channels are widened back with zeros, which more programs can hold.
+        pad_to: FFN widths are padded with zeros up to a multiple of this.
+    """
+
+    gguf: GgufDtype | None = None
+    widen: bool = False
+    pad_to: int = 1
+
+    def __post_init__(self) -> None:
+        if self.pad_to < 1:
+            raise ValueError(f"pad_to is {self.pad_to}, but widths are padded to a multiple of at least 1")
+
+
+def export(
+    name: str,
+    load: Callable[[], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    output: str | os.PathLike[str],
+    formats: list[str],
+    windows: Tensor,  # [n, s]
+    options: Options = Options(),
+    overwrite: bool = False,
+) -> list[Row]:
+    """Writes a model in every format, loads each again in the program it is for, and compares what they make of a text.
+
+    Beside the formats, the folder gets `parity.json` and a model card.
+
+    Args:
+        name: What the model is called: files are named after it.
+        load: Loads the model; it is let go before others load what was written.
+        tokenizer: The model's.
+        output: Folder to write, whole or not at all.
+        formats: Of :data:`FORMATS`.
+        windows: Token ids of the text to compare by.
+        options: How to export.
+        overwrite: Whether to replace what is there.
+
+    Raises:
+        ValueError: A format is unknown, or none can hold the model; the message gives every reason.
+        FileExistsError: The folder is not empty.
+    """
+    check_formats(formats)
+    with staged(output, overwrite) as room:
+        room.mkdir()
+        model = load()
+        own, plan, record = parity.reading(model, windows), surgery.plan_of(model), record_of(name)
+        _reshape(model, options)
+        rows = [_written(kind, model, tokenizer, room, Path(name).name, options) for kind in formats]
+        del model
+        if all(row.refused for row in rows):
+            raise ValueError("; ".join(f"{row.format}: {reason}" for row in rows for reason in row.refused))
+        rows = [_checked(row, room, windows, own) for row in rows]
+        (room / "parity.json").write_text(json.dumps(_told(rows, windows, own), indent=2) + "\n")
+        for folder in [room, *(room / row.file for row in rows if row.format == "hf" and row.file)]:
+            if plan is not None:
+                write_card(folder, plan, record, parity.table(rows))
+    return rows
+
+
+def check_formats(formats: list[str]) -> None:
+    """Makes sure that all formats are known.
+
+    Raises:
+        ValueError: One is not.
+    """
+    if unknown := [each for each in formats if each not in FORMATS] or not formats:
+        raise ValueError(f"unknown format {unknown or formats}: give some of {', '.join(FORMATS)}")
+
+
+def _reshape(model: PreTrainedModel, options: Options) -> None:
+    if options.widen:
+        surgery.widen(model)
+    if options.pad_to > 1:
+        surgery.pad(model, options.pad_to)
+
+
+def _written(
+    kind: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, room: Path, name: str, options: Options
+) -> Row:
+    """Writes one format, or says why not."""
+    if kind == "hf":
+        (room / kind).mkdir()
+        reshaped = options.widen or options.pad_to > 1
+        write(model, model.state_dict(), room / kind, tokenizer, with_plan=not reshaped)
+        return Row(kind, kind, bytes=_size(room / kind))
+    if kind == "gguf" and importlib.util.find_spec("gguf") is None:
+        return Row(kind, refused=["writing it needs the package gguf: pip install 'plprune[export]'"])
+    dtype = options.gguf or SAME_AS[model.dtype]
+    file, format = (kind, kind) if kind == "decilm" else (f"{name}-{dtype}.gguf", f"{kind} {dtype}")
+    if reasons := decilm.refusals(model) if kind == "decilm" else _gguf().refusals(model):
+        return Row(format, refused=reasons)
+    try:
+        if kind == "decilm":
+            decilm.write(model, tokenizer, room / file)
+        else:
+            _gguf().write(model, tokenizer, room / file, dtype)
+    except ValueError as error:  # a tokenizer that the program lacks
+        return Row(format, refused=[str(error)])
+    return Row(format, file, bytes=_size(room / file))
+
+
+def _checked(row: Row, room: Path, windows: Tensor, own: Reading) -> Row:
+    """Has what was written loaded by the program it is for."""
+    if row.file is None:
+        return row
+    path = room / row.file
+    if row.format == "decilm":
+        decilm.check(path)
+        return dataclasses.replace(row, note="shapes fit the format's rule; not run, no program that reads it is here")
+    if row.format == "hf":
+        return parity.compared(row, functools.partial(parity.by_transformers, path, windows), own)
+    if importlib.util.find_spec("xllamacpp") is None:
+        return dataclasses.replace(row, note="llama.cpp is not on this machine to load it: pip install xllamacpp")
+    return parity.compared(row, functools.partial(parity.by_llama_cpp, path, windows), own)
+
+
+def _gguf() -> Any:
+    """The writer, which needs a package that not everybody has."""
+    from plprune.export import gguf
+
+    return gguf
+
+
+def _told(rows: list[Row], windows: Tensor, own: Reading) -> dict[str, Any]:
+    return {
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "text": {"windows": len(windows), "tokens": windows.numel()},
+        "reference": {"program": own.program, "tokens_per_second": own.tokens_per_second},
+    }
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())

@@ -1,0 +1,665 @@
+"""GGUF files for llama.cpp, of dense and pruned models.
+
+llama.cpp has one hand-written graph per architecture, and a graph computes some shapes and not others. What each does
+is a record here (:data:`ARCHS`), read in its source and tried with xllamacpp 2026.10; what a family's weights need on
+the way is another (:data:`LAYOUTS`). Of the architectures that a family may be written as, the first that computes the
+model is taken; `deci`, which sizes every tensor by per-block arrays, comes last for all that are shaped like Llama.
+
+Rotary embeddings rotate pairs of neighbours in some graphs (`normal`) and pairs of halves in others, as in
+transformers: for the former, the rows of Q and K are put in the order of the pairs.
+
+In float32, log-probabilities agree to about 1e-6 where the FFN uses SiLU, and to about 1e-3 where it uses GELU: on a
+CPU llama.cpp reads that from a table in half precision, and GPT-NeoX's is the tanh approximation there.
+"""
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from plprune.anatomy import Block, Group, blocks_of, family_of, innermost, matrix
+from plprune.atomic import staged
+from plprune.export import vocabulary
+from plprune.modeling_plprune import Gather, Scatter
+
+try:
+    import gguf
+    from gguf import GGMLQuantizationType, Keys, LlamaFileType
+except ImportError as error:
+    raise ImportError("writing GGUF needs the package gguf: pip install 'plprune[export]'") from error
+
+Dtype = Literal["f32", "f16", "bf16", "q8_0"]
+Rope = dict[str, Any]
+log = logging.getLogger(__name__)
+
+QKV, FFN_IN = ("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up")
+ALL = frozenset({*QKV, "attn_output", *FFN_IN, "ffn_down"})
+
+
+@dataclass(frozen=True)
+class Arch:
+    """What a graph of llama.cpp computes.
+
+    Args:
+        biases: Projections that may have a bias.
+        per_block: Whether blocks may differ in their widths and heads.
+        skips: Whether blocks may lack their attention.
+        normal: Whether rotary pairs are neighbours.
+        factors: Whether it reads a factor per rotary frequency, which the scalings of Llama 3 and Phi 3 need.
+        partial: Whether some of a head's dimensions may go unrotated.
+        windows: Of how many blocks one attends to everything and the others to a window, unless a file says which; 0 if
+            there are no windows.
+        fills: Whether heads times their dimension must be the hidden size.
+        head: Whether the output head may be, must not be or must be the embedding.
+        scaled: Whether it knows the factors of a layout's `scales`.
+        fused: Projections that are one tensor.
+        broad: At this number of blocks, attention is scaled by hidden size over heads instead of by the head dimension.
+    """
+
+    biases: frozenset[str] = frozenset(QKV)
+    per_block: bool = False
+    skips: bool = False
+    normal: bool = False
+    factors: bool = False
+    partial: bool = False
+    windows: int = 0
+    fills: bool = False
+    head: Literal["any", "own", "tied"] = "any"
+    scaled: bool = False
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    broad: int = 0
+
+
+ARCHS: dict[str, Arch] = {
+    "llama": Arch(biases=ALL, normal=True, factors=True),
+    "deci": Arch(biases=ALL, per_block=True, skips=True, normal=True, factors=True),
+    "qwen2": Arch(fills=True),
+    "qwen3": Arch(),
+    "openelm": Arch(biases=frozenset(), per_block=True, head="tied", fused={"attn_qkv": QKV}),
+    "phi3": Arch(factors=True, partial=True, fills=True, fused={"attn_qkv": QKV, "ffn_up": FFN_IN}),
+    "gemma2": Arch(windows=2, head="tied", broad=46),
+    "gemma3": Arch(windows=6, broad=62),
+    "gptneox": Arch(biases=ALL, partial=True, fills=True, head="own", fused={"attn_qkv": QKV}),
+    "gpt2": Arch(biases=ALL, fills=True, fused={"attn_qkv": QKV}),
+    "phi2": Arch(biases=ALL, partial=True, fills=True, head="own"),
+    "olmo2": Arch(fills=True, head="own"),
+    "granite": Arch(biases=ALL, normal=True, factors=True, scaled=True),
+    "smollm3": Arch(normal=True),
+    "cohere2": Arch(normal=True, windows=4, fills=True, head="tied"),
+}
+
+RMS = {"rms_norm_eps": (Keys.Attention.LAYERNORM_RMS_EPS, float)}
+LAYER_NORM = {"layer_norm_eps": (Keys.Attention.LAYERNORM_EPS, float)}
+SILU = {"hidden_act": ("silu",)}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a family's weights and configuration are written.
+
+    Args:
+        archs: As which architectures, in the order in which they are tried.
+        keys: Values of the configuration that a file names: key and type. All must be there.
+        fixed: Values of the configuration that the graphs take for granted.
+        scales: Factors that only some graphs know, by their names in the configuration: key, and for the other graphs
+            the tensors that are multiplied with which power of it.
+        gain: What the family adds to the weight of every norm.
+        neighbours: Whether the family's rotary pairs are neighbours to begin with.
+    """
+
+    archs: tuple[str, ...]
+    keys: Mapping[str, tuple[str, type]] = field(default_factory=lambda: RMS)
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: SILU)
+    scales: Mapping[str, tuple[str, int, tuple[str, ...]]] = field(default_factory=dict)
+    gain: float = 0.0
+    neighbours: bool = False
+
+
+LAYOUTS: dict[str, Layout] = {
+    "llama": Layout(("llama", "deci")),
+    "mistral": Layout(("llama", "deci")),
+    "qwen2": Layout(("qwen2", "deci")),
+    "qwen3": Layout(("qwen3", "openelm")),
+    "phi3": Layout(("phi3", "deci")),
+    "gemma2": Layout(
+        ("gemma2",),
+        keys=RMS
+        | {
+            "sliding_window": (Keys.Attention.SLIDING_WINDOW, int),
+            "attn_logit_softcapping": (Keys.LLM.ATTN_LOGIT_SOFTCAPPING, float),
+            "final_logit_softcapping": (Keys.LLM.FINAL_LOGIT_SOFTCAPPING, float),
+        },
+        fixed={"hidden_activation": ("gelu_pytorch_tanh",)},
+        gain=1.0,
+    ),
+    "gemma3_text": Layout(
+        ("gemma3",),
+        keys=RMS | {"sliding_window": (Keys.Attention.SLIDING_WINDOW, int)},
+        fixed={
+            "hidden_activation": ("gelu_pytorch_tanh",),
+            "attn_logit_softcapping": (None,),
+            "final_logit_softcapping": (None,),
+            "use_bidirectional_attention": (False, None),
+        },
+        gain=1.0,
+    ),
+    "gpt_neox": Layout(
+        ("gptneox",),
+        keys=LAYER_NORM | {"use_parallel_residual": (Keys.LLM.USE_PARALLEL_RESIDUAL, bool)},
+        fixed={"hidden_act": ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "attention_bias": (True,)},
+    ),
+    "gpt2": Layout(
+        ("gpt2",),
+        keys={"layer_norm_epsilon": (Keys.Attention.LAYERNORM_EPS, float)},
+        fixed={
+            "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+        },
+    ),
+    "phi": Layout(("phi2",), keys=LAYER_NORM, fixed={"hidden_act": ("gelu_new",), "qk_layernorm": (False,)}),
+    "olmo2": Layout(("olmo2",)),
+    "granite": Layout(
+        ("granite", "deci"),
+        scales={
+            "embedding_multiplier": (Keys.LLM.EMBEDDING_SCALE, 1, ("token_embd",)),
+            "residual_multiplier": (Keys.LLM.RESIDUAL_SCALE, 1, ("attn_output", "ffn_down")),
+            "logits_scaling": (Keys.LLM.LOGIT_SCALE, -1, ("output",)),
+            "attention_multiplier": (Keys.Attention.SCALE, 1, ()),  # of any family: see _query_factor
+        },
+    ),
+    "smollm3": Layout(("smollm3",)),
+    "cohere2": Layout(
+        ("cohere2",),
+        keys=LAYER_NORM
+        | {
+            "sliding_window": (Keys.Attention.SLIDING_WINDOW, int),
+            "logit_scale": (Keys.LLM.LOGIT_SCALE, float),
+        },
+        neighbours=True,
+    ),
+}
+
+KINDS = {
+    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
+SCALINGS = ("default", "linear", "yarn", "longrope", "llama3")
+FACTORS = ("longrope", "llama3")  # of these, a tensor
+NOPE = 4  # in llama.cpp's `smollm3`, every fourth block has no rotary embedding
+Q8_0_BLOCK = 32
+PART = 2**22  # values that are converted at a time
+SLIDING = "sliding_attention"
+HEAD, QUERY_NORM = "lm_head.weight", ".q_norm."
+
+
+def refusals(model: PreTrainedModel) -> list[str]:
+    """Every reason why llama.cpp cannot run a model, each with what to prune differently; none if it can."""
+    layout = LAYOUTS.get(model.config.model_type)
+    if layout is None:
+        known = ", ".join(LAYOUTS)
+        return [f"llama.cpp has no architecture for {model.config.model_type!r}: take a model of {known}"]
+    return [*_everywhere(model, layout), *_choose(model, layout)[1]]
+
+
+def arch_of(model: PreTrainedModel) -> str:
+    """The architecture of llama.cpp that a model is written as.
+
+    Raises:
+        ValueError: There is none; the message gives every reason.
+    """
+    if reasons := refusals(model):
+        raise ValueError(f"llama.cpp cannot run this model: {'; '.join(reasons)}")
+    return _choose(model, LAYOUTS[model.config.model_type])[0]
+
+
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    path: str | os.PathLike[str],
+    dtype: Dtype = "f16",
+    overwrite: bool = False,
+) -> None:
+    """Writes a model and its tokenizer to a GGUF file, whole or not at all.
+
+    Args:
+        model: Dense or pruned, LoRA merged.
+        tokenizer: The model's.
+        path: The file.
+        dtype: Of the matrices; vectors stay in float32. With `q8_0`, a matrix whose rows cannot be cut into blocks of
+            32 is written in f16.
+        overwrite: Whether to replace what is there.
+
+    Raises:
+        FileExistsError: There is something at `path`.
+        ValueError: llama.cpp cannot run the model, or has no such tokenizer; the message gives every reason.
+        OSError: The file could not be written; nothing is left behind.
+    """
+    arch = arch_of(model)
+    if tokenizer is None:
+        raise ValueError("a GGUF file holds its tokenizer: give the model's, or the name or folder of one")
+    words = vocabulary.fields(tokenizer, model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
+    with staged(path, overwrite) as temporary:
+        writer = gguf.GGUFWriter(temporary, arch)
+        for key, value in {**_fields(model, arch), **words}.items():
+            _add(writer, key, value)
+        _, file_type = KINDS[dtype]
+        writer.add_file_type(file_type)
+        if dtype == "q8_0":
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        _write_tensors(writer, model, arch, dtype)
+
+
+def _write_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, arch: str, dtype: Dtype) -> None:
+    """First says what will come, by what the conversion makes of tensors without memory, then converts one by one."""
+    kinds = {}
+    for name, tensor in _tensors(model, arch, meta=True):
+        kinds[name] = kind = _kind(name, tensor, dtype)
+        size = gguf.quants.quant_shape_to_byte_shape(tuple(tensor.shape), kind)
+        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), int(np.prod(size)), raw_dtype=kind)
+    if uneven := sum(kind == GGMLQuantizationType.F16 for kind in kinds.values()) if dtype == "q8_0" else 0:
+        log.warning("%d of %d tensors have rows that are no multiple of 32: f16 for these", uneven, len(kinds))
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        assert writer.fout is not None
+        for name, tensor in _tensors(model, arch):
+            writer.write_padding(writer.fout[0], writer.fout[0].tell())
+            for part in tensor.split(max(1, PART // tensor[0].numel())):  # the library's own method takes it whole
+                _encoded(part, kinds[name]).tofile(writer.fout[0])
+        writer.write_padding(writer.fout[0], writer.fout[0].tell())
+    finally:
+        writer.close()
+
+
+def _kind(name: str, tensor: Tensor, dtype: Dtype) -> GGMLQuantizationType:
+    if tensor.ndim == 1 or name.startswith(("position_embd", "rope_")):
+        return GGMLQuantizationType.F32
+    if dtype == "q8_0" and tensor.shape[-1] % Q8_0_BLOCK:
+        return GGMLQuantizationType.F16
+    return KINDS[dtype][0]
+
+
+def _encoded(tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    if kind == GGMLQuantizationType.BF16:
+        return tensor.bfloat16().contiguous().view(torch.int16).numpy()
+    if kind == GGMLQuantizationType.F16:
+        return tensor.half().contiguous().numpy()
+    values = tensor.float().contiguous().numpy()
+    return values if kind == GGMLQuantizationType.F32 else gguf.quants.quantize(values, kind)
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+# What llama.cpp can run
+
+
+def _choose(model: PreTrainedModel, layout: Layout) -> tuple[str, list[str]]:
+    """The first architecture that computes the model; if none does, the one with the fewest reasons against it."""
+    against = [(name, list(_against(model, name))) for name in layout.archs]
+    return min(against, key=lambda one: len(one[1]))
+
+
+def _everywhere(model: PreTrainedModel, layout: Layout) -> Iterator[str]:
+    """What no architecture allows."""
+    blocks, modules = blocks_of(model), list(model.modules())
+    if any(isinstance(module, Gather | Scatter) for module in modules):
+        yield (
+            "value channels were removed one by one, which llama.cpp has no tensor for: widen them with zeros when "
+            "exporting, or prune whole kv heads"
+        )
+    if any(hasattr(module, "base_layer") for module in modules):
+        yield "the LoRA adapters are not merged: merge them before exporting"
+    if not blocks[0].has_attention:
+        yield (
+            "block 0 has no attention, and llama.cpp refuses to load that: prune so that block 0 keeps its attention, "
+            "which serve_on: [llama.cpp] does"
+        )
+    for block in blocks:
+        if not _width(block):
+            yield (
+                f"block {block.index} has no feed-forward channels, of which llama.cpp silently computes something "
+                "else: keep some in every block"
+            )
+    for key, allowed in layout.fixed.items():
+        if getattr(model.config, key, allowed[0]) not in allowed:
+            yield f"{key} is {getattr(model.config, key)!r}, and llama.cpp computes {allowed[0]!r} only"
+    for key in layout.keys:
+        if getattr(model.config, key, None) is None:
+            yield f"{key} is not set, and llama.cpp always applies it"
+
+
+def _against(model: PreTrainedModel, name: str) -> Iterator[str]:
+    """Why one architecture does not compute a model that passes :func:`_everywhere`."""
+    yield from _against_sizes(model, name)
+    yield from _against_rope(model, name)
+    arch, tied = ARCHS[name], model.config.tie_word_embeddings
+    if arch.head == "tied" and not tied:
+        yield f"the output head is not the embedding, which llama.cpp's {name} takes for granted: tie them"
+    if arch.windows and not any(_windows(model.config)):
+        yield f"no block has a sliding window, and llama.cpp's {name} does not run without"
+    if name == "smollm3" and any(bool(r) == (not (i + 1) % NOPE) for i, r in enumerate(model.config.no_rope_layers)):
+        yield f"llama.cpp's smollm3 leaves every {NOPE}th block without rotary embedding, and this model others"
+    if lost := [own for own, there in _names(model, name).items() if there is None and own != HEAD]:
+        yield f"llama.cpp's {name} has no place for {lost[0]}{f' and {len(lost) - 1} others' if lost[1:] else ''}"
+
+
+def _against_sizes(model: PreTrainedModel, name: str) -> Iterator[str]:
+    arch, blocks = ARCHS[name], blocks_of(model)
+    widths = sorted({_width(block) for block in blocks})
+    heads = sorted({_heads(block) for block in blocks if block.has_attention})
+    without = [block.index for block in blocks if not block.has_attention]
+    if without and not arch.skips:
+        yield f"blocks {without} have no attention, and llama.cpp's {name} has it in every block: keep attention"
+    if len(widths) > 1 and not arch.per_block:
+        yield (
+            f"FFN widths differ between blocks ({widths[0]} to {widths[-1]}), and llama.cpp's {name} has one: "
+            "prune every block to the same width"
+        )
+    if len(heads) > 1 and not arch.per_block:
+        yield (
+            f"numbers of query and kv heads differ between blocks ({heads[0]} to {heads[-1]}), and llama.cpp's {name} "
+            "has one of each: prune as many in every block, or none"
+        )
+    unfilled = [query for query, _ in heads if query * _head_dim(model) != model.config.hidden_size]
+    if arch.fills and unfilled:
+        yield (
+            f"{unfilled[0]} heads of {_head_dim(model)} do not fill the hidden size {model.config.hidden_size}, which "
+            f"llama.cpp's {name} takes for granted: prune no heads"
+        )
+    added = sorted(
+        {
+            part
+            for block in blocks
+            for part, (path, _) in _parts(block).items()
+            if innermost(block.part(path)).bias is not None and part not in arch.biases
+        }
+    )
+    if added:
+        yield (
+            f"llama.cpp's {name} has no bias in {', '.join(added)}: take a model without, and prune it by a method "
+            "that adds none"
+        )
+
+
+def _against_rope(model: PreTrainedModel, name: str) -> Iterator[str]:
+    arch = ARCHS[name]
+    rope, sliding = _rope(model.config)
+    kind, other = _scaling(rope), sliding.get("rope_type", "default")
+    if kind not in SCALINGS or (kind in FACTORS and not arch.factors):
+        yield f"llama.cpp's {name} does not scale rotary embeddings by {rope['rope_type']!r} as it is set here"
+    if sliding and (other != "default" or kind not in ("default", "linear")):
+        yield (
+            f"rotary embeddings are scaled by {kind!r}, and by {other!r} where there is a window: llama.cpp's {name} "
+            "scales the former only, and linearly"
+        )
+    if rope and _rotated(model) != _head_dim(model) and not arch.partial:
+        yield f"a part of each head is not rotated, and llama.cpp's {name} rotates the whole"
+
+
+# What a file says of the model
+
+
+def _fields(model: PreTrainedModel, name: str) -> dict[str, Any]:
+    config, arch, blocks = model.config, ARCHS[name], blocks_of(model)
+    heads = [_heads(block) if block.has_attention else (0, 0) for block in blocks]
+    sizes = {
+        Keys.LLM.FEED_FORWARD_LENGTH: [_width(block) for block in blocks],
+        Keys.Attention.HEAD_COUNT: [query for query, _ in heads],
+        Keys.Attention.HEAD_COUNT_KV: [kv for _, kv in heads],
+    }
+    fields: dict[str, Any] = {
+        Keys.LLM.CONTEXT_LENGTH: _context(config, arch),
+        Keys.LLM.EMBEDDING_LENGTH: config.hidden_size,
+        Keys.LLM.BLOCK_COUNT: len(blocks),
+        **{key: size if arch.per_block else size[0] for key, size in sizes.items()},
+        Keys.Attention.KEY_LENGTH: _head_dim(model),
+        Keys.Attention.VALUE_LENGTH: _head_dim(model),
+        **{key: kind(getattr(config, own)) for own, (key, kind) in LAYOUTS[config.model_type].keys.items()},
+        **_rope_fields(model),
+    }
+    if arch.scaled:
+        fields |= {key: float(getattr(config, own)) for own, (key, *_) in LAYOUTS[config.model_type].scales.items()}
+    usual = [bool((i + 1) % arch.windows) for i in range(len(blocks))] if arch.windows else []
+    if arch.windows and usual != _windows(config):
+        fields[Keys.Attention.SLIDING_WINDOW_PATTERN] = _windows(config)
+    # llama.cpp treats some names specially: none is made up.
+    label = os.path.basename((config.name_or_path or "").rstrip("/"))
+    named = {Keys.General.NAME: label} if label else {}
+    return named | {key.format(arch=name): value for key, value in fields.items()}
+
+
+def _rope_fields(model: PreTrainedModel) -> dict[str, Any]:
+    rope, sliding = _rope(model.config)
+    if not rope:
+        return {}
+    fields = {Keys.Rope.DIMENSION_COUNT: _rotated(model), Keys.Rope.FREQ_BASE: float(rope["rope_theta"])}
+    if sliding:
+        fields[Keys.Rope.FREQ_BASE_SWA] = float(sliding["rope_theta"])
+    kind, factor = _scaling(rope), float(rope.get("factor") or 1.0)
+    if kind in ("linear", "yarn", "longrope"):
+        fields[Keys.Rope.SCALING_TYPE] = kind
+    if kind in ("linear", "yarn"):
+        fields[Keys.Rope.SCALING_FACTOR] = factor
+    if kind in ("yarn", "longrope"):
+        fields[Keys.Rope.SCALING_ORIG_CTX_LEN] = _original_context(model.config)
+    attention = float(getattr(_rotary(model), "attention_scaling", 1.0))
+    if kind == "yarn":  # llama.cpp multiplies by this itself
+        attention /= 1 + 0.1 * math.log(factor)
+    return fields if attention == 1 else fields | {Keys.Rope.SCALING_ATTN_FACTOR: attention}
+
+
+def _scaling(rope: Rope) -> str:
+    """The kind of scaling, in llama.cpp's terms: of YaRN, files can say no more than the factor."""
+    kind = rope.get("rope_type", "default")
+    settings = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1, rope.get("truncate", True)
+    return "llama3" if kind == "yarn" and settings != (32, 1, True) else kind
+
+
+def _rope(config: PreTrainedConfig) -> tuple[Rope, Rope]:
+    """The parameters of rotary embeddings; and those of blocks with a window, where they have others."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "full_attention" in rope:
+        return rope["full_attention"], rope["sliding_attention"]
+    return rope, {}
+
+
+def _original_context(config: PreTrainedConfig) -> int:
+    rope, _ = _rope(config)
+    own = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    return own or config.max_position_embeddings
+
+
+def _rotary(model: PreTrainedModel) -> nn.Module | None:
+    return next((module for name, module in model.named_modules() if name.endswith("rotary_emb")), None)
+
+
+def _rotated(model: PreTrainedModel) -> int:
+    return int(_head_dim(model) * _rope(model.config)[0].get("partial_rotary_factor", 1.0))
+
+
+def _context(config: PreTrainedConfig, arch: Arch) -> int:
+    """The context that llama.cpp computes as transformers does: a window's, where it knows of no windows."""
+    longest = config.max_position_embeddings
+    window = getattr(config, "sliding_window", None)
+    if arch.windows or not window or SLIDING not in (getattr(config, "layer_types", None) or [SLIDING]):
+        return longest
+    if window < longest:
+        log.warning("llama.cpp has no windows here: the file's context ends where that of %d would begin", window)
+    return min(window, longest)
+
+
+def _windows(config: PreTrainedConfig) -> list[bool]:
+    """Whether each block attends to a window only."""
+    return [kind == SLIDING for kind in config.layer_types]
+
+
+def _heads(block: Block) -> tuple[int, int]:
+    return block.kv_heads * block.queries_per_head, block.kv_heads
+
+
+def _width(block: Block) -> int:
+    return len(block.groups("none")[0])
+
+
+def _head_dim(model: PreTrainedModel) -> int:
+    return next((block.head_dim for block in blocks_of(model) if block.has_attention), 0)
+
+
+# Tensors, by name
+
+
+def _tensors(model: PreTrainedModel, name: str, meta: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a file, made when they are asked for."""
+    for own, value in _made(model, name, meta):
+        factor = _factor(model.config, name, own)
+        yield own, _times(value, factor)
+
+
+def _made(model: PreTrainedModel, name: str, meta: bool) -> Iterator[tuple[str, Tensor]]:
+    inside, names = f"{family_of(model.config).blocks}.", _name_map(model, name)
+    gain = LAYOUTS[model.config.model_type].gain
+    outside = {own: value for own, value in model.named_parameters() if not own.startswith(inside)}
+    if HEAD in names:  # also where it is the embedding
+        outside[HEAD] = model.get_output_embeddings().weight  # type: ignore[union-attr,assignment]
+    for own, value in outside.items():
+        yield names[own], _plain(own, value, gain, meta)
+    yield from _rope_tensors(model)
+    for block in blocks_of(model):
+        with contextlib.nullcontext() if meta else block.present():
+            yield from _projections(block, model.config, name, meta)
+            for own, value in _others(block):
+                if own in names:  # the norm before an attention that was removed is not
+                    factor = _query_factor(block, model.config, name) if QUERY_NORM in own else 1
+                    yield names[own], _times(_plain(own, value, gain, meta), factor)
+
+
+def _factor(config: PreTrainedConfig, name: str, own: str) -> float:
+    """What a tensor is multiplied with where the graph lacks a factor that the family has."""
+    if ARCHS[name].scaled:
+        return 1
+    scales, part = LAYOUTS[config.model_type].scales, own.split(".")[-2]
+    return math.prod(getattr(config, key) ** power for key, (_, power, parts) in scales.items() if part in parts)
+
+
+def _projections(block: Block, config: PreTrainedConfig, name: str, meta: bool) -> Iterator[tuple[str, Tensor]]:
+    """The projections of a block, fused as the architecture has them."""
+    parts = _parts(block)
+    fused = {part: whole for whole, some in ARCHS[name].fused.items() for part in some}
+    for whole in dict.fromkeys(fused.get(part, part) for part in parts):
+        some = [part for part in parts if fused.get(part, part) == whole]
+        for kind in ("weight", "bias"):
+            if getattr(innermost(block.part(parts[some[0]][0])), kind) is not None:
+                values = [_projection(block, part, kind, config, name, meta) for part in some]
+                yield f"blk.{block.index}.{whole}.{kind}", values[0] if len(values) == 1 else torch.cat(values)
+
+
+def _projection(block: Block, part: str, kind: str, config: PreTrainedConfig, name: str, meta: bool) -> Tensor:
+    """The weight or the bias of a projection, as an architecture has it."""
+    path, rows = _parts(block)[part]
+    module = block.part(path)
+    value = (matrix(module) if kind == "weight" else innermost(module).bias).detach()
+    if len(rows) != len(value) or not torch.equal(rows, torch.arange(len(rows))):
+        value = value.new_empty(len(rows), *value.shape[1:], device="meta") if meta else value[rows.to(value.device)]
+    value = value.to("meta") if meta else value
+    if part in QKV[:2] and ARCHS[name].normal and not LAYOUTS[config.model_type].neighbours:
+        value = value.unflatten(0, (-1, 2, block.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+    normed = any(QUERY_NORM in own for own, _ in _others(block))
+    factor = _query_factor(block, config, name) if part == "attn_q" and not normed else 1
+    return _times(value, factor)
+
+
+def _times(value: Tensor, factor: float) -> Tensor:
+    return value if factor == 1 else value.float() * factor
+
+
+def _query_factor(block: Block, config: PreTrainedConfig, name: str) -> float:
+    """What queries are multiplied with, where llama.cpp scales attention otherwise than the model."""
+    arch = ARCHS[name]
+    ours = getattr(block.part(block.family.attention), "scaling", None)
+    if ours is None or arch.scaled:
+        return 1
+    broad = arch.broad == config.num_hidden_layers
+    factor = ours * math.sqrt(config.hidden_size // _heads(block)[0] if broad else block.head_dim)
+    return 1 if math.isclose(factor, 1, rel_tol=1e-6) else factor
+
+
+def _parts(block: Block) -> dict[str, tuple[str, Tensor]]:
+    """The projections of a block, by llama.cpp's names: path and rows."""
+    groups: list[tuple[tuple[str, ...], str, Group]] = [(FFN_IN, "ffn_down", block.groups("none")[0])]
+    if block.has_attention:
+        groups.insert(0, (QKV, "attn_output", block.groups()[0]))
+    parts = {}
+    for names, consumer, group in groups:
+        count = min(len(names), len(group.producers))  # norms over all heads come before Q, K and V
+        for part, source in zip(names[-count:], group.producers[-count:], strict=True):
+            parts[part] = (source.path, source.index.flatten())
+        parts[consumer] = (group.consumer.path, torch.arange(len(matrix(block.part(group.consumer.path)))))
+    return parts
+
+
+def _others(block: Block) -> list[tuple[str, Tensor]]:
+    """The parameters of a block that belong to no projection, with their names in the model."""
+    paths = tuple(f"{path}." for path, _ in _parts(block).values())
+    prefix = f"{block.family.blocks}.{block.index}."
+    own = block.module.named_parameters()
+    return [(prefix + name, value) for name, value in own if not name.startswith(paths)]
+
+
+def _plain(name: str, value: Tensor, gain: float, meta: bool) -> Tensor:
+    """A tensor as it is, but for a norm's gain."""
+    value = value.detach().to("meta") if meta else value.detach()
+    return value.float() + gain if gain and "norm" in name else value
+
+
+def _name_map(model: PreTrainedModel, name: str) -> dict[str, str]:
+    """llama.cpp's names of the parameters that it reads and that belong to no projection, by ours."""
+    found, blocks = _names(model, name), blocks_of(model)
+    bare = {f"blk.{block.index}.attn_norm.weight" for block in blocks if not block.has_attention}
+    return {own: there for own, there in found.items() if there and there not in bare}
+
+
+def _names(model: PreTrainedModel, name: str) -> dict[str, str | None]:
+    ids = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}
+    blocks, inside = blocks_of(model), f"{family_of(model.config).blocks}."
+    own = [own for own, _ in model.named_parameters() if not own.startswith(inside)]
+    folded = LAYOUTS[model.config.model_type].scales and not ARCHS[name].scaled
+    own += [HEAD] if ARCHS[name].head == "own" or folded else []
+    own += [own for block in blocks for own, _ in _others(block)]
+    names = gguf.get_tensor_name_map(ids[name], len(blocks))
+    return {each: names.get_name(each, (".weight", ".bias")) for each in own}
+
+
+def _rope_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """By what rotary frequencies are divided, where that differs between them."""
+    rope, _ = _rope(model.config)
+    kind, count = _scaling(rope), _rotated(model)
+    if kind == "llama3":
+        plain = rope["rope_theta"] ** -(torch.arange(0, count, 2).float() / count)
+        yield "rope_freqs.weight", plain / cast(Any, _rotary(model)).inv_freq.float().cpu()
+    if kind == "longrope":
+        yield "rope_factors_long.weight", torch.tensor(rope["long_factor"])
+        yield "rope_factors_short.weight", torch.tensor(rope["short_factor"])
