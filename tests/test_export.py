@@ -39,9 +39,7 @@ def exported(folder: Path, *options: str) -> dict[str, Any]:
 # ---- the command
 
 
-@pytest.mark.parametrize(
-    "method", [FLAP(0.25), CFSP(0.25), FASP(0.25, attention="kv_heads")], ids=lambda m: type(m).__name__
-)
+@pytest.mark.parametrize("method", [FLAP(0.25), FASP(0.25, attention="kv_heads")], ids=lambda m: type(m).__name__)
 def test_what_is_written_is_loaded_again_and_compared(method: Any, tmp_path: Path, capsys: Any) -> None:
     saved(tmp_path / "model", method)
     rows = exported(tmp_path / "model")
@@ -72,7 +70,8 @@ def test_what_could_not_be_checked_says_so(tmp_path: Path, monkeypatch: pytest.M
 
 def test_an_interrupt_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path / "model", CFSP(0.25))
-    exported(tmp_path / "model", "--to", "hf")
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported/kept.txt").write_text("an earlier export")
     before = {p: p.read_bytes() for p in (tmp_path / "exported").rglob("*") if p.is_file()}
 
     def interrupt(*_: Any) -> None:
@@ -123,11 +122,9 @@ def test_a_folder_without_a_tokenizer_is_refused_with_the_remedy(tmp_path: Path,
 def test_a_dense_model_can_be_exported(tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
-    rows = exported(tmp_path / "model", "--to", "hf,gguf")
+    rows = exported(tmp_path / "model", "--to", "hf")
     assert rows["hf"]["difference"] == 0
     assert not (tmp_path / "exported/README.md").exists()
-    if HERE:
-        assert rows["gguf"]["difference"] < 0.01
 
 
 def test_a_program_that_does_not_load_a_file_is_quoted() -> None:

@@ -101,8 +101,6 @@ def test_what_was_loaded_can_be_saved_again(name: str, tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / str(i))
         again = AutoModelForCausalLM.from_pretrained(tmp_path / str(i))
         assert torch.equal(logits(again), logits(model))
-    found = strangers(tmp_path, [])
-    assert found == []
 
 
 @FOUR_NAMES

@@ -237,7 +237,7 @@ def test_keeping_every_unit_changes_no_value() -> None:
     assert torch.equal(logits(surgery.model), logits(model))
 
 
-@every_family
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", [FLAP, FASP, TwoSSP])
 def test_a_plan_gives_its_shapes_on_the_meta_device(family: str, method: Callable[..., Any]) -> None:
     model = tiny(family)

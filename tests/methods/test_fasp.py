@@ -77,7 +77,7 @@ def test_the_kept_columns_are_the_least_squares_solution_behind_the_pruned_prefi
         assert linear.bias is None
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "gpt_neox", "olmo2", "cohere2"])
 @pytest.mark.parametrize("attention", ["value_channels", "kv_heads", "none"])
 def test_restoration_brings_the_block_closer_to_the_dense_one(family: str, attention: Any) -> None:
     ids, errors = windows(), []
