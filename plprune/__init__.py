@@ -7,6 +7,7 @@
       -> LoRA, ranks by the plan's block importance
       -> Trainer.fit                                                        sees only the final structure
       -> Evaluate: dense, pruned, recovered         Export: merged, saved, loads again with load_pruned
+      -> plprune export: transformers, llama.cpp, DeciLM; each loaded again there, and compared
 
 Below the Lightning line (`callbacks`, `checkpointing`, `recovery`, `data`, `strategies`, `watch`, `cli`) everything is
 a plain library: `prune(model, method, batches)` is all of it.

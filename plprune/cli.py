@@ -253,13 +253,13 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuses a pruning whose result could not be served, before the model is loaded."""
-        config = self.config[self.subcommand]
+        config = self.config[cast(str, self.subcommand)]
         for each in config.trainer.callbacks or []:
             if each.class_path.endswith("Prune"):
                 parser = LightningArgumentParser(exit_on_error=False)
                 parser.add_argument("--method", type=PruningMethod)
                 given = parser.parse_object({"method": each.init_args.method.as_dict()})
-                method = parser.instantiate_classes(given).method
+                method: PruningMethod = cast(Any, parser.instantiate_classes(given)).method
                 if method.serve_on or method.tensor_parallel > 1:
                     method.check(load_skeleton(config.model.name_or_path))
 

@@ -17,7 +17,8 @@ def read(folder: str, dtype: str) -> dict[str, Any]:
     """Logits, a greedy continuation, and the class that computed them."""
     custom = "auto_map" in json.loads((Path(folder) / "config.json").read_text())
     AutoTokenizer.from_pretrained(folder, trust_remote_code=custom)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=custom, dtype=getattr(torch, dtype)).eval()
+    wanted: Any = getattr(torch, dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=custom, dtype=wanted).eval()
     ids = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(7))
     text = model.generate(ids[:, :5], max_new_tokens=12, do_sample=False)
     refused = False

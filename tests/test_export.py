@@ -127,6 +127,14 @@ def test_a_dense_model_can_be_exported(tmp_path: Path) -> None:
     assert not (tmp_path / "exported/README.md").exists()
 
 
+def test_a_dense_model_is_not_padded(tmp_path: Path, capsys: Any) -> None:
+    tiny().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit):
+        main(["export", str(tmp_path / "model"), "--pad_to", "64", "--output", str(tmp_path / "out")])
+    assert "neither widened nor padded" in capsys.readouterr().err
+
+
 def test_a_program_that_does_not_load_a_file_is_quoted() -> None:
     def fail() -> Reading:
         raise ValueError("no such tensor")

@@ -45,6 +45,11 @@ class Options:
         if self.pad_to < 1:
             raise ValueError(f"pad_to is {self.pad_to}, but widths are padded to a multiple of at least 1")
 
+    @property
+    def reshape(self) -> bool:
+        """Whether the model is to be made larger again."""
+        return self.widen or self.pad_to > 1
+
 
 def export(
     name: str,
@@ -71,16 +76,20 @@ def export(
         overwrite: Whether to replace what is there.
 
     Raises:
-        ValueError: A format is unknown, or none can hold the model; the message gives every reason.
+        ValueError: A format is unknown, or none can hold the model; the message gives every reason. Or the model is
+            dense, and is to be reshaped.
         FileExistsError: The folder is not empty.
     """
     check_formats(formats)
     with staged(output, overwrite) as room:
         room.mkdir()
         model = load()
-        own, plan, record = parity.reading(model, windows), surgery.plan_of(model), record_of(name)
+        plan, record, short = surgery.plan_of(model), record_of(name), Path(name).name.removesuffix(".gguf")
+        if options.reshape and plan is None:
+            raise ValueError("a model that plprune has not pruned is neither widened nor padded: export it as it is")
+        own = parity.reading(model, windows)
         _reshape(model, options)
-        rows = [_written(kind, model, tokenizer, room, Path(name).name, options) for kind in formats]
+        rows = [_written(kind, model, tokenizer, room, short, options) for kind in formats]
         del model
         if all(row.refused for row in rows):
             raise ValueError("; ".join(f"{row.format}: {reason}" for row in rows for reason in row.refused))
@@ -115,8 +124,7 @@ def _written(
     """Writes one format, or says why not."""
     if kind == "hf":
         (room / kind).mkdir()
-        reshaped = options.widen or options.pad_to > 1
-        write(model, model.state_dict(), room / kind, tokenizer, with_plan=not reshaped)
+        write(model, model.state_dict(), room / kind, tokenizer, with_plan=not options.reshape)
         return Row(kind, kind, bytes=_size(room / kind))
     if kind == "gguf" and importlib.util.find_spec("gguf") is None:
         return Row(kind, refused=["writing it needs the package gguf: pip install 'plprune[export]'"])

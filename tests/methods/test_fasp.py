@@ -81,7 +81,8 @@ def test_the_kept_columns_are_the_least_squares_solution_behind_the_pruned_prefi
 @pytest.mark.parametrize("attention", ["value_channels", "kv_heads", "none"])
 def test_restoration_brings_the_block_closer_to_the_dense_one(family: str, attention: Any) -> None:
     ids, errors = windows(), []
-    for settings in ({"restoration": False, "compensate": False}, {"restoration": False}, {}):
+    all_settings: list[Any] = [{"restoration": False, "compensate": False}, {"restoration": False}, {}]
+    for settings in all_settings:
         model = tiny(family)
         prune(model, FASP(0.3, attention=attention, **settings), [ids])
         errors.append(error(model, ids))
