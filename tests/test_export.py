@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFWriter
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from plprune import CFSP, FASP, FLAP, TwoSSP, load_pruned, prune, save_pruned
 from plprune.anatomy import FAMILIES, blocks_of
 from plprune.card import card
+from plprune.checkpoint import licence_of
 from plprune.cli import main
 from plprune.export import decilm, parity
 from plprune.export.parity import Reading, Row
@@ -278,6 +280,18 @@ def test_the_card_says_what_was_removed_and_how_to_load_the_rest(tmp_path: Path)
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in text
     for said in ("By FLAP", "`sparsity: 0.25`", "load_pruned", "trust_remote_code=True", plan.digest, "96 tokens"):
         assert said in text
+
+
+def test_the_licence_is_the_base_models(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n# A model\n")
+    assert licence_of(str(tmp_path)) == "mit"
+    writer = GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_license("apache-2.0")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert licence_of(str(tmp_path / "model.gguf")) == "apache-2.0"
+    assert licence_of(str(tmp_path / "absent")) is None
 
 
 def test_the_card_tells_of_perplexities_training_and_licence() -> None:
