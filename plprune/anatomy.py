@@ -219,6 +219,16 @@ class Block:
     def has_attention(self) -> bool:
         return hasattr(self.part(self.family.attention), self.family.head_dim)
 
+    @property
+    def channels(self) -> int:
+        """Width of the FFN."""
+        return width(self.part(self.family.ffn_out), "in_features")
+
+    @property
+    def attention_paths(self) -> list[str]:
+        """Where the projections of the attention are, each once; none if it was dropped."""
+        return list(dict.fromkeys((*self.family.qkv, self.family.output))) if self.has_attention else []
+
     def groups(self, attention: Literal["kv_heads", "value_channels", "none"] = "kv_heads") -> list[Group]:
         """The block's groups, attention first, with the unit of attention asked for."""
         make = {"kv_heads": self._kv_heads, "value_channels": self._value_channels}.get(attention)
@@ -273,7 +283,7 @@ class Block:
         return self.queries_per_head * self.head_dim, self.head_dim, self.head_dim
 
     def _channels(self) -> Group:
-        channels = width(self.part(self.family.ffn_out), "in_features")
+        channels = self.channels
         parts = _stacked(self.family.ffn_in, (channels,) * len(self.family.ffn_in))
         producers = tuple(Slice(path, rows[:, None]) for path, rows in parts)
         return Group(self.index, "ffn", producers, Slice(self.family.ffn_out, torch.arange(channels)[:, None]))

@@ -108,8 +108,7 @@ def load_skeleton(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedMode
     path = _present(name_or_path)
     if path.is_dir() and (path / FILE).exists():
         plan = PruningPlan.load(path)
-        model = skeleton(config_from(plan.config), getattr(torch, dtype))
-        surgery.apply(model, plan)
+        model = _pruned_skeleton(plan, getattr(torch, dtype))
         adopt(model)
     else:
         model = skeleton(_config_at(name_or_path), getattr(torch, dtype))
@@ -170,8 +169,7 @@ def load_pruned(folder: str | os.PathLike[str], dtype: Dtype | None = None) -> P
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder with a pruned model")
     plan = PruningPlan.load(folder)
-    model = skeleton(config_from(plan.config))
-    surgery.apply(model, plan)
+    model = _pruned_skeleton(plan)
     state = _read_weights(folder)
     if dtype:  # only what is on disk: buffers such as the rotary frequencies stay in float32
         state = {name: t.to(getattr(torch, dtype)) if t.is_floating_point() else t for name, t in state.items()}
@@ -264,9 +262,7 @@ def rebuilt(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTraine
         ValueError: A parameter is missing, or has another shape.
     """
     plan = surgery.plan_of(model)
-    fresh = skeleton(config_from(plan.config) if plan else copy.deepcopy(model.config))
-    if plan is not None:
-        surgery.apply(fresh, plan)
+    fresh = _pruned_skeleton(plan) if plan else skeleton(copy.deepcopy(model.config))
     _fill(fresh, state, "the model")
     fresh.generation_config, fresh.config.dtype = model.generation_config, fresh.dtype
     return fresh.eval()
@@ -345,6 +341,13 @@ def _load_gguf(name: str, path: Path, dtype: torch.dtype) -> PreTrainedModel:
     model.config.__dict__.pop("quantization_config", None)
     model.config.name_or_path = name
     family_of(model.config)
+    return model
+
+
+def _pruned_skeleton(plan: PruningPlan, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A model without weights, of the structure that a plan gives it."""
+    model = skeleton(config_from(plan.config), dtype)
+    surgery.apply(model, plan)
     return model
 
 

@@ -84,7 +84,8 @@ def adopt(model: PreTrainedModel) -> None:
     if not isinstance(config, Written) and not biases:
         own |= {key: getattr(config, key) for key in sizes(model)}
         return
-    config = pruned_config(model)
+    if not isinstance(config, Written):
+        config = pruned_config(model)
     cast(Any, model.config).__class__ = type(config)
     own |= {key: value for key, value in config.__dict__.items() if key not in own}
     cast(Any, model).__class__ = model_class(PrunedForCausalLM, type(config))
@@ -119,7 +120,7 @@ def _per_layer(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
 
 
 def _sizes(block: Block, keys: Mapping[Any, str]) -> dict[str, Any]:
-    sizes: dict[str, Any] = {keys["width"]: len(block.groups("none")[0])}
+    sizes: dict[str, Any] = {keys["width"]: block.channels}
     if not block.has_attention:
         return sizes | {"skip": ["attention"]}
     heads = {"heads": block.kv_heads * block.queries_per_head, "kv_heads": block.kv_heads}
@@ -131,11 +132,10 @@ def _own(block: Block, dense: Block) -> dict[str, Any]:
     before = {name: list(value.shape) for name, value in dense.module.state_dict().items()}
     now = {name: list(value.shape) for name, value in block.module.state_dict().items()}
     own: dict[str, Any] = {"shapes": {name: shape for name, shape in now.items() if before.get(name) != shape}}
-    paths = dict.fromkeys((*block.family.qkv, block.family.output, *block.family.ffn_in, block.family.ffn_out))
     if block.has_attention:
         own["counts"] = {path: _count(block, path) for path in block.family.counts}
         own["counts"] = {path: n for path, n in own["counts"].items() if n != _count(dense, path)}
-        parts = {path: block.part(path) for path in paths}
+        parts = {path: block.part(path) for path in block.attention_paths}
         own["gather"] = {path: part.in_features for path, part in parts.items() if isinstance(part, Gather)}
         own["scatter"] = {path: part.out_features for path, part in parts.items() if isinstance(part, Scatter)}
     elif dense.has_attention:

@@ -260,7 +260,7 @@ def _asks(place: Place, conflicts: Callable[[Constraint], list[str]], config: Pr
 
 def _sizes(block: Block) -> tuple[int, int]:
     attention = block.kv_heads if block.has_attention else 0
-    return attention, len(block.groups("none")[0])
+    return attention, block.channels
 
 
 def _lacks_channels(block: Block) -> bool:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightRenaming, WeightTransform
 
 from plprune import processes
 from plprune.anatomy import Block, blocks_of, put
@@ -191,8 +191,11 @@ class Source:
     def __init__(self, folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
         self.dtype, there = dtype, _contents(folder)
         self._places: dict[str, tuple[Path, str]] = {}
+        renamings = [
+            t.reverse_transform() for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)
+        ]
         for name, parameter in model.named_parameters():
-            key = next((key for key in _names(model, name) if key in there), name)
+            key = next((key for key in _names(model, name, renamings) if key in there), name)
             file, shape = there.get(key, (folder, None))
             if shape != tuple(parameter.shape):
                 raise ValueError(
@@ -372,10 +375,9 @@ def _contents(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     return contents
 
 
-def _names(model: PreTrainedModel, name: str) -> list[str]:
+def _names(model: PreTrainedModel, name: str, renamings: list[WeightTransform]) -> list[str]:
     """What files may call a parameter: older ones lack the prefix of the base model, or have it where others do not."""
     prefix = f"{model.base_model_prefix}."
-    renamings = [t.reverse_transform() for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
     return [name, name.removeprefix(prefix), prefix + name, *(r.rename_source_key(name)[0] for r in renamings)]
 
 

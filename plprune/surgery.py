@@ -192,7 +192,7 @@ def without_attention(block: Block) -> Iterator[None]:
 def widen(model: PreTrainedModel) -> None:
     """Puts zeros where value channels have left, so that no gather or scatter is needed; the function stays."""
     for block in blocks_of(model):
-        for path in _paths(block):
+        for path in block.attention_paths:
             part = block.part(path)
             if isinstance(part, Gather | Scatter):
                 side: Side = "in_features" if isinstance(part, Gather) else "out_features"
@@ -202,7 +202,7 @@ def widen(model: PreTrainedModel) -> None:
 def pad(model: PreTrainedModel, multiple: int) -> None:
     """Widens every FFN to a multiple by channels that are zero; the function stays."""
     for block in blocks_of(model):
-        channels = len(block.groups("none")[0])
+        channels = block.channels
         size = -(-channels // multiple) * multiple
         for path in dict.fromkeys(block.family.ffn_in):
             parts = torch.arange(block.family.ffn_in.count(path))  # gate and up may be one projection
@@ -295,11 +295,6 @@ def _spread(linear: nn.Linear, side: Side, places: Tensor, size: int) -> nn.Line
         linear.bias = _parameter(bias, bias.new_zeros(size).index_copy(0, places, bias))
     setattr(linear, cast(str, width_name(linear, side)), size)
     return linear
-
-
-def _paths(block: Block) -> list[str]:
-    """Where the block has projections of its attention."""
-    return list(dict.fromkeys((*block.family.qkv, block.family.output))) if block.has_attention else []
 
 
 def _everything(module: nn.Module, full: int) -> Tensor:

@@ -42,7 +42,7 @@ def refusals(model: PreTrainedModel) -> list[str]:
         reasons.append("value channels are ragged: export with --widen, or prune by FASP with attention none")
     if any(innermost(m).bias is not None for b in blocks for m in _projections(b)):
         reasons.append("there are biases: prune without compensation (FLAP: compensate false; or CFSP, TwoSSP)")
-    odd = sorted({width for b in blocks if (width := _width(b)) % MULTIPLE})
+    odd = sorted({width for b in blocks if (width := b.channels) % MULTIPLE})
     if odd:
         named = ", ".join(map(str, odd[:3])) + (" and more" if odd[3:] else "")
         reasons.append(
@@ -105,7 +105,7 @@ def block_config(block: Block, hidden_size: int) -> dict[str, dict[str, Any]]:
             "replace_with_linear": False,
             "n_heads_in_group": block.queries_per_head if attention else None,
         },
-        "ffn": {"no_op": False, "replace_with_linear": False, "ffn_mult": 3 * _width(block) / (2 * hidden_size)},
+        "ffn": {"no_op": False, "replace_with_linear": False, "ffn_mult": 3 * block.channels / (2 * hidden_size)},
     }
 
 
@@ -158,10 +158,5 @@ def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: value for name, value in own.items() if not name.startswith(tuple(gone))} if gone else own
 
 
-def _width(block: Block) -> int:
-    return len(block.groups("none")[0])
-
-
 def _projections(block: Block) -> list[torch.nn.Module]:
-    ffn = [*block.family.ffn_in, block.family.ffn_out]
-    return [block.part(p) for p in (ffn if not block.has_attention else [*block.family.qkv, block.family.output, *ffn])]
+    return [block.part(path) for path in (*block.attention_paths, *block.family.ffn_in, block.family.ffn_out)]

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,6 @@ from plprune.checkpoint import write
 from plprune.export import decilm, parity
 from plprune.export.parity import Reading, Row
 
-log = logging.getLogger(__name__)
 FORMATS = ("hf", "gguf", "decilm")
 GgufDtype = Literal["f32", "f16", "bf16", "q8_0"]
 SAME_AS: dict[torch.dtype, GgufDtype] = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}

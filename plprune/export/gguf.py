@@ -339,7 +339,7 @@ def _everywhere(model: PreTrainedModel, layout: Layout) -> Iterator[str]:
             "which serve_on: [llama.cpp] does"
         )
     for block in blocks:
-        if not _width(block):
+        if not block.channels:
             yield (
                 f"block {block.index} has no feed-forward channels, of which llama.cpp silently computes something "
                 "else: keep some in every block"
@@ -369,7 +369,7 @@ def _against(model: PreTrainedModel, name: str) -> Iterator[str]:
 
 def _against_sizes(model: PreTrainedModel, name: str) -> Iterator[str]:
     arch, blocks = ARCHS[name], blocks_of(model)
-    widths = sorted({_width(block) for block in blocks})
+    widths = sorted({block.channels for block in blocks})
     heads = sorted({_heads(block) for block in blocks if block.has_attention})
     without = [block.index for block in blocks if not block.has_attention]
     if without and not arch.skips:
@@ -427,7 +427,7 @@ def _fields(model: PreTrainedModel, name: str) -> dict[str, Any]:
     config, arch, blocks = model.config, ARCHS[name], blocks_of(model)
     heads = [_heads(block) if block.has_attention else (0, 0) for block in blocks]
     sizes = {
-        Keys.LLM.FEED_FORWARD_LENGTH: [_width(block) for block in blocks],
+        Keys.LLM.FEED_FORWARD_LENGTH: [block.channels for block in blocks],
         Keys.Attention.HEAD_COUNT: [query for query, _ in heads],
         Keys.Attention.HEAD_COUNT_KV: [kv for _, kv in heads],
     }
@@ -519,10 +519,6 @@ def _windows(config: PreTrainedConfig) -> list[bool]:
 
 def _heads(block: Block) -> tuple[int, int]:
     return block.kv_heads * block.queries_per_head, block.kv_heads
-
-
-def _width(block: Block) -> int:
-    return len(block.groups("none")[0])
 
 
 def _head_dim(model: PreTrainedModel) -> int:
