@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import functools
 import glob
 import inspect
 import logging
@@ -11,9 +10,8 @@ import re
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import docstring_parser
 import lightning.pytorch as pl
@@ -24,163 +22,15 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import plprune
-from plprune import callbacks, checkpointing, methods, processes, streaming
-from plprune.atomic import check_free, clear
-from plprune.calibration import Calibration
-from plprune.checkpoint import Dtype, load_as_stored, load_model, load_skeleton, load_tokenizer, save_pruned
+from plprune import callbacks, checkpointing
+from plprune.atomic import clear
+from plprune.checkpoint import load_skeleton
+from plprune.commands import COMMANDS
 from plprune.data import RecoveryData
-from plprune.evaluation import measure, table
-from plprune.export import formats, parity
 from plprune.methods import PruningMethod
 from plprune.recovery import Recovery
-from plprune.text import PYDOC, check_sizes, check_source, draw, pack, tokenised
 from plprune.watch import Watch
 
-
-def prune(
-    model: str,
-    method: PruningMethod,
-    output: str,
-    text: str = PYDOC,
-    join: str | None = None,
-    num_samples: int = 128,
-    seq_len: int = 512,
-    batch_size: int = 8,
-    dtype: Dtype = "float32",
-    device: str = "cpu",
-    offload: Literal["cpu", "disk"] | None = None,
-    seed: int = 0,
-    stream: bool = False,
-    resume: bool = False,
-    overwrite: bool = False,
-) -> None:
-    """Prunes a model without training, and saves a folder that loads again.
-
-    Args:
-        model: A name on the hub, a folder, a `.gguf` file, or `package://PACKAGE/FILE.gguf`.
-        method: How to prune: FLAP, FASP, CFSP, TwoSSP or the dotted path of another; `--method.help NAME` lists its
-            settings.
-        output: Folder to write.
-        text: Calibration text: a `.txt`, `.jsonl` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the hub, or
-            `pydoc_data.topics`.
-        join: Put between the rows of the text, which are then one document; every row is one if not given.
-        num_samples: Calibration windows.
-        seq_len: Tokens of a window.
-        batch_size: Windows that are run at once; the result does not depend on it.
-        dtype: Of the weights.
-        device: Where the current block is calibrated: cpu, cuda, cuda:1; under torchrun, `cuda` is each process's own.
-        offload: Where hidden states wait, to save memory on the device: in the CPU's memory, or, with `stream`, on
-            disk.
-        seed: Of the choice of windows.
-        stream: Whether the model stays on disk, where it must be in safetensors, and one block at a time is loaded,
-            pruned and written: for models that are larger than memory.
-        resume: Whether to go on where an earlier streaming run of the same command was stopped, if there is one.
-        overwrite: Whether to replace what is in the output folder, and to forget an unfinished run unless `resume`.
-    """
-    check_sizes(num_samples=num_samples, seq_len=seq_len, batch_size=batch_size)
-    streaming.check_output(output, stream, resume, overwrite)
-    check_source(text)
-    place = device_called(device)
-    tokenizer = load_tokenizer(model)
-    windows = draw(tokenised(text, tokenizer, join, seed=seed)[0], num_samples, seq_len, seed)
-    load = streaming.open_streamed if stream else load_skeleton if processes.local_rank() else load_model
-    if method.serve_on or method.tensor_parallel > 1:
-        method.check(load_skeleton(model, dtype))
-    network = load(model, dtype)
-    with processes.launched(place) as group:
-        calibration = Calibration(list(windows.split(batch_size)), place, offload, group)
-        if not stream:
-            processes.receive(network, group)
-        begin, first = "", processes.rank(group) == 0
-        if resume and (plan := streaming.finished(output, streaming.asked(network, method, calibration, seed))):
-            begin = "this run is finished: "
-        elif stream:
-            plan = streaming.prune_streamed(network, method, calibration, output, tokenizer, seed, resume, overwrite)
-        else:
-            check_free(output, overwrite)
-            plan = methods.prune(network, method, calibration, seed)
-            if first:
-                save_pruned(network, output, tokenizer, overwrite)
-    if first:
-        print(f"{begin}{callbacks.summary(plan)}; saved to {output}")
-
-
-def evaluate(
-    model: str,
-    text: str = PYDOC,
-    join: str | None = None,
-    seq_len: int = 512,
-    max_windows: int | None = None,
-    dtype: Dtype = "float32",
-    device: str = "cpu",
-) -> None:
-    """Measures a model, pruned or dense: perplexity, parameters, size and speed.
-
-    Args:
-        model: A folder, a name on the hub, a `.gguf` file, or `package://PACKAGE/FILE.gguf`.
-        text: What to read: a `.txt`, `.jsonl` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the hub, or
-            `pydoc_data.topics`.
-        join: Put between the rows of the text, which are then one document: "\\n\\n" is usual for WikiText.
-        seq_len: Tokens of a window; the first of each is given, and no token is put before it.
-        max_windows: At most this many windows from the start of the text; all if not given.
-        dtype: Of the weights.
-        device: Where to compute: cpu, cuda, cuda:1.
-    """
-    check_sizes(seq_len=seq_len, max_windows=max_windows)
-    check_source(text)
-    place = device_called(device)
-    ids = pack(tokenised(text, load_tokenizer(model), join), seq_len, "evaluation").tensors[0][:max_windows]
-    row = measure(load_model(model, dtype).to(place), list(ids.split(1)))  # type: ignore[arg-type]
-    print(table({"model": row}))
-    print(f"perplexity over {len(ids)} windows of {seq_len} tokens of {text}, windows do not overlap, no BOS")
-
-
-def export(
-    model: str,
-    output: str,
-    to: str = ",".join(formats.FORMATS),
-    dtype: Dtype | None = None,
-    gguf: formats.GgufDtype | None = None,
-    widen: bool = False,
-    pad_to: int = 1,
-    text: str = PYDOC,
-    seq_len: int = 128,
-    max_windows: int = 2,
-    overwrite: bool = False,
-) -> None:
-    """Writes a model in the formats of other programs, loads each again there, and compares.
-
-    Args:
-        model: A folder, pruned or dense, a name on the hub, a `.gguf` file, or `package://PACKAGE/FILE.gguf`.
-        output: Folder to write: the formats, `parity.json`, and a model card with the same table.
-        to: Formats, separated by commas: hf, for transformers; gguf, for llama.cpp; decilm, for vLLM, SGLang,
-            TensorRT-LLM and mlx-lm.
-        dtype: Of the weights; as on disk if not given, and float32 for a `.gguf` file.
-        gguf: Of the matrices in a GGUF file; as `dtype` if not given.
-        widen: Whether value channels that FASP removed are put back as zeros, where a format cannot do without them:
-            the same function in a larger model.
-        pad_to: FFN widths are padded with zeros up to a multiple of this: the same function in a larger model.
-        text: What to compare by: a `.txt`, `.jsonl` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the hub, or
-            `pydoc_data.topics`.
-        seq_len: Tokens of a window to compare by.
-        max_windows: How many windows to compare by.
-        overwrite: Whether to replace what is in the output folder.
-    """
-    check_sizes(seq_len=seq_len, max_windows=max_windows)
-    wanted, how = [each.strip() for each in to.split(",")], formats.Options(gguf, widen, pad_to)
-    formats.check_formats(wanted)
-    check_free(output, overwrite)
-    check_source(text)
-    tokenizer = load_tokenizer(model)
-    windows = pack(tokenised(text, tokenizer), seq_len, "comparison").tensors[0][:max_windows].clone()
-    if list(tokenizer("").input_ids) == [tokenizer.bos_token_id]:  # it begins every text so, and the model needs it
-        windows[:, 0] = cast(int, tokenizer.bos_token_id)
-    load = functools.partial(load_as_stored, model, dtype)
-    rows = formats.export(model, load, tokenizer, output, wanted, windows, how, overwrite)
-    print(f"{parity.table(rows)}\n\nsaved to {output}; the text: {windows.numel()} tokens of {text}")
-
-
-COMMANDS: dict[str, Callable[..., None]] = {"prune": prune, "evaluate": evaluate, "export": export}
 STAGES = {
     "fit": "Prunes a model, recovers it by LoRA, measures and exports it, as a YAML file says.",
     "validate": "Measures a model, or a checkpoint of a fit, on the validation text.",
@@ -293,30 +143,20 @@ class CLI(LightningCLI):
 
 
 def command_parser(name: str) -> LightningArgumentParser:
-    """The parser of a function: its first parameter by position, the others as options, booleans as switches."""
+    """The parser of a function: the model by position, the others as options or from a file, booleans as switches."""
     command = COMMANDS[name]
     helps = {p.arg_name: p.description for p in docstring_parser.parse(command.__doc__ or "").params}
-    first, *others = inspect.signature(command).parameters.values()
-    switches = [p.name for p in others if p.annotation is bool]
+    parameters = list(inspect.signature(command).parameters.values())
+    positional = [p.name for p in parameters[:1] if p.annotation is str]
+    switches = [p.name for p in parameters if p.annotation is bool]
     parser = LightningArgumentParser(prog=f"plprune {name}", description=_short(command), exit_on_error=False)
-    parser.add_argument(first.name, type=first.annotation, help=helps[first.name])
-    parser.add_function_arguments(command, skip={first.name, *switches}, as_group=False, as_positional=False)
+    for each in positional:
+        parser.add_argument(each, type=str, help=helps[each])
+    parser.add_argument("--config", action="config", help="A YAML file with options.")
+    parser.add_function_arguments(command, skip={*positional, *switches}, as_group=False, as_positional=False)
     for switch in switches:
         parser.add_argument(f"--{switch}", action="store_true", help=helps[switch])
     return parser
-
-
-def device_called(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        ValueError: It is not there.
-    """
-    own = f"cuda:{processes.local_rank()}" if name == "cuda" and processes.launched_count() > 1 else name
-    try:
-        return torch.empty(0, device=own).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"there is no device {name!r} here ({error}): give cpu, cuda or cuda:1") from error
 
 
 def main(args: list[str] | None = None) -> None:
@@ -380,7 +220,8 @@ def _run(given: list[str], args: list[str] | None) -> None:
         print(f"plprune {plprune.__version__}")
     elif name in COMMANDS:
         parser = command_parser(name)
-        COMMANDS[name](**vars(parser.instantiate_classes(parser.parse_args(rest))))
+        given_options = vars(parser.instantiate_classes(parser.parse_args(rest)))
+        COMMANDS[name](**{option: value for option, value in given_options.items() if option != "config"})
     elif name in STAGES or name.startswith("-"):
         with checkpointing.preemptible() if name == "fit" else contextlib.nullcontext():
             CLI(args)

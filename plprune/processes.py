@@ -33,6 +33,19 @@ def launched_count() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def device_called(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: It is not there.
+    """
+    own = f"cuda:{local_rank()}" if name == "cuda" and launched_count() > 1 else name
+    try:
+        return torch.empty(0, device=own).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"there is no device {name!r} here ({error}): give cpu, cuda or cuda:1") from error
+
+
 @contextlib.contextmanager
 def launched(where: torch.device) -> Iterator[Group]:
     """The processes that torchrun has started, for the time of the context; None if there is only this one.

@@ -1,0 +1,54 @@
+"""`plprune export`: a model in the formats of other programs, with proof."""
+
+import functools
+from typing import cast
+
+from plprune.atomic import check_free
+from plprune.checkpoint import Dtype, load_as_stored, load_tokenizer
+from plprune.export import formats, parity
+from plprune.text import PYDOC, check_sizes, check_source, pack, tokenised
+
+
+def export(
+    model: str,
+    output: str,
+    to: str = ",".join(formats.FORMATS),
+    dtype: Dtype | None = None,
+    gguf: formats.GgufDtype | None = None,
+    widen: bool = False,
+    pad_to: int = 1,
+    text: str = PYDOC,
+    seq_len: int = 128,
+    max_windows: int = 2,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model in the formats of other programs, loads each again there, and compares.
+
+    Args:
+        model: A folder, pruned or dense, a name on the hub, a `.gguf` file, or `package://PACKAGE/FILE.gguf`.
+        output: Folder to write: the formats, `parity.json`, and a model card with the same table.
+        to: Formats, separated by commas: hf, for transformers; gguf, for llama.cpp; decilm, for vLLM, SGLang,
+            TensorRT-LLM and mlx-lm.
+        dtype: Of the weights; as on disk if not given, and float32 for a `.gguf` file.
+        gguf: Of the matrices in a GGUF file; as `dtype` if not given.
+        widen: Whether value channels that FASP removed are put back as zeros, where a format cannot do without them:
+            the same function in a larger model.
+        pad_to: FFN widths are padded with zeros up to a multiple of this: the same function in a larger model.
+        text: What to compare by: a `.txt`, `.jsonl` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the hub, or
+            `pydoc_data.topics`.
+        seq_len: Tokens of a window to compare by.
+        max_windows: How many windows to compare by.
+        overwrite: Whether to replace what is in the output folder.
+    """
+    check_sizes(seq_len=seq_len, max_windows=max_windows)
+    wanted, how = [each.strip() for each in to.split(",")], formats.Options(gguf, widen, pad_to)
+    formats.check_formats(wanted)
+    check_free(output, overwrite)
+    check_source(text)
+    tokenizer = load_tokenizer(model)
+    windows = pack(tokenised(text, tokenizer), seq_len, "comparison").tensors[0][:max_windows].clone()
+    if list(tokenizer("").input_ids) == [tokenizer.bos_token_id]:  # it begins every text so, and the model needs it
+        windows[:, 0] = cast(int, tokenizer.bos_token_id)
+    load = functools.partial(load_as_stored, model, dtype)
+    rows = formats.export(model, load, tokenizer, output, wanted, windows, how, overwrite)
+    print(f"{parity.table(rows)}\n\nsaved to {output}; the text: {windows.numel()} tokens of {text}")

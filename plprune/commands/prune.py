@@ -1,0 +1,79 @@
+"""`plprune prune`: one model, one method, no training."""
+
+from typing import Literal
+
+from plprune import callbacks, methods, processes, streaming
+from plprune.atomic import check_free
+from plprune.calibration import Calibration
+from plprune.checkpoint import Dtype, load_model, load_skeleton, load_tokenizer, save_pruned
+from plprune.methods import PruningMethod
+from plprune.processes import device_called
+from plprune.text import PYDOC, check_sizes, check_source, draw, tokenised
+
+
+def prune(
+    model: str,
+    method: PruningMethod,
+    output: str,
+    text: str = PYDOC,
+    join: str | None = None,
+    num_samples: int = 128,
+    seq_len: int = 512,
+    batch_size: int = 8,
+    dtype: Dtype = "float32",
+    device: str = "cpu",
+    offload: Literal["cpu", "disk"] | None = None,
+    seed: int = 0,
+    stream: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Prunes a model without training, and saves a folder that loads again.
+
+    Args:
+        model: A name on the hub, a folder, a `.gguf` file, or `package://PACKAGE/FILE.gguf`.
+        method: How to prune: FLAP, FASP, CFSP, TwoSSP or the dotted path of another; `--method.help NAME` lists its
+            settings.
+        output: Folder to write.
+        text: Calibration text: a `.txt`, `.jsonl` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the hub, or
+            `pydoc_data.topics`.
+        join: Put between the rows of the text, which are then one document; every row is one if not given.
+        num_samples: Calibration windows.
+        seq_len: Tokens of a window.
+        batch_size: Windows that are run at once; the result does not depend on it.
+        dtype: Of the weights.
+        device: Where the current block is calibrated: cpu, cuda, cuda:1; under torchrun, `cuda` is each process's own.
+        offload: Where hidden states wait, to save memory on the device: in the CPU's memory, or, with `stream`, on
+            disk.
+        seed: Of the choice of windows.
+        stream: Whether the model stays on disk, where it must be in safetensors, and one block at a time is loaded,
+            pruned and written: for models that are larger than memory.
+        resume: Whether to go on where an earlier streaming run of the same command was stopped, if there is one.
+        overwrite: Whether to replace what is in the output folder, and to forget an unfinished run unless `resume`.
+    """
+    check_sizes(num_samples=num_samples, seq_len=seq_len, batch_size=batch_size)
+    streaming.check_output(output, stream, resume, overwrite)
+    check_source(text)
+    place = device_called(device)
+    tokenizer = load_tokenizer(model)
+    windows = draw(tokenised(text, tokenizer, join, seed=seed)[0], num_samples, seq_len, seed)
+    load = streaming.open_streamed if stream else load_skeleton if processes.local_rank() else load_model
+    if method.serve_on or method.tensor_parallel > 1:
+        method.check(load_skeleton(model, dtype))
+    network = load(model, dtype)
+    with processes.launched(place) as group:
+        calibration = Calibration(list(windows.split(batch_size)), place, offload, group)
+        if not stream:
+            processes.receive(network, group)
+        begin, first = "", processes.rank(group) == 0
+        if resume and (plan := streaming.finished(output, streaming.asked(network, method, calibration, seed))):
+            begin = "this run is finished: "
+        elif stream:
+            plan = streaming.prune_streamed(network, method, calibration, output, tokenizer, seed, resume, overwrite)
+        else:
+            check_free(output, overwrite)
+            plan = methods.prune(network, method, calibration, seed)
+            if first:
+                save_pruned(network, output, tokenizer, overwrite)
+    if first:
+        print(f"{begin}{callbacks.summary(plan)}; saved to {output}")
