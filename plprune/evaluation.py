@@ -1,19 +1,180 @@
-"""What a model is worth: perplexity, parameters, size and speed."""
+"""What a model is worth: perplexity on any text, bits per byte, parameters, size and reading speed.
 
+A perplexity means little without its protocol: how long the windows are, whether they overlap, whether a BOS token
+comes first, and how many tokens were counted. A :class:`Passage` is a text cut up by a :class:`Protocol`, and says so.
+
+Perplexity is per token, so it cannot be compared between tokenizers. Bits per byte can: what the tokens of the text
+cost, over the bytes of UTF-8 that they stand for. The tokens that end documents stand for no byte; they count in the
+perplexity, and not in the bits.
+
+Symbols: b windows of a batch, s tokens of a window, v the vocabulary.
+"""
+
+import math
+import re
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plprune import processes
 from plprune.anatomy import blocks_of
 from plprune.calibration import evaluating
 from plprune.lora import base_parameters
+from plprune.progress import Progress
+from plprune.text import check_sizes, documents
+
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # what SentencePiece calls a byte of a character that it has no token for
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a text is cut into windows.
+
+    Args:
+        seq_len: Tokens that the model sees at once, the BOS token included.
+        stride: Tokens from the start of one window to that of the next. Every token is counted once, in the first
+            window that holds it, given all those before it there; the last window may be shorter. If not given,
+            windows do not overlap, and what does not fill one is left out.
+        bos: Whether the BOS token is put before each window; None for what the tokenizer itself does. Without it a
+            token that has none before it in any window is given, and does not count.
+        max_windows: At most this many windows from the start of the text; all if not given.
+
+    Raises:
+        ValueError: There are no such windows.
+    """
+
+    seq_len: int = 512
+    stride: int | None = None
+    bos: bool | None = False
+    max_windows: int | None = None
+
+    def __post_init__(self) -> None:
+        check_sizes(seq_len=self.seq_len, stride=self.stride, max_windows=self.max_windows)
+        room = self.seq_len - bool(self.bos)
+        if self.seq_len < 2:
+            raise ValueError(f"seq_len is {self.seq_len}, but a window needs a token that is given and one to predict")
+        if self.stride and self.stride > room:
+            raise ValueError(f"stride is {self.stride}, but a window has {room} tokens of text: tokens would be missed")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text as windows.
+
+    Args:
+        source: Where the text is from.
+        protocol: How it was cut, `bos` settled.
+        windows: Token ids, [1, s] each.
+        counts: How many tokens of each window count, the last ones.
+        sizes: The bytes of text that each of these stands for, 0 for the end of a document; None if the tokenizer
+            does not tell.
+    """
+
+    source: str
+    protocol: Protocol
+    windows: list[Tensor]
+    counts: list[int]
+    sizes: list[Tensor] | None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens count."""
+        return sum(self.counts)
+
+    @property
+    def bytes(self) -> int | None:
+        """How many bytes of text these stand for."""
+        return None if self.sizes is None else sum(int(each.sum()) for each in self.sizes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The protocol and what it came to, as JSON."""
+        found = {"windows": len(self.windows), "tokens": self.tokens, "bytes": self.bytes}
+        return {"text": self.source} | asdict(self.protocol) | found
+
+    def __str__(self) -> str:
+        """The protocol in words."""
+        how = self.protocol
+        overlap = f"a stride of {how.stride}" if how.stride else "no overlap"
+        size = "" if self.bytes is None else f", {self.bytes:,} bytes"
+        return (
+            f"{self.source}: {len(self.windows)} windows of {how.seq_len} tokens, {overlap}, "
+            f"{'BOS' if how.bos else 'no BOS'}; {self.tokens:,} tokens counted{size}"
+        )
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well a model predicts a passage.
+
+    Args:
+        perplexity: Per token.
+        bits_per_byte: Of the text; None if the tokenizer does not tell what its tokens stand for.
+        tokens: How many were counted.
+    """
+
+    perplexity: float
+    bits_per_byte: float | None
+    tokens: int
+
+
+def passage(source: str, tokenizer: PreTrainedTokenizerBase, protocol: Protocol, join: str | None = None) -> Passage:
+    """Cuts a text into windows.
+
+    Args:
+        source: A text as for :class:`RecoveryData`; no more of it is tokenised than is needed.
+        tokenizer: The model's.
+        protocol: How to cut.
+        join: Put between the rows, which are then one document.
+
+    Raises:
+        ValueError: The text cannot be read or is too short, or a BOS token is wanted that there is not.
+    """
+    begin = _begin(tokenizer, protocol)
+    protocol = Protocol(protocol.seq_len, protocol.stride, begin is not None, protocol.max_windows)
+    room = protocol.seq_len - bool(protocol.bos)
+    needed = room + ((protocol.max_windows or math.inf) - 1) * (protocol.stride or room)
+    ids, sizes = _tokens(source, tokenizer, join, needed)
+    spans, reached = [], 0
+    for start in range(0, len(ids), protocol.stride or room)[: protocol.max_windows]:
+        end = min(start + room, len(ids))
+        reached = max(reached, start + (not protocol.bos))  # a first token without BOS is given
+        if end <= reached or (not protocol.stride and end < start + room):
+            break
+        spans.append((start, reached, end))
+        reached = end
+    if not spans:
+        raise ValueError(
+            f"the evaluation text has {len(ids)} tokens, but a window needs {2 if protocol.stride else room}: "
+            "give more text"
+        )
+    first = torch.tensor([] if begin is None else [begin], dtype=torch.long)
+    windows = [torch.cat([first, ids[start:end]])[None] for start, _, end in spans]
+    counts = [end - counted for _, counted, end in spans]
+    told = None if sizes is None else [sizes[counted:end] for _, counted, end in spans]
+    return Passage(source, protocol, windows, counts, told)
+
+
+def judge(model: PreTrainedModel, passage: Passage, group: processes.Group = None) -> Quality:
+    r"""Perplexity and bits per byte of a model on a passage.
+
+    .. math:: \mathrm{bits} = -\frac{1}{\mathrm{bytes}} \sum_{t\ \text{of the text}} \log_2 p(x_t \mid x_{<t})
+
+    Args:
+        model: A causal language model.
+        passage: The text, cut for its tokenizer.
+        group: The processes among which the windows are shared; each gets the result over all.
+    """
+    in_text = None if passage.sizes is None else [each > 0 for each in passage.sizes]
+    total, of_text = _cost(model, passage.windows, passage.counts, in_text, group)
+    bits = of_text / passage.bytes / math.log(2) if passage.bytes else None
+    return Quality(_exp(total / passage.tokens), bits, passage.tokens)
 
 
 def next_token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:  # [b, s, v], [b, s]
@@ -27,7 +188,6 @@ def next_token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> 
     return torch.nn.functional.cross_entropy(logits, labels, reduction=reduction)
 
 
-@torch.no_grad()
 def perplexity(model: PreTrainedModel, windows: Iterable[Tensor], group: processes.Group = None) -> float:
     r"""Perplexity over windows of token ids, the first token of each given.
 
@@ -43,17 +203,11 @@ def perplexity(model: PreTrainedModel, windows: Iterable[Tensor], group: process
         ValueError: There is no token to predict.
     """
     windows = list(windows)
-    mine, total, count = processes.share(windows, group), 0.0, 0
-    with evaluating(model):
-        for i in range(-(-len(windows) // processes.size(group))):
-            ids = (mine[i] if i < len(mine) else windows[0]).to(model.device)
-            loss = next_token_loss(model(input_ids=ids, use_cache=False).logits, ids, "sum")
-            if i < len(mine):
-                total, count = total + loss.double().item(), count + ids[:, 1:].numel()
-    total, count = processes.total(torch.tensor([total, count], dtype=torch.float64), group).tolist()
-    if not count:
+    counts = [ids.shape[1] - 1 for ids in windows]
+    tokens = sum(len(ids) * count for ids, count in zip(windows, counts, strict=True))
+    if not tokens:
         raise ValueError("no text to measure perplexity on: give windows of at least two tokens")
-    return float(torch.tensor(total / count, dtype=torch.float64).exp())
+    return _exp(_cost(model, windows, counts, None, group)[0] / tokens)
 
 
 @torch.no_grad()
@@ -86,6 +240,7 @@ class Measurement:
         parameters: All parameters.
         bytes: Size of the weights on disk.
         tokens_per_second: Reading speed, batch 1; None if it was not measured.
+        bits_per_byte: On the same text; None if it was not measured.
     """
 
     perplexity: float
@@ -93,25 +248,33 @@ class Measurement:
     parameters: int
     bytes: int
     tokens_per_second: float | None
+    bits_per_byte: float | None = None
 
 
 def measure(
-    model: PreTrainedModel, windows: list[Tensor], group: processes.Group = None, speed: bool = True
-) -> Measurement:  # [b, s] each
+    model: PreTrainedModel,
+    text: Sequence[Tensor] | Passage,  # [b, s] each
+    group: processes.Group = None,
+    speed: bool = True,
+) -> Measurement:
     """Measures a model as it stands.
 
     Args:
         model: The model, LoRA merged unless it is in shards.
-        windows: Held-out token ids.
+        text: Held-out text, cut for the model's tokenizer; or token ids, of which all but the first of a row count.
         group: The processes that measure it together; each gets the result.
         speed: Whether the first of them measures the speed; one that holds a part of the model cannot.
     """
     in_blocks, in_all = parameters(model)
     size = sum(_numel(p) * p.element_size() for _, p in base_parameters(model))
-    quality = perplexity(model, windows, group)
+    if isinstance(text, Passage):
+        quality, first = judge(model, text, group), text.windows[0]
+        found, bits = quality.perplexity, quality.bits_per_byte
+    else:
+        found, bits, first = perplexity(model, text, group), None, text[0][:1]
     alone = speed and processes.rank(group) == 0
-    rate = processes.same(tokens_per_second(model, windows[0][:1]) if alone else None, group)
-    return Measurement(quality, in_blocks, in_all, size, rate)
+    rate = processes.same(tokens_per_second(model, first) if alone else None, group)
+    return Measurement(found, in_blocks, in_all, size, rate, bits)
 
 
 def table(rows: dict[str, Measurement]) -> str:
@@ -122,11 +285,14 @@ def table(rows: dict[str, Measurement]) -> str:
         model       perplexity   in blocks  parameters   on disk   tokens/s
         dense            20.00         100         150  600.0 MB       10.0
     """
-    lines = [f"{'model':<11}{'perplexity':>11}{'in blocks':>12}{'parameters':>12}{'on disk':>10}{'tokens/s':>11}"]
+    bits = any(row.bits_per_byte is not None for row in rows.values())
+    more = f"{'bits/byte':>11}" if bits else ""
+    lines = [f"{'model':<11}{'perplexity':>11}{more}{'in blocks':>12}{'parameters':>12}{'on disk':>10}{'tokens/s':>11}"]
     for name, row in rows.items():
         speed = "-" if row.tokens_per_second is None else f"{row.tokens_per_second:.1f}"
+        more = f"{'-' if row.bits_per_byte is None else f'{row.bits_per_byte:.4f}':>11}" if bits else ""
         lines.append(
-            f"{name:<11}{row.perplexity:>11.2f}{row.block_parameters:>12,}{row.parameters:>12,}"
+            f"{name:<11}{row.perplexity:>11.2f}{more}{row.block_parameters:>12,}{row.parameters:>12,}"
             f"{row.bytes / 1e6:>7.1f} MB{speed:>11}"
         )
     return "\n".join(lines)
@@ -135,6 +301,110 @@ def table(rows: dict[str, Measurement]) -> str:
 def as_dict(rows: dict[str, Measurement]) -> dict[str, dict[str, float]]:
     """Measurements as JSON-ready numbers, without those that were not taken."""
     return {name: {k: v for k, v in asdict(row).items() if v is not None} for name, row in rows.items()}
+
+
+@torch.no_grad()
+def _cost(
+    model: PreTrainedModel,
+    windows: Sequence[Tensor],  # [b, s] each
+    counts: Sequence[int],
+    in_text: Sequence[Tensor] | None,  # [count] each
+    group: processes.Group,
+) -> tuple[float, float]:
+    """What the last `counts` tokens of the windows cost in nats, all of them and those of the text."""
+    mine = processes.share(range(len(windows)), group)
+    total = torch.zeros(2, dtype=torch.float64)
+    steps = -(-len(windows) // processes.size(group))  # as many for each process, as shards of a model need
+    quiet = processes.rank(group) > 0
+    with evaluating(model), Progress(steps, "measuring perplexity", "window", quiet=quiet) as progress:
+        for step in range(steps):
+            i = mine[step] if step < len(mine) else 0
+            losses = _losses(model, windows[i], counts[i])
+            if step < len(mine):
+                part = losses[:, in_text[i].to(losses.device)] if in_text else losses
+                total += torch.stack([losses.sum(), part.sum()]).double().cpu()
+            progress.update()
+    first, second = processes.total(total, group).tolist()
+    return first, second
+
+
+def _losses(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:  # [b, s] -> [b, count]
+    """What the last `count` tokens cost, in nats."""
+    ids = ids.to(model.device)
+    fewer = {"logits_to_keep": count + 1} if count + 1 < ids.shape[1] else {}  # the head costs time for each
+    logits = model(input_ids=ids, use_cache=False, **fewer).logits[:, -count - 1 :]
+    return next_token_loss(logits, ids[:, -count - 1 :], "none").view(len(ids), -1)
+
+
+def _begin(tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> int | None:
+    """The BOS token, if windows are to begin with it."""
+    bos = cast(int | None, tokenizer.bos_token_id)
+    if protocol.bos and bos is None:
+        raise ValueError("the tokenizer has no BOS token: leave out bos")
+    own = bos is not None and list(tokenizer("").input_ids)[:1] == [bos]
+    return bos if (own if protocol.bos is None else protocol.bos) else None
+
+
+def _tokens(
+    source: str, tokenizer: PreTrainedTokenizerBase, join: str | None, needed: float
+) -> tuple[Tensor, Tensor | None]:
+    """The first `needed` tokens of a text, and the bytes that each stands for."""
+    ids: list[int] = []
+    sizes: list[int] = []
+    exact = cast(bool, tokenizer.is_fast)
+    for text, ending in documents(source, tokenizer, join):
+        encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=exact, verbose=False)
+        ids += encoded.input_ids + ending
+        if exact:
+            pieces = tokenizer.convert_ids_to_tokens(encoded.input_ids)
+            sizes += byte_counts(text, encoded.offset_mapping, cast(list[str], pieces)) + [0] * len(ending)
+        if len(ids) >= needed:
+            break
+    stop = int(min(needed, len(ids)))
+    return torch.tensor(ids[:stop], dtype=torch.long), torch.tensor(sizes[:stop]) if exact else None
+
+
+def byte_counts(text: str, offsets: Sequence[tuple[int, int]], pieces: Sequence[str]) -> list[int]:
+    """How many bytes of UTF-8 each token of a text stands for: together all, up to the end of the last token.
+
+    What lies between two tokens, such as a space that the tokenizer drops, is the later one's. Tokens that share a
+    character each have the part of its bytes that they spell.
+
+    Args:
+        text: The text.
+        offsets: Where each token begins and ends in it, in characters.
+        pieces: What the vocabulary calls each token.
+
+    Example:
+        >>> byte_counts("né!", [(0, 1), (1, 2), (1, 2), (2, 3)], ["n", "Ã", "©", "!"])
+        [1, 1, 1, 1]
+    """
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    widths = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)
+    place = np.concatenate([[0], np.cumsum(widths)])
+    starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    reached = np.maximum.accumulate(ends)
+    before = np.concatenate([[0], reached[:-1]])[: len(reached)]
+    sizes = (place[reached] - place[before]).tolist()
+    shared = np.concatenate([[False], starts < before, [False]]).astype(np.int8)  # with the token before
+    begins, stops = (np.flatnonzero(np.diff(shared) == change).tolist() for change in (1, -1))
+    for begin, stop in zip(begins, stops, strict=True):
+        sizes[begin - 1 : stop] = _spelled(sum(sizes[begin - 1 : stop]), pieces[begin - 1 : stop])
+    return sizes
+
+
+def _spelled(size: int, pieces: Sequence[str]) -> list[int]:
+    """The bytes of characters that several tokens share, token by token, as byte-level or SentencePiece writes them."""
+    letters = [len(piece) for piece in pieces]  # in a byte-level vocabulary each stands for a byte
+    if sum(letters) == size:
+        return letters
+    sizes = [1 if BYTE.fullmatch(piece) else len(piece.replace("▁", " ").encode()) for piece in pieces]
+    sizes[0] -= sum(sizes) == size + 1 and pieces[0].startswith("▁")  # a space that the text does not have
+    return sizes if sum(sizes) == size else [size] + [0] * (len(pieces) - 1)
+
+
+def _exp(value: float) -> float:
+    return float(torch.tensor(value, dtype=torch.float64).exp())  # inf where math.exp overflows
 
 
 def _count(module: nn.Module) -> int:

@@ -89,6 +89,32 @@ def tokenised(
         raise ValueError(f"{source}: {error}") from error
 
 
+def documents(
+    source: str, tokenizer: PreTrainedTokenizerBase, join: str | None = None
+) -> Iterator[tuple[str, list[int]]]:
+    """What :func:`tokenised` puts one after the other: the text of each document, and the tokens that end it.
+
+    Args:
+        source: As for :class:`RecoveryData`.
+        tokenizer: Its tokenizer.
+        join: Put between the rows, which are then one document.
+
+    Raises:
+        ValueError: The text cannot be read, or a row holds no text.
+    """
+    records = list(read(source))
+    try:
+        if join is not None:
+            records = [{"text": join.replace("\\n", "\n").join(to_text(record) for record in records)}]
+        for record in records:
+            if (messages := to_messages(record)) is None:
+                yield to_text(record), _end(tokenizer)
+            else:
+                yield _render(messages, tokenizer), [] if tokenizer.chat_template else _end(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
 def encode(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase) -> Stream:
     """Documents as one stream of tokens, each ended by the end-of-text token; labels of prompts are ignored."""
     documents: list[Stream] = []

@@ -1,9 +1,27 @@
-"""`plprune evaluate`: what a model is worth."""
+"""`plprune evaluate`: what a model is worth, beside the one that it was pruned from."""
 
-from plprune.checkpoint import Dtype, load_model, load_tokenizer
-from plprune.evaluation import measure, table
+import gc
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plprune import callbacks, evaluation
+from plprune import speed as speeds
+from plprune import tasks as benchmarks
+from plprune.atomic import check_free, staged
+from plprune.checkpoint import Dtype, load_model, load_skeleton, load_tokenizer, locate
+from plprune.evaluation import Measurement, Passage, Protocol, measure, passage
+from plprune.plan import FILE, PruningPlan
 from plprune.processes import device_called
-from plprune.text import PYDOC, check_sizes, check_source, pack, tokenised
+from plprune.speed import Speed
+from plprune.tasks import Figure, TaskResult
+from plprune.text import PYDOC, check_sizes, check_source
+
+OWN, NONE = "auto", "none"
 
 
 def evaluate(
@@ -11,26 +29,170 @@ def evaluate(
     text: str = PYDOC,
     join: str | None = None,
     seq_len: int = 512,
+    stride: int | None = None,
+    bos: bool | None = None,
     max_windows: int | None = None,
+    dense: str = OWN,
+    tasks: str | None = None,
+    task_data: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    speed: bool = False,
     dtype: Dtype = "float32",
     device: str = "cpu",
+    output: str | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """Measures a model, pruned or dense: perplexity, parameters, size and speed.
+    """Judges a model beside the one that it was pruned from: quality, size, speed, tasks.
 
     Args:
         model: A folder, a name on the hub, a `.gguf` file, or `package://PACKAGE/FILE.gguf`.
         text: What to read: a `.txt`, `.jsonl` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the hub, or
             `pydoc_data.topics`.
         join: Put between the rows of the text, which are then one document: "\\n\\n" is usual for WikiText.
-        seq_len: Tokens of a window; the first of each is given, and no token is put before it.
+        seq_len: Tokens that the model sees at once, a BOS token included.
+        stride: Tokens from the start of one window to that of the next; each token is counted once, given those before
+            it in the first window that holds it. Windows do not overlap if not given.
+        bos: Whether the BOS token is put before each window: true or false; as the tokenizer itself does if not given.
         max_windows: At most this many windows from the start of the text; all if not given.
+        dense: The model to judge beside it by the same protocol; `auto` for the one that it was pruned from, where
+            that is on this machine, `none` for none.
+        tasks: Names of lm-eval tasks, separated by commas.
+        task_data: Folder with the data of tasks as ORG/NAME, and with tasks of your own as YAML files, for machines
+            without a hub.
+        limit: At most this many examples of each task; all if not given.
+        batch_size: Requests of tasks that are run at once.
+        speed: Whether to measure how fast the model writes, alone and in batches, and how much memory that takes.
         dtype: Of the weights.
         device: Where to compute: cpu, cuda, cuda:1.
+        output: JSON file to write, with the same numbers.
+        overwrite: Whether to replace it.
     """
-    check_sizes(seq_len=seq_len, max_windows=max_windows)
+    check_sizes(limit=limit, batch_size=batch_size)
+    protocol, place = Protocol(seq_len, stride, bos, max_windows), device_called(device)
     check_source(text)
-    place = device_called(device)
-    ids = pack(tokenised(text, load_tokenizer(model), join), seq_len, "evaluation").tensors[0][:max_windows]
-    row = measure(load_model(model, dtype).to(place), list(ids.split(1)))  # type: ignore[arg-type]
-    print(table({"model": row}))
-    print(f"perplexity over {len(ids)} windows of {seq_len} tokens of {text}, windows do not overlap, no BOS")
+    if output:
+        check_free(output, overwrite)
+    names = [each.strip() for each in tasks.split(",")] if tasks else []
+    stages, plan = _stages(model, dense)
+    passages = {stage: passage(text, load_tokenizer(name), protocol, join) for stage, name in stages.items()}
+    if names:
+        benchmarks.check_tasks(names, task_data)
+    judged = {}
+    for stage, name in stages.items():
+        network: Any = load_model(name, dtype).to(place)  # type: ignore[arg-type]
+        found = _Judged(passages[stage], measure(network, passages[stage]), {}, None)
+        if names:
+            found.tasks = benchmarks.run_tasks(network, load_tokenizer(name), names, limit, task_data, batch_size)
+        if speed:
+            found.speed = speeds.measure_speed(network)
+        judged[stage] = found
+        del network
+        gc.collect()  # modules hold each other, and the next one's peak of memory is not to count this one
+    print("\n\n".join(_printed(judged, stages, plan, limit)))
+    if output:
+        with staged(output, overwrite) as temporary:
+            temporary.write_text(json.dumps(_record(judged, stages, plan), indent=1) + "\n")
+
+
+@dataclass
+class _Judged:
+    """What was found of one model."""
+
+    passage: Passage
+    measured: Measurement
+    tasks: dict[str, TaskResult]
+    speed: Speed | None
+
+
+def _stages(model: str, dense: str) -> tuple[dict[str, str], PruningPlan | None]:
+    """The models to judge, by what they are, and the plan of the last."""
+    folder = Path(locate(model))
+    plan = PruningPlan.load(folder) if (folder / FILE).is_file() else None
+    if dense == OWN:
+        dense = _origin(plan) if plan else NONE
+    if dense == NONE:
+        return {"pruned" if plan else "model": model}, plan
+    return {"dense": dense, "pruned" if plan else "model": model}, plan
+
+
+def _origin(plan: PruningPlan) -> str:
+    """Where the model is that was pruned, if it is on this machine and of the same size."""
+    first = plan.chain()[0]
+    name = first.origin.get("model") or ""
+    try:
+        here = bool(name) and Path(locate(name)).exists()
+        _, size = evaluation.parameters(load_skeleton(name)) if here else (0, 0)
+    except ValueError:
+        return NONE
+    return name if size == sum(first.before) + first.rest else NONE
+
+
+def _printed(
+    judged: dict[str, _Judged], stages: dict[str, str], plan: PruningPlan | None, limit: int | None
+) -> list[str]:
+    rows = {stage: found.measured for stage, found in judged.items()}
+    parts = [*([callbacks.summary(plan)] if plan else []), evaluation.table(rows) + f"\n{_protocols(judged)}"]
+    if "dense" in stages:
+        parts[-1] += f"\ndense: {stages['dense']}"
+    results = {stage: found.tasks for stage, found in judged.items()}
+    if any(results.values()):
+        some = f"the first {limit} examples of each task; " if limit else ""
+        foot = f"{some}± is the standard error, of differences that of the paired examples"
+        parts.append(f"{benchmarks.table(results)}\n{foot}")
+    if measured := _speeds(judged):
+        parts.append(speeds.table(measured))
+    return parts + ["\n".join(lines) for lines in [_not_faster(measured)] if lines]
+
+
+def _protocols(judged: dict[str, _Judged]) -> str:
+    """What was read, said once if both models read the same tokens."""
+    first, *others = (found.passage for found in judged.values())
+    if all(_same(first, other) for other in others):
+        return str(first)
+    each = [f"{stage} read {found.passage}" for stage, found in judged.items()]
+    return "\n".join([*each, "the tokenizers differ: compare the bits per byte, not the perplexities"])
+
+
+def _same(a: Passage, b: Passage) -> bool:
+    return a.counts == b.counts and all(torch.equal(x, y) for x, y in zip(a.windows, b.windows, strict=True))
+
+
+def _speeds(judged: dict[str, _Judged]) -> dict[str, Speed]:
+    return {stage: found.speed for stage, found in judged.items() if found.speed}
+
+
+def _not_faster(measured: dict[str, Speed]) -> Sequence[str]:
+    return speeds.why_not_faster(*measured.values()) if len(measured) == 2 else []
+
+
+def _record(judged: dict[str, _Judged], stages: dict[str, str], plan: PruningPlan | None) -> dict[str, Any]:
+    """Everything that was found, as JSON."""
+    results, measured = {stage: found.tasks for stage, found in judged.items()}, _speeds(judged)
+    record: dict[str, Any] = {"version": 1, "kind": "run", "status": "finished"}
+    record |= {"title": f"evaluation of {[*stages.values()][-1]}", "models": stages}
+    record["protocol"] = {stage: found.passage.as_dict() for stage, found in judged.items()}
+    record["stages"] = evaluation.as_dict({stage: found.measured for stage, found in judged.items()})
+    if plan:
+        record["asked"] = {"method": plan.method, "settings": plan.settings, "sparsity": plan.sparsity}
+        record["reached"] = {
+            "sparsity": plan.reached,
+            "sparsity_of_model": plan.reached_of_model,
+            "parameters": sum(plan.after) + plan.rest,
+            "block_parameters": sum(plan.after),
+        }
+    if any(results.values()):
+        columns = benchmarks.columns(results)
+        record["tasks"] = {
+            stage: {name: asdict(each) for name, each in found.items()} for stage, found in results.items()
+        }
+        record["averages"] = {head: _json(column.get(benchmarks.AVERAGE)) for head, column in columns.items()}
+        record["differences"] = {name: _json(each) for name, each in columns.get("difference", {}).items()}
+    if measured:
+        record["speed"] = {stage: asdict(each) for stage, each in measured.items()}
+        record["not_faster"] = _not_faster(measured)
+    return record
+
+
+def _json(figure: Figure | None) -> dict[str, float | None] | None:
+    return None if figure is None else {"value": figure.value, "stderr": figure.stderr}
