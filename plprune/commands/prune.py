@@ -58,8 +58,7 @@ def prune(
     tokenizer = load_tokenizer(model)
     windows = draw(tokenised(text, tokenizer, join, seed=seed)[0], num_samples, seq_len, seed)
     load = streaming.open_streamed if stream else load_skeleton if processes.local_rank() else load_model
-    if method.serve_on or method.tensor_parallel > 1:
-        method.check(load_skeleton(model, dtype))
+    methods.preflight(method, lambda: load_skeleton(model, dtype))
     network = load(model, dtype)
     with processes.launched(place) as group:
         calibration = Calibration(list(windows.split(batch_size)), place, offload, group)

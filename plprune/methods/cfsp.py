@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from plprune.allocation import check_near, fit, fraction_to_remove, importance, largest_remainder, top_k
 from plprune.anatomy import Block, Group, blocks_of, matrix
 from plprune.calibration import Calibration, observe, stream
-from plprune.methods.base import PruningMethod
+from plprune.methods.base import PruningMethod, distinct, thinned
 from plprune.plan import PruningPlan
 from plprune.serving import FREE, Constraint
 from plprune.stats import Distance, Norms
@@ -51,6 +51,12 @@ class CFSP(PruningMethod):
         multiple_of: Widths are rounded to multiples of this; 128 is the authors' `cuda_friendly`.
         sparsity_of: What `sparsity` is a fraction of: the decoder blocks' parameters, or the FFN's width, as the
             paper counts.
+        target_parameters: How many parameters the whole model may have in the end, like 5.0B or 100M: `sparsity` is
+            then found by it, and what is given for it does not count.
+        target_memory: What its weights and the keys and values of `target_batch` sequences may take, like 8GiB or
+            500MB: likewise. Of two targets the stricter counts.
+        target_batch: Sequences for which `target_memory` has to do.
+        target_context: Tokens of each.
         serve_on: Where the result must load: llama.cpp, vllm, transformers. Its sizes are then such as can be served
             there, and its sparsity as near to the one asked for as that allows; what cannot be is refused.
         tensor_parallel: Devices that will share the result: widths and heads are divisible by their number.
@@ -96,6 +102,28 @@ class CFSP(PruningMethod):
         whole = every if self.sparsity_of == "ffn" else sum(block.parameters() for block in blocks)
         check_near(self.sparsity, rows, chosen, 1 - p, whole)
         return asked
+
+    def foresee(self, model: PreTrainedModel) -> list[dict[str, int]]:
+        asked, blocks = self.check(model), blocks_of(model)
+        rows, p = [(block, block.groups("none")[0]) for block in blocks], self._budget(blocks)
+        alike = torch.ones(len(blocks), dtype=torch.float64)
+        steep = alike * (torch.arange(len(blocks)) >= len(blocks) // 2)  # half of the blocks matter, or all but one
+        lonely = alike * (torch.arange(len(blocks)) > 0)
+        importances = [alike] if self.distance == "uniform" or len(blocks) == 1 else [steep, alike, lonely]
+        cases = [self._widths(rows, u, p, asked) for u in importances]
+        if asked == FREE and self.multiple_of > 1 and len(importances) > 1:
+            cases += self._rounded(rows, p)
+        return distinct(rows, cases)
+
+    def _rounded(self, rows: list[tuple[Block, Group]], p: float) -> list[list[int]]:
+        """The most and the least that rounding each width to a multiple could leave."""
+        m, sizes = self.multiple_of, [len(group) for _, group in rows]
+        allowed = [[*range(min(m, size), size, m), size] for size in sizes]
+        costs = [block.cost(group) for block, group in rows]
+        target = (1 - p) * sum(cost * size for cost, size in zip(costs, sizes, strict=True))
+        slack = m * sum(costs)  # a width that is rounded up to the least multiple gains all of it
+        limits = target + slack, target - slack / 2 - m * max(costs)
+        return [thinned(rows, allowed, [range(len(rows))], limit, even=False) for limit in limits]
 
     def _budget(self, blocks: list[Block]) -> float:
         """The fraction of the FFN channels to remove (p)."""

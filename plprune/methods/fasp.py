@@ -26,6 +26,7 @@ from plprune import processes
 from plprune.allocation import check_near, fit, fraction_to_remove, importance, top_k
 from plprune.anatomy import Block, Group, blocks_of, dense_weight
 from plprune.calibration import BlockInputs, Calibration, observe, stream
+from plprune.estimate import Work, block_flops
 from plprune.methods.base import PruningMethod
 from plprune.plan import PruningPlan
 from plprune.repair import compensation, restore
@@ -45,6 +46,12 @@ class FASP(PruningMethod):
         restoration: Whether the kept weights are restored by least squares.
         damping: Regularisation of the restoration, relative to the mean diagonal of the inputs' second moments.
         compensate: Whether inputs are centred and the consumer's bias takes up the difference of means.
+        target_parameters: How many parameters the whole model may have in the end, like 5.0B or 100M: `sparsity` is
+            then found by it, and what is given for it does not count.
+        target_memory: What its weights and the keys and values of `target_batch` sequences may take, like 8GiB or
+            500MB: likewise. Of two targets the stricter counts.
+        target_batch: Sequences for which `target_memory` has to do.
+        target_context: Tokens of each.
         serve_on: Where the result must load: llama.cpp, vllm, transformers. Its sizes are then such as can be served
             there, and its sparsity as near to the one asked for as that allows; what cannot be is refused.
         tensor_parallel: Devices that will share the result: widths and heads are divisible by their number.
@@ -85,6 +92,30 @@ class FASP(PruningMethod):
         chosen = [count for block in blocks for count in self._counts(block, fraction, asked)]
         check_near(self.sparsity, rows, chosen, 1 - fraction, sum(block.parameters() for block in blocks))
         return asked
+
+    @property
+    def biased(self) -> bool:
+        return self.compensate
+
+    def foresee(self, model: PreTrainedModel) -> list[dict[str, int]]:
+        asked, blocks, counts = self.check(model), blocks_of(model), {}
+        fraction = self._fraction(blocks)
+        for block in blocks:
+            names = [group.name for group in block.groups(self.attention)]
+            counts |= dict(zip(names, self._counts(block, fraction, asked), strict=True))
+        return [counts]
+
+    def work(self, model: PreTrainedModel, count: int, length: int) -> Work:
+        """A second pass, second moments of the consumers' inputs (half a matrix), and their factors."""
+        blocks = blocks_of(model)
+        widths = [[group.consumer.index.numel() for group in block.groups(self.attention)] for block in blocks]
+        d = model.config.hidden_size
+        single = sum(
+            count * length * n**2 + self.restoration * (n**3 / 3 + 2 * d * n**2) for own in widths for n in own
+        )
+        largest = max(n for own in widths for n in own)
+        again = count * length * sum(block_flops(block, length) for block in blocks)
+        return Work(again, single, 8 * 3 * largest**2)
 
     def _fraction(self, blocks: list[Block]) -> float:
         """The fraction to remove of what can be pruned (s)."""

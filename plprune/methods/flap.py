@@ -19,6 +19,7 @@ Deviations from the authors' code:
 
 import dataclasses
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
@@ -26,10 +27,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune.allocation import check_near, fit, fraction_to_remove, importance, rescale, top_k
+from plprune.allocation import check_near, fit, fraction_to_remove, importance, largest_remainder, rescale, top_k
 from plprune.anatomy import Block, Group, blocks_of
 from plprune.calibration import Calibration, observe, stream
-from plprune.methods.base import PruningMethod
+from plprune.methods.base import PruningMethod, Rows, by_window, distinct, thinned
 from plprune.plan import PruningPlan
 from plprune.repair import compensation
 from plprune.serving import FREE, Constraint, adds_biases
@@ -57,6 +58,12 @@ class FLAP(PruningMethod):
         compensate: Whether the removed channels' mean contribution is added to the consumer's bias.
         sparsity_of: What `sparsity` is a fraction of: the decoder blocks' parameters, or their linear layers' only,
             as the paper counts.
+        target_parameters: How many parameters the whole model may have in the end, like 5.0B or 100M: `sparsity` is
+            then found by it, and what is given for it does not count.
+        target_memory: What its weights and the keys and values of `target_batch` sequences may take, like 8GiB or
+            500MB: likewise. Of two targets the stricter counts.
+        target_batch: Sequences for which `target_memory` has to do.
+        target_context: Tokens of each.
         serve_on: Where the result must load: llama.cpp, vllm, transformers. Its sizes are then such as can be served
             there, and its sparsity as near to the one asked for as that allows; what cannot be is refused.
         tensor_parallel: Devices that will share the result: widths and heads are divisible by their number.
@@ -114,6 +121,99 @@ class FLAP(PruningMethod):
         check_near(self.sparsity, rows, chosen, 1 - p, self._whole(blocks))
         return asked
 
+    @property
+    def biased(self) -> bool:
+        return self.compensate
+
+    def foresee(self, model: PreTrainedModel) -> list[dict[str, int]]:
+        asked, blocks = self.check(model), blocks_of(model)
+        rows, p = (
+            [(block, group) for block in blocks for group in block.groups(unit(asked))],
+            self._budget(blocks, asked),
+        )
+        heads = by_window(model, rows)
+        if self.structure == "AL-AM":
+            return distinct(rows, self._contests(rows, heads, p, asked))
+        if self.structure == "UL-UM":
+            cases = [[len(group) - removed_alike(p, len(group)) for _, group in rows]]
+        else:
+            cases = self._mixes(rows, heads, p)
+        if asked != FREE:
+            cases = [self._counts(rows, case, p, asked) for case in cases]
+        return distinct(rows, cases)
+
+    def _contests(self, rows: Rows, heads: list[int], p: float, asked: Constraint) -> list[list[int]]:
+        """What can come of one ranking: a typical case, and the extremes in which heads or channels go first.
+
+        The ranking ends within half a unit of the budget, which counts a bias for every group.
+        """
+        costs, sizes = [block.cost(group) for block, group in rows], [len(group) for _, group in rows]
+        check_best(costs, sizes, p)
+        allowed = [
+            range(1, size + 1) if asked == FREE else asked.counts(*row) for row, size in zip(rows, sizes, strict=True)
+        ]
+        channels = [i for i in range(len(rows)) if i not in set(heads)]
+        steps = [costs[i] * (allowed[i][-1] - allowed[i][-2] if len(allowed[i]) > 1 else 1) for i in range(len(rows))]
+        slack = (max(steps) if asked == FREE else max(steps[i] for i in channels)) / 2
+        target = (1 - p) * sum(map(operator.mul, costs, sizes))
+        biases = sum(block.absent_bias(group) for block, group in rows) if self.compensate else 0
+        most, least = target + slack + biases, target - slack - biases - max(steps[i] for i in channels)
+        typical = (
+            self._typical(rows, heads, channels, p)
+            if asked == FREE
+            else self._counts(rows, self._rehearsed(rows, p), p, asked)
+        )
+        every, room = sum(costs[i] * allowed[i][-1] for i in range(len(rows))), _room(costs, allowed, channels)
+        cases = [typical]
+        for limit, even in ((most, True), (least, False)):
+            channels_first = [channels] if room >= every - limit else [channels, heads]
+            for phases in (channels_first, [heads[::-1], channels]):
+                cases.append(thinned(rows, allowed, phases, limit, even))
+        return cases
+
+    def _typical(self, rows: Rows, heads: list[int], channels: list[int], p: float) -> list[int]:
+        """The same share of heads and of channels, in every block, as near to the budget as channels get it."""
+        costs, counts = [block.cost(group) for block, group in rows], [len(group) for _, group in rows]
+        left = (1 - p) * sum(map(operator.mul, costs, counts))
+        for own in filter(None, (heads, channels)):
+            every = sum(counts[i] for i in own)
+            total = round((1 - p) * every if own is heads else left / costs[own[0]])
+            kept = largest_remainder([counts[i] for i in own], min(every, max(len(own), total)))
+            for i, count in zip(own, kept, strict=True):
+                counts[i] = count
+            left -= sum(costs[i] * counts[i] for i in own)
+        return counts
+
+    def _mixes(self, rows: Rows, heads: list[int], p: float) -> list[list[int]]:
+        """What comes of a given number of heads, which data may take from any block, as they may the channels."""
+        channels = [i for i in range(len(rows)) if i not in set(heads)]
+        sizes, cases = [len(group) for _, group in rows], []
+        for order in (heads, heads[::-1]):
+            for even in (True, False):
+                counts = list(sizes)
+                self._take(counts, order, self._heads_to_remove(rows), even)
+                self._take(counts, channels, self._channels_to_remove(rows, counts, p), even)
+                cases.append(counts)
+        return cases
+
+    def _take(self, counts: list[int], own: list[int], remove: int, even: bool) -> None:
+        """Takes units of one kind: as many in each block under UL-MM, or in all together, evenly or from the first."""
+        if self.structure == "UL-MM":
+            _check_removal(remove, min((counts[i] for i in own), default=1), "in each block")
+            for i in own:
+                counts[i] -= remove
+            return
+        every = sum(counts[i] for i in own)
+        _check_removal(remove, every - len(own) + 1, "in all blocks")
+        if even and own:
+            kept = largest_remainder([counts[i] for i in own], every - remove)
+            for i, count in zip(own, kept, strict=True):
+                counts[i] = count
+            return
+        for i in own:
+            gone = min(counts[i] - 1, remove)
+            counts[i], remove = counts[i] - gone, remove - gone
+
     def _whole(self, blocks: list[Block]) -> int:
         """The parameters of which `sparsity` is a fraction."""
         if self.sparsity_of == "linears":
@@ -140,7 +240,7 @@ class FLAP(PruningMethod):
             costs = [block.cost(group) for block, group, _ in scores]
             return global_ranking([standardised(s) for *_, s in scores], costs, p)
         if self.structure == "UL-UM":
-            return [top_k(s.sum(1), len(s) - int(p * len(s) + 1e-9)) for *_, s in scores]
+            return [top_k(s.sum(1), len(s) - removed_alike(p, len(s))) for *_, s in scores]
         return self._mixed(scores, p)
 
     def _fitted(
@@ -151,9 +251,7 @@ class FLAP(PruningMethod):
         counts = self._counts(rows, [len(keep) for keep in chosen], p, asked)
         return [top_k(score.sum(1), count) for (*_, score), count in zip(scores, counts, strict=True)]
 
-    def _counts(
-        self, rows: list[tuple[Block, Group]], wanted: Sequence[float], p: float, asked: Constraint
-    ) -> list[int]:
+    def _counts(self, rows: Rows, wanted: Sequence[float], p: float, asked: Constraint) -> list[int]:
         """Units to keep in each group; a given number of heads is settled first, and channels give the rest."""
         each_block = self.structure.startswith("UL")
         kinds = {kind: [i for i, (_, g) in enumerate(rows) if g.kind == kind] for kind in ("attention", "ffn")}
@@ -169,7 +267,7 @@ class FLAP(PruningMethod):
             left -= sum(costs[i] * counts[i] for i in own)
         return [counts[i] for i in range(len(rows))]
 
-    def _rehearsed(self, rows: list[tuple[Block, Group]], p: float) -> list[float]:
+    def _rehearsed(self, rows: Rows, p: float) -> list[float]:
         """How many units each group would keep if all scores were alike."""
         wanted = [len(group) * (1 - p) for _, group in rows]
         if not self.structure.endswith("MM"):
@@ -180,19 +278,27 @@ class FLAP(PruningMethod):
 
     def _mixed(self, scores: list[tuple[Block, Group, Tensor]], p: float) -> list[Tensor]:
         """UL-MM and AL-MM: `remove_heads` heads go, and channels for the rest of the budget."""
+        rows = [(block, group) for block, group, _ in scores]
+        choose = _within_blocks if self.structure == "UL-MM" else _among_themselves
         heads = [row for row in scores if row[1].kind == "attention"]
         channels = [row for row in scores if row[1].kind == "ffn"]
-        target = p * sum(len(g) * b.cost(g) for b, g, _ in scores)
-        costs = [b.cost(g) for b, g, _ in channels]
-        if self.structure == "UL-MM":  # what is removed is removed once in each block
-            choose, remove, cost = _within_blocks, self.remove_heads // max(1, len(heads)), sum(costs)
-        else:
-            choose, remove, cost = _among_themselves, self.remove_heads, costs[0]
-        keep = choose(heads, remove)
-        left = target - sum((len(g) - len(k)) * b.cost(g) for (b, g, _), k in zip(heads, keep, strict=True))
-        keep += choose(channels, int(left / cost + 1e-9))
-        by_name = {g.name: k for (_, g, _), k in zip(heads + channels, keep, strict=True)}
-        return [by_name[group.name] for _, group, _ in scores]
+        kept = {g.name: k for (_, g, _), k in zip(heads, choose(heads, self._heads_to_remove(rows)), strict=True)}
+        counts = [len(kept[group.name]) if group.name in kept else len(group) for _, group in rows]
+        others = choose(channels, self._channels_to_remove(rows, counts, p))
+        kept |= {g.name: k for (_, g, _), k in zip(channels, others, strict=True)}
+        return [kept[group.name] for _, group in rows]
+
+    def _heads_to_remove(self, rows: Rows) -> int:
+        """In all blocks together; under UL-MM in each of them."""
+        blocks = sum(group.kind == "attention" for _, group in rows)
+        return self.remove_heads // max(1, blocks) if self.structure == "UL-MM" else self.remove_heads
+
+    def _channels_to_remove(self, rows: Rows, counts: Sequence[int], p: float) -> int:
+        """Likewise, for the rest of the budget, once of the heads so many are kept."""
+        costs = [block.cost(group) for block, group in rows]
+        left = sum(cost * (count - (1 - p) * len(g)) for cost, count, (_, g) in zip(costs, counts, rows, strict=True))
+        own = [cost for cost, (_, group) in zip(costs, rows, strict=True) if group.kind == "ffn"]
+        return int(left / (sum(own) if self.structure == "UL-MM" else own[0]) + 1e-9)
 
 
 def unit(asked: Constraint) -> Literal["kv_heads", "none"]:
@@ -276,14 +382,31 @@ def global_ranking(scores: list[Tensor], costs: list[int], p: float) -> list[Ten
     flat[best] = torch.inf
     order = flat.argsort(descending=True, stable=True)
     spent = cost[order].cumsum(0)
+    check_best(costs, [len(s) for s in scores], p)
     count = int((spent - (1 - p) * cost.sum()).abs().argmin()) + 1
-    if count < len(scores):
+    kept = torch.zeros(len(flat), dtype=torch.bool).index_fill_(0, order[:count], True)
+    return [kept[owner == i].nonzero().flatten() for i in range(len(scores))]
+
+
+def _room(costs: Sequence[int], allowed: Sequence[Sequence[int]], own: Sequence[int]) -> int:
+    """What some groups can give at most."""
+    return sum(costs[i] * (allowed[i][-1] - allowed[i][0]) for i in own)
+
+
+def check_best(costs: Sequence[int], sizes: Sequence[int], p: float) -> None:
+    """Raises ValueError if the best units of all groups are already more than what may stay."""
+    if len(costs) > 1 and sum(costs) - costs[-1] / 2 >= (1 - p) * sum(
+        cost * size for cost, size in zip(costs, sizes, strict=True)
+    ):
         raise ValueError(
             f"FLAP cannot remove {p:.1%} of what it prunes, as every block keeps its best head and its best channel: "
             "ask for a lower sparsity"
         )
-    kept = torch.zeros(len(flat), dtype=torch.bool).index_fill_(0, order[:count], True)
-    return [kept[owner == i].nonzero().flatten() for i in range(len(scores))]
+
+
+def removed_alike(p: float, size: int) -> int:
+    """Units that leave a group under UL-UM."""
+    return int(p * size + 1e-9)
 
 
 def _within_blocks(rows: list[tuple[Block, Group, Tensor]], remove: int) -> list[Tensor]:

@@ -31,6 +31,7 @@ from plprune import processes
 from plprune.allocation import check_near, check_sparsity, fit, importance, top_k
 from plprune.anatomy import Block, Group, blocks_of
 from plprune.calibration import Calibration, evaluating, finish, observe, record, run_block, stream
+from plprune.estimate import Work, block_flops, windows
 from plprune.evaluation import next_token_loss
 from plprune.journal import Filed, journal_of
 from plprune.methods.base import PruningMethod
@@ -54,6 +55,12 @@ class TwoSSP(PruningMethod):
         drop_attentions: Attention sub-blocks that the second stage drops; if not given, the paper's balance decides;
             0 leaves the second stage out.
         stage2_samples: Calibration windows that judge each candidate of the second stage.
+        target_parameters: How many parameters the whole model may have in the end, like 5.0B or 100M: `sparsity` is
+            then found by it, and what is given for it does not count.
+        target_memory: What its weights and the keys and values of `target_batch` sequences may take, like 8GiB or
+            500MB: likewise. Of two targets the stricter counts.
+        target_batch: Sequences for which `target_memory` has to do.
+        target_context: Tokens of each.
         serve_on: Where the result must load: llama.cpp, vllm, transformers. Its sizes are then such as can be served
             there, and its sparsity as near to the one asked for as that allows; what cannot be is refused.
         tensor_parallel: Devices that will share the result: widths and heads are divisible by their number.
@@ -102,6 +109,28 @@ class TwoSSP(PruningMethod):
         whole = sum(block.parameters() for block in blocks)
         check_near(self.sparsity, rows, self._widths(rows, fraction, asked), fraction, whole)
         return asked
+
+    def foresee(self, model: PreTrainedModel) -> list[dict[str, int]]:
+        asked, blocks = self.check(model), blocks_of(model)
+        drop, fraction = self._shares(blocks, spared=asked.first_attention)
+        rows = [(block, block.groups("none")[0]) for block in blocks]
+        widths = {group.name: n for (_, group), n in zip(rows, self._widths(rows, fraction, asked), strict=True)}
+        candidates = [b for b in blocks[int(asked.first_attention) :] if b.has_attention]
+        spread = [candidates[i * len(candidates) // drop] for i in range(drop)]
+        cases = [
+            widths | {block.groups()[0].name: 0 for block in gone} for gone in (spread, *_ends(model, candidates, drop))
+        ]
+        return [case for i, case in enumerate(cases) if case not in cases[:i]]
+
+    def work(self, model: PreTrainedModel, count: int, length: int) -> Work:
+        """The second stage: every candidate from its block on to the head, as often as an attention is dropped."""
+        blocks = blocks_of(model)
+        drop, _ = self._shares(blocks)
+        each = sum(block_flops(block, length) for block in blocks) / 2
+        head = model.get_output_embeddings()
+        each += 2 * cast(torch.nn.Linear, head).weight.numel() if head is not None else 0
+        trials = sum(max(0, sum(b.has_attention for b in blocks) - step) for step in range(drop))
+        return Work(trials * min(count, self.stage2_samples) * length * each)
 
     def _widths(self, rows: list[tuple[Block, Group]], fraction: float, asked: Constraint) -> list[int]:
         """FFN channels that each block keeps."""
@@ -293,6 +322,14 @@ class SecondStage:
             total += next_token_loss(logits, ids, "sum").double().item()
         loss = total / sum(ids[:, 1:].numel() for ids in self.windows)
         return loss if math.isfinite(loss) else math.inf
+
+
+def _ends(model: PreTrainedModel, candidates: list[Block], drop: int) -> list[list[Block]]:
+    """The attentions whose absence spares least and most: of the cache, and of the parameters."""
+    size = windows(model)
+    cached = sorted(candidates, key=lambda b: b.kv_heads * min(size[b.index], 1 << 40))
+    weighing = sorted(candidates, key=lambda b: b.parameters(b.family.attention))
+    return [end for ranked in (cached, weighing) for end in (ranked[:drop], ranked[len(ranked) - drop :])]
 
 
 def _forget(states: list[States]) -> None:

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from plprune import CFSP, FASP, FLAP, Calibration, PruningMethod, PruningPlan, TwoSSP, load_pruned, prune, save_pruned
 from plprune.allocation import top_k
 from plprune.anatomy import blocks_of
-from plprune.methods.base import text_fingerprint
 from plprune.surgery import Surgery, plan_of
 from tests.builders import tiny, windows
 
@@ -63,10 +62,10 @@ def test_the_origin_is_of_the_model_before_it_was_pruned() -> None:
 
 def test_the_fingerprint_of_a_text_is_of_its_windows_and_not_of_the_batches() -> None:
     ids = windows(6, 16)
-    prints = {text_fingerprint(Calibration(list(ids.split(size)))) for size in (1, 4, 6)}
+    prints = {Calibration(list(ids.split(size))).fingerprint for size in (1, 4, 6)}
     assert len(prints) == 1
-    assert text_fingerprint(Calibration([ids.view(12, 8)])) not in prints
-    assert text_fingerprint(Calibration([ids.flip(0)])) not in prints
+    assert Calibration([ids.view(12, 8)]).fingerprint not in prints
+    assert Calibration([ids.flip(0)]).fingerprint not in prints
 
 
 @pytest.mark.parametrize("method", [CFSP, FASP, FLAP, TwoSSP])
