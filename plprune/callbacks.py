@@ -9,28 +9,36 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+import os
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
+import yaml
+from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune import processes, surgery
+from plprune import processes, report, surgery
 from plprune.anatomy import on_device
 from plprune.atomic import check_free
 from plprune.calibration import Calibration
 from plprune.checkpoint import load_stage, rebuilt, save_pruned, save_stage
+from plprune.estimate import shown
 from plprune.evaluation import Measurement, as_dict, measure, table
 from plprune.lora import merged, merged_state
-from plprune.methods.base import PruningMethod, equalise, prune, text_fingerprint
+from plprune.methods.base import PruningMethod, equalise, prune
 from plprune.plan import FILE, PruningPlan, fingerprint
+from plprune.report.found import of_plan, of_process, title_of, versions
+from plprune.report.samples import PROMPTS, continued
 from plprune.strategies import shards, whole
 from plprune.surgery import plan_of
 
 log = logging.getLogger(__name__)
+PAUSE = 10.0  # seconds between two reports while training goes on
 
 
 class Prune(pl.Callback):
@@ -124,7 +132,7 @@ class Prune(pl.Callback):
 
     def _key(self, model: PreTrainedModel, batches: Calibration) -> str:
         name, settings = self._asked()
-        asked = [fingerprint(model.named_parameters()), text_fingerprint(batches), settings]
+        asked = [fingerprint(model.named_parameters()), batches.fingerprint, settings]
         return f"{name}-{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]}"
 
 
@@ -204,9 +212,144 @@ class Evaluate(pl.Callback):
         windows = cast(Any, data).held_out_windows()
         with contextlib.nullcontext() if sharded else merged(model):
             self.rows[name] = measure(model, windows, processes.world(), speed=not sharded)
-        if trainer.logger is not None:
-            values = as_dict({name: self.rows[name]})[name]
-            trainer.logger.log_metrics({f"{name}/{key}": value for key, value in values.items()})
+        values = as_dict({name: self.rows[name]})[name]
+        for logger in trainer.loggers:
+            logger.log_metrics({f"{name}/{key}": value for key, value in values.items()}, trainer.global_step)
+
+
+class Report(pl.Callback):
+    """Writes `report.html` and `report.json` from the start of a fit on, and again after each stage.
+
+    A run that is killed leaves a report of what there is. A report that cannot be written is a warning, and the run
+    goes on. What `Evaluate` measures is taken from it; list `Report` after it and before `Prune`.
+
+    Args:
+        output: Folder to write to, or an `.html` file; the trainer's `default_root_dir` if not given.
+        prompts: Texts that the dense, the pruned and the recovered model continue; three short ones if not given. None
+            is continued where weights are in shards, or where the module has no `tokenizer`.
+        attribute: Name of the module's attribute that holds the Hugging Face model.
+    """
+
+    def __init__(self, output: str | None = None, prompts: list[str] | None = None, attribute: str = "model") -> None:
+        self.output, self.attribute = output, attribute
+        self.prompts = list(PROMPTS) if prompts is None else prompts
+        self.record: dict[str, Any] = {}
+        self._last = 0.0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        model = model_of(pl_module, self.attribute)
+        if trainer.is_global_zero:
+            report.check_ours(report.page_of(self._place(trainer)))
+        self.record = {"version": report.VERSION, "kind": "run", "status": "running", "process": of_process()}
+        self.record |= self._asked(trainer, pl_module, model) | {"stages": {}, "loss": [], "generated": []}
+        if trainer.ckpt_path is None:  # else what an earlier run has written stays until the checkpoint is read
+            if plan_of(model) is None and trainer.is_global_zero:
+                with on_device(model, trainer.strategy.root_device):
+                    self._generate("dense", trainer, pl_module, sharded=False)
+            self._write(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        plan = plan_of(model_of(pl_module, self.attribute))
+        self.record |= {"status": "running", "process": of_process()}
+        self.record.pop("reason", None)
+        if plan is not None:
+            known = of_plan(plan)
+            known["versions"] = self.record["versions"] | known["versions"]
+            known["seeds"] = self.record["seeds"] | known["seeds"]
+            self.record |= known
+            self.record["title"] = title_of(self.record)
+        for block, rank in zip(self.record.get("blocks", []), getattr(pl_module, "ranks", []), strict=False):
+            block["rank"] = rank
+        if trainer.ckpt_path is None and plan is not None:
+            self._generate("pruned", trainer, pl_module, shards(trainer.strategy))
+        self._progress(trainer)
+        self._write(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step, known = trainer.global_step, self.record["loss"]
+        loss = trainer.callback_metrics.get("train_loss", outputs.get("loss") if isinstance(outputs, Mapping) else None)
+        every = getattr(trainer, "log_every_n_steps", 1) or 1
+        if loss is None or step % every or (known and known[-1][0] == step):
+            return
+        known.append([step, float(loss)])
+        self._progress(trainer)
+        if time.monotonic() - self._last > PAUSE:
+            self._write(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        sharded = shards(trainer.strategy)
+        if trainer.is_global_zero and not sharded:
+            with merged(model_of(pl_module, self.attribute)):
+                self._generate("recovered", trainer, pl_module, sharded)
+        self._progress(trainer)
+        self.record["status"] = "finished"
+        self._write(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write(trainer)  # with what callbacks that are listed later have found
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self.record:
+            reason = next(iter(str(exception).splitlines()), "")
+            name = type(exception).__name__
+            self.record |= {"status": "stopped", "reason": name if reason in ("", "75", "0") else f"{name}: {reason}"}
+            self._write(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return report.completed(self.record)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.record |= {name: value for name, value in state_dict.items() if name != "written"}
+
+    def _place(self, trainer: pl.Trainer) -> str:
+        return self.output or trainer.default_root_dir
+
+    def _asked(self, trainer: pl.Trainer, module: pl.LightningModule, model: PreTrainedModel) -> dict[str, Any]:
+        """What is known before anything is done."""
+        method = next((each.method for each in cast(Any, trainer).callbacks if isinstance(each, Prune)), None)
+        settings = dataclasses.asdict(cast(Any, method)) if method else {}
+        asked = {"method": type(method).__name__, "sparsity": settings.get("sparsity"), "settings": settings}
+        seeds = {"run": os.environ.get("PL_GLOBAL_SEED"), "data": getattr(trainer_data(trainer), "seed", None)}
+        known = {
+            "model": model.config.name_or_path,
+            "asked": asked if method else {},
+            "config": configuration(trainer, module),
+            "versions": versions("plprune", "torch", "transformers", "lightning", "peft"),
+            "seeds": {name: int(seed) for name, seed in seeds.items() if seed is not None},
+        }
+        return known | {"title": title_of(known)}
+
+    def _generate(self, name: str, trainer: pl.Trainer, module: pl.LightningModule, sharded: bool) -> None:
+        """Has the model continue the prompts."""
+        tokenizer = getattr(module, "tokenizer", None)
+        if sharded or tokenizer is None or not trainer.is_global_zero or not self.prompts:
+            return
+        texts = continued(model_of(module, self.attribute), tokenizer, self.prompts)
+        known = {each["prompt"]: each for each in self.record["generated"]}
+        self.record["generated"] = [
+            {**known.get(prompt, {"prompt": prompt}), name: text}
+            for prompt, text in zip(self.prompts, texts, strict=True)
+        ]
+
+    def _progress(self, trainer: pl.Trainer) -> None:
+        steps = trainer.estimated_stepping_batches
+        if steps != float("inf"):
+            self.record["progress"] = {"step": trainer.global_step, "steps": int(steps)}
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        for each in cast(Any, trainer).callbacks:
+            if isinstance(each, Evaluate):
+                self.record["stages"] |= as_dict(each.rows)
+        self._last = time.monotonic()
+        if trainer.is_global_zero:
+            try:
+                report.write(self.record, self._place(trainer), overwrite=True)
+            except OSError as error:
+                log.warning("no report: %s", error)
 
 
 def model_of(module: pl.LightningModule, attribute: str) -> PreTrainedModel:
@@ -237,6 +380,27 @@ def run_record(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any
     }
 
 
+def configuration(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+    """The settings of a run: what the command line was given, or what the module and the data say of themselves."""
+    for each in cast(Any, trainer).callbacks:
+        if isinstance(each, SaveConfigCallback):
+            return yaml.safe_load(each.parser.dump(each.config, skip_none=False))
+    own = {"model": module, "data": trainer_data(trainer)}
+    steps = {"max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs}
+    return {"trainer": steps} | {name: _settings(each) for name, each in own.items() if each is not None}
+
+
+def _settings(of: object) -> dict[str, Any]:
+    """The public attributes of an object that are plain values, or settings themselves."""
+    found = {}
+    for name, value in vars(of).items():
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = dataclasses.asdict(value)
+        if not name.startswith("_") and name != "training" and isinstance(value, str | int | float | dict):
+            found[name] = value
+    return found
+
+
 def trainer_data(trainer: pl.Trainer) -> Any:
     """The data module of a run, if it has one."""
     return getattr(trainer, "datamodule", None)
@@ -248,7 +412,16 @@ def summary(plan: PruningPlan) -> str:
     Example:
         FLAP removed 25.0% of the blocks' parameters (25.0% asked), 19.7% of the model's
     """
-    return (
-        f"{plan.method} removed {plan.reached:.1%} of the blocks' parameters ({plan.sparsity:.1%} asked), "
-        f"{plan.reached_of_model:.1%} of the model's"
-    )
+    targets = plan.origin.get("targets", {})
+    parts = [
+        f"{plan.method} removed {plan.reached:.1%} of the blocks' parameters ({plan.sparsity:.1%} "
+        f"{'for the target' if targets else 'asked'}), {plan.reached_of_model:.1%} of the model's"
+    ]
+    for name, found in targets.items():
+        left = shown(found["reached"], "B" if name == "memory" else "")
+        what = "parameters"
+        if name == "memory":
+            batch, context = (plan.settings[f"target_{key}"] for key in ("batch", "context"))
+            what = f"for weights and cache of {batch} x {context} tokens"
+        parts.append(f"{left} {what} ({plan.settings[f'target_{name}']} asked)")
+    return "; ".join(parts)
