@@ -259,14 +259,14 @@ def newest(folder: str | os.PathLike[str]) -> Path | None:
 
 def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
     """All checkpoints of a folder by their step, damaged ones too."""
-    return sorted(Path(folder).glob(PATTERN), key=_step)
+    return sorted(Path(folder).glob(PATTERN), key=step_of)
 
 
 def set_aside(folder: str | os.PathLike[str], step: int = 0) -> None:
     """Moves checkpoints of later steps out of the way, as a run begins at `step` that they do not belong to."""
     folder = Path(folder)
     (folder / FINISHED).unlink(missing_ok=True)
-    later = [path for path in checkpoints(folder) if _step(path) > step]
+    later = [path for path in checkpoints(folder) if step_of(path) > step]
     if later:
         shutil.rmtree(folder / OLD, ignore_errors=True)
         (folder / OLD).mkdir()
@@ -293,7 +293,8 @@ def _end(trainer: pl.Trainer) -> dict[str, int]:
     return {"max_steps": trainer.max_steps, "max_epochs": without if trainer.max_epochs is None else trainer.max_epochs}
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step after which a checkpoint was written, by its name; -1 if that is none of ours."""
     digits = path.name[len("step=") : -len(".ckpt")]
     return int(digits) if digits.isdecimal() else -1
 

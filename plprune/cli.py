@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+import time
 import warnings
 from argparse import ArgumentError
 from pathlib import Path
@@ -22,12 +23,12 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import plprune
-from plprune import callbacks, checkpointing
+from plprune import callbacks, checkpointing, live, report
 from plprune.atomic import clear
 from plprune.checkpoint import load_skeleton
 from plprune.commands import COMMANDS
 from plprune.data import RecoveryData
-from plprune.methods import PruningMethod
+from plprune.methods import PruningMethod, preflight
 from plprune.recovery import Recovery
 from plprune.watch import Watch
 
@@ -41,8 +42,9 @@ RESUME = (
     "start if there is none. A run that gets SIGTERM, or has used up its max_hours, saves and ends with exit code "
     f"{checkpointing.AGAIN}: start it again with --resume."
 )
-CLASSES = [*PruningMethod.__subclasses__(), callbacks.Prune, callbacks.Evaluate, callbacks.Export]
+CLASSES = [*PruningMethod.__subclasses__(), callbacks.Prune, callbacks.Evaluate, callbacks.Report, callbacks.Export]
 CLASSES += [checkpointing.Checkpoint]
+LIGHTNING = ("lightning", "lightning.pytorch", "lightning.fabric")  # loggers, each with a handler of its own
 METHODS = "known methods: " + ", ".join(method.__name__ for method in PruningMethod.__subclasses__())
 REWORDED = {  # what jsonargparse says, and what of it helps
     r"(?s)Does not validate .*?Errors:\s*- (Problem with given class_path.*?)\n\s*- .*": r"\1",
@@ -54,6 +56,8 @@ REWORDED = {  # what jsonargparse says, and what of it helps
     r"Expected a (?:typing\.Literal\[(.*?)\]|<class '(\w+)'>)": r"expected \1\2",
 }
 FAULTS = {  # what Lightning and jsonargparse say of a machine, and what helps
+    r"(?s)Does not validate .*class_path '[\w.]*?(\w+)':\s+Requirement '([\w-]+)[^']*' not met.*": r"\1 needs \2, "
+    r"which is not installed: pip install \2",
     "No supported gpu backend found!": "there is no GPU here: give --trainer.accelerator cpu, or use another machine",
     r"(?s)Does not validate .*(the strategy DeepSpeed needs .*?)\s+Given value type.*": r"\1",
 }
@@ -63,6 +67,7 @@ class CLI(LightningCLI):
     """LightningCLI over Recovery and RecoveryData."""
 
     def __init__(self, args: list[str] | None) -> None:
+        self._since = time.monotonic()
         super().__init__(
             Recovery,
             RecoveryData,
@@ -94,15 +99,18 @@ class CLI(LightningCLI):
                 return
             if resume and (path := checkpointing.resume_from(trainer)):
                 kwargs["ckpt_path"] = str(path)
+                self._log(trainer, checkpointing.step_of(path))
                 if not checkpointing.is_finished(trainer):
                     for export in self._exports():  # what is there is this run's own, as it was free at the start
                         export.overwrite = True
             elif not kwargs["ckpt_path"]:
                 checkpointing.begin_anew(trainer)
             trainer.fit(**kwargs)
+        if trainer.is_global_zero:
+            print(live.summary(trainer, self._outputs(), time.monotonic() - self._since))
 
     def before_instantiate_classes(self) -> None:
-        """Refuses a pruning whose result could not be served, before the model is loaded."""
+        """Refuses a pruning whose result could not be served, or would miss its targets, before the model is loaded."""
         config = self.config[cast(str, self.subcommand)]
         for each in config.trainer.callbacks or []:
             if each.class_path.endswith("Prune"):
@@ -110,8 +118,7 @@ class CLI(LightningCLI):
                 parser.add_argument("--method", type=PruningMethod)
                 given = parser.parse_object({"method": each.init_args.method.as_dict()})
                 method: PruningMethod = cast(Any, parser.instantiate_classes(given)).method
-                if method.serve_on or method.tensor_parallel > 1:
-                    method.check(load_skeleton(config.model.name_or_path))
+                preflight(method, lambda: load_skeleton(config.model.name_or_path, config.model.dtype))
 
     def _tidy(self) -> None:
         """Removes what killed runs have left half-written."""
@@ -130,13 +137,29 @@ class CLI(LightningCLI):
             print(f"this run is finished{''.join(f'; its model is in {output}' for output in outputs)}")
         return done
 
+    def _outputs(self) -> dict[str, list[str]]:
+        """What a fit leaves behind, and where."""
+        root, own = self.trainer.default_root_dir, cast(Any, self.trainer).callbacks
+        pages = [report.page_of(each.output or root) for each in own if isinstance(each, callbacks.Report)]
+        return {"model": [each.output for each in self._exports()], "report": [str(page) for page in pages]}
+
     def _exports(self) -> list[callbacks.Export]:
         return [each for each in cast(Any, self.trainer).callbacks if isinstance(each, callbacks.Export)]
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        given = self._get(self.config_init, "trainer")
+        if not given["barebones"]:
+            kwargs |= live.shown(given, str(self.subcommand))
         trainer = super().instantiate_trainer(**kwargs)
-        cast(Any, trainer).callbacks.insert(0, Watch())
+        cast(Any, trainer).callbacks[:0] = [Watch(), live.BarsFirst()]
+        self._log(trainer)
         return trainer
+
+    def _log(self, trainer: pl.Trainer, step: int | None = None) -> None:
+        """Gives a trainer our loggers, unless its user has chosen; after `step` steps those of the run that goes on."""
+        given = self._get(self.config_init, "trainer")
+        if given["logger"] is None and not given["fast_dev_run"] and not given["barebones"]:
+            trainer.loggers = live.loggers(trainer.default_root_dir, str(self.subcommand), step)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parser.parse_args(cast(Any, args))  # LightningCLI's own warns of args beside sys.argv
@@ -162,6 +185,7 @@ def command_parser(name: str) -> LightningArgumentParser:
 def main(args: list[str] | None = None) -> None:
     """Runs a command, and turns what goes wrong into one line."""
     _quieten()
+    sys.path.append(os.getcwd())  # last, and for a method of one's own, as `python -m plprune` has it
     given = (sys.argv[1:] if args is None else args) or ["--help"]
     try:
         _run(given, args)
@@ -231,7 +255,7 @@ def _run(given: list[str], args: list[str] | None) -> None:
 
 def _overview() -> str:
     commands = STAGES | {name: _short(command) for name, command in COMMANDS.items()}
-    listed = "\n".join(f"  {name:<10}{text}" for name, text in commands.items())
+    listed = "\n".join(f"  {name:<13}{text}" for name, text in commands.items())
     return (
         f"usage: plprune COMMAND [options]\n\n{_short(plprune)}\n\ncommands:\n{listed}\n\n"
         "`plprune COMMAND --help` lists the options of a command, `plprune --version` prints the version."
@@ -240,10 +264,12 @@ def _overview() -> str:
 
 def _quieten() -> None:
     """Leaves our own lines, and of others' those that a user can act on."""
-    logging.basicConfig(format="%(message)s")
+    logging.basicConfig(format="%(message)s", stream=live.Stderr())
     logging.getLogger("plprune").setLevel(logging.WARNING if rank_zero_only.rank else logging.INFO)
-    for handler in logging.getLogger("lightning.pytorch").handlers:
+    for handler in [each for name in LIGHTNING for each in logging.getLogger(name).handlers]:
         handler.addFilter(lambda record: not re.search("Tip:|Detected KeyboardInterrupt", record.getMessage()))
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(live.Stderr())
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed guesses, and says so
     warnings.filterwarnings("ignore", ".*(LeafSpec|does not have many workers|dataloader is not resumable).*")

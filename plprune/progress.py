@@ -1,17 +1,24 @@
-"""How far a long loop has come, and when it will end."""
+"""How far a long loop has come, and when it will end.
 
-import io
+All bars of a process share one live display: two that each move the cursor would draw over one another. Where someone
+else's is on, Lightning's while it trains for example, they are drawn below it.
+"""
+
+import atexit
 import logging
 import sys
-from typing import Any
+import time
+from typing import ClassVar
 
-from tqdm import tqdm
+from rich import get_console, progress
+from rich.console import Console
+from typing_extensions import Self
 
 log = logging.getLogger(__name__)
 
 
-class Progress(tqdm):
-    """A bar on a terminal; elsewhere, a line in the log every half a minute.
+class Progress:
+    """A bar on a terminal; elsewhere, a line in the log every half a minute. Bars may be nested.
 
     Args:
         total: Steps of the whole loop.
@@ -22,20 +29,91 @@ class Progress(tqdm):
     """
 
     seconds = 30.0  # between two lines
+    _display: ClassVar[progress.Progress | None] = None  # there is one while a bar is open
+    _open: ClassVar[list["Progress"]] = []
 
     def __init__(self, total: int, title: str, unit: str, done: int = 0, quiet: bool = False) -> None:
-        self.terminal = sys.stderr.isatty()
-        plain: dict[str, Any] = {
-            "file": io.StringIO(),
-            "mininterval": self.seconds,
-            "bar_format": "{desc}: {n_fmt} of {total_fmt} {unit}s, {remaining} left",
-        }
-        where = {} if self.terminal else plain
-        super().__init__(total=total, initial=done, desc=title, unit=unit, disable=quiet, **where)
+        self.total, self.title, self.unit, self.n, self.quiet = total, title, unit, done, quiet
+        self._first, self._start = done, time.monotonic()
+        self._said = self._start
+        self._task: progress.TaskID | None = None
+        if not quiet and sys.stderr.isatty():
+            self._task = self._shown().add_task(title, total=total, completed=done, unit=f"{unit}s")
+            Progress._open.append(self)
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Shows the state: the bar's own drawing on a terminal, a line in the log otherwise."""
-        if self.terminal:
-            super().display(msg, pos)
-        elif self.initial < self.n < (self.total or 0):
-            log.info("%s", str(self))  # as it is now, whenever it is formatted
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def update(self, steps: int = 1) -> None:
+        """Takes steps."""
+        self.n += steps
+        if self._task is not None:
+            self._shown().update(self._task, completed=self.n)
+        elif not self.quiet and self._first < self.n < self.total:
+            self._say()
+
+    def close(self) -> None:
+        """Ends the bar: an inner one goes, and the last one stays on the terminal as it is."""
+        if self._task is None:
+            return
+        Progress._open.remove(self)
+        if Progress._open:
+            self._shown().remove_task(self._task)
+        else:
+            _stop()
+        self._task = None
+
+    def _say(self) -> None:
+        now = time.monotonic()
+        if now - self._said >= self.seconds:
+            self._said = now
+            left = (now - self._start) / (self.n - self._first) * (self.total - self.n)
+            log.info("%s: %d of %d %ss, %s left", self.title, self.n, self.total, self.unit, duration(left))
+
+    @staticmethod
+    def _shown() -> progress.Progress:
+        """The display, which is made for the first bar."""
+        if Progress._display is None:
+            Progress._display = _new_display()
+            Progress._display.start()
+        return Progress._display
+
+
+def duration(seconds: float) -> str:
+    """A time as people write it.
+
+    Example:
+        >>> duration(75), duration(3675)
+        ('01:15', '1:01:15')
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
+
+
+def _new_display() -> progress.Progress:
+    shared = get_console()
+    someone = bool(getattr(shared, "_live_stack", None))  # a display in another nests only in the same console
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[unit]}"),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("<"),
+        progress.TimeRemainingColumn(),
+        console=shared if someone else Console(stderr=True),
+        speed_estimate_period=3600,  # a step may take minutes
+        refresh_per_second=4,
+    )
+
+
+@atexit.register
+def _stop() -> None:
+    """Ends the display, or the terminal would be left without a cursor."""
+    if Progress._display is not None:
+        Progress._display.stop()
+        Progress._display = None

@@ -9,7 +9,9 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.text import Perplexity
@@ -17,6 +19,7 @@ from typing_extensions import Self
 
 from plprune import lora as adapters
 from plprune import processes
+from plprune.anatomy import blocks_of
 from plprune.checkpoint import Dtype, load_model, load_skeleton, load_tokenizer
 from plprune.evaluation import next_token_loss
 from plprune.lora import LoRA
@@ -119,11 +122,22 @@ class Recovery(pl.LightningModule):
     def on_train_start(self) -> None:
         self._agree_on(self.trainer.num_training_batches)
         self._restore_random_state()
+        self._log_ranks()
+        self._by_block = [[p for p in b.module.parameters() if p.requires_grad] for b in blocks_of(self.model)]
         self._tokens, self._since = 0, time.perf_counter()
         self._first = self.trainer.global_step, self._since
         steps = int(self.trainer.estimated_stepping_batches)
         quiet = sys.stderr.isatty() or not self.trainer.is_global_zero  # on a terminal there is Lightning's bar
         self._progress = Progress(steps, "training", "step", self.trainer.global_step, quiet)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Logs how large the gradients are: all processes' and all accumulated batches', before they are clipped."""
+        due = self.trainer._logger_connector.should_update_logs and self.trainer.loggers
+        if not due or isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            return
+        norms = gradient_norms(self._by_block).cpu()  # once, where each value would be fetched by itself
+        names = [f"grad_norm/block_{i:02}" for i in range(len(norms))]
+        self.log_dict(dict(zip(names, norms.unbind(), strict=True)) | {"grad_norm/total": norms.norm()})
 
     def on_train_end(self) -> None:
         self._progress.close()
@@ -200,6 +214,15 @@ class Recovery(pl.LightningModule):
         self.ranks = adapters.inject(self.model, self.lora, plan)
         log.info("LoRA ranks by %s: %s", self.lora.by if plan else "nothing, as there is no plan", self.ranks)
 
+    def _log_ranks(self) -> None:
+        ranks = {f"rank/block_{i:02}": rank for i, rank in enumerate(self.ranks)}
+        for logger in self.trainer.loggers:
+            logger.log_hyperparams(ranks)
+            if not self.trainer.ckpt_path:
+                logger.log_metrics(cast(dict[str, float], ranks), step=0)
+        if self.trainer.loggers and isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            log.info("gradient norms are not logged, as DeepSpeed keeps the gradients to itself")
+
     def _judge(self, batch: dict[str, Tensor], name: str) -> None:
         self.val_perplexity(self(batch["input_ids"])[:, :-1].float(), batch["labels"][:, 1:])
         self.log(name, self.val_perplexity, prog_bar=True, batch_size=len(batch["labels"]))
@@ -230,6 +253,23 @@ class Recovery(pl.LightningModule):
             torch.set_rng_state(states["cpu"][rank].clone())  # a row as it is would have torch read elsewhere
             if "cuda" in states and self.device.type == "cuda":
                 torch.cuda.set_rng_state(states["cuda"][rank].clone(), self.device)
+
+
+def gradient_norms(parameters: list[list[nn.Parameter]]) -> Tensor:  # [groups]
+    """The norm of the gradients of each group of parameters, which may be in shards of FSDP2.
+
+    Example:
+        >>> weight = nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> gradient_norms([[weight], []])
+        tensor([5., 0.])
+    """
+    grads = [[p.grad for p in group if p.grad is not None] for group in parameters]
+    sharded = any(isinstance(grad, DTensor) for group in grads for grad in group)
+    local = [[grad.to_local() if isinstance(grad, DTensor) else grad for grad in group] for group in grads]
+    place = next(p.device for group in parameters for p in group)
+    squares = torch.stack([get_total_norm(group).to(place) for group in local]).square()
+    return (processes.total(squares, processes.world()) if sharded else squares).sqrt()
 
 
 def warmup_cosine(step: int, steps: int, warmup: float) -> float:

@@ -1,5 +1,8 @@
+import csv
+import importlib.util
 import inspect
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -7,16 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import plprune
 from plprune import CFSP, FLAP, load_pruned
 from plprune.callbacks import summary
 from plprune.checkpoint import load_model
+from plprune.checkpointing import Checkpoint
 from plprune.cli import COMMANDS, STAGES, explained, main
 from plprune.plan import PruningPlan
 from plprune.text import draw, tokenised
 from tests.builders import save_tiny, tokenizer
 from tests.ranks import free_port
+from tests.runs import on_terminal
+from tests.test_progress import lines_on_screen
 
 FIT = """
 trainer:
@@ -89,11 +97,12 @@ def test_every_option_says_what_it_is_and_its_default(capsys: pytest.CaptureFixt
             assert len(text.partition(f" {option.name} ")[2].split()) > 1
             continue
         about = text.rpartition(f" --{option.name} ")[2]  # the usage names it before
-        meaning, _, rest = about.partition("(")
+        others = "|".join(set(inspect.signature(COMMANDS[name]).parameters) - {option.name})
+        meaning, facts = about.partition("(")[0], re.split(rf" --({others})\b", about)[0]
         assert len(meaning.split()) > 1
         default = {None: "null"}.get(option.default, option.default)
         required = option.default is inspect.Parameter.empty
-        assert ("required" if required else f"default: {default})") in rest[: rest.index(")") + 1]
+        assert ("(required, " if required else f"default: {default})") in facts
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -145,11 +154,11 @@ def test_evaluate_measures_dense_and_pruned_models(here: Path, capsys: pytest.Ca
     main([*PRUNE, "--method=CFSP"])
     parameters = []
     for model in ("model", "out"):
-        args = ["--text=text.txt", "--seq_len=16", "--max_windows=5", f"--device={device}"]
-        head, row, foot = printed(capsys, "evaluate", model, *args).splitlines()
-        assert head.split()[:2] == ["model", "perplexity"]
-        parameters.append(int(row.split()[3].replace(",", "")))
-        assert foot.startswith("perplexity over 5 windows of 16 tokens of text.txt")
+        args = ["--text=text.txt", "--seq_len=16", "--max_windows=5", f"--device={device}", "--dense=none"]
+        *_, head, row, foot = printed(capsys, "evaluate", model, *args).splitlines()
+        assert head.split()[:3] == ["model", "perplexity", "bits/byte"]
+        parameters.append(int(row.split()[4].replace(",", "")))
+        assert foot.startswith("text.txt: 5 windows of 16 tokens, no overlap, no BOS; 75 tokens counted")
     assert parameters[0] > parameters[1]
 
 
@@ -227,6 +236,93 @@ def test_resuming_needs_checkpoints(here: Path, capsys: pytest.CaptureFixture[st
 def test_the_help_says_what_resuming_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert "exit code 75: start it again with --resume" in " ".join(printed(capsys, "fit", "--help").split())
     assert "--resume" not in printed(capsys, "validate", "--help")
+
+
+# ---- what a person sees of it
+
+
+LOGGED = RESUMABLE.replace("  logger: false\n", "").replace("max_steps: 2", "max_steps: 8\n  log_every_n_steps: 1")
+LOGGED = LOGGED.replace("plprune.Checkpoint\n", "plprune.Checkpoint\n      init_args: {every_n_train_steps: 3}\n")
+LOGS = Path("lightning_logs/fit")
+
+
+def rows(version: int) -> list[dict[str, str]]:
+    with open(LOGS / f"version_{version}" / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def by_step(version: int, name: str) -> dict[int, float]:
+    """A metric of a version, which was logged once a step."""
+    logged = [(int(row["step"]), float(row[name])) for row in rows(version) if row.get(name)]
+    assert len(dict(logged)) == len(logged)
+    return dict(logged)
+
+
+def test_a_fit_logs_to_tensorboard_and_csv_and_says_where(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "fit.yaml").write_text(LOGGED)
+    out = printed(capsys, "fit", "--config=fit.yaml")
+    said = dict(line.split(maxsplit=1) for line in out.splitlines()[-3:])
+    assert said["model"] == "out"
+    assert Path(said["logs"]) == here / LOGS / "version_0"
+    assert set(by_step(0, "train_loss")) == set(by_step(0, "grad_norm/total")) == set(range(8))
+    ranks = {f"rank/block_{i:02}" for i in range(3)}
+    assert set(yaml.safe_load((LOGS / "version_0" / "hparams.yaml").read_text())) == ranks
+    assert [row["step"] for row in rows(0) if row["rank/block_00"]] == ["0"]
+    board = EventAccumulator(str(LOGS / "version_0")).Reload()
+    assert {"train_loss", "grad_norm/block_02", *ranks} <= set(board.Tags()["scalars"])
+
+
+def test_without_loggers_there_are_no_logs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "logs" not in printed(capsys, "fit", "--config=fit.yaml").splitlines()[-2]
+    assert not Path("lightning_logs").exists()
+
+
+def test_resuming_goes_on_in_the_same_logs(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    (here / "fit.yaml").write_text(LOGGED)
+    own = Checkpoint.on_train_batch_end
+
+    def stop(self, trainer, *args) -> None:
+        own(self, trainer, *args)
+        if trainer.global_step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "on_train_batch_end", stop)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config=fit.yaml"])
+    monkeypatch.setattr(Checkpoint, "on_train_batch_end", own)
+    assert max(by_step(0, "train_loss")) >= 3
+    printed(capsys, "fit", "--config=fit.yaml", "--resume")
+    shutil.move("out", "first")
+    printed(capsys, "fit", "--config=fit.yaml")
+    for name in ("train_loss", "grad_norm/total"):
+        assert by_step(0, name) == by_step(1, name)
+        assert set(by_step(0, name)) == set(range(8))
+    board = EventAccumulator(str(LOGS / "version_0")).Reload()
+    assert [event.step for event in board.Scalars("train_loss")] == list(range(8))
+    assert not (LOGS / "version_2").exists()
+
+
+@pytest.mark.parametrize(("logger", "package"), [("WandbLogger", "wandb"), ("MLFlowLogger", "mlflow")])
+def test_a_logger_whose_package_is_missing_says_so(
+    here: Path, capsys: pytest.CaptureFixture[str], logger: str, package: str
+) -> None:
+    if importlib.util.find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config=fit.yaml", f"--trainer.logger={logger}"])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"plprune: error: {logger} needs {package}, which is not installed: pip install {package}"
+
+
+def test_a_terminal_shows_one_bar_at_a_time_and_then_the_results(here: Path) -> None:
+    (here / "fit.yaml").write_text(FIT.replace("  enable_progress_bar: false\n", ""))
+    text = on_terminal(here, ["fit", "--config=fit.yaml"])
+    lines = lines_on_screen(text)
+    first = [line.split()[0] for line in lines]
+    assert [first.count(word) for word in ("epoch", "dense", "pruned", "recovered", "model")] == [1, 1, 1, 1, 2]
+    assert first.index("epoch") < first.index("recovered") < len(first) - 2
+    assert sum("CFSP removed" in line for line in lines) == 1  # the log is above the bars, and none is drawn over it
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") > 1  # every display has ended
 
 
 def test_the_command_line_is_taken_from_the_process(

@@ -1,23 +1,30 @@
 """Prune, LoRA and training together, through the real Trainer."""
 
 import copy
+import csv
 import logging
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from plprune import CFSP, FLAP, Evaluate, Export, LoRA, Prune, Recovery, RecoveryData, load_pruned, perplexity
+from plprune.anatomy import blocks_of
+from plprune.evaluation import next_token_loss
 from plprune.lora import adapters
 from plprune.plan import PruningPlan
+from plprune.recovery import gradient_norms
 from plprune.surgery import plan_of
 from tests.builders import METHODS, method, save_tiny, tiny, windows
+from tests.runs import Run, make_source, new_folder
 
 STEPS = 9
 
@@ -284,3 +291,101 @@ def test_a_resumed_run_remembers_what_was_measured(folder: str, text: str, tmp_p
     assert list(again.rows) == ["dense", "pruned", "recovered"]
     assert again.rows["pruned"] == first.rows["pruned"]
     assert again.rows["recovered"] != first.rows["recovered"]
+
+
+# ---- what is logged
+
+
+class Batches(pl.Callback):
+    """Keeps what a model is trained on, and what it was before."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.model, self.seen = copy.deepcopy(cast(Recovery, pl_module).model), []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any) -> None:
+        self.seen.append(batch)
+
+
+def logged(root: Path, name: str) -> dict[int, float]:
+    with open(root / "metrics.csv", newline="") as file:
+        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
+
+
+def test_the_norms_are_of_all_accumulated_gradients_before_clipping(folder: str, text: str, tmp_path: Path) -> None:
+    batches = Batches()
+    logger = CSVLogger(tmp_path, "", "")
+    settings: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 1e-3, "log_every_n_steps": 1}
+    trainer(tmp_path, Prune(CFSP(0.3)), batches, steps=1, logger=logger, **settings).fit(
+        recovery(folder), datamodule=data(text)
+    )
+    for batch in batches.seen:
+        (next_token_loss(batches.model(input_ids=batch["input_ids"]).logits, batch["labels"]) / 2).backward()
+    blocks = [[p.grad for p in block.module.parameters() if p.grad is not None] for block in blocks_of(batches.model)]
+    assert len(batches.seen) == 2
+    for i, grads in enumerate(blocks):
+        expected = torch.cat([grad.flatten() for grad in grads]).norm().item()
+        assert logged(tmp_path, f"grad_norm/block_{i:02}") == {0: pytest.approx(expected, rel=1e-5)}
+    expected = torch.cat([grad.flatten() for grads in blocks for grad in grads]).norm().item()
+    assert logged(tmp_path, "grad_norm/total") == {0: pytest.approx(expected, rel=1e-5)}
+
+
+def test_norms_are_computed_when_they_are_logged_only(folder: str, text: str, tmp_path: Path, monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr("plprune.recovery.gradient_norms", lambda p: calls.append(p) or torch.ones(3))
+    for logger, every, count in ((CSVLogger(tmp_path, "", ""), 4, 2), (False, 1, 0)):
+        calls.clear()
+        trainer(tmp_path, logger=logger, log_every_n_steps=every).fit(recovery(folder), datamodule=data(text))
+        assert len(calls) == count
+    assert set(logged(tmp_path, "grad_norm/total")) == {3, 7}
+
+
+def test_a_block_without_adapters_has_no_gradient() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    assert gradient_norms([[], [weight], [nn.Parameter(torch.ones(1))]]).tolist() == [0.0, 5.0, 0.0]
+
+
+def test_ranks_are_logged_once(folder: str, text: str, tmp_path: Path) -> None:
+    module = recovery(folder, lora=LoRA(rank=8))
+    logger = CSVLogger(tmp_path, "", "")
+    run = trainer(tmp_path, Prune(CFSP(0.3, a=3)), steps=2, logger=logger)
+    run.fit(module, datamodule=data(text))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    ranks = {f"rank/block_{i:02}": rank for i, rank in enumerate(module.ranks)}
+    assert yaml.safe_load((tmp_path / "hparams.yaml").read_text()) == ranks
+    for name, rank in ranks.items():
+        assert logged(tmp_path, name) == {0: rank}
+    again = CSVLogger(tmp_path / "again", "", "")
+    trainer(tmp_path, Prune(CFSP(0.3, a=3)), steps=3, logger=again, log_every_n_steps=1).fit(
+        recovery(folder, lora=LoRA(rank=8)), datamodule=data(text), ckpt_path=tmp_path / "a.ckpt"
+    )
+    assert yaml.safe_load((tmp_path / "again" / "hparams.yaml").read_text()) == ranks
+    assert logged(tmp_path / "again", "rank/block_00") == {}
+
+
+STRATEGIES = {
+    "ddp": (),
+    "FSDP2": ("--trainer.strategy=plprune.strategies.FSDP2", "--trainer.strategy.process_group_backend=gloo"),
+    "DeepSpeed": ("--trainer.strategy=plprune.strategies.CPUDeepSpeed", "--trainer.strategy.stage=2"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_several_processes_log_the_norms_of_one(tmp_path: Path, name: str) -> None:
+    source = make_source(tmp_path)
+    logs = ("--trainer.logger=null", "--trainer.log_every_n_steps=1", "--trainer.max_steps=4")
+    norms = []
+    for ranks in (1, 2):
+        folder = new_folder(source, tmp_path / str(ranks), dropout=0.0)
+        strategy = STRATEGIES[name] if ranks > 1 else ()
+        run = Run(folder, *logs, f"--data.batch_size={8 // ranks}", ranks=ranks, strategy=strategy)
+        assert run.finish() == [0] * ranks, run.output()
+        norms.append(logged(folder / "lightning_logs" / "fit" / "version_0", "grad_norm/total"))
+    assert set(norms[0]) == set(range(4))
+    if name == "DeepSpeed":
+        assert norms[1] == {}
+        assert run.output().count("gradient norms are not logged") == 1
+    else:
+        assert norms[1] == pytest.approx(norms[0], rel=1e-4)
