@@ -16,7 +16,7 @@ a plain library: `prune(model, method, batches)` is all of it.
 from transformers import AutoConfig
 
 from plprune.calibration import Calibration
-from plprune.callbacks import Evaluate, Export, Prune
+from plprune.callbacks import Evaluate, Export, Prune, Report
 from plprune.checkpoint import load_pruned, save_pruned
 from plprune.checkpointing import Checkpoint
 from plprune.data import RecoveryData
@@ -45,6 +45,7 @@ __all__ = [
     "PruningPlan",
     "Recovery",
     "RecoveryData",
+    "Report",
     "TwoSSP",
     "load_pruned",
     "perplexity",

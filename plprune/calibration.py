@@ -6,8 +6,10 @@ is recorded, and the blocks are then called with just that. One block at a time 
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -17,6 +19,7 @@ from transformers import PreTrainedModel
 from plprune import processes
 from plprune.anatomy import Block, Group, blocks_of
 from plprune.journal import Filed, Past, Walk, journal_of, restore
+from plprune.plan import fingerprint
 from plprune.progress import Progress
 from plprune.stats import BlockInfluence, Statistic
 from plprune.surgery import replay
@@ -34,12 +37,14 @@ class Calibration:
         offload: Where hidden states wait: in the CPU's memory, on disk (only if the model streams from there), or on
             `device` if not given.
         group: Processes that share the work, each with the whole text and the whole model; None if there is only one.
+        known: What was observed before, by `plprune.survey`; of the same text and model, or it is not used.
     """
 
     batches: list[Tensor]
     device: torch.device | None = None
     offload: Literal["cpu", "disk"] | None = None
     group: processes.Group = None
+    known: "Observations | None" = None
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.batches)
@@ -71,8 +76,46 @@ class Calibration:
         alike = [list(run) for _, run in itertools.groupby(mine, lambda ids: ids.shape[1])]
         return [torch.cat(run[i : i + size]) for run in alike for i in range(0, len(run), size)]
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the windows, whatever the size of the batches."""
+        ids, lengths = [ids.flatten() for ids in self], [ids.shape[1] for ids in self for _ in ids]
+        return fingerprint([("ids", torch.cat(ids).cpu()), ("lengths", torch.tensor(lengths))], values=1 << 30)
+
     def _windows(self) -> list[Tensor]:  # [1, s] each
         return [ids[i : i + 1] for ids in self.batches for i in range(len(ids))]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What was observed of one block.
+
+    Args:
+        influence: How far it moves its hidden states.
+        statistics: By the path of the consumer, and the name of the statistic's class.
+    """
+
+    influence: BlockInfluence
+    statistics: dict[str, dict[str, Statistic]]
+
+
+@dataclass(frozen=True)
+class Observations:
+    """What was observed of a model on a text: any number of prunings can be decided by it, and need no forward pass.
+
+    Args:
+        weights: Fingerprint of the model.
+        text: Fingerprint of the text.
+        blocks: What was observed of each block.
+    """
+
+    weights: str
+    text: str
+    blocks: list[Observed]
+
+    def are_of(self, model: PreTrainedModel, calibration: Calibration) -> bool:
+        """Whether they were made of this model as it is, and of this text."""
+        return self.text == calibration.fingerprint and self.weights == fingerprint(model.named_parameters())
 
 
 @dataclass(frozen=True)
@@ -186,6 +229,76 @@ class Replay(BlockInputs):
         return [(group, statistics[group.consumer.path]) for group in groups]
 
 
+class Recalled(BlockInputs):
+    """The inputs of a block of which much is known: the blocks before it are run only if something else is asked for.
+
+    Args:
+        block: The block.
+        known: What was observed of it.
+        feed: Makes what enters it.
+    """
+
+    def __init__(self, block: Block, known: Observed, feed: "Feed") -> None:
+        self.block, self.known, self.feed = block, known, feed
+        self.device, self.states, self.group = feed.device, feed.states, feed.calibration.group
+        self.influence, self.observed = known.influence, []
+        self._outputs, self._weights = None, {}
+
+    @cached_property
+    def hidden(self) -> Sequence[Tensor]:
+        return self.feed.entering(self.block)
+
+    @cached_property
+    def calls(self) -> list[Call]:
+        return [calls[self.block.index] for calls in self.feed.calls]
+
+    @property
+    def ran(self) -> bool:
+        """Whether the block was run, as what was asked for is not known."""
+        return self._outputs is not None
+
+    def recall(self, groups: list[Group], statistic: Callable[[], S]) -> list[tuple[Group, S]] | None:
+        """The groups with a statistic of a known class; None if one of them is not known."""
+        name = getattr(statistic, "__name__", "")
+        found = [self.known.statistics.get(group.consumer.path, {}).get(name) for group in groups]
+        return None if None in found else [(g, cast(S, deepcopy(f))) for g, f in zip(groups, found, strict=True)]
+
+
+class Feed:
+    """What enters the blocks of a walk that may not need it.
+
+    Args:
+        model: The model.
+        calibration: The text.
+        device: Where blocks run.
+        states: Makes an empty collection of hidden states.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        calibration: Calibration,
+        device: torch.device,
+        states: Callable[[], Held | Filed],
+    ) -> None:
+        self.model, self.calibration, self.device, self.states = model, calibration, device, states
+
+    @cached_property
+    def calls(self) -> list[list[Call]]:
+        self._first = self.states()
+        return list(_enter(self.model, self.calibration, self._first))
+
+    def entering(self, block: Block) -> Held | Filed:
+        """What enters a block, made by running all before it."""
+        calls, group = self.calls, self.calibration.group
+        hidden = self._first
+        for before in blocks_of(self.model)[: block.index]:
+            own = [each[before.index] for each in calls]
+            with before.present(self.device):
+                hidden = BlockInputs(before, hidden, own, self.device, self.states, group).outputs()
+        return hidden
+
+
 def stream(
     model: PreTrainedModel, batches: Calibration | Iterable[Tensor], title: str = "calibrating"
 ) -> Iterator[tuple[Block, BlockInputs]]:
@@ -211,8 +324,11 @@ def stream(
     with evaluating(model), walking, Progress(len(blocks), title, "block", done, quiet) as bar:
         for block in blocks[:done]:
             yield from _again(model, block, cast(Walk, walk), device)
-        hidden = walk.entering() if walk and done else states()
-        calls = list(_enter(model, calibration, None if done else hidden)) if done < len(blocks) else []
+        if walk is None and calibration.known and calibration.known.are_of(model, calibration):
+            done, hidden, calls = yield from _recalled(calibration.known, Feed(model, calibration, device, states), bar)
+        else:
+            hidden = walk.entering() if walk and done else states()
+            calls = list(_enter(model, calibration, None if done else hidden)) if done < len(blocks) else []
         for block in blocks[done:]:
             inputs = BlockInputs(block, hidden, [c[block.index] for c in calls], device, states, calibration.group)
             version = block.home.version if block.home else 0
@@ -241,6 +357,8 @@ def observe(
     groups = block.groups(attention)
     if isinstance(inputs, Replay):
         return inputs.again(groups, statistic)
+    if isinstance(inputs, Recalled) and (known := inputs.recall(groups, statistic)) is not None:
+        return known
     statistics = {group.consumer.path: statistic() for group in groups}
     shape: tuple[int, ...] = ()  # some families flatten samples and tokens before the FFN
 
@@ -403,6 +521,27 @@ def _again(
         replay(block, decisions, model)
         walk.journal.taken_over += decisions
     yield block, inputs
+
+
+def _recalled(
+    known: Observations, feed: Feed, bar: Progress
+) -> Generator[tuple[Block, BlockInputs], None, tuple[int, Held | Filed, list[list[Call]]]]:
+    """The blocks up to one that had to be run or was changed, as what is known of those after it is then of no use.
+
+    Returns:
+        How many there were, what enters the next one, and how each batch enters the blocks.
+    """
+    blocks = blocks_of(feed.model)
+    for block in blocks:
+        inputs, before = Recalled(block, known.blocks[block.index], feed), summary(block.module)
+        with block.present(feed.device):
+            yield block, inputs
+            stay = not inputs.ran and same_values(summary(block.module), before)
+            leaving = None if stay or block is blocks[-1] else inputs.outputs()
+        bar.update()
+        if leaving is not None:
+            return block.index + 1, leaving, feed.calls
+    return len(blocks), feed.states(), []
 
 
 def _past(block: Block, inputs: BlockInputs, version: int) -> Past:

@@ -4,6 +4,7 @@ Symbols: X the inputs of one projection, b samples (sequences), s tokens of each
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -23,6 +24,25 @@ class Statistic(Protocol):
     def merge(self, group: Group) -> None:
         """Takes in what all other processes have seen, so that each has what one would that had seen everything."""
         ...
+
+
+class Together:
+    """Several statistics of the same inputs.
+
+    Args:
+        parts: The statistics.
+    """
+
+    def __init__(self, parts: Sequence[Statistic]) -> None:
+        self.parts = parts
+
+    def update(self, x: Tensor) -> None:  # [b, s, d]
+        for part in self.parts:
+            part.update(x)
+
+    def merge(self, group: Group) -> None:
+        for part in self.parts:
+            part.merge(group)
 
 
 class Moments:

@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -81,6 +82,7 @@ METHODS: dict[str, Any] = {
     "TwoSSP without stage 2": functools.partial(TwoSSP, drop_attentions=0),
 }
 DEFAULTS = ("FLAP AL-AM", "FASP value_channels", "CFSP activation", "TwoSSP")
+OWN: list[str] = []  # of the option --method: the contract battery then judges these and no others
 
 
 def tiny(family: str = "llama", seed: int = 0, **settings: Any) -> PreTrainedModel:
@@ -113,6 +115,23 @@ def logits(model: PreTrainedModel, ids: Tensor | None = None) -> Tensor:
 
 def method(name: str, sparsity: float = 0.2) -> PruningMethod:
     return METHODS[name](sparsity=sparsity)
+
+
+def judge_only(path: str) -> None:
+    """Has the contract battery judge one method of the user's, named as the command line names it: MODULE.CLASS.
+
+    Raises:
+        ValueError: There is no such class, or it is not a method.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(import_module(module or name), name, None)
+    except ImportError as error:
+        raise ValueError(f"cannot import {module or name} ({error}): start pytest where the file is") from error
+    if not (isinstance(found, type) and issubclass(found, PruningMethod)):
+        raise ValueError(f"{path} is not a subclass of plprune.PruningMethod: name one as MODULE.CLASS")
+    METHODS[name] = found
+    OWN.append(name)
 
 
 @functools.cache

@@ -2,8 +2,29 @@
 
 import os
 
+import pytest
 import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "have tests/test_contract.py judge a method of your own, and nothing else: `my_module.MyMethod`"
+    parser.addoption("--method", metavar="MODULE.CLASS", help=text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if path := config.getoption("--method"):
+        from tests.builders import judge_only  # slow to import, and needed before the tests are collected
+
+        try:
+            judge_only(path)
+        except ValueError as error:
+            raise pytest.UsageError(f"--method: {error}") from error
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--method"):  # what is not about a method says nothing of this one
+        items[:] = [item for item in items if "name" in getattr(getattr(item, "callspec", None), "params", ())]

@@ -5,9 +5,12 @@ import faulthandler
 import json
 import multiprocessing
 import os
+import pty
 import resource
+import select
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -163,6 +166,33 @@ def result(folder: Path) -> dict[str, Any]:
     plans = {path.name: (path / FILE).read_bytes() for path in (folder / "plans").iterdir()}
     out = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
     return {"plans": plans, "last loss": losses[-1], "out": out, "hidden": [str(p) for p in folder.rglob(".*")]}
+
+
+def on_terminal(folder: Path, command: list[str]) -> str:
+    """What a command writes to its terminal, in a process of its own."""
+    here, there = pty.openpty()
+    process = context.Process(target=_on_terminal, args=(folder, command, os.ttyname(there)), daemon=True)
+    process.start()
+    text, end = b"", time.monotonic() + SECONDS
+    while ready := select.select([here, process.sentinel], [], [], max(0.0, end - time.monotonic()))[0]:
+        if here not in ready:
+            break
+        text += os.read(here, 65536)
+    process.kill()
+    process.join()
+    os.close(here)
+    os.close(there)
+    return text.decode()
+
+
+def _on_terminal(folder: Path, command: list[str], name: str) -> None:
+    os.chdir(folder)
+    os.environ.update({"TERM": "xterm", "COLUMNS": "150"})
+    terminal = os.open(name, os.O_RDWR)
+    for number in range(3):
+        os.dup2(terminal, number)
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
+    main(command)
 
 
 def _run(folder: Path, command: list[str], environment: dict[str, Any], size: int, pipe: Connection) -> None:

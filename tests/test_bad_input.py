@@ -155,7 +155,7 @@ def test_options_of_prune(complain_of_pruning: Complain, given: str, said: str) 
 )
 def test_unknown_command(complain: Complain, given: str, meant: str) -> None:
     said = complain(given, "--config=a.yaml")
-    assert said.startswith(f"no command '{given}'; known commands: fit, validate, test, prune, evaluate")
+    assert said.startswith(f"no command '{given}'; known commands: fit, validate, test, plan, prune, evaluate")
     assert f"did you mean {meant}?" in said
 
 

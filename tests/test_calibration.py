@@ -1,7 +1,9 @@
 """The blocks one by one against the whole model at once."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -9,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from plprune import prune
 from plprune.anatomy import FAMILIES, Block, blocks_of
 from plprune.calibration import (
     Calibration,
+    Observations,
     evaluating,
     finish,
     observe,
@@ -23,7 +27,8 @@ from plprune.calibration import (
 )
 from plprune.stats import BlockInfluence, Gram, Moments, Norms
 from plprune.surgery import drop_attention
-from tests.builders import tiny, windows
+from plprune.survey import load, save, survey
+from tests.builders import DEFAULTS, METHODS, logits, method, tiny, windows
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -344,3 +349,78 @@ def test_a_summary_sees_every_change_of_values(dtype: torch.dtype, shape: tuple[
 def test_a_summary_is_small() -> None:
     (sums,) = summary(nn.Linear(512, 512, bias=False)).values()
     assert sums.numel() <= 1024
+
+
+# ---- what was observed before
+
+
+def surveyed(family: str = "llama") -> tuple[PreTrainedModel, Calibration, Observations]:
+    model, calibration = tiny(family), Calibration([windows(4), windows(2, seed=3)])
+    return model, calibration, survey(model, calibration)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_known_decides_as_what_is_observed(name: str, family: str, tmp_path: Path) -> None:
+    _, calibration, known = surveyed(family)
+    save(known, tmp_path / "known.safetensors")
+    known = load(tmp_path / "known.safetensors")
+    one, other = (tiny(family) for _ in range(2))
+    plan = prune(one, method(name), calibration)
+    assert prune(other, method(name), replace_known(calibration, known)).digest == plan.digest
+    assert torch.equal(logits(one), logits(other))
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_what_is_known_needs_no_forward_pass(name: str) -> None:
+    model, calibration, known = surveyed()
+    counts = counting(model)
+    prune(model, dataclasses.replace(method(name), **STAGE_ONE.get(name, {})), replace_known(calibration, known))
+    fasp = [2 * 2, 2 * 2, 2]  # needs what the pruned prefix gives: observed, and run again once it is pruned
+    assert counts == (fasp if name.startswith("FASP") else [0, 0, 0])
+
+
+def test_what_is_not_known_is_observed_from_there_on() -> None:
+    model, calibration, known = surveyed()
+    counts, seen = counting(model), []
+    for block, inputs in stream(model, replace_known(calibration, known)):
+        kind = Moments if block.index == 0 else Gram
+        seen += [statistic.mean for _, statistic in observe(block, inputs, kind)]
+    assert counts == [2, 2, 2]
+    plain = [s.mean for block, inputs in stream(tiny(), calibration) for _, s in observe(block, inputs, Moments)]
+    for one, other in zip(seen, plain, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_change_is_seen_by_all_that_follows_what_is_known() -> None:
+    model, calibration, known = surveyed()
+    seen = []
+    for block, inputs in stream(model, replace_known(calibration, known)):
+        seen.append(observe(block, inputs, Norms)[1][1].mean)
+        if block.index == 0:
+            zero_in_place(block)
+    changed = tiny()
+    zero_in_place(blocks_of(changed)[0])
+    plain = [observe(block, inputs, Norms)[1][1].mean for block, inputs in stream(changed, calibration)]
+    assert torch.equal(seen[1], plain[1])
+    assert torch.equal(seen[2], plain[2])
+
+
+@pytest.mark.parametrize("other", ["model", "text"])
+def test_what_is_known_of_something_else_is_not_used(other: str) -> None:
+    model, calibration, known = surveyed()
+    if other == "model":
+        model = tiny(seed=5)
+    else:
+        calibration = Calibration([windows(4, seed=9)])
+    counts = counting(model)
+    for block, inputs in stream(model, replace_known(calibration, known)):
+        observe(block, inputs, Norms)
+    assert min(counts) > 0
+
+
+STAGE_ONE = {"TwoSSP": {"drop_attentions": 0}}
+
+
+def replace_known(calibration: Calibration, known: Observations) -> Calibration:
+    return dataclasses.replace(calibration, known=known)

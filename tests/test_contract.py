@@ -2,6 +2,8 @@
 
 In the quick suite: the four methods as they are by default on every family, the variants of the methods on llama, and
 the variants of the families where caches and checkpoints are concerned, with one of the methods. All else is slow.
+
+A method of your own is judged, on every family and variant, by `pytest tests/test_contract.py --method MODULE.CLASS`.
 """
 
 import copy
@@ -15,7 +17,9 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from plprune import PruningPlan, load_pruned, perplexity, prune, save_pruned, surgery
 from plprune.anatomy import FAMILIES, Block, Group, blocks_of, innermost, matrix
-from tests.builders import DEFAULTS, METHODS, VARIANTS, logits, method, tiny, windows
+from tests.builders import DEFAULTS, METHODS, OWN, VARIANTS, logits, method, tiny, windows
+
+JUDGED, JUDGED_EVERYWHERE = (OWN, OWN) if OWN else (METHODS, DEFAULTS)
 
 
 def pairs(quick_variants: bool) -> pytest.MarkDecorator:
@@ -23,11 +27,12 @@ def pairs(quick_variants: bool) -> pytest.MarkDecorator:
 
     def quick(family: str, name: str) -> bool:
         if family in VARIANTS:
-            return quick_variants and name == DEFAULTS[list(VARIANTS).index(family) % len(DEFAULTS)]
-        return name in DEFAULTS or family == "llama"
+            own = JUDGED_EVERYWHERE[list(VARIANTS).index(family) % len(JUDGED_EVERYWHERE)]
+            return quick_variants and name == own
+        return name in JUDGED_EVERYWHERE or family == "llama"
 
-    everything = itertools.product([*FAMILIES, *VARIANTS], METHODS)
-    cases = [(family, name) for family, name in everything if family in FAMILIES or name in DEFAULTS]
+    everything = itertools.product([*FAMILIES, *VARIANTS], JUDGED)
+    cases = [(family, name) for family, name in everything if family in FAMILIES or name in JUDGED_EVERYWHERE]
     marked = [pytest.param(*case, marks=[] if quick(*case) else pytest.mark.slow) for case in cases]
     return pytest.mark.parametrize(("family", "name"), marked)
 

@@ -11,7 +11,7 @@ import plprune
 ROOT = Path(plprune.__file__).parent
 TIERS = [
     {"__init__", "__main__"},
-    {"cli", "commands", "compare", "callbacks", "checkpointing", "recovery", "data", "strategies", "watch"},
+    {"cli", "commands", "compare", "callbacks", "checkpointing", "recovery", "data", "strategies", "watch", "live"},
     # the Lightning line
     {
         "methods",
@@ -30,7 +30,7 @@ TIERS = [
         "sensitivity",
         "streaming",
     },
-    {"calibration", "surgery", "repair"},
+    {"calibration", "survey", "surgery", "repair"},
     {
         "anatomy",
         "plan",

@@ -22,7 +22,7 @@ def export(
     max_windows: int = 2,
     overwrite: bool = False,
 ) -> None:
-    """Writes a model in the formats of other programs, loads each again there, and compares.
+    """Writes a model in the formats of other programs, loads it again there, and compares.
 
     Args:
         model: A folder, pruned or dense, a name on the hub, a `.gguf` file, or `package://PACKAGE/FILE.gguf`.

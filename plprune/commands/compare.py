@@ -1,0 +1,83 @@
+"""`plprune compare`: methods, sparsities, models and seeds side by side, under one protocol."""
+
+from collections.abc import Sequence
+
+from plprune import compare as comparison
+from plprune.checkpoint import Dtype
+from plprune.compare import Study, Training
+from plprune.evaluation import Protocol
+from plprune.methods import PruningMethod
+from plprune.processes import device_called
+from plprune.text import PYDOC
+
+
+def compare(
+    models: list[str],
+    methods: list[PruningMethod],
+    output: str,
+    text: str,
+    sparsities: Sequence[float] = (0.125, 0.25, 0.375, 0.5),
+    seeds: Sequence[int] = (0,),
+    calibration: str = PYDOC,
+    join: str | None = None,
+    num_samples: int = 32,
+    calibration_seq_len: int = 256,
+    seq_len: int = 512,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    recover: Training | None = None,
+    tasks: str = "",
+    task_data: str | None = None,
+    limit: int | None = None,
+    max_batch: int | None = None,
+    dtype: Dtype = "float32",
+    device: str = "cpu",
+) -> None:
+    """Compares methods, sparsities, models and seeds under one protocol.
+
+    Args:
+        models: Names on the hub, folders, `.gguf` files, or `package://PACKAGE/FILE.gguf`.
+        methods: FLAP, FASP, CFSP, TwoSSP or dotted paths of others, each with its settings (`class_path`, `init_args`).
+        output: Folder of the results: `report.html`, `report.json`, and what was computed, by its content; what is
+            there is not computed again.
+        text: What perplexity is measured on: a `.txt`, `.jsonl` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the
+            hub, or `pydoc_data.topics`.
+        sparsities: Fractions of the blocks' parameters to remove, at which each method is taken.
+        seeds: Of the choice of calibration windows and of recovery; every pruning is done with each.
+        calibration: Calibration text, likewise; not the text that is measured on.
+        join: Put between the rows of both texts, which are then one document each.
+        num_samples: Calibration windows.
+        calibration_seq_len: Tokens of a calibration window.
+        seq_len: Tokens of a window that perplexity is measured on, without BOS.
+        stride: Tokens from the start of one such window to that of the next; they do not overlap if not given.
+        max_windows: At most this many such windows from the start of the text; all if not given.
+        recover: How every pruned model is recovered: `text` to train on, `steps`, `seq_len`, `batch_size`,
+            `learning_rate`, `lora`; none is if not given.
+        tasks: lm-eval tasks, separated by commas.
+        task_data: Folder with the tasks' data sets as ORG/NAME; from the hub if not given.
+        limit: At most this many examples of each task; all if not given.
+        max_batch: The largest batch that speed is measured at; it is not measured if not given.
+        dtype: Of the weights.
+        device: Where to compute: cpu, cuda, cuda:1.
+    """
+    study = Study(
+        models=models,
+        methods=methods,
+        sparsities=sparsities,
+        text=text,
+        calibration=calibration,
+        seeds=seeds,
+        join=join,
+        num_samples=num_samples,
+        calibration_seq_len=calibration_seq_len,
+        protocol=Protocol(seq_len, stride, max_windows=max_windows),
+        recover=recover,
+        tasks=[task.strip() for task in tasks.split(",") if task.strip()],
+        task_data=task_data,
+        limit=limit,
+        max_batch=max_batch,
+        dtype=dtype,
+        device=device_called(device),
+    )
+    record = comparison.compare(study, output)
+    print(f"{comparison.table(record)}\n\nreport: {output}/report.html")

@@ -1,0 +1,232 @@
+"""Comparisons against the same things done by hand; nothing is computed twice, whatever stops the run."""
+
+import dataclasses
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from plprune import CFSP, FASP, FLAP, Calibration, PruningMethod, TwoSSP, perplexity, prune
+from plprune import compare as module
+from plprune.checkpoint import load_model, load_tokenizer
+from plprune.cli import main
+from plprune.compare import Study, Training, compare, identity, table
+from plprune.evaluation import Protocol
+from plprune.text import draw, tokenised
+from tests.builders import numbers, save_tiny
+
+FOUR = (FLAP(), FASP(), CFSP(), TwoSSP())
+CONFIGS = sorted((Path(__file__).parents[1] / "configs/compare").glob("*.yaml"))
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    return Study(
+        models=[save_tiny(tmp_path / "tiny")],
+        methods=FOUR,
+        sparsities=[0.1, 0.25],
+        text=numbers(tmp_path / "text.txt"),
+        calibration=numbers(tmp_path / "calibration.txt", 400, 800),
+        num_samples=4,
+        calibration_seq_len=16,
+        protocol=Protocol(16, max_windows=3),
+    )
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, int]:
+    """How often functions of the module are called."""
+    counts = dict.fromkeys(names, 0)
+
+    def counting(name: str) -> Any:
+        function = getattr(module, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in names:
+        monkeypatch.setattr(module, name, counting(name))
+    return counts
+
+
+def timeless(record: dict[str, Any]) -> Any:
+    """A record without what clocks say."""
+    record = json.loads(json.dumps(record))
+    del record["seconds"], record["written"]
+    for cell in record["cells"]:
+        cell.pop("seconds", None)
+    return record
+
+
+def test_every_cell_is_what_pruning_and_measuring_by_hand_give(study: Study, tmp_path: Path) -> None:
+    record = compare(study, tmp_path / "out")
+    written = json.loads((tmp_path / "out/report.json").read_text())
+    assert [cell["perplexity"] for cell in written["cells"]] == [cell["perplexity"] for cell in record["cells"]]
+    assert (tmp_path / "out/report.html").exists()
+    assert {path.stem for path in (tmp_path / "out").glob("*.svg")} >= {"tiny-perplexity"}
+    tokenizer = load_tokenizer(study.models[0])
+    windows = draw(tokenised(study.calibration, tokenizer)[0], 4, 16, 0)
+    text = list(torch.as_tensor(tokenised(study.text, tokenizer)[0][:48]).view(3, 16).split(1))
+    cells = record["cells"][1:]
+    assert len(cells) == len(FOUR) * 2
+    for cell, (method, sparsity) in zip(cells, [(m, s) for m in FOUR for s in (0.1, 0.25)], strict=True):
+        model = load_model(study.models[0])
+        plan = prune(model, dataclasses.replace(method, sparsity=sparsity), Calibration(list(windows.split(8))), 0)
+        assert cell["method"] == type(method).__name__
+        assert cell["reached"] == plan.reached
+        assert cell["importance"] == plan.importance.tolist()
+        assert cell["widths"]["ffn"] == [len(plan.keep[f"blocks.{i}.ffn"]) for i in range(3)]
+        assert cell["perplexity"] == pytest.approx(perplexity(model, text), rel=1e-6)
+        assert cell["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_what_is_computed_is_not_computed_again(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = dataclasses.replace(study, methods=FOUR[:3], sparsities=[0.25])
+    before = timeless(compare(first, tmp_path / "out"))
+    counts = counted(monkeypatch, "prune", "survey", "judge")
+    assert timeless(compare(first, tmp_path / "out")) == before
+    assert counts == {"prune": 0, "survey": 0, "judge": 0}
+    compare(dataclasses.replace(first, methods=FOUR), tmp_path / "out")
+    assert counts == {"prune": 1, "survey": 0, "judge": 1}  # a new method costs itself
+
+
+def test_the_dense_model_is_observed_once_for_each_seed(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = counted(monkeypatch, "survey")
+    record = compare(dataclasses.replace(study, seeds=[0, 1]), tmp_path / "out")
+    assert counts == {"survey": 2}
+    assert {cell["seed"] for cell in record["cells"][1:]} == {0, 1}
+    assert re.search(r"\(\d+\.\d\d to \d+\.\d\d\)", table(record))
+
+
+def test_recovery_is_a_stage_of_its_own(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training(study.calibration, steps=3, seq_len=16, batch_size=2, learning_rate=1e-2)
+    small = dataclasses.replace(study, methods=[CFSP()], sparsities=[0.25])
+    compare(small, tmp_path / "out")
+    counts = counted(monkeypatch, "prune", "judge", "trainer")
+    record = compare(dataclasses.replace(small, recover=training), tmp_path / "out")
+    assert counts == {"prune": 1, "judge": 1, "trainer": 1}
+    pruned, recovered = record["cells"][1:]
+    assert (pruned["stage"], recovered["stage"]) == ("pruned", "recovered")
+    assert pruned["perplexity"] != recovered["perplexity"]
+    assert pruned["parameters"] == recovered["parameters"]
+    assert recovered["seconds"].keys() == {"prune", "recover", "evaluate"}
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith("recovering")] == []
+
+
+def test_what_a_method_cannot_do_stops_nothing(study: Study, tmp_path: Path) -> None:
+    record = compare(dataclasses.replace(study, methods=[CFSP(), FLAP()], sparsities=[0.97, 0.1]), tmp_path / "out")
+    errors = [bool(cell.get("error")) for cell in record["cells"]]
+    assert errors == [False, True, False, True, False]
+    assert "out of reach" in record["cells"][1]["error"]
+    assert "- CFSP at 97.0%: " in table(record)
+
+
+def test_a_method_is_another_once_its_source_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    source = "from plprune import CFSP\n\n\nclass Mine(CFSP):\n    pass\n"
+    (tmp_path / "mine.py").write_text(source)
+    own: PruningMethod = import_module("mine").Mine()
+    before = identity(own)
+    (tmp_path / "mine.py").write_text(source + "\n# another\n")
+    assert identity(own) != before
+    assert identity(CFSP()) == identity(CFSP()) != identity(CFSP(a=2.0))
+
+
+def test_variants_of_a_method_are_told_apart(study: Study, tmp_path: Path) -> None:
+    variants = [FASP(attention="none"), FASP(attention="kv_heads")]
+    lines = table(
+        compare(dataclasses.replace(study, methods=variants, sparsities=[0.1]), tmp_path / "out")
+    ).splitlines()
+    assert [line.split(" | ")[1] for line in lines[3:]] == ["FASP (attention none)", "FASP (attention kv_heads)"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": ()}, "nothing to compare: `methods` is empty"),
+        ({"text": "nowhere.txt"}, "nowhere.txt does not exist"),
+        ({"num_samples": 0}, "num_samples is 0"),
+        ({"tasks": ["arc_easy"], "task_data": "nowhere"}, "no benchmark files: nowhere"),
+    ],
+)
+def test_bad_input_is_refused_before_a_model_is_loaded(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
+) -> None:
+    counts = counted(monkeypatch, "load_model")
+    with pytest.raises(ValueError, match=message):
+        compare(dataclasses.replace(study, **change), tmp_path / "out")
+    assert counts == {"load_model": 0}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_run_on_a_tiny_model(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = yaml.safe_load(path.read_text())
+    config |= {"models": [save_tiny(tmp_path / "tiny")], "text": numbers(tmp_path / "text.txt"), "seq_len": 16}
+    config |= {"calibration": config["text"], "num_samples": 2, "calibration_seq_len": 16, "max_windows": 2}
+    config["sparsities"] = config["sparsities"][:1]
+    config = {name: value for name, value in config.items() if name not in ("tasks", "limit", "max_batch")}
+    if "recover" in config:
+        config["recover"] |= {"text": config["text"], "steps": 1, "seq_len": 16}
+    Path("compare.yaml").write_text(yaml.safe_dump(config))
+    main(["compare", "--config", "compare.yaml"])
+    assert f"report: {config['output']}/report.html" in capsys.readouterr().out
+    assert config["output"] == f"runs/compare/{path.stem}"
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+def test_a_killed_comparison_loses_at_most_the_cell_it_was_in(tmp_path: Path) -> None:
+    """Killed at random moments until it ends, it computes each cell once or begins one again."""
+    config = {
+        "models": [save_tiny(tmp_path / "tiny")],
+        "methods": ["FLAP", "FASP", "CFSP", "TwoSSP"],
+        "sparsities": [0.2],
+        "output": str(tmp_path / "out"),
+        "text": numbers(tmp_path / "text.txt"),
+        "calibration": str(tmp_path / "text.txt"),
+        "num_samples": 4,
+        "calibration_seq_len": 16,
+        "seq_len": 16,
+        "max_windows": 4,
+        "recover": {"text": str(tmp_path / "text.txt"), "steps": 2, "seq_len": 16},
+    }
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "plprune", "compare", "--config", str(tmp_path / "compare.yaml")]
+    moments, kills, done = random.Random(0), 0, tmp_path / "out/cells"
+    while True:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        had = len(list(done.glob("*.json"))) if done.exists() else 0
+        deadline = time.monotonic() + 600
+        target = had + moments.randrange(1, 6)
+        while process.poll() is None and time.monotonic() < deadline:
+            if done.exists() and len(list(done.glob("*.json"))) >= target:
+                os.kill(process.pid, signal.SIGKILL)
+                process.wait()
+            time.sleep(0.01)
+        assert process.returncode in (0, -signal.SIGKILL)
+        if process.returncode == 0:
+            break
+        kills += 1
+        assert len(list(done.glob("*.json"))) >= target  # nothing that was kept is lost
+    assert kills >= 2
+    killed = json.loads((tmp_path / "out/report.json").read_text())
+    main(["compare", "--config", str(tmp_path / "compare.yaml"), "--output", str(tmp_path / "whole")])
+    assert timeless(killed) == timeless(json.loads((tmp_path / "whole/report.json").read_text()))
