@@ -1,7 +1,7 @@
-"""Running the decoder blocks one by one, each on the inputs that the model itself would give it.
+"""Calibration: a walk over the decoder blocks in depth order, each with the inputs that the model would give it.
 
-Nothing is guessed: the model is run once per batch with its blocks made transparent, what it passes to each of them
-is recorded, and the blocks are then called with just that. One block at a time needs to be on the accelerator.
+One block at a time needs to be on the accelerator. What an earlier run has behind it is taken from its journal, and
+what is already known of a text is not observed again.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from plprune.anatomy import Block, Group, blocks_of
 from plprune.journal import Filed, Past, Walk, journal_of, restore
 from plprune.plan import fingerprint
 from plprune.progress import Progress
+from plprune.running import BlockInputs, Call, Held, evaluating, record, same_values, split_call, summary
 from plprune.stats import BlockInfluence, Statistic
 from plprune.surgery import replay
 
@@ -118,86 +119,6 @@ class Observations:
         return self.text == calibration.fingerprint and self.weights == fingerprint(model.named_parameters())
 
 
-@dataclass(frozen=True)
-class Call:
-    """The arguments of one call of a block, its hidden states aside."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def to(self, device: torch.device) -> "Call":
-        return Call(_move(self.args, device), _move(self.kwargs, device))
-
-
-class Held(list[Tensor]):
-    """Hidden states in memory, on one device."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.device = device
-
-    def append(self, hidden: Tensor) -> None:
-        super().append(hidden.to(self.device))
-
-    def discard(self) -> None:
-        """Nothing is left behind."""
-
-
-class BlockInputs:
-    """What enters one block, over all batches, and after :func:`observe` also what leaves it.
-
-    Args:
-        block: The block.
-        hidden: The hidden states that enter it, [b, s, d] each.
-        calls: What else it is called with.
-        device: Where it runs.
-        states: Makes an empty collection for what leaves it.
-        group: Processes that share the batches.
-    """
-
-    def __init__(
-        self,
-        block: Block,
-        hidden: Sequence[Tensor],
-        calls: list[Call],
-        device: torch.device,
-        states: Callable[[], Held | Filed],
-        group: processes.Group = None,
-    ) -> None:
-        self.block, self.hidden, self.calls = block, hidden, calls
-        self.device, self.states, self.group = device, states, group
-        self.influence = BlockInfluence()
-        self.observed: list[dict[str, Any]] = []  # statistics by consumer, of each observation
-        self._outputs: Held | Filed | None = None
-        self._weights: dict[str, Tensor] = {}  # a summary of those that made the outputs
-
-    @torch.no_grad()
-    def run(self, influence: BlockInfluence | None = None) -> None:
-        """Runs the block on every batch, and keeps the outputs."""
-        if self._outputs is not None:
-            self._outputs.discard()
-        self._outputs, self._weights = self.states(), summary(self.block.module)
-        for hidden, call in zip(self.hidden, self.calls, strict=True):
-            x = hidden.to(self.device)
-            y = run_block(self.block, x, call.to(self.device))
-            if not torch.isfinite(y.sum(dtype=torch.float32)):
-                raise ValueError(
-                    f"NaN or infinity in the activations of block {self.block.index}: load the model in float32 or "
-                    "bfloat16, and check its weights"
-                )
-            if influence is not None:
-                influence.update(x, y)
-            self._outputs.append(y)
-
-    def outputs(self) -> "Held | Filed":
-        """What leaves the block as it is now: it is run again only if its weights were changed since it last was."""
-        if self._outputs is None or not same_values(summary(self.block.module), self._weights):
-            self.observed.clear()
-            self.run()
-        assert self._outputs is not None
-        return self._outputs
-
-
 class Replay(BlockInputs):
     """Stands for a block that an earlier run has behind it: gives back what was observed there, and runs nothing.
 
@@ -239,7 +160,7 @@ class Recalled(BlockInputs):
     """
 
     def __init__(self, block: Block, known: Observed, feed: "Feed") -> None:
-        self.block, self.known, self.feed = block, known, feed
+        self.block, self.known, self.feed, self.before = block, known, feed, summary(block.module)
         self.device, self.states, self.group = feed.device, feed.states, feed.calibration.group
         self.influence, self.observed = known.influence, []
         self._outputs, self._weights = None, {}
@@ -257,11 +178,18 @@ class Recalled(BlockInputs):
         """Whether the block was run, as what was asked for is not known."""
         return self._outputs is not None
 
+    @property
+    def changed(self) -> bool:
+        """Whether the block is another than was observed."""
+        return not same_values(summary(self.block.module), self.before)
+
     def recall(self, groups: list[Group], statistic: Callable[[], S]) -> list[tuple[Group, S]] | None:
-        """The groups with a statistic of a known class; None if one of them is not known."""
+        """The groups with a statistic of a known class; None if one is not known, or the block was changed."""
         name = getattr(statistic, "__name__", "")
         found = [self.known.statistics.get(group.consumer.path, {}).get(name) for group in groups]
-        return None if None in found else [(g, cast(S, deepcopy(f))) for g, f in zip(groups, found, strict=True)]
+        if any(type(each) is not statistic for each in found) or self.changed:
+            return None
+        return [(group, cast(S, deepcopy(each))) for group, each in zip(groups, found, strict=True)]
 
 
 class Feed:
@@ -367,7 +295,7 @@ def observe(
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal shape
-        shape = _split(args, kwargs)[0].shape[:2]
+        shape = split_call(args, kwargs)[0].shape[:2]
 
     handles = [block.part(path).register_forward_pre_hook(hook(path)) for path in statistics]
     handles.append(block.module.register_forward_pre_hook(enter, with_kwargs=True))
@@ -382,98 +310,6 @@ def observe(
             merging.merge(inputs.group)
     inputs.observed.append(statistics)
     return [(group, statistics[group.consumer.path]) for group in groups]
-
-
-@torch.no_grad()
-def record(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:  # ids: [b, s]
-    """The first block's input, and what the model passes to each block besides."""
-    first: list[Tensor] = []
-    calls: list[Call] = []
-    blocks = blocks_of(model)
-
-    def transparent(*args: Any, **kwargs: Any) -> Tensor:
-        hidden, call = _split(args, kwargs)
-        first.append(hidden)
-        calls.append(call)
-        if len(calls) == len(blocks):
-            raise _Enough
-        return hidden
-
-    with _standing_in(blocks, [transparent] * len(blocks)), contextlib.suppress(_Enough):
-        model(input_ids=ids.to(model.device), use_cache=False)
-    return first[0], calls
-
-
-@torch.no_grad()
-def finish(model: PreTrainedModel, ids: Tensor, hidden: Tensor) -> Tensor:  # [b, s], [b, s, d] -> [b, s, vocabulary]
-    """The logits that the model makes of the last block's output."""
-    blocks = blocks_of(model)
-    forwards = [lambda *a, **k: _split(a, k)[0]] * (len(blocks) - 1) + [lambda *_, **__: hidden]
-    with _standing_in(blocks, forwards):
-        return model(input_ids=ids.to(model.device), use_cache=False).logits
-
-
-def run_block(block: Block, hidden: Tensor, call: Call) -> Tensor:  # [b, s, d] -> [b, s, d]
-    """Calls one block as the model would."""
-    output = block.module(hidden, *call.args, **call.kwargs)
-    return output[0] if isinstance(output, tuple) else output
-
-
-def summary(module: nn.Module) -> dict[str, Tensor]:
-    """Sums over the bits of each parameter, by rows and by columns: of two sets of values no two are alike in practice.
-
-    Far smaller than the values, and read off them in a moment.
-    """
-    return {name: _sums(p.detach()) for name, p in module.named_parameters()}
-
-
-def same_values(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    """Whether two summaries are of the same values."""
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def _sums(values: Tensor) -> Tensor:
-    if values.ndim != 2 or not values.is_contiguous() or values.shape[1] * values.element_size() % 8:
-        return values.clone()
-    bits = values.view(torch.int64)
-    return torch.cat([bits.sum(0), bits.sum(1)])
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, for the time of the context."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-class _Enough(Exception):
-    """All blocks have been called."""
-
-
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
-    if args:
-        return args[0], Call(args[1:], kwargs)
-    return kwargs["hidden_states"], Call((), {k: v for k, v in kwargs.items() if k != "hidden_states"})
-
-
-@contextlib.contextmanager
-def _standing_in(blocks: list[Block], forwards: list[Callable[..., Any]]) -> Iterator[None]:
-    """Other forward functions in the place of the blocks' own, for the time of the context."""
-    own = [block.module.__dict__.get("forward") for block in blocks]
-    for block, forward in zip(blocks, forwards, strict=True):
-        cast(Any, block.module).forward = forward
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            del block.module.forward
-            if forward is not None:
-                cast(Any, block.module).forward = forward
 
 
 def _walk(model: PreTrainedModel, calibration: Calibration) -> Walk | None:
@@ -533,11 +369,11 @@ def _recalled(
     """
     blocks = blocks_of(feed.model)
     for block in blocks:
-        inputs, before = Recalled(block, known.blocks[block.index], feed), summary(block.module)
+        inputs = Recalled(block, known.blocks[block.index], feed)
         with block.present(feed.device):
             yield block, inputs
-            stay = not inputs.ran and same_values(summary(block.module), before)
-            leaving = None if stay or block is blocks[-1] else inputs.outputs()
+            needed = (inputs.ran or inputs.changed) and block is not blocks[-1]
+            leaving = inputs.outputs() if needed else None
         bar.update()
         if leaving is not None:
             return block.index + 1, leaving, feed.calls
@@ -548,13 +384,3 @@ def _past(block: Block, inputs: BlockInputs, version: int) -> Past:
     """What is known of a block; what was observed there only if the decisions are still to be taken."""
     now = block.home.version if block.home else 0
     return Past(vars(inputs.influence), inputs.observed if now == version else None, now)
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple | list):
-        return type(value)(_move(v, device) for v in value)
-    if isinstance(value, dict):
-        return {k: _move(v, device) for k, v in value.items()}
-    return value

@@ -39,6 +39,7 @@ from plprune.surgery import plan_of
 
 log = logging.getLogger(__name__)
 PAUSE = 10.0  # seconds between two reports while training goes on
+POINTS = 2000  # of the loss in a report; where there are more, every second one goes
 
 
 class Prune(pl.Callback):
@@ -271,11 +272,15 @@ class Report(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step, known = trainer.global_step, self.record["loss"]
-        loss = trainer.callback_metrics.get("train_loss", outputs.get("loss") if isinstance(outputs, Mapping) else None)
         every = getattr(trainer, "log_every_n_steps", 1) or 1
-        if loss is None or step % every or (known and known[-1][0] == step):
+        if not step or step % every or (known and known[-1][0] == step):  # there may be many batches to a step
+            return
+        loss = trainer.callback_metrics.get("train_loss", outputs.get("loss") if isinstance(outputs, Mapping) else None)
+        if loss is None:
             return
         known.append([step, float(loss)])
+        if len(known) > POINTS:
+            del known[1::2]
         self._progress(trainer)
         if time.monotonic() - self._last > PAUSE:
             self._write(trainer)
@@ -348,7 +353,7 @@ class Report(pl.Callback):
         if trainer.is_global_zero:
             try:
                 report.write(self.record, self._place(trainer), overwrite=True)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 log.warning("no report: %s", error)
 
 

@@ -189,7 +189,7 @@ def bars(
         drawn.append(_text(left - 8, middle + 4, name, "end"))
         drawn.append(
             f'<rect class="s{colour}" x="{left:.1f}" y="{middle - 10}" width="{max(length, 1):.1f}" height="20" rx="3" '
-            f'data-value="{value}">{_tip(f"{name}: {shown(value, form)}")}</rect>'
+            f'data-value="{escape(str(value))}">{_tip(f"{name}: {shown(value, form)}")}</rect>'
         )
         drawn.append(_text(left + length + 8, middle + 4, shown(value, form)))
     return _svg("".join(drawn), title, about, 52 + 34 * len(values))
@@ -224,7 +224,7 @@ def heat_map(
         for j, value in enumerate(row):  # a cell is a little too wide, and the next one covers what is too much
             colour = "bg" if value is None else f"h{shade(value)}"
             told = "" if value is None else _tip(f"{rows[i]}, {label} {columns[j]}: {shown(value, form)}")
-            data = "" if value is None else f' data-value="{value}"'
+            data = "" if value is None else f' data-value="{escape(str(value))}"'
             cells.append(
                 f'<rect class="{colour}" {_across(wide * j, left)} y="{top + tall * i}" width="{100 * wide:.3f}%" '
                 f'height="{tall}" stroke="var(--g)"{data}>{told}</rect>'
@@ -397,7 +397,7 @@ def _columns(name: str, values: Sequence[float], top: float, height: float, colo
     largest, drawn = max((v for v in values if finite(v)), default=0) or 1, []
     for i, value in enumerate(values):
         tall = height * max(0.02, value / largest) if finite(value) else 0
-        place = f'y="{top + height - tall:.1f}" height="{tall:.1f}" data-value="{value}"'
+        place = f'y="{top + height - tall:.1f}" height="{tall:.1f}" data-value="{escape(str(value))}"'
         tip = _tip(f"block {i}: {name} {shown(value)}")
         drawn.append(f'<rect class="s{colour}" {_column(i, len(values))} {place}>{tip}</rect>')
     return "".join(drawn)

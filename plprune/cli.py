@@ -185,7 +185,8 @@ def command_parser(name: str) -> LightningArgumentParser:
 def main(args: list[str] | None = None) -> None:
     """Runs a command, and turns what goes wrong into one line."""
     _quieten()
-    sys.path.append(os.getcwd())  # last, and for a method of one's own, as `python -m plprune` has it
+    if os.getcwd() not in sys.path:  # for a method of one's own, as `python -m plprune` has it
+        sys.path.append(os.getcwd())
     given = (sys.argv[1:] if args is None else args) or ["--help"]
     try:
         _run(given, args)

@@ -200,6 +200,7 @@ class Bench:
     def cells(self) -> Iterator[Cell]:
         """The dense model, then every pruning, and every recovery, one after another."""
         common = {"weights": self.weights, "dtype": self.study.dtype, "device": self.study.device.type}
+        common |= {"plprune": version("plprune")}
         dense = self._judged(common, lambda: self.dense)
         facts = dict(zip(("block_parameters", "parameters"), parameters(self.dense), strict=True))
         yield self._cell("dense", "dense", 0.0, None) | facts | self._timed(common, lambda: self.dense) | dense
@@ -213,9 +214,9 @@ class Bench:
         model = functools.cache(lambda: self._prune(method, seed))
         try:
             facts = self.cache.get(of | {"result": "plan"}, lambda: self._facts(*model()))
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # as of linear algebra, or of memory
             log.warning("%s at sparsity %s: %s", type(method).__name__, method.sparsity, error)
-            yield from ({**cell, "error": str(error)} for cell in cells)
+            yield from ({**cell, "error": " ".join(str(error).split())} for cell in cells)
             return
         facts |= self._timed(of, lambda: model()[0])  # recovery changes no shape
         yield self._completed(cells[0] | facts, of, lambda: model()[0], dense)
@@ -236,7 +237,13 @@ class Bench:
         return cell | judged | {"seconds": cell["seconds"] | judged["seconds"]}
 
     def _cell(self, method: str, stage: str, sparsity: float, seed: int | None) -> Cell:
-        return {"model": Path(self.name).stem, "method": method, "stage": stage, "sparsity": sparsity, "seed": seed}
+        return {
+            "model": Path(self.name).name.removesuffix(".gguf"),
+            "method": method,
+            "stage": stage,
+            "sparsity": sparsity,
+            "seed": seed,
+        }
 
     def _calibrated(self, seed: int) -> Calibration:
         """The calibration windows of a seed."""
@@ -292,9 +299,14 @@ class Bench:
         """How fast a model is, if the study asks."""
         if self.study.max_batch is None:
             return {}
-        timed, most = of | {"machine": machine(), "max_batch": self.study.max_batch}, self.study.max_batch
-        speed = self.cache.get(timed, lambda: dataclasses.asdict(measure_speed(self._placed(model()), max_batch=most)))
-        return {"speed": speed}
+        where = machine() | {"host": platform.node()}
+        timed = of | {"machine": where, "max_batch": self.study.max_batch}
+        return {"speed": self.cache.get(timed, lambda: self._speed(model()))}
+
+    def _speed(self, model: PreTrainedModel) -> Cell:
+        """Without the peak of memory, in which the dense model would count too."""
+        measured = measure_speed(self._placed(model), max_batch=self.study.max_batch)
+        return dataclasses.asdict(measured) | {"peak": None, "saturated_peak": None}
 
     def _quality(self, model: PreTrainedModel) -> Cell:
         start = time.perf_counter()
@@ -319,7 +331,7 @@ class Bench:
     def _recover(self, model: PreTrainedModel, seed: int) -> tuple[PreTrainedModel, float]:
         """The model recovered, adapters merged, and how long it took; it goes through a folder, as a user's would."""
         training, start = cast(Training, self.study.recover), time.perf_counter()
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix="recovering-") as room:
+        with tempfile.TemporaryDirectory(prefix="plprune-") as room:
             save_pruned(model, Path(room) / "model", self.tokenizer)
             pl.seed_everything(seed, verbose=False)
             module = Recovery(

@@ -53,34 +53,32 @@ class GPU:
         memory: In bytes.
         half: Operations a second in bfloat16 (float16 where there is none), of dense matrices, summed in float32.
         single: Operations a second in float32, without TF32, which torch leaves off.
-        bandwidth: Bytes a second from its memory.
     """
 
     memory: float
     half: float
     single: float
-    bandwidth: float
 
 
 GPUS: dict[str, GPU] = {
-    name: GPU(memory * 1e9, half * 1e12, single * 1e12, bandwidth * 1e9)
-    for name, (memory, half, single, bandwidth) in {
-        "T4": (16, 65, 8.1, 320),
-        "L4": (24, 121, 30.3, 300),
-        "A10": (24, 125, 31.2, 600),
-        "RTX-3090": (24, 71, 35.6, 936),
-        "RTX-4090": (24, 165.2, 82.6, 1008),
-        "L40S": (48, 362, 91.6, 864),
-        "A100-40GB": (40, 312, 19.5, 1555),
-        "A100-80GB": (80, 312, 19.5, 2039),
-        "H100": (80, 989, 67, 3350),
-        "H200": (141, 989, 67, 4800),
-        "B200": (180, 2250, 75, 7700),
-        "MI300X": (192, 1307, 163.4, 5300),
+    name: GPU(memory * 1e9, half * 1e12, single * 1e12)
+    for name, (memory, half, single) in {
+        "T4": (16, 65, 8.1),
+        "L4": (24, 121, 30.3),
+        "A10": (24, 125, 31.2),
+        "RTX-3090": (24, 71, 35.6),
+        "RTX-4090": (24, 165.2, 82.6),
+        "L40S": (48, 362, 91.6),
+        "A100-40GB": (40, 312, 19.5),
+        "A100-80GB": (80, 312, 19.5),
+        "H100": (80, 989, 67),
+        "H200": (141, 989, 67),
+        "B200": (180, 2250, 75),
+        "MI300X": (192, 1307, 163.4),
     }.items()
 }
 """From the makers' data sheets, dense rates (half of what is given with sparsity), SXM where there is a choice:
-nvidia.com: T4, L4, A10, L40S, A100, H100, H200 and DGX B200 data sheets; the Ampere GA102 and Ada architecture
+nvidia.com: T4, L4, A10, L40S, A100, H100, H200 and HGX B200 data sheets; the Ampere GA102 and Ada architecture
 whitepapers for the two GeForce; amd.com: Instinct MI300X data sheet."""
 
 

@@ -25,9 +25,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plprune import processes
 from plprune.anatomy import blocks_of
-from plprune.calibration import evaluating
 from plprune.lora import base_parameters
 from plprune.progress import Progress
+from plprune.running import evaluating
 from plprune.text import check_sizes, documents
 
 BYTE = re.compile("<0x[0-9A-F]{2}>")  # what SentencePiece calls a byte of a character that it has no token for

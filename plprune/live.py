@@ -130,12 +130,17 @@ class _Writer(ExperimentWriter):
             return
         with open(file, newline="") as earlier:
             reader = csv.DictReader(earlier)
-            rows = [row for row in reader if int(row["step"]) < self._before]
+            rows = [row for row in reader if _whole(row) and int(row["step"]) < self._before]
             self.metrics_keys = list(reader.fieldnames or [])
         with staged(file, overwrite=True) as temporary, open(temporary, "w", newline="") as kept:
             writer = csv.DictWriter(kept, self.metrics_keys)
             writer.writeheader()
             writer.writerows(rows)
+
+
+def _whole(row: dict[str | Any, Any]) -> bool:
+    """Whether a row was written to its end; one that a killed run began may lack values."""
+    return None not in row.values() and row.get("step", "").isdecimal()
 
 
 def _newest(folder: Path) -> int:

@@ -29,10 +29,11 @@ from transformers import PreTrainedModel
 from plprune.allocation import top_k
 from plprune.anatomy import Block, Group, blocks_of, matrix
 from plprune.cache import Cache
-from plprune.calibration import Calibration, evaluating, finish, observe, record, run_block, stream
+from plprune.calibration import Calibration, observe, stream
 from plprune.evaluation import next_token_loss, perplexity
 from plprune.plan import fingerprint
 from plprune.progress import Progress
+from plprune.running import evaluating, finish, record, run_block
 from plprune.stats import Norms
 from plprune.surgery import drop_attention, shrink
 

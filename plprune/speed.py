@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plprune.anatomy import blocks_of, matrix
-from plprune.calibration import evaluating
 from plprune.modeling_plprune import Gather, Scatter
+from plprune.running import evaluating
 from plprune.text import check_sizes
 
 GAIN = 1.1  # a doubled batch that gives less is one too many

@@ -27,11 +27,12 @@ from transformers.core_model_loading import WeightRenaming, WeightTransform
 from plprune import processes
 from plprune.anatomy import Block, blocks_of, put
 from plprune.atomic import check_free
-from plprune.calibration import Calibration, same_values, summary
+from plprune.calibration import Calibration
 from plprune.checkpoint import Dtype, load_skeleton, locate, write
 from plprune.journal import ASKED, SHARD, Decision, Journal, writing
 from plprune.methods.base import PruningMethod, origin, prune
 from plprune.plan import FILE, PruningPlan, fingerprint
+from plprune.running import same_values, summary
 
 MMAP_THRESHOLD, LARGE = -3, 1 << 17  # of malloc.h, and its initial value
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"

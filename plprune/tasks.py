@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plprune.calibration import evaluating
+from plprune.running import evaluating
 
 log = logging.getLogger(__name__)
 METRICS = ("acc", "exact_match")  # the first of them that a task has is its result; else its own first
@@ -133,7 +133,7 @@ def run_tasks(
 
 
 def paired(dense: TaskResult, pruned: TaskResult) -> Difference | None:
-    """How much better the second scores, example by example; None if the metric is no mean over examples.
+    """How much higher the second scores, example by example; None if the metric is no mean over examples.
 
     Example:
         >>> scores = dict(metric="acc", value=0.0, stderr=None, higher_is_better=True, examples="", others={})

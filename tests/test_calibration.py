@@ -13,18 +13,8 @@ from transformers import PreTrainedModel
 
 from plprune import prune
 from plprune.anatomy import FAMILIES, Block, blocks_of
-from plprune.calibration import (
-    Calibration,
-    Observations,
-    evaluating,
-    finish,
-    observe,
-    record,
-    run_block,
-    same_values,
-    stream,
-    summary,
-)
+from plprune.calibration import Calibration, Observations, observe, stream
+from plprune.running import evaluating, finish, record, run_block, same_values, summary
 from plprune.stats import BlockInfluence, Gram, Moments, Norms
 from plprune.surgery import drop_attention
 from plprune.survey import load, save, survey
@@ -417,6 +407,22 @@ def test_what_is_known_of_something_else_is_not_used(other: str) -> None:
     for block, inputs in stream(model, replace_known(calibration, known)):
         observe(block, inputs, Norms)
     assert min(counts) > 0
+
+
+def test_a_block_that_was_changed_is_observed_again() -> None:
+    model, calibration, known = surveyed()
+    block, inputs = next(iter(stream(model, replace_known(calibration, known))))
+    ((_, _), (_, before)) = observe(block, inputs, Norms)
+    cast(Any, block.part("mlp.up_proj")).weight.data.mul_(2)
+    ((_, _), (_, after)) = observe(block, inputs, Norms)
+    torch.testing.assert_close(after.pooled, 2 * before.pooled)
+
+
+def test_a_statistic_of_the_same_name_is_another() -> None:
+    own = type("Norms", (Norms,), {})
+    model, calibration, known = surveyed()
+    block, inputs = next(iter(stream(model, replace_known(calibration, known))))
+    assert all(type(statistic) is own for _, statistic in observe(block, inputs, own))
 
 
 STAGE_ONE = {"TwoSSP": {"drop_attentions": 0}}

@@ -104,6 +104,14 @@ def test_what_cannot_be_drawn_is_left_out() -> None:
     assert parsed(line([], "nothing", Axis("x"), Axis("y"))) is not None
 
 
+def test_what_is_no_number_is_escaped() -> None:
+    evil: Any = "'\"><script>"
+    blocks = Blocks({"FFN channels": [(1, 2)]}, importance=[evil], ranks=[evil])
+    drawn = (bars({"a": evil}, "t"), heat_map([[evil]], ["a"], ["b"], "t"), block_picture(blocks, "t"))
+    assert not any("<script" in svg for svg in drawn)
+    assert all(parsed(svg) is not None for svg in drawn)
+
+
 def test_bars_are_as_long_as_their_numbers() -> None:
     marks = with_data(CHARTS["bars"])
     assert [float(mark.attrib["data-value"]) for mark in marks] == [20.0, 40.0, math.inf]

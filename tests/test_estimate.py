@@ -221,9 +221,9 @@ def test_a_target_of_parameters_is_met_from_below(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_a_target_of_memory_pays_for_weights_and_cache(name: str, family: str) -> None:
-    model = tiny(family)
+@pytest.mark.parametrize(("family", "dtype"), [("llama", torch.float32), ("gemma2", torch.bfloat16)])
+def test_a_target_of_memory_pays_for_weights_and_cache(name: str, family: str, dtype: torch.dtype) -> None:
+    model = tiny(family, tie_word_embeddings=family == "gemma2").to(dtype)  # type: ignore[arg-type]
     dense = structure(model, CONTEXT)
     asked = round(0.9 * (dense.weight_bytes + 4 * dense.cache_bytes))
     own: dict[str, Any] = {"target_memory": asked, "target_batch": 4, "target_context": CONTEXT}

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from plprune.anatomy import FAMILIES, blocks_of
 from plprune.checkpoint import load_model, load_tokenizer, save_pruned
 from plprune.cli import main
+from plprune.commands.evaluate import _origin
 from plprune.evaluation import (
     Measurement,
     Protocol,
@@ -33,6 +35,7 @@ from plprune.evaluation import (
     tokens_per_second,
 )
 from plprune.methods import prune
+from plprune.plan import PruningPlan
 from plprune.text import pack, tokenised
 from tests.builders import jsonl, method, save_tiny, tiny, tokenizer, windows
 from tests.shared import SMOLLM2, WIKITEXT, needs_smollm2, shared
@@ -320,6 +323,20 @@ def test_the_dense_model_is_judged_where_it_is_to_be_had(
     save_tiny(Path("dense"), intermediate_size=32)  # another model in its place
     main(["evaluate", pruned, f"--text={text}", *SMALL])
     assert [*rows, "dense: dense" in capsys.readouterr().out] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("name", ["ORG/NAME", "package://antigravity/x.gguf", "../pruned", "", "pruned/config.json"])
+def test_nothing_is_fetched_or_run_to_find_the_dense_model(
+    pruned: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    plan = PruningPlan.load(pruned)
+    assert _origin(dataclasses.replace(plan, origin=plan.origin | {"model": name})) == "none"
+    assert "antigravity" not in sys.modules
 
 
 def test_other_tokenizers_are_pointed_out(pruned: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:

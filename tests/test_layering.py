@@ -30,7 +30,7 @@ TIERS = [
         "sensitivity",
         "streaming",
     },
-    {"calibration", "survey", "surgery", "repair"},
+    {"calibration", "running", "survey", "surgery", "repair"},
     {
         "anatomy",
         "plan",

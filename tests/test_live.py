@@ -98,6 +98,14 @@ def test_rows_of_steps_that_are_taken_again_are_dropped(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "fit" / "version_0").iterdir()] == ["metrics.csv"]
 
 
+def test_a_row_that_a_killed_run_has_begun_is_dropped(tmp_path: Path) -> None:
+    file = tmp_path / "fit" / "version_0" / "metrics.csv"
+    file.parent.mkdir(parents=True)
+    file.write_text("loss,step,tokens\n2.0,0,7\n1.5,1,7\n1.")
+    Rows(str(tmp_path), "fit", 0, before=9).save()
+    assert file.read_text().split() == ["loss,step,tokens", "2.0,0,7", "1.5,1,7"]
+
+
 def test_only_the_first_process_writes_rows(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     rows = Rows(str(tmp_path), "fit", 0)

@@ -9,6 +9,7 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -259,6 +260,38 @@ def test_a_page_loads_nothing_and_runs_nothing_that_was_given(pages: Path, kind:
     assert "alert('1')" in "".join(page.text[""])
 
 
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [
+        ("run", "/loss/0"),
+        ("run", "/stages/dense"),
+        ("run", "/blocks/0/rank"),
+        ("run", "/blocks/0/parameters"),
+        ("run", "/parity/rows/0"),
+        ("comparison", "/cells/0/model"),
+        ("comparison", "/cells/1/speed"),
+        ("comparison", "/cells/1/widths/ffn/0"),
+        ("sensitivity", "/cells/0/kind"),
+        ("sensitivity", "/cells/0/perplexity"),
+    ],
+)
+def test_what_is_not_as_it_should_be_is_shown_safely_or_refused(kind: str, path: str) -> None:
+    records = {"run": run_record(2), "comparison": comparison_record(("m",), 1), "sensitivity": sensitivity_record()}
+    place, _, last = path.rpartition("/")
+    for wrong in (f"'\"{EVIL}", [], {EVIL: EVIL}, 10**400, -1, math.nan, None, True):
+        record = json.loads(json.dumps(records[kind]))
+        at(record, place)[int(last) if last.isdecimal() else last] = wrong
+        told = page_or_error(record)
+        assert told.startswith("the record is not as plprune writes them (") or told.count("<script>") == 1
+
+
+def page_or_error(record: dict[str, Any]) -> str:
+    try:
+        return report.html(as_it_is(record))
+    except ValueError as error:
+        return str(error)
+
+
 @every_kind
 def test_nothing_but_the_kind_is_needed(kind: str) -> None:
     assert "<h1>" in report.html({"kind": kind})
@@ -331,6 +364,11 @@ def test_models_share_no_plot_but_that_of_bits_per_byte() -> None:
     assert "does not compare across tokenizers" in page
     assert page.count("Bits per byte against size</title>") == 1
     assert "does not compare" not in report.html(comparison_record(("one",)))
+
+
+def test_a_model_whose_name_begins_with_another_has_its_own_plots() -> None:
+    page = report.html(comparison_record(("SmolLM2", "SmolLM2-Instruct")))
+    assert page.count(">Block importance</title>") == 2
 
 
 @pytest.mark.parametrize("status", ["running", "stopped"])
@@ -493,14 +531,32 @@ def test_a_stopped_run_leaves_a_report_and_goes_on_with_it(model: str, tmp_path:
 def test_a_report_that_cannot_be_written_stops_nothing(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    errors: list[Exception] = [ValueError("what is that"), *[OSError("no space left on device")] * 9]
+
     def full(*_: Any, **__: Any) -> None:
-        raise OSError("no space left on device")
+        raise errors.pop(0)
 
     monkeypatch.setattr("plprune.report.write", full)
     with caplog.at_level(logging.WARNING):
         own, _ = fit(tmp_path / "run", model, steps=1)
     assert own.record["status"] == "finished"
+    assert "no report: what is that" in caplog.text
     assert "no report: no space left on device" in caplog.text
+
+
+def test_a_long_run_keeps_some_points_of_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plprune.callbacks.POINTS", 4)
+    own, steps = Report(), range(1, 12)
+    own.record = {"loss": []}
+    monkeypatch.setattr(own, "_progress", lambda trainer: None)
+    monkeypatch.setattr(own, "_write", lambda trainer: None)
+    for step in [0, *steps, 11]:  # batches of the first step, and of one that was begun
+        trainer: Any = SimpleNamespace(global_step=step, log_every_n_steps=1, callback_metrics={"train_loss": 0.5})
+        own.on_train_batch_end(trainer, Any, None, None, 0)  # type: ignore[arg-type]
+    found = [step for step, _ in own.record["loss"]]
+    assert found[0] == 1
+    assert found[-1] == 11
+    assert len(found) <= 4
 
 
 def test_a_page_of_another_is_not_replaced(model: str, tmp_path: Path) -> None:
@@ -519,6 +575,9 @@ def test_a_running_run_whose_process_is_gone_was_stopped() -> None:
     ended.wait()
     gone = as_it_is(running | {"process": of_process() | {"pid": ended.pid}})
     assert (gone["status"], gone["reason"]) == ("stopped", "its process is gone")
+    for pid in (None, "1", 10**30):
+        assert as_it_is(running | {"process": of_process() | {"pid": pid}})["status"] == "stopped"
+    assert as_it_is(running | {"process": [1]})["status"] == "running"
     elsewhere = running | {"process": {"host": "elsewhere", "pid": ended.pid}}
     assert as_it_is(elsewhere)["status"] == "running"
 
@@ -566,6 +625,17 @@ def test_the_command_takes_other_kinds(tmp_path: Path, kind: str) -> None:
     assert json.loads((tmp_path / "report.json").read_text())["kind"] == kind
     main(["report", str(tmp_path / f"{kind}.json"), f"--output={tmp_path / 'b.html'}"])
     assert "<svg" in (tmp_path / "b.html").read_text()
+
+
+def test_the_command_leaves_alone_what_it_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, text = tmp_path / "report.json", json.dumps(run_record(2))  # has what a report leaves out
+    file.write_text(text)
+    main(["report", str(file)])
+    assert "<svg" in (tmp_path / "report-report.html").read_text()
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path)])
+    assert "report.json exists and is no report of plprune" in capsys.readouterr().err
+    assert file.read_text() == text
 
 
 @pytest.mark.parametrize(

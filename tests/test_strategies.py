@@ -1,6 +1,8 @@
 """A run is the same under every strategy: two real processes on the CPU, with the configs that we ship for GPUs."""
 
+import csv
 import importlib.util
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -120,6 +122,32 @@ def test_the_first_line_says_what_each_process_holds(runs: Callable[[str], Ended
     part = {True: 0.5, False: 1}[strategy in SHARDED]
     assert all(rank["held"] == pytest.approx(part * everything, rel=0.03) for rank in found)
     assert ("1/2 of the model" in lines[first]) == (part < 1)
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_processes_leave_one_report_and_one_log(source: Path, tmp_path: Path, strategy: str) -> None:
+    method = {"method": {"class_path": "FLAP", "init_args": {"sparsity": 0.3}}}
+    callbacks: dict[str, Any] = {"Evaluate": {}, "Report": {"prompts": ["1 2 3"]}, "Prune": method}
+    reports, logs = [], []
+    for name, ranks in (("one-process", 1), (strategy, 2)):
+        args = ("--trainer.logger=null", "--trainer.log_every_n_steps=1")
+        run = start(source, tmp_path / name, name, *args, ranks=ranks, callbacks=dict(callbacks))
+        assert run.finish() == [0] * ranks, run.output()
+        reports.append(json.loads((run.folder / "report.json").read_text()))
+        (file,) = run.folder.rglob("metrics.csv")
+        assert any(path.name.startswith("events.out") for path in file.parent.iterdir())
+        with open(file, newline="") as rows:
+            logs.append([float(row["grad_norm/total"]) for row in csv.DictReader(rows) if row.get("grad_norm/total")])
+    expected, found = reports
+    assert found["status"] == "finished"
+    assert [step for step, _ in found["loss"]] == [1, 2, 3, 4, 5, 6]
+    assert found["loss"] == [[step, pytest.approx(loss, abs=1e-3)] for step, loss in expected["loss"]]
+    assert found["stages"].keys() == expected["stages"].keys() == {"dense", "pruned", "recovered"}
+    assert found["generated"][0].keys() - {"prompt"} == ({"dense"} if strategy in SHARDED else found["stages"].keys())
+    assert found["generated"][0]["dense"] == expected["generated"][0]["dense"]
+    assert logs[1] == ([] if strategy in ZERO else pytest.approx(logs[0], rel=1e-3))
 
 
 @pytest.mark.slow

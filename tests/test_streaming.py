@@ -24,10 +24,11 @@ from transformers import PreTrainedModel
 from plprune import PruningMethod, PruningPlan, TwoSSP, load_pruned, prune, save_pruned, surgery
 from plprune.allocation import top_k
 from plprune.anatomy import FAMILIES, blocks_of
-from plprune.calibration import Calibration, observe, run_block, stream
+from plprune.calibration import Calibration, observe, stream
 from plprune.checkpoint import Dtype, load_model
 from plprune.cli import main
 from plprune.methods.two_ssp import SecondStage
+from plprune.running import run_block
 from plprune.stats import Norms
 from plprune.streaming import INDEX, open_streamed, place_of_journal, prune_streamed
 from plprune.surgery import Surgery

@@ -24,6 +24,7 @@ def compare(
     calibration_seq_len: int = 256,
     seq_len: int = 512,
     stride: int | None = None,
+    bos: bool | None = None,
     max_windows: int | None = None,
     recover: Training | None = None,
     tasks: str = "",
@@ -48,8 +49,9 @@ def compare(
         join: Put between the rows of both texts, which are then one document each.
         num_samples: Calibration windows.
         calibration_seq_len: Tokens of a calibration window.
-        seq_len: Tokens of a window that perplexity is measured on, without BOS.
+        seq_len: Tokens of a window that perplexity is measured on.
         stride: Tokens from the start of one such window to that of the next; they do not overlap if not given.
+        bos: Whether the BOS token is put before each window; as the tokenizer does if not given.
         max_windows: At most this many such windows from the start of the text; all if not given.
         recover: How every pruned model is recovered: `text` to train on, `steps`, `seq_len`, `batch_size`,
             `learning_rate`, `lora`; none is if not given.
@@ -70,7 +72,7 @@ def compare(
         join=join,
         num_samples=num_samples,
         calibration_seq_len=calibration_seq_len,
-        protocol=Protocol(seq_len, stride, max_windows=max_windows),
+        protocol=Protocol(seq_len, stride, bos, max_windows),
         recover=recover,
         tasks=[task.strip() for task in tasks.split(",") if task.strip()],
         task_data=task_data,

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune.calibration import evaluating
 from plprune.export import alone, llama_cpp
+from plprune.running import evaluating
 
 
 @dataclasses.dataclass(frozen=True)

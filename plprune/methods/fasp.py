@@ -25,11 +25,12 @@ from transformers import PreTrainedModel
 from plprune import processes
 from plprune.allocation import check_near, fit, fraction_to_remove, importance, top_k
 from plprune.anatomy import Block, Group, blocks_of, dense_weight
-from plprune.calibration import BlockInputs, Calibration, observe, stream
+from plprune.calibration import Calibration, observe, stream
 from plprune.estimate import Work, block_flops
 from plprune.methods.base import PruningMethod
 from plprune.plan import PruningPlan
 from plprune.repair import compensation, restore
+from plprune.running import BlockInputs
 from plprune.serving import FREE, Constraint, adds_biases
 from plprune.stats import Gram
 from plprune.surgery import Surgery

@@ -30,13 +30,14 @@ from transformers import PreTrainedModel
 from plprune import processes
 from plprune.allocation import check_near, check_sparsity, fit, importance, top_k
 from plprune.anatomy import Block, Group, blocks_of
-from plprune.calibration import Calibration, evaluating, finish, observe, record, run_block, stream
+from plprune.calibration import Calibration, observe, stream
 from plprune.estimate import Work, block_flops, windows
 from plprune.evaluation import next_token_loss
 from plprune.journal import Filed, journal_of
 from plprune.methods.base import PruningMethod
 from plprune.plan import PruningPlan
 from plprune.progress import Progress
+from plprune.running import evaluating, finish, record, run_block
 from plprune.serving import FREE, Constraint
 from plprune.stats import Norms
 from plprune.surgery import Surgery, without_attention

@@ -16,10 +16,11 @@ from typing import Any
 from plprune.atomic import check_free, staged
 from plprune.report import comparison, run, sensitivity
 from plprune.report.comparison import summarised
-from plprune.report.page import MARK
+from plprune.report.page import MARK, readable
 
 VERSION = 1
 NAME = "report.html"
+WRITTEN = '"written": "'  # near the head of a report's JSON, and of no other
 PAGES = {"run": run.page, "comparison": comparison.page, "sensitivity": sensitivity.page}
 DROPPED = {"tasks": ("scores", "examples"), "speed": ("widths", "attention_widths")}  # long, and known otherwise
 
@@ -52,36 +53,39 @@ def page_of(path: str | os.PathLike[str]) -> Path:
 
 
 def check_ours(page: str | os.PathLike[str]) -> None:
-    """Makes sure that a page to be written anew is a report, if there is one.
+    """Makes sure that a page to be written anew, and the JSON beside it, are a report, if they are there.
 
     Raises:
-        FileExistsError: Something else has its name.
+        FileExistsError: Something else has such a name.
         OSError: Nothing can be written there.
     """
-    page = Path(page)
-    if page.exists() and MARK not in page.read_text(encoding="utf-8", errors="replace")[:400]:
-        raise FileExistsError(f"{page} exists and is no report of plprune: choose another output, or move it away")
-    check_free(page, overwrite=True)
+    for file, mark in ((Path(page), MARK), (Path(page).with_suffix(".json"), WRITTEN)):
+        if file.exists() and mark not in file.read_text(encoding="utf-8", errors="replace")[:400]:
+            raise FileExistsError(f"{file} exists and is no report of plprune: choose another output, or move it away")
+        check_free(file, overwrite=True)
 
 
 def html(record: dict[str, Any]) -> str:
     """A record as a page.
 
     Raises:
-        ValueError: The record is of no kind that is known.
+        ValueError: The record is of no kind that is known, or not as we write them.
     """
     kind = record.get("kind")
     if kind not in PAGES:
         raise ValueError(f"a report of the kind {kind!r} is unknown: give one of {', '.join(PAGES)}")
-    return PAGES[kind](completed(record))
+    whole = completed(record)
+    with readable():
+        return PAGES[kind](whole)
 
 
 def completed(record: dict[str, Any]) -> dict[str, Any]:
     """The record as JSON has it, with what is derived from it; completing it again changes nothing."""
-    plain: dict[str, Any] = _plain(record)
-    plain = {"version": VERSION, "written": datetime.datetime.now().astimezone().isoformat(timespec="seconds")} | plain
-    if plain.get("kind") == "comparison":
-        plain["summary"] = summarised(plain.get("cells") or [])
+    head = {"version": VERSION, "written": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
+    with readable():
+        plain: dict[str, Any] = head | _plain(record)
+        if plain.get("kind") == "comparison":
+            plain["summary"] = summarised(plain.get("cells") or [])
     return plain
 
 

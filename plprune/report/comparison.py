@@ -41,8 +41,8 @@ def page(record: dict[str, Any]) -> str:
     models = list(dict.fromkeys(each["model"] for each in rows))
     parts = [_common(rows, models)] if len(models) > 1 else []
     for i, model in enumerate(models):
-        own = {name: svg for name, svg in plots(record).items() if name.startswith(f"{_slug(model)}-")}
-        charts = figures(*(figure(svg, wide=' fluid"' in svg) for svg in own.values()))
+        own = _of_model([row for row in rows if row["model"] == model]).values()
+        charts = figures(*(figure(svg, wide=' fluid"' in svg) for svg in own if svg))
         parts.append(section(f"model-{i}", model, charts + _table(record, model)))
     parts += [
         section("errors", "What could not be done", _errors(record)),

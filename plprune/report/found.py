@@ -11,6 +11,7 @@ from torch import Tensor
 
 from plprune.card import RECORD
 from plprune.plan import FILE, PruningPlan
+from plprune.report.page import at
 
 KINDS = ("run", "comparison", "sensitivity")
 PARITY = "parity.json"
@@ -39,9 +40,9 @@ def found(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def as_it_is(record: dict[str, Any]) -> dict[str, Any]:
     """The record, stopped if it says that it is running but its process is no longer there."""
-    process = record.get("process") or {}
+    process = at(record, "process")
     here = process.get("host") == platform.node() and os.name == "posix"  # elsewhere the same call would end it
-    if record.get("status") != "running" or not here or _alive(int(process["pid"])):
+    if record.get("status") != "running" or not here or _alive(process.get("pid")):
         return record
     return record | {"status": "stopped", "reason": "its process is gone"}
 
@@ -147,7 +148,7 @@ def _with_plan(record: dict[str, Any], folder: Path) -> dict[str, Any]:
     if plan is None or record.get("blocks") or not record.get("asked"):
         return record
     known = of_plan(PruningPlan.load(plan))
-    if known["asked"]["settings"] != record["asked"].get("settings"):
+    if known["asked"]["settings"] != at(record, "asked").get("settings"):
         return record  # that of an earlier run
     return known | {name: value for name, value in record.items() if value}
 
@@ -157,7 +158,8 @@ def _of_folder(folder: Path) -> dict[str, Any]:
     record: dict[str, Any] = {"version": 1, "kind": "run", "status": "finished"}
     record |= of_plan(PruningPlan.load(folder))
     noted = _tried(folder / RECORD)
-    record["stages"] = {stage: {"perplexity": value} for stage, value in noted.pop("perplexity", {}).items()}
+    record["stages"] = {stage: {"perplexity": value} for stage, value in at(noted, "perplexity").items()}
+    noted.pop("perplexity", None)
     return record | ({"noted": noted} if noted else {}) | {"title": title_of(record)}
 
 
@@ -168,13 +170,12 @@ def _with_evaluation(record: dict[str, Any], folder: Path) -> dict[str, Any]:
     for each in judged:
         if each.get("title") == record.get("title") and each.get("stages") == record.get("stages"):
             continue  # it is the record itself
-        last = "recovered" if "recovered" in record.get("stages", {}) else "pruned"  # evaluate knows no recovery
+        last = "recovered" if "recovered" in at(record, "stages") else "pruned"  # evaluate knows no recovery
         names = {"pruned": last}
         for key in ("tasks", "speed", "stages"):
-            if each.get(key):
-                of = {names.get(stage, stage): value for stage, value in each[key].items()}
+            if of := {names.get(stage, stage): value for stage, value in at(each, key).items()}:
                 name = "evaluation" if key == "stages" else key
-                record = record | {name: {**record.get(name, {}), **of}}
+                record = record | {name: at(record, name) | of}
         more = {key: each[key] for key in ("protocol", "not_faster", "averages", "differences") if each.get(key)}
         record = record | more
     return record
@@ -198,15 +199,15 @@ def _tried(file: Path) -> dict[str, Any]:
 def _read(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is truncated or no JSON ({error}): write it again") from error
     return found if isinstance(found, dict) else {}
 
 
-def _alive(pid: int) -> bool:
+def _alive(pid: Any) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError, TypeError):  # the last two: it is no process's number
         return False
     except PermissionError:
         pass

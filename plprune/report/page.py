@@ -5,8 +5,9 @@ pointer into the record, so that each can be checked against the JSON beside the
 escaped.
 """
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -16,6 +17,7 @@ from plprune.charts import shown
 
 Record = Mapping[str, Any]
 MARK = '<meta name="generator" content="plprune">'
+FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, StopIteration, TypeError, ValueError)
 FORMS = {  # how a field is written, by its name
     "parameters": "count",
     "block_parameters": "count",
@@ -116,6 +118,20 @@ b.textContent=th.textContent;th.replaceChildren(b);let up=1;b.onclick=()=>{th.cl
 th.cellIndex],d=c.querySelector("data");return d?+d.value:c.textContent};rows.sort((p,q)=>{const a=of(p),b=of(q);
 return(a>b?1:a<b?-1:0)*up}).forEach(r=>body.append(r))});up=-up}})
 """
+
+
+@contextlib.contextmanager
+def readable() -> Iterator[None]:
+    """Says in one line that a record is not as we write them, whatever that leads to.
+
+    Raises:
+        ValueError: It is not.
+    """
+    try:
+        yield
+    except FAULTS as error:
+        reason = f"{type(error).__name__}: {str(error)[:100]}"
+        raise ValueError(f"the record is not as plprune writes them ({reason}): write it again") from error
 
 
 def number(record: Any, *keys: str | int, form: str | None = None) -> str:

@@ -1,0 +1,202 @@
+"""Running a model's blocks one by one, each on what the model itself passes it.
+
+Nothing is guessed: the model is run once per batch with its blocks made transparent, what it passes to each of them
+is recorded, and the blocks are then called with just that.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from plprune import processes
+from plprune.anatomy import Block, blocks_of
+from plprune.journal import Filed
+from plprune.stats import BlockInfluence
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a block, its hidden states aside."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def to(self, device: torch.device) -> "Call":
+        return Call(_move(self.args, device), _move(self.kwargs, device))
+
+
+class Held(list[Tensor]):
+    """Hidden states in memory, on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def append(self, hidden: Tensor) -> None:
+        super().append(hidden.to(self.device))
+
+    def discard(self) -> None:
+        """Nothing is left behind."""
+
+
+class BlockInputs:
+    """What enters one block, over all batches, and after :func:`observe` also what leaves it.
+
+    Args:
+        block: The block.
+        hidden: The hidden states that enter it, [b, s, d] each.
+        calls: What else it is called with.
+        device: Where it runs.
+        states: Makes an empty collection for what leaves it.
+        group: Processes that share the batches.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        hidden: Sequence[Tensor],
+        calls: list[Call],
+        device: torch.device,
+        states: Callable[[], Held | Filed],
+        group: processes.Group = None,
+    ) -> None:
+        self.block, self.hidden, self.calls = block, hidden, calls
+        self.device, self.states, self.group = device, states, group
+        self.influence = BlockInfluence()
+        self.observed: list[dict[str, Any]] = []  # statistics by consumer, of each observation
+        self._outputs: Held | Filed | None = None
+        self._weights: dict[str, Tensor] = {}  # a summary of those that made the outputs
+
+    @torch.no_grad()
+    def run(self, influence: BlockInfluence | None = None) -> None:
+        """Runs the block on every batch, and keeps the outputs."""
+        if self._outputs is not None:
+            self._outputs.discard()
+        self._outputs, self._weights = self.states(), summary(self.block.module)
+        for hidden, call in zip(self.hidden, self.calls, strict=True):
+            x = hidden.to(self.device)
+            y = run_block(self.block, x, call.to(self.device))
+            if not torch.isfinite(y.sum(dtype=torch.float32)):
+                raise ValueError(
+                    f"NaN or infinity in the activations of block {self.block.index}: load the model in float32 or "
+                    "bfloat16, and check its weights"
+                )
+            if influence is not None:
+                influence.update(x, y)
+            self._outputs.append(y)
+
+    def outputs(self) -> "Held | Filed":
+        """What leaves the block as it is now: it is run again only if its weights were changed since it last was."""
+        if self._outputs is None or not same_values(summary(self.block.module), self._weights):
+            self.observed.clear()
+            self.run()
+        assert self._outputs is not None
+        return self._outputs
+
+
+@torch.no_grad()
+def record(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:  # ids: [b, s]
+    """The first block's input, and what the model passes to each block besides."""
+    first: list[Tensor] = []
+    calls: list[Call] = []
+    blocks = blocks_of(model)
+
+    def transparent(*args: Any, **kwargs: Any) -> Tensor:
+        hidden, call = split_call(args, kwargs)
+        first.append(hidden)
+        calls.append(call)
+        if len(calls) == len(blocks):
+            raise _Enough
+        return hidden
+
+    with _standing_in(blocks, [transparent] * len(blocks)), contextlib.suppress(_Enough):
+        model(input_ids=ids.to(model.device), use_cache=False)
+    return first[0], calls
+
+
+@torch.no_grad()
+def finish(model: PreTrainedModel, ids: Tensor, hidden: Tensor) -> Tensor:  # [b, s], [b, s, d] -> [b, s, vocabulary]
+    """The logits that the model makes of the last block's output."""
+    blocks = blocks_of(model)
+    forwards = [lambda *a, **k: split_call(a, k)[0]] * (len(blocks) - 1) + [lambda *_, **__: hidden]
+    with _standing_in(blocks, forwards):
+        return model(input_ids=ids.to(model.device), use_cache=False).logits
+
+
+def run_block(block: Block, hidden: Tensor, call: Call) -> Tensor:  # [b, s, d] -> [b, s, d]
+    """Calls one block as the model would."""
+    output = block.module(hidden, *call.args, **call.kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def summary(module: nn.Module) -> dict[str, Tensor]:
+    """Sums over the bits of each parameter, by rows and by columns: of two sets of values no two are alike in practice.
+
+    Far smaller than the values, and read off them in a moment.
+    """
+    return {name: _sums(p.detach()) for name, p in module.named_parameters()}
+
+
+def same_values(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether two summaries are of the same values."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _sums(values: Tensor) -> Tensor:
+    if values.ndim != 2 or not values.is_contiguous() or values.shape[1] * values.element_size() % 8:
+        return values.clone()
+    bits = values.view(torch.int64)
+    return torch.cat([bits.sum(0), bits.sum(1)])
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, for the time of the context."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Enough(Exception):
+    """All blocks have been called."""
+
+
+def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    """A block's arguments as its hidden states and all else."""
+    if args:
+        return args[0], Call(args[1:], kwargs)
+    return kwargs["hidden_states"], Call((), {k: v for k, v in kwargs.items() if k != "hidden_states"})
+
+
+@contextlib.contextmanager
+def _standing_in(blocks: list[Block], forwards: list[Callable[..., Any]]) -> Iterator[None]:
+    """Other forward functions in the place of the blocks' own, for the time of the context."""
+    own = [block.module.__dict__.get("forward") for block in blocks]
+    for block, forward in zip(blocks, forwards, strict=True):
+        cast(Any, block.module).forward = forward
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            del block.module.forward
+            if forward is not None:
+                cast(Any, block.module).forward = forward
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(_move(v, device) for v in value)
+    if isinstance(value, dict):
+        return {k: _move(v, device) for k, v in value.items()}
+    return value
