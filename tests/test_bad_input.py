@@ -427,6 +427,7 @@ for command in ("prune", "fit"):
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path: Path, model: Path) -> None:
     fit_config(tmp_path, model)
     (tmp_path / "full.py").write_text(FULL)

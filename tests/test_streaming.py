@@ -289,7 +289,7 @@ def test_a_run_goes_on_wherever_it_was_stopped(name: str, offload: Any, llama: P
 
 def test_a_resumed_run_runs_no_block_again(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
-    monkeypatch.setattr("plprune.calibration.run_block", lambda b, *a: runs.append(b.index) or run_block(b, *a))
+    monkeypatch.setattr("plprune.running.run_block", lambda b, *a: runs.append(b.index) or run_block(b, *a))
     for name in ("FLAP AL-AM", "FASP kv_heads"):
         output = tmp_path / name
         runs.clear()

@@ -75,7 +75,7 @@ def outcome(behaviours: list[str], victim: int = 1, number: signal.Signals | Non
 @pytest.mark.parametrize(
     ("behaviour", "reason"),
     [
-        ("fail", "there is no text in nowhere.txt; this was rank 0, which stops"),
+        pytest.param("fail", "there is no text in nowhere.txt; this was rank 0, which stops", marks=pytest.mark.slow),
         pytest.param("exhaust", "allocate memory", marks=pytest.mark.slow),
     ],
 )
