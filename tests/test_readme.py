@@ -75,5 +75,8 @@ def test_the_first_screen_is_what_ci_runs() -> None:
 
 
 def test_links_lead_somewhere() -> None:
+    headings = {
+        re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in re.findall(r"^#+ (.*)", README, re.M)
+    }
     for link in re.findall(r"\]\((?!https?://)([^)]+)\)", README):
-        assert (ROOT / link).exists(), link
+        assert link[1:] in headings if link.startswith("#") else (ROOT / link).exists(), link
