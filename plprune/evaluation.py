@@ -31,6 +31,7 @@ from plprune.running import evaluating
 from plprune.text import check_sizes, documents
 
 BYTE = re.compile("<0x[0-9A-F]{2}>")  # what SentencePiece calls a byte of a character that it has no token for
+ENDS = -1  # in the place of a number of bytes: the token ends a document
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class Passage:
         protocol: How it was cut, `bos` settled.
         windows: Token ids, [1, s] each.
         counts: How many tokens of each window count, the last ones.
-        sizes: The bytes of text that each of these stands for, 0 for the end of a document; None if the tokenizer
-            does not tell.
+        sizes: The bytes of text that each of these stands for, :data:`ENDS` for the end of a document; None if the
+            tokenizer does not tell.
     """
 
     source: str
@@ -91,7 +92,7 @@ class Passage:
     @property
     def bytes(self) -> int | None:
         """How many bytes of text these stand for."""
-        return None if self.sizes is None else sum(int(each.sum()) for each in self.sizes)
+        return None if self.sizes is None else sum(int(each[each != ENDS].sum()) for each in self.sizes)
 
     def as_dict(self) -> dict[str, Any]:
         """The protocol and what it came to, as JSON."""
@@ -171,7 +172,7 @@ def judge(model: PreTrainedModel, passage: Passage, group: processes.Group = Non
         passage: The text, cut for its tokenizer.
         group: The processes among which the windows are shared; each gets the result over all.
     """
-    in_text = None if passage.sizes is None else [each > 0 for each in passage.sizes]
+    in_text = None if passage.sizes is None else [each != ENDS for each in passage.sizes]
     total, of_text = _cost(model, passage.windows, passage.counts, in_text, group)
     bits = of_text / passage.bytes / math.log(2) if passage.bytes else None
     return Quality(_exp(total / passage.tokens), bits, passage.tokens)
@@ -357,7 +358,7 @@ def _tokens(
         ids += encoded.input_ids + ending
         if exact:
             pieces = tokenizer.convert_ids_to_tokens(encoded.input_ids)
-            sizes += byte_counts(text, encoded.offset_mapping, cast(list[str], pieces)) + [0] * len(ending)
+            sizes += byte_counts(text, encoded.offset_mapping, cast(list[str], pieces)) + [ENDS] * len(ending)
         if len(ids) >= needed:
             break
     stop = int(min(needed, len(ids)))

@@ -222,6 +222,18 @@ def test_bytes_that_stand_in_for_characters_count_one_each(given: str) -> None:
     assert sum(sizes) == len(given.encode())
 
 
+@torch.no_grad()
+def test_a_token_without_bytes_is_paid_for_unless_it_ends_a_document(tmp_path: Path) -> None:
+    source, fallback = jsonl(tmp_path / "text.jsonl", [{"text": "a b"}, {"text": "é b"}]), byte_fallback()
+    fallback.eos_token = "<unk>"
+    ids, _ = tokenised(source, fallback)
+    pieces: Any = fallback.convert_ids_to_tokens(ids.tolist())
+    assert pieces == ["▁a", "▁", "b", "<unk>", "▁", "é", "▁", "b", "<unk>"]  # the second space is in no text
+    quality = judge(tiny(), passage(source, fallback, Protocol(len(ids))))
+    costs = -tiny()(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)[range(8), ids[1:]] / math.log(2)
+    assert quality.bits_per_byte == pytest.approx(costs[[0, 1, 3, 4, 5, 6]].sum().item() / 6, rel=1e-5)
+
+
 @pytest.mark.parametrize("given", TEXTS)
 def test_bytes_that_a_tokenizer_drops_are_those_of_the_token_behind(given: str) -> None:
     offsets = [match.span() for match in re.finditer(r"\S+", given)]
