@@ -311,8 +311,10 @@ def test_an_unknown_kind_is_refused() -> None:
 
 def test_what_json_cannot_say_is_said_in_words(tmp_path: Path) -> None:
     record = {"kind": "run", "stages": {"pruned": {"perplexity": math.inf}}, "config": {"folder": tmp_path}}
+    record["title"] = "caf\udce9"  # how Python has a name of a file that is no UTF-8
     report.write(record, tmp_path)
     read = json.loads((tmp_path / "report.json").read_text())
+    assert "<h1>caf?</h1>" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert read["stages"]["pruned"]["perplexity"] == "inf"
     assert read["config"]["folder"] == str(tmp_path)
 

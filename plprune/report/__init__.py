@@ -44,7 +44,7 @@ def write(record: dict[str, Any], path: str | os.PathLike[str], overwrite: bool 
         check_free(file, overwrite)
     for file, text in texts.items():
         with staged(file, overwrite) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", errors="replace")  # names of files need not be UTF-8
 
 
 def page_of(path: str | os.PathLike[str]) -> Path:

@@ -94,8 +94,8 @@ tbody tr:not(.group) th{position:sticky;left:0;background:var(--card)}
 tr.group th{background:var(--soft);font-weight:650;text-align:left}.best{font-weight:700}.best .s{font-weight:400}
 .s{color:var(--mute)}.key{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:7px}
 th button{all:unset;cursor:pointer}th button:hover{color:var(--ink)}th button::after{content:" ↕";opacity:.45}
-dl{display:grid;grid-template-columns:minmax(9ch,max-content) 1fr;gap:6px 20px;margin:12px 0;font-size:14px}
-dt{color:var(--mute)}dd{margin:0;min-width:0;overflow-wrap:anywhere}
+dl{display:grid;grid-template-columns:fit-content(50%) 1fr;gap:6px 20px;margin:12px 0;font-size:14px}
+dt{color:var(--mute);overflow-wrap:anywhere}dd{margin:0;min-width:0;overflow-wrap:anywhere}
 .cols{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr));gap:16px 40px}
 .said{display:flex;flex-wrap:wrap;gap:1px;background:var(--rule);border:1px solid var(--rule);border-radius:12px;
 overflow:hidden;margin:16px 0}.said>div{flex:1 1 240px;background:var(--card);padding:14px 18px;font-size:14px}
