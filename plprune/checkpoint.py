@@ -353,10 +353,13 @@ def _pruned_skeleton(plan: PruningPlan, dtype: torch.dtype | None = None) -> Pre
 
 def _config_at(name_or_path: str) -> PreTrainedConfig:
     path = Path(locate(name_or_path))
-    if path.suffix == ".gguf":
-        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-    else:
-        config = AutoConfig.from_pretrained(name_or_path)
+    try:
+        if path.suffix == ".gguf":
+            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        else:
+            config = AutoConfig.from_pretrained(name_or_path)
+    except OSError as error:
+        raise ValueError(f"cannot load a model from {name_or_path}: {_first_line(error)}") from error
     family_of(config)
     return config
 

@@ -309,10 +309,10 @@ def test_damaged_models(
 
 
 @pytest.mark.parametrize("name", ["no", "/no/where", "no/where", "./no", "no.gguf", "package://no/where.gguf"])
-@pytest.mark.parametrize("command", ["prune", "evaluate"])
+@pytest.mark.parametrize("command", ["plan", "prune", "evaluate"])
 def test_a_model_that_is_not_there(complain: Complain, command: str, name: str) -> None:
-    options = ["--method=FLAP", "--output=out", *CALIBRATION] if command == "prune" else []
-    assert name in complain(command, name, "--text=text.txt", *options)
+    options = {"plan": ["--method=FLAP"], "prune": ["--method=FLAP", "--output=out", "--text=text.txt", *CALIBRATION]}
+    assert name in complain(command, name, *options.get(command, ["--text=text.txt"]))
 
 
 def test_a_folder_and_a_file_that_are_no_model(complain_of_pruning: Complain, here: Path) -> None:

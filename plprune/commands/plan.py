@@ -66,11 +66,10 @@ def plan(
     check_sizes(train_seq_len=train_seq_len, train_batch_size=train_batch_size, rank=rank)
     if output:
         check_free(output, overwrite)
-    network = load_skeleton(model, dtype)
+    network, where = load_skeleton(model, dtype), estimate.machine(device)
     aimed = method.aimed(network)
     record, rehearsed = foreseen(network, method, aimed, context or method.target_context)
     record |= {"model": model, "dtype": dtype}
-    where = estimate.machine(device)
     record["machine"] = dataclasses.asdict(where)
     calibrating = (num_samples, seq_len, batch_size)
     work = aimed.work(network, num_samples, seq_len)
