@@ -96,7 +96,7 @@ class Passage:
 
     def as_dict(self) -> dict[str, Any]:
         """The protocol and what it came to, as JSON."""
-        found = {"windows": len(self.windows), "tokens": self.tokens, "bytes": self.bytes}
+        found = {"windows": len(self.windows), "tokens": self.tokens, "bytes_of_text": self.bytes}
         return {"text": self.source} | asdict(self.protocol) | found
 
     def __str__(self) -> str:

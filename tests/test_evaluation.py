@@ -159,7 +159,7 @@ def test_a_passage_is_judged_as_a_loop_over_its_tokens_does(text: str, how: Prot
     assert quality.perplexity == pytest.approx(math.exp(sum(costs.values()) / len(costs)), rel=1e-6)
     size = sum(len(pieces[token]) for token in costs)
     bits = sum(cost for token, cost in costs.items() if pieces[token]) / math.log(2)
-    assert cut.bytes == size
+    assert cut.bytes == cut.as_dict()["bytes_of_text"] == size
     assert quality.bits_per_byte == pytest.approx(bits / size, rel=1e-6)
     assert all(window.shape[1] <= how.seq_len for window in cut.windows)
     assert cut.as_dict()["windows"] == len(cut.windows) <= (how.max_windows or 1000)
