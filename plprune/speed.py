@@ -153,10 +153,11 @@ def measure_speed(
 
 def write_greedily(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> Iterator[Tensor]:  # [b, s] -> [b, 1] each
     """The most probable next tokens, one after the other, with a key-value cache; an end-of-text token ends nothing."""
-    cache = None
+    known: dict[str, Any] = {}
     for _ in range(new_tokens):
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        ids, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+        output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **known)
+        name = "cache" if "cache" in output else "past_key_values"  # transformers 5.24 renamed it
+        ids, known = output.logits[:, -1:].argmax(-1), {name: output[name]}
         yield ids
 
 

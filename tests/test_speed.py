@@ -18,6 +18,7 @@ SETTINGS: dict[str, Any] = {"prompt": 8, "new_tokens": 4, "repeats": 2, "max_bat
 
 @pytest.mark.parametrize("pruned", [None, *DEFAULTS])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "gpt2"])
+@pytest.mark.filterwarnings("error::FutureWarning")
 @torch.no_grad()
 def test_what_is_written_is_what_a_model_without_a_cache_would_write(family: str, pruned: str | None) -> None:
     model = tiny(family)
