@@ -99,7 +99,7 @@ def test_what_pruning_reaches_was_foreseen_at_any_sparsity(name: str, sparsity: 
         FLAP(0.3, serve_on=["llama.cpp"]),
         FLAP(0.5, serve_on=["llama.cpp"], tensor_parallel=2),
         FLAP(0.3, structure="AL-MM", remove_heads=3, tensor_parallel=2),
-        FLAP(0.3, structure="UL-UM", compensate=False),
+        FLAP(0.3, structure="UL-UM", repair="none"),
         FASP(0.3, attention="kv_heads", serve_on=["llama.cpp"]),
         TwoSSP(0.4, drop_attentions=1, serve_on=["llama.cpp"]),
     ],

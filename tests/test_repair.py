@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from plprune.repair import compensation, complement, restore
+from plprune.repair import compensation, restore
 
 KEEP = torch.tensor([0, 2, 3, 6])
 
@@ -86,8 +86,3 @@ def test_inputs_are_left_as_they_were() -> None:
     moments = second_moment(x)
     restore(weight, moments, KEEP, 0.5)
     assert torch.equal(moments, second_moment(x))
-
-
-def test_complement_is_the_rest() -> None:
-    assert complement(KEEP, 8).tolist() == [1, 4, 5, 7]
-    assert complement(torch.tensor([], dtype=torch.long), 3).tolist() == [0, 1, 2]
