@@ -16,12 +16,14 @@ from plprune.anatomy import FAMILIES, put
 from plprune.plan import PruningPlan
 from plprune.stats import BlockInfluence, Gram, Moments, Norms
 from tests.benchmarks.pruning import resident
-from tests.builders import METHODS, logits, method, tiny, windows
+from tests.builders import METHODS, REPAIRED, logits, method, tiny, windows
 from tests.ranks import in_ranks
 
 pytestmark = pytest.mark.multi_process
 SEVEN = list(range(7))
-RUNS = [("llama", name) for name in METHODS] + [(family, "FASP kv_heads") for family in FAMILIES if family != "llama"]
+RUNS = [("llama", name) for name in (*METHODS, *REPAIRED)] + [
+    (family, "FASP kv_heads") for family in FAMILIES if family != "llama"
+]
 ONE = [windows(1, 64)]
 SHORT = [torch.arange(3, 3 + length)[None] for length in (5, 5, 9)]  # windows of unlike lengths
 
