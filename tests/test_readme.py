@@ -46,7 +46,8 @@ def test_every_command_runs(small_world: Path) -> None:
     for command in commands:
         _, *words = shlex.split(command.replace(REAL, "tiny"))
         main([*words, *SMALL[words[0]].split()])
-    assert all(Path(f"runs/{output}/plan.safetensors").exists() for output in ("two-ssp", "streamed", "served", "restored"))
+    outputs = ("two-ssp", "streamed", "served", "restored")
+    assert all(Path(f"runs/{output}/plan.safetensors").exists() for output in outputs)
     assert all(Path(f"runs/{output}/report.html").exists() for output in ("quickstart", "compare/quick"))
     assert Path("runs/sensitivity/sensitivity.html").exists()
     assert Path("runs/two-ssp.json").exists()

@@ -270,7 +270,7 @@ def stops(run: Callable[..., Any], count: int) -> bool:
         ("FLAP AL-AM", "disk"),
         ("FASP value_channels", "disk"),
         ("TwoSSP", "cpu"),
-        ("FLAP restore", "disk"),
+        pytest.param("FLAP restore", "disk", marks=pytest.mark.slow),
         pytest.param("TwoSSP restore", "cpu", marks=pytest.mark.slow),
         pytest.param("FASP value_channels", None, marks=pytest.mark.slow),
         pytest.param("Magnitude", None, marks=pytest.mark.slow),
