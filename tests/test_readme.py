@@ -42,11 +42,12 @@ def small_world(tmp_path: Path, monkeypatch) -> Path:
 
 def test_every_command_runs(small_world: Path) -> None:
     commands = re.findall(r"^plprune .*", "".join(blocks("bash")[2:]), re.M)
-    assert len(commands) == 13
+    assert len(commands) == 14
     for command in commands:
         _, *words = shlex.split(command.replace(REAL, "tiny"))
         main([*words, *SMALL[words[0]].split()])
-    assert all(Path(f"runs/{output}/plan.safetensors").exists() for output in ("two-ssp", "streamed", "served"))
+    outputs = ("two-ssp", "streamed", "served", "restored")
+    assert all(Path(f"runs/{output}/plan.safetensors").exists() for output in outputs)
     assert all(Path(f"runs/{output}/report.html").exists() for output in ("quickstart", "compare/quick"))
     assert Path("runs/sensitivity/sensitivity.html").exists()
     assert Path("runs/two-ssp.json").exists()
