@@ -1,10 +1,10 @@
-"""Recovery: a pruned (or dense) causal language model trained by LoRA, as a LightningModule."""
+"""Recovery: a pruned (or dense) causal language model trained back, as a LightningModule."""
 
 import logging
 import math
 import sys
 import time
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -17,8 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.text import Perplexity
 from typing_extensions import Self
 
+from plprune import consumers, processes
 from plprune import lora as adapters
-from plprune import processes
 from plprune.anatomy import blocks_of
 from plprune.checkpoint import Dtype, load_model, load_skeleton, load_tokenizer
 from plprune.evaluation import next_token_loss
@@ -36,7 +36,7 @@ class Recovery(pl.LightningModule):
     """Trains a causal language model back by LoRA, with ranks that follow the importance of its blocks.
 
     The model is loaded at once; a `Prune` callback prunes it in its `setup`, and the adapters are added right after.
-    Checkpoints hold the adapters only; one that belongs to another base model or plan is refused.
+    Checkpoints hold what is trained only; one that belongs to another base model or plan is refused.
 
     Of several processes on one node only the first loads; the others get its weights, whole or, under ZeRO-3 and FSDP2,
     their shards of them.
@@ -44,12 +44,14 @@ class Recovery(pl.LightningModule):
     Args:
         name_or_path: A name on the hub, a folder (a pruned one too), a `.gguf` file, or `package://PACKAGE/FILE.gguf`
             for a file inside an installed Python package.
-        dtype: Of the frozen weights; adapters are float32.
+        dtype: Of the frozen weights; what is trained is float32.
         lora: The adapters.
         learning_rate: Peak of AdamW's learning rate.
         weight_decay: AdamW's.
         warmup: The fraction of all steps in which the learning rate rises; after that it falls as a cosine to 0.
         gradient_checkpointing: Whether activations are computed again in the backward pass, to save memory.
+        train: What is trained: adapters (lora), or, without any, the weights and biases of the projections whose inputs
+            were pruned (consumers: `o_proj` and `down_proj` of llama), of all blocks if nothing was pruned.
     """
 
     def __init__(
@@ -61,12 +63,13 @@ class Recovery(pl.LightningModule):
         weight_decay: float = 0.0,
         warmup: float = 0.05,
         gradient_checkpointing: bool = False,
+        train: Literal["lora", "consumers"] = "lora",
     ) -> None:
         super().__init__()
         self.tokenizer = load_tokenizer(name_or_path)
         load = load_skeleton if processes.local_rank() else load_model
         self.model = load(name_or_path, dtype)
-        self.lora = lora
+        self.lora, self.trains = lora, train
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.gradient_checkpointing = gradient_checkpointing
         self.val_perplexity = Perplexity(ignore_index=IGNORED)
@@ -82,13 +85,17 @@ class Recovery(pl.LightningModule):
             log.info("%s", description(self.trainer.strategy, self.trainer.world_size, size))
 
     def setup(self, stage: str) -> None:
-        """Adds the adapters, unless they are there."""
+        """Adds the adapters, or frees what is trained instead of them, unless that is done."""
         check_strategy(self.trainer.strategy)
         sharded = shards(self.trainer.strategy)
+        if sharded and self.lora.dora and self.trains == "lora":
+            raise ValueError(
+                "DoRA needs whole weights, and ZeRO-3 and FSDP2 have none: leave out lora.dora, or take ddp"
+            )
         if not sharded:
             processes.receive(self.model, processes.world())
-        if not self.ranks:
-            self._inject()
+        if not self._base:
+            self._begin()
         self.strict_loading = not (sharded or isinstance(self.trainer.strategy, DeepSpeedStrategy))
         if stage == "fit":
             self.model.train()
@@ -187,7 +194,8 @@ class Recovery(pl.LightningModule):
         """Makes sure that a checkpoint continues this model's training.
 
         Raises:
-            ValueError: It was not written by `Recovery`, or for another model or plan, or its adapters are others.
+            ValueError: It was not written by `Recovery`, or for another model or plan, or by a run that trains something
+                else.
         """
         own = checkpoint.get("plprune")
         if own is None:
@@ -202,21 +210,24 @@ class Recovery(pl.LightningModule):
         unlike = [name for name in here | there if here.get(name) != there.get(name) or name not in state]
         if unlike:
             raise ValueError(
-                f"the checkpoint and this run do not have the same adapters ({min(unlike)} differs or is missing): "
-                "use the LoRA settings it was trained with, or another checkpoint"
+                f"the checkpoint and this run do not train the same parameters ({min(unlike)} differs or is missing): "
+                "use the settings it was trained with (model.lora, model.train), or another checkpoint"
             )
 
-    def _inject(self) -> None:
+    def _begin(self) -> None:
         plan, group = plan_of(self.model), processes.world()
         lacking = processes.lacks_weights(self.model)
         weights = processes.same(None if lacking else fingerprint(self.model.named_parameters()), group)
         self._base = {"weights": weights, "plan": plan.digest if plan else None}
+        if self.trains == "consumers":
+            log.info("%d consumers are trained, in float32", len(consumers.free(self.model, plan)))
+            return
         self.ranks = adapters.inject(self.model, self.lora, plan)
         log.info("LoRA ranks by %s: %s", self.lora.by if plan else "nothing, as there is no plan", self.ranks)
 
     def _log_ranks(self) -> None:
         ranks = {f"rank/block_{i:02}": rank for i, rank in enumerate(self.ranks)}
-        for logger in self.trainer.loggers:
+        for logger in self.trainer.loggers if ranks else ():
             logger.log_hyperparams(ranks)
             if not self.trainer.ckpt_path:
                 logger.log_metrics(cast(dict[str, float], ranks), step=0)
