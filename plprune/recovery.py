@@ -4,6 +4,8 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -21,6 +23,7 @@ from plprune import consumers, processes
 from plprune import lora as adapters
 from plprune.anatomy import blocks_of
 from plprune.checkpoint import Dtype, load_model, load_skeleton, load_tokenizer
+from plprune.distillation import Distillation, Teacher, check_teacher, recorded, source
 from plprune.evaluation import next_token_loss
 from plprune.lora import LoRA
 from plprune.plan import fingerprint
@@ -52,6 +55,7 @@ class Recovery(pl.LightningModule):
         gradient_checkpointing: Whether activations are computed again in the backward pass, to save memory.
         train: What is trained: adapters (lora), or, without any, the weights and biases of the projections whose inputs
             were pruned (consumers: `o_proj` and `down_proj` of llama), of all blocks if nothing was pruned.
+        distill: How the dense model is learnt from; not at all if not given.
     """
 
     def __init__(
@@ -64,12 +68,14 @@ class Recovery(pl.LightningModule):
         warmup: float = 0.05,
         gradient_checkpointing: bool = False,
         train: Literal["lora", "consumers"] = "lora",
+        distill: Distillation | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer = load_tokenizer(name_or_path)
         load = load_skeleton if processes.local_rank() else load_model
         self.model = load(name_or_path, dtype)
-        self.lora, self.trains = lora, train
+        self._loaded_as = name_or_path, dtype
+        self.lora, self.trains, self.distill = lora, train, distill
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.gradient_checkpointing = gradient_checkpointing
         self.val_perplexity = Perplexity(ignore_index=IGNORED)
@@ -77,6 +83,9 @@ class Recovery(pl.LightningModule):
         self._base: dict[str, str | None] = {}  # what a checkpoint must have been trained on
         self._random_states: dict[str, Tensor] = {}  # of each process, by device
         self._tokens, self._since = 0, 0.0
+        self._teacher: Teacher | None = None
+        if distill is not None:
+            check_teacher(distill, self.model)
 
     def prepare_data(self) -> None:
         """Says how the processes share the run; this is the first hook of it."""
@@ -98,6 +107,7 @@ class Recovery(pl.LightningModule):
             self._begin()
         self.strict_loading = not (sharded or isinstance(self.trainer.strategy, DeepSpeedStrategy))
         if stage == "fit":
+            self._find_teacher()
             self.model.train()
             if self.gradient_checkpointing:
                 self.model.gradient_checkpointing_enable()
@@ -115,7 +125,7 @@ class Recovery(pl.LightningModule):
         return self.model(input_ids=input_ids, use_cache=False).logits
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = next_token_loss(self(batch["input_ids"]), batch["labels"])
+        loss = self._loss(batch)
         self.log("train_loss", loss, prog_bar=True, sync_dist=True)
         self._tokens += batch["input_ids"].numel() * self.trainer.world_size
         return loss
@@ -128,6 +138,8 @@ class Recovery(pl.LightningModule):
 
     def on_train_start(self) -> None:
         self._agree_on(self.trainer.num_training_batches)
+        if self._teacher is not None:
+            self._teacher.prepare(self._coming_windows(), quiet=not self.trainer.is_global_zero)
         self._restore_random_state()
         self._log_ranks()
         self._by_block = [[p for p in b.module.parameters() if p.requires_grad] for b in blocks_of(self.model)]
@@ -145,6 +157,10 @@ class Recovery(pl.LightningModule):
         norms = gradient_norms(self._by_block).cpu()  # once, where each value would be fetched by itself
         names = [f"grad_norm/block_{i:02}" for i in range(len(norms))]
         self.log_dict(dict(zip(names, norms.unbind(), strict=True)) | {"grad_norm/total": norms.norm()})
+
+    def on_train_epoch_end(self) -> None:
+        if self._teacher is not None:
+            self._teacher.free()
 
     def on_train_end(self) -> None:
         self._progress.close()
@@ -194,8 +210,7 @@ class Recovery(pl.LightningModule):
         """Makes sure that a checkpoint continues this model's training.
 
         Raises:
-            ValueError: It was not written by `Recovery`, or for another model or plan, or by a run that trains something
-                else.
+            ValueError: It was not written by `Recovery`, or for another model or plan, or what is trained is another.
         """
         own = checkpoint.get("plprune")
         if own is None:
@@ -224,6 +239,35 @@ class Recovery(pl.LightningModule):
             return
         self.ranks = adapters.inject(self.model, self.lora, plan)
         log.info("LoRA ranks by %s: %s", self.lora.by if plan else "nothing, as there is no plan", self.ranks)
+
+    def _find_teacher(self) -> None:
+        """Says which model is learnt from; it is loaded when it is asked."""
+        settings = self.distill
+        if settings is None or not settings.weight:
+            return
+        if shards(self.trainer.strategy):
+            raise ValueError("a teacher is a whole model, which ZeRO-3 and FSDP2 are to avoid: leave out model.distill")
+        name, dtype = self._loaded_as
+        teacher = source(settings, plan_of(self.model), name, self._base["weights"], dtype)
+        folder = Path(self.trainer.default_root_dir) / "teacher"
+        self._teacher = Teacher(settings, teacher, dtype, self.trainer.strategy.root_device, folder)
+
+    def _coming_windows(self) -> Iterable[Tensor]:  # [s] each
+        """What this process will be trained on, if the data module says it."""
+        coming = getattr(getattr(self.trainer, "datamodule", None), "coming_windows", None)
+        steps = int(self.trainer.estimated_stepping_batches) - self.trainer.global_step
+        return [] if coming is None else coming(steps * self.trainer.accumulate_grad_batches)
+
+    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+        ids, labels, settings = batch["input_ids"], batch["labels"], self.distill
+        if self._teacher is None or settings is None:
+            return next_token_loss(self(ids), labels)
+        with recorded(self.model, settings.blocks(len(blocks_of(self.model)))) as states:
+            logits = self(ids)
+        own = next_token_loss(logits, labels)
+        distilled = settings.loss(logits, states, labels, self._teacher.answers(ids))
+        self.log_dict({"next_token_loss": own, "distillation_loss": distilled}, sync_dist=True)
+        return (1 - settings.weight) * own + settings.weight * distilled
 
     def _log_ranks(self) -> None:
         ranks = {f"rank/block_{i:02}": rank for i, rank in enumerate(self.ranks)}
