@@ -45,7 +45,8 @@ def run(
     **settings: Any,
 ) -> Recovery:
     pl.seed_everything(0)
-    module = Recovery(folder, learning_rate=5e-3, **{"lora": LoRA(rank=2, dropout=0.3)} | settings)
+    asked: dict[str, Any] = {"lora": LoRA(rank=2, dropout=0.3)} | settings
+    module = Recovery(folder, learning_rate=5e-3, **asked)
     data = RecoveryData(text, seq_len=16, batch_size=4, num_samples=2, held_out=0.2)
     shown = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
     own = [Prune(FLAP(0.3)), *callbacks]
@@ -315,8 +316,8 @@ def test_the_teacher_of_a_pruned_folder_is_what_it_was_made_from(text: str, tmp_
 def test_a_teacher_that_cannot_teach_is_refused_at_once(folder: str, tmp_path: Path) -> None:
     other = save_tiny(tmp_path / "other", num_hidden_layers=2)
     Recovery(folder, distill=Distillation(teacher=other))
-    for of, settings in (("both", {}), ("logits", {"vocab_size": 400})):
-        other = save_tiny(tmp_path / of, **{"num_hidden_layers": 2} | settings)
+    for of, vocabulary in (("both", VOCABULARY), ("logits", 400)):
+        other = save_tiny(tmp_path / of, num_hidden_layers=2, vocab_size=vocabulary)
         with pytest.raises(ValueError, match="cannot be the teacher, as its"):
             Recovery(folder, distill=Distillation(cast(Any, of), teacher=other))
     with pytest.raises(ValueError, match="does not exist"):
