@@ -64,6 +64,17 @@ def test_every_block_of_python_runs(small_world: Path) -> None:
     assert len(plan.keep["blocks.0.ffn"]) == 36
 
 
+def test_every_block_of_yaml_is_a_configuration(small_world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i, block in enumerate(blocks("yaml")):
+        Path(f"{i}.yaml").write_text(block)
+        with pytest.raises(SystemExit) as end:
+            main(["fit", "--config=configs/quickstart.yaml", f"--config={i}.yaml", "--print_config"])
+        assert not end.value.code
+        parsed, given = yaml.safe_load(capsys.readouterr().out)["model"], yaml.safe_load(block)["model"]
+        for name, settings in given.items():
+            assert settings.items() <= parsed[name].items()
+
+
 def test_the_first_screen_is_what_ci_runs() -> None:
     run, test = (block.strip() for block in blocks("bash")[:2])
     assert "\n" not in run + test
