@@ -20,6 +20,7 @@ from plprune.callbacks import Evaluate, Export, Prune, Report
 from plprune.checkpoint import load_pruned, save_pruned
 from plprune.checkpointing import Checkpoint
 from plprune.data import RecoveryData
+from plprune.distillation import Distillation
 from plprune.evaluation import perplexity
 from plprune.lora import LoRA
 from plprune.methods import CFSP, FASP, FLAP, PruningMethod, TwoSSP, prune
@@ -37,6 +38,7 @@ __all__ = [
     "FLAP",
     "Calibration",
     "Checkpoint",
+    "Distillation",
     "Evaluate",
     "Export",
     "LoRA",

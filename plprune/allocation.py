@@ -4,12 +4,11 @@ Symbols: B blocks, s sparsity, :math:`S_l` how far block l moves its hidden stat
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from plprune.anatomy import Block, Group
+from plprune.anatomy import Attention, Block, Group
 from plprune.serving import Constraint
 
 NEAR = 0.05  # how far from the sparsity that is asked for a constraint may lead
@@ -55,7 +54,7 @@ def rescale(sparsity: float, total: int, prunable: int, what: str, added: int = 
 def fraction_to_remove(
     sparsity: float,
     blocks: Sequence[Block],
-    attention: Literal["kv_heads", "value_channels", "none"],
+    attention: Attention,
     what: str,
     biased: bool = False,
 ) -> float:
@@ -85,6 +84,16 @@ def top_k(score: Tensor, k: int) -> Tensor:  # [units] -> [k]
         tensor([1, 3])
     """
     return score.argsort(descending=True, stable=True)[:k].sort().values.cpu()
+
+
+def complement(keep: Tensor, size: int) -> Tensor:
+    """The indices below `size` that are not in `keep`, ascending.
+
+    Example:
+        >>> complement(torch.tensor([1, 3]), 4)
+        tensor([0, 2])
+    """
+    return torch.ones(size, dtype=torch.bool).index_fill_(0, keep.cpu(), False).nonzero().flatten()
 
 
 def largest_remainder(shares: Sequence[float], total: int, least: int = 1) -> list[int]:

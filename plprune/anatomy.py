@@ -38,6 +38,7 @@ from transformers.pytorch_utils import Conv1D
 from plprune.journal import Decision
 
 Kind = Literal["attention", "value", "ffn"]
+Attention = Literal["kv_heads", "value_channels", "none"]  # the unit of it that can leave
 Count = Literal["heads", "kv_heads", "query_width"]
 Side = Literal["in_features", "out_features"]
 
@@ -229,7 +230,7 @@ class Block:
         """Where the projections of the attention are, each once; none if it was dropped."""
         return list(dict.fromkeys((*self.family.qkv, self.family.output))) if self.has_attention else []
 
-    def groups(self, attention: Literal["kv_heads", "value_channels", "none"] = "kv_heads") -> list[Group]:
+    def groups(self, attention: Attention = "kv_heads") -> list[Group]:
         """The block's groups, attention first, with the unit of attention asked for."""
         make = {"kv_heads": self._kv_heads, "value_channels": self._value_channels}.get(attention)
         return [make(), self._channels()] if make and self.has_attention else [self._channels()]

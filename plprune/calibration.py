@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plprune import processes
-from plprune.anatomy import Block, Group, blocks_of
+from plprune.anatomy import Attention, Block, Group, blocks_of
 from plprune.journal import Filed, Past, Walk, journal_of, restore
 from plprune.plan import fingerprint
 from plprune.progress import Progress
@@ -78,6 +78,11 @@ class Calibration:
         return [torch.cat(run[i : i + size]) for run in alike for i in range(0, len(run), size)]
 
     @property
+    def first(self) -> int:
+        """Which of all windows is the first of this process."""
+        return next(iter(processes.share(range(len(self._windows())), self.group)), 0)
+
+    @property
     def fingerprint(self) -> str:
         """A hash of the windows, whatever the size of the batches."""
         ids, lengths = [ids.flatten() for ids in self], [ids.shape[1] for ids in self for _ in ids]
@@ -132,7 +137,8 @@ class Replay(BlockInputs):
         self.block, self.device, self.group = block, device, None
         self.influence = BlockInfluence()
         restore(self.influence, past.influence)
-        self._observed = None if past.observed is None else iter(past.observed)
+        self.decided = past.observed is None
+        self._observed = iter(past.observed or [])
 
     def __getattr__(self, name: str) -> Any:
         raise ValueError(
@@ -142,7 +148,7 @@ class Replay(BlockInputs):
 
     def again(self, groups: list[Group], statistic: Callable[[], S]) -> list[tuple[Group, S]]:
         """What the next observation gave; nothing if the block was pruned then, and its decisions are known."""
-        if self._observed is None:
+        if self.decided:
             return []
         kept, statistics = next(self._observed), {group.consumer.path: statistic() for group in groups}
         for path, state in kept.items():
@@ -275,14 +281,20 @@ def observe(
     block: Block,
     inputs: BlockInputs,
     statistic: Callable[[], S],
-    attention: Literal["kv_heads", "value_channels", "none"] = "kv_heads",
+    attention: Attention = "kv_heads",
 ) -> list[tuple[Group, S]]:
     """Runs a block once over its inputs: every group with the statistic of its consumer's inputs, in all processes.
 
     The same pass measures how far the block moves its hidden states (`inputs.influence`) and keeps its outputs. Where
     an earlier run has already pruned the block, there are no groups left to decide on, and the list is empty.
     """
-    groups = block.groups(attention)
+    return observe_groups(block, inputs, statistic, block.groups(attention))
+
+
+def observe_groups(
+    block: Block, inputs: BlockInputs, statistic: Callable[[], S], groups: list[Group]
+) -> list[tuple[Group, S]]:
+    """Likewise, of some of the block's groups."""
     if isinstance(inputs, Replay):
         return inputs.again(groups, statistic)
     if isinstance(inputs, Recalled) and (known := inputs.recall(groups, statistic)) is not None:

@@ -28,7 +28,7 @@ from plprune.atomic import clear
 from plprune.checkpoint import load_skeleton
 from plprune.commands import COMMANDS
 from plprune.data import RecoveryData
-from plprune.methods import PruningMethod, preflight
+from plprune.methods import CFSP, FASP, FLAP, PruningMethod, TwoSSP, preflight
 from plprune.recovery import Recovery
 from plprune.watch import Watch
 
@@ -42,10 +42,11 @@ RESUME = (
     "start if there is none. A run that gets SIGTERM, or has used up its max_hours, saves and ends with exit code "
     f"{checkpointing.AGAIN}: start it again with --resume."
 )
-CLASSES = [*PruningMethod.__subclasses__(), callbacks.Prune, callbacks.Evaluate, callbacks.Report, callbacks.Export]
+FOUR = [CFSP, FASP, FLAP, TwoSSP]
+CLASSES = [*FOUR, callbacks.Prune, callbacks.Evaluate, callbacks.Report, callbacks.Export]
 CLASSES += [checkpointing.Checkpoint]
 LIGHTNING = ("lightning", "lightning.pytorch", "lightning.fabric")  # loggers, each with a handler of its own
-METHODS = "known methods: " + ", ".join(method.__name__ for method in PruningMethod.__subclasses__())
+METHODS = "known methods: " + ", ".join(method.__name__ for method in FOUR)
 REWORDED = {  # what jsonargparse says, and what of it helps
     r"(?s)Does not validate .*?Errors:\s*- (Problem with given class_path.*?)\n\s*- .*": r"\1",
     r"(?s)Does not validate .*?Errors:(.*)Given value type:.*?Given value:": r"\1 but got",
@@ -232,7 +233,7 @@ def _names(kind: str, command: str) -> list[str]:
         return [each.__name__ for each in CLASSES]
     owners: list[tuple[str, Any]] = [("trainer.", pl.Trainer), ("model.", Recovery), ("data.", RecoveryData)]
     if command in COMMANDS:
-        owners = [("", COMMANDS[command]), *(("method.", each) for each in PruningMethod.__subclasses__())]
+        owners = [("", COMMANDS[command]), *(("method.", each) for each in FOUR)]
     owners += [("", each) for each in CLASSES if kind == "no option"]
     return [prefix + name for prefix, owner in owners for name in inspect.signature(owner).parameters]
 

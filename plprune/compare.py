@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -32,6 +32,7 @@ from plprune.cache import Cache
 from plprune.calibration import Calibration
 from plprune.checkpoint import Dtype, load_model, load_tokenizer, rebuilt, save_pruned
 from plprune.data import RecoveryData
+from plprune.distillation import Distillation
 from plprune.evaluation import Protocol, judge, parameters, passage
 from plprune.lora import LoRA, merged_state
 from plprune.methods import PruningMethod, prune
@@ -60,6 +61,8 @@ class Training:
         batch_size: Windows of a step.
         learning_rate: Peak of the learning rate.
         lora: The adapters.
+        train: What is trained: adapters (lora), or the projections whose inputs were pruned (consumers).
+        distill: How the dense model is learnt from; not at all if not given.
     """
 
     text: str
@@ -68,6 +71,8 @@ class Training:
     batch_size: int = 4
     learning_rate: float = 5e-4
     lora: LoRA = dataclasses.field(default_factory=LoRA)
+    train: Literal["lora", "consumers"] = "lora"
+    distill: Distillation | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,22 +339,31 @@ class Bench:
         with tempfile.TemporaryDirectory(prefix="plprune-") as room:
             save_pruned(model, Path(room) / "model", self.tokenizer)
             pl.seed_everything(seed, verbose=False)
+            distill = training.distill and dataclasses.replace(
+                training.distill, teacher=training.distill.teacher or self.name
+            )
             module = Recovery(
-                str(Path(room) / "model"), self.study.dtype, training.lora, learning_rate=training.learning_rate
+                str(Path(room) / "model"),
+                self.study.dtype,
+                training.lora,
+                learning_rate=training.learning_rate,
+                train=training.train,
+                distill=distill,
             )
             data = RecoveryData(training.text, seq_len=training.seq_len, batch_size=training.batch_size, seed=seed)
             with quietly():
-                trainer(self.study.device, training.steps).fit(module, datamodule=data)
+                trainer(self.study.device, training.steps, self.folder).fit(module, datamodule=data)
         own = rebuilt(module.model, dict(merged_state(module.model, lambda p: p.detach().cpu())))
         return own, time.perf_counter() - start
 
 
-def trainer(device: torch.device, steps: int) -> pl.Trainer:
-    """A Trainer that trains and leaves nothing behind."""
+def trainer(device: torch.device, steps: int, folder: Path) -> pl.Trainer:
+    """A Trainer that trains and leaves nothing behind, but a teacher's answers in the folder, for all cells."""
     return pl.Trainer(
         accelerator="cpu" if device.type == "cpu" else "gpu",
         devices=1 if device.type == "cpu" else [device.index or 0],
         max_steps=steps,
+        default_root_dir=folder,
         limit_val_batches=0,
         logger=False,
         enable_checkpointing=False,
@@ -361,7 +375,7 @@ def trainer(device: torch.device, steps: int) -> pl.Trainer:
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """Without what a training says of itself, as there are many of them."""
-    loggers = [logging.getLogger(name) for name in ("plprune.recovery", "lightning.pytorch")]
+    loggers = [logging.getLogger(name) for name in ("plprune.recovery", "plprune.distillation", "lightning.pytorch")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

@@ -1,5 +1,6 @@
 """RecoveryData: calibration windows, training batches and held-out windows as a LightningDataModule."""
 
+import copy
 from collections.abc import Iterator, Sized
 from typing import Any, cast
 
@@ -144,6 +145,23 @@ class RecoveryData(pl.LightningDataModule):
         if count // replicas < self.batch_size:
             return int(samples > 0)
         return count // replicas // self.batch_size - max(0, count - samples) // replicas // self.batch_size
+
+    def coming_windows(self, batches: int) -> list[Tensor]:  # [seq_len] each
+        """What this process will be trained on in its next batches, in order; a window comes again in every epoch."""
+        assert self.trainer is not None
+        sampler, size = copy.copy(cast(ResumableSampler, self._sampler)), self.batch_size
+        epoch, of_epoch = self.trainer.current_epoch, int(self.trainer.num_training_batches)
+        found: list[Tensor] = []
+        most = of_epoch - (self.batches_done() if epoch == self._done[0] else 0)
+        while batches > 0:
+            sampler.set_epoch(epoch)
+            rows = list(sampler)[: min(most, batches) * size]
+            if len(sampler) >= size:  # the loader then drops what does not fill a batch
+                rows = rows[: len(rows) // size * size]
+            found += [self._parts["train"].tensors[0][row] for row in rows]
+            batches -= -(-len(rows) // size)
+            epoch, most = epoch + 1, of_epoch
+        return found
 
     def _replicas(self) -> tuple[int, int]:
         """How many processes share the data, and which of them this one is."""

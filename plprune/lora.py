@@ -6,12 +6,21 @@ the authors published no code and no numbers, so the rule is ours):
 .. math:: r_l = r \, u_l / \bar u, \qquad \alpha_l = \alpha \, r_l / r
 
 rounded so that the ranks sum to B r exactly, each at least 1. The scale :math:`\alpha_l / r_l` is then the same
-everywhere.
+everywhere. Rank-stabilised LoRA (https://arxiv.org/abs/2312.03732), which scales by :math:`\alpha_l / \sqrt{r_l}`, has
+:math:`\alpha_l = \alpha \sqrt{r_l / r}`, so that its scale is :math:`\alpha / \sqrt r` everywhere, too.
 
-Symbols: B blocks, r mean rank, :math:`u_l` what block l is weighted by.
+DoRA (https://arxiv.org/abs/2402.09353) trains how large each row of a weight is apart from where it points:
+
+.. math:: W' = m \odot \frac{W + s B A}{\lVert W + s B A \rVert}
+
+row by row; the magnitudes start as the norms of W's rows.
+
+Symbols: B blocks, r mean rank, :math:`u_l` what block l is weighted by; of one layer W weight [d_out, d_in], A and B
+factors, s scale, m magnitudes [d_out].
 """
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +35,10 @@ from transformers.pytorch_utils import Conv1D
 
 from plprune.allocation import largest_remainder
 from plprune.anatomy import blocks_of, family_of, is_transposed
+from plprune.consumers import as_stored, rounded
 from plprune.plan import PruningPlan
+
+OWN = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.")  # in the names of adapters' parameters
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,9 @@ class LoRA:
         by: What a block's rank is proportional to: its importance, the share of it that was removed (damage), or the
             same for all (uniform).
         targets: Last names of the linear layers to adapt (`q_proj`, `down_proj`); all if not given.
+        dora: Whether the magnitude of each output is trained beside the adapters (DoRA): more to train, slower steps,
+            the same model in the end. Not under ZeRO-3 and FSDP2.
+        rslora: Whether adapters are multiplied by alpha / sqrt(rank) instead, in every block alike.
     """
 
     rank: int = 16
@@ -47,6 +62,8 @@ class LoRA:
     dropout: float = 0.0
     by: Literal["importance", "damage", "uniform"] = "importance"
     targets: list[str] | None = None
+    dora: bool = False
+    rslora: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -74,7 +91,7 @@ def inject(model: PreTrainedModel, lora: LoRA, plan: PruningPlan | None) -> list
     """Adds adapters to a model, freezes everything else, and gives the rank of each block.
 
     Raises:
-        ValueError: No linear layer has one of the names in `lora.targets`.
+        ValueError: No linear layer has one of the names in `lora.targets`, or one has rows that have no magnitude.
     """
     blocks = blocks_of(model)
     by_block = ranks(weights(lora, plan, len(blocks)).tolist(), lora.rank)
@@ -93,14 +110,18 @@ def inject(model: PreTrainedModel, lora: LoRA, plan: PruningPlan | None) -> list
         lora_dropout=lora.dropout,
         target_modules=list(rank_of),
         fan_in_fan_out=is_transposed(model.get_submodule(next(iter(rank_of)))),
+        use_dora=lora.dora,
+        use_rslora=lora.rslora,
         # PEFT reads the keys as regular expressions; without its own alpha a layer's scale would follow its rank.
         rank_pattern={re.escape(path): rank for path, rank in rank_of.items()},
-        alpha_pattern={re.escape(path): lora.alpha * rank / lora.rank for path, rank in rank_of.items()},
+        alpha_pattern={re.escape(path): _alpha(lora, rank) for path, rank in rank_of.items()},
     )
     inject_adapter_in_model(config, model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # what is trained is kept in full precision
+    if lora.dora:
+        _measure(model)
     return by_block
 
 
@@ -111,22 +132,25 @@ def adapters(model: nn.Module) -> list[tuple[str, LoraLayer]]:
 
 def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The parameters of a model, by name, but those of its adapters."""
-    return [(name, p) for name, p in model.named_parameters() if ".lora_A." not in name and ".lora_B." not in name]
+    return [(name, p) for name, p in model.named_parameters() if not any(part in name for part in OWN)]
 
 
 @contextlib.contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
-    """The model with its adapters merged into plain layers, for the time of the context; exactly as before after it."""
+    """The model as it will be saved, for the time of the context; exactly as before after it.
+
+    Adapters are merged into plain layers, and what is trained in float32 has the dtype of the rest.
+    """
     layers = adapters(model)
     originals = []
     for name, layer in layers:
         base = cast(nn.Linear, layer.get_base_layer())
         originals.append(base.weight.detach().to("cpu", copy=True))
-        delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)  # type: ignore[operator]
-        base.weight.data = (base.weight.data.float() + delta).to(base.weight.dtype)
+        base.weight.data = _merged(layer, base.weight.detach(), lambda p: p.detach())
         _set(model, name, base)
     try:
-        yield
+        with rounded(model):
+            yield
     finally:
         for (name, layer), weight in zip(layers, originals, strict=True):
             base = cast(nn.Linear, layer.get_base_layer())
@@ -135,7 +159,7 @@ def merged(model: nn.Module) -> Iterator[None]:
 
 
 def merged_state(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The parameters that the model has without adapters, one by one, with these merged into them.
+    """The parameters that the model has without adapters, one by one, with these merged into them, as they are saved.
 
     Args:
         model: With or without adapters; it is not changed.
@@ -147,14 +171,47 @@ def merged_state(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterato
         layer = layers.get(path.removesuffix(".base_layer"))
         value = whole(parameter)
         if layer is not None and kind == "weight":
-            value = (value.float() + sum(_delta(layer, each, whole) for each in layer.active_adapters)).to(value.dtype)
-        yield name.replace(".base_layer.", "."), value
+            value = _merged(layer, value, whole)
+        yield name.replace(".base_layer.", "."), as_stored(model.get_submodule(path), value)
+
+
+def _measure(model: nn.Module) -> None:
+    """Sets magnitudes to the norms of the rows; PEFT has rounded them to the dtype of the weights."""
+    for name, layer in adapters(model):
+        norms = _rows(layer, cast(nn.Linear, layer.get_base_layer()).weight.detach().float()).norm(dim=1)
+        if not norms.all():
+            raise ValueError(
+                f"{name} has rows of zeros, as --widen and --pad_to make, and DoRA divides by their norm: "
+                "leave out lora.dora, or recover the model before it is widened"
+            )
+        for magnitude in layer.lora_magnitude_vector.values():
+            cast(nn.Linear, magnitude).weight.data = norms
+
+
+def _alpha(lora: LoRA, rank: int) -> float:
+    """The alpha by which a layer of some rank has the scale of all."""
+    return lora.alpha * math.sqrt(rank / lora.rank) if lora.rslora else lora.alpha * rank / lora.rank
+
+
+def _merged(layer: LoraLayer, weight: Tensor, whole: Callable[[Tensor], Tensor]) -> Tensor:
+    """The weight of a layer with its adapters in it."""
+    value = weight.float() + sum(_delta(layer, each, whole) for each in layer.active_adapters)
+    for adapter in layer.active_adapters:
+        if adapter in layer.lora_magnitude_vector:
+            magnitude = whole(cast(nn.Linear, layer.lora_magnitude_vector[adapter]).weight)
+            rows = _rows(layer, value)
+            value = _rows(layer, rows * (magnitude / rows.norm(dim=1))[:, None])
+    return value.to(weight.dtype).contiguous()
+
+
+def _rows(layer: LoraLayer, weight: Tensor) -> Tensor:
+    """A weight as [d_out, d_in], or such a one as the layer stores it."""
+    return weight.T if is_transposed(layer.get_base_layer()) else weight
 
 
 def _delta(layer: LoraLayer, adapter: str, whole: Callable[[Tensor], Tensor]) -> Tensor:
     a, b = (whole(cast(nn.Linear, factor[adapter]).weight) for factor in (layer.lora_A, layer.lora_B))
-    delta = b.float() @ a.float() * layer.scaling[adapter]
-    return delta.T if is_transposed(layer.get_base_layer()) else delta
+    return _rows(layer, b.float() @ a.float() * layer.scaling[adapter])
 
 
 def _targeted(name: str, targets: list[str] | None) -> bool:

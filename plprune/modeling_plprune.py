@@ -215,17 +215,17 @@ class NoAttention(nn.Module):
     """Stands where an attention sub-block was dropped, and adds zero.
 
     The cache gets an entry of width one: it asks its first layer for the length of the sequence, and would silently
-    misplace every token if there were none.
+    misplace every token if there were none. Families and releases of transformers call the cache by different names.
     """
+
+    names = ("cache", "past_key_values", "layer_past")
 
     def __init__(self, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
 
-    def forward(
-        self, hidden_states: Tensor, *_: Any, past_key_values: Any = None, layer_past: Any = None, **__: Any
-    ) -> tuple[Tensor, None]:
-        cache = past_key_values if layer_past is None else layer_past
+    def forward(self, hidden_states: Tensor, *_: Any, **passed: Any) -> tuple[Tensor, None]:
+        cache = next((passed[name] for name in self.names if passed.get(name) is not None), None)
         if cache is not None:
             batch, length, _width = hidden_states.shape
             entry = hidden_states.new_zeros(batch, 1, length, 1)

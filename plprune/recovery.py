@@ -1,10 +1,12 @@
-"""Recovery: a pruned (or dense) causal language model trained by LoRA, as a LightningModule."""
+"""Recovery: a pruned (or dense) causal language model trained back, as a LightningModule."""
 
 import logging
 import math
 import sys
 import time
-from typing import Any, cast
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -17,10 +19,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.text import Perplexity
 from typing_extensions import Self
 
+from plprune import consumers, processes
 from plprune import lora as adapters
-from plprune import processes
 from plprune.anatomy import blocks_of
 from plprune.checkpoint import Dtype, load_model, load_skeleton, load_tokenizer
+from plprune.distillation import Distillation, Teacher, check_teacher, recorded, source
 from plprune.evaluation import next_token_loss
 from plprune.lora import LoRA
 from plprune.plan import fingerprint
@@ -36,7 +39,7 @@ class Recovery(pl.LightningModule):
     """Trains a causal language model back by LoRA, with ranks that follow the importance of its blocks.
 
     The model is loaded at once; a `Prune` callback prunes it in its `setup`, and the adapters are added right after.
-    Checkpoints hold the adapters only; one that belongs to another base model or plan is refused.
+    Checkpoints hold what is trained only; one that belongs to another base model or plan is refused.
 
     Of several processes on one node only the first loads; the others get its weights, whole or, under ZeRO-3 and FSDP2,
     their shards of them.
@@ -44,12 +47,15 @@ class Recovery(pl.LightningModule):
     Args:
         name_or_path: A name on the hub, a folder (a pruned one too), a `.gguf` file, or `package://PACKAGE/FILE.gguf`
             for a file inside an installed Python package.
-        dtype: Of the frozen weights; adapters are float32.
+        dtype: Of the frozen weights; what is trained is float32.
         lora: The adapters.
         learning_rate: Peak of AdamW's learning rate.
         weight_decay: AdamW's.
         warmup: The fraction of all steps in which the learning rate rises; after that it falls as a cosine to 0.
         gradient_checkpointing: Whether activations are computed again in the backward pass, to save memory.
+        train: What is trained: adapters (lora), or, without any, the weights and biases of the projections whose inputs
+            were pruned (consumers: `o_proj` and `down_proj` of llama), of all blocks if nothing was pruned.
+        distill: How the dense model is learnt from; not at all if not given.
     """
 
     def __init__(
@@ -61,12 +67,15 @@ class Recovery(pl.LightningModule):
         weight_decay: float = 0.0,
         warmup: float = 0.05,
         gradient_checkpointing: bool = False,
+        train: Literal["lora", "consumers"] = "lora",
+        distill: Distillation | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer = load_tokenizer(name_or_path)
         load = load_skeleton if processes.local_rank() else load_model
         self.model = load(name_or_path, dtype)
-        self.lora = lora
+        self._loaded_as = name_or_path, dtype
+        self.lora, self.trains, self.distill = lora, train, distill
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.gradient_checkpointing = gradient_checkpointing
         self.val_perplexity = Perplexity(ignore_index=IGNORED)
@@ -74,6 +83,9 @@ class Recovery(pl.LightningModule):
         self._base: dict[str, str | None] = {}  # what a checkpoint must have been trained on
         self._random_states: dict[str, Tensor] = {}  # of each process, by device
         self._tokens, self._since = 0, 0.0
+        self._teacher: Teacher | None = None
+        if distill is not None:
+            check_teacher(distill, self.model)
 
     def prepare_data(self) -> None:
         """Says how the processes share the run; this is the first hook of it."""
@@ -82,15 +94,20 @@ class Recovery(pl.LightningModule):
             log.info("%s", description(self.trainer.strategy, self.trainer.world_size, size))
 
     def setup(self, stage: str) -> None:
-        """Adds the adapters, unless they are there."""
+        """Adds the adapters, or frees what is trained instead of them, unless that is done."""
         check_strategy(self.trainer.strategy)
         sharded = shards(self.trainer.strategy)
+        if sharded and self.lora.dora and self.trains == "lora":
+            raise ValueError(
+                "DoRA needs whole weights, and ZeRO-3 and FSDP2 have none: leave out lora.dora, or take ddp"
+            )
         if not sharded:
             processes.receive(self.model, processes.world())
-        if not self.ranks:
-            self._inject()
+        if not self._base:
+            self._begin()
         self.strict_loading = not (sharded or isinstance(self.trainer.strategy, DeepSpeedStrategy))
         if stage == "fit":
+            self._find_teacher()
             self.model.train()
             if self.gradient_checkpointing:
                 self.model.gradient_checkpointing_enable()
@@ -108,7 +125,7 @@ class Recovery(pl.LightningModule):
         return self.model(input_ids=input_ids, use_cache=False).logits
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = next_token_loss(self(batch["input_ids"]), batch["labels"])
+        loss = self._loss(batch)
         self.log("train_loss", loss, prog_bar=True, sync_dist=True)
         self._tokens += batch["input_ids"].numel() * self.trainer.world_size
         return loss
@@ -121,6 +138,8 @@ class Recovery(pl.LightningModule):
 
     def on_train_start(self) -> None:
         self._agree_on(self.trainer.num_training_batches)
+        if self._teacher is not None:
+            self._teacher.prepare(self._coming_windows(), quiet=not self.trainer.is_global_zero)
         self._restore_random_state()
         self._log_ranks()
         self._by_block = [[p for p in b.module.parameters() if p.requires_grad] for b in blocks_of(self.model)]
@@ -138,6 +157,10 @@ class Recovery(pl.LightningModule):
         norms = gradient_norms(self._by_block).cpu()  # once, where each value would be fetched by itself
         names = [f"grad_norm/block_{i:02}" for i in range(len(norms))]
         self.log_dict(dict(zip(names, norms.unbind(), strict=True)) | {"grad_norm/total": norms.norm()})
+
+    def on_train_epoch_end(self) -> None:
+        if self._teacher is not None:
+            self._teacher.free()
 
     def on_train_end(self) -> None:
         self._progress.close()
@@ -187,7 +210,7 @@ class Recovery(pl.LightningModule):
         """Makes sure that a checkpoint continues this model's training.
 
         Raises:
-            ValueError: It was not written by `Recovery`, or for another model or plan, or its adapters are others.
+            ValueError: It was not written by `Recovery`, or for another model or plan, or what is trained is another.
         """
         own = checkpoint.get("plprune")
         if own is None:
@@ -202,21 +225,53 @@ class Recovery(pl.LightningModule):
         unlike = [name for name in here | there if here.get(name) != there.get(name) or name not in state]
         if unlike:
             raise ValueError(
-                f"the checkpoint and this run do not have the same adapters ({min(unlike)} differs or is missing): "
-                "use the LoRA settings it was trained with, or another checkpoint"
+                f"the checkpoint and this run do not train the same parameters ({min(unlike)} differs or is missing): "
+                "use the settings it was trained with (model.lora, model.train), or another checkpoint"
             )
 
-    def _inject(self) -> None:
+    def _begin(self) -> None:
         plan, group = plan_of(self.model), processes.world()
         lacking = processes.lacks_weights(self.model)
         weights = processes.same(None if lacking else fingerprint(self.model.named_parameters()), group)
         self._base = {"weights": weights, "plan": plan.digest if plan else None}
+        if self.trains == "consumers":
+            log.info("%d consumers are trained, in float32", len(consumers.free(self.model, plan)))
+            return
         self.ranks = adapters.inject(self.model, self.lora, plan)
         log.info("LoRA ranks by %s: %s", self.lora.by if plan else "nothing, as there is no plan", self.ranks)
 
+    def _find_teacher(self) -> None:
+        """Says which model is learnt from; it is loaded when it is asked."""
+        settings = self.distill
+        if settings is None or not settings.weight:
+            return
+        if shards(self.trainer.strategy):
+            raise ValueError("a teacher is a whole model, which ZeRO-3 and FSDP2 are to avoid: leave out model.distill")
+        name, dtype = self._loaded_as
+        teacher = source(settings, plan_of(self.model), name, self._base["weights"], dtype)
+        folder = Path(self.trainer.default_root_dir) / "teacher"
+        self._teacher = Teacher(settings, teacher, dtype, self.trainer.strategy.root_device, folder)
+
+    def _coming_windows(self) -> Iterable[Tensor]:  # [s] each
+        """What this process will be trained on, if the data module says it."""
+        coming = getattr(getattr(self.trainer, "datamodule", None), "coming_windows", None)
+        steps = int(self.trainer.estimated_stepping_batches) - self.trainer.global_step
+        return [] if coming is None else coming(steps * self.trainer.accumulate_grad_batches)
+
+    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+        ids, labels, settings = batch["input_ids"], batch["labels"], self.distill
+        if self._teacher is None or settings is None:
+            return next_token_loss(self(ids), labels)
+        with recorded(self.model, settings.blocks(len(blocks_of(self.model)))) as states:
+            logits = self(ids)
+        own = next_token_loss(logits, labels)
+        distilled = settings.loss(logits, states, labels, self._teacher.answers(ids))
+        self.log_dict({"next_token_loss": own, "distillation_loss": distilled}, sync_dist=True)
+        return (1 - settings.weight) * own + settings.weight * distilled
+
     def _log_ranks(self) -> None:
         ranks = {f"rank/block_{i:02}": rank for i, rank in enumerate(self.ranks)}
-        for logger in self.trainer.loggers:
+        for logger in self.trainer.loggers if ranks else ():
             logger.log_hyperparams(ranks)
             if not self.trainer.ckpt_path:
                 logger.log_metrics(cast(dict[str, float], ranks), step=0)

@@ -56,6 +56,8 @@ class BlockInputs:
         group: Processes that share the batches.
     """
 
+    decided = False  # whether an earlier run has already pruned the block
+
     def __init__(
         self,
         block: Block,

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from plprune.processes import Group, device, joined, same, total
+from plprune.processes import Group, joined, total
 
 Distance = Literal["angular", "cosine", "mse", "mae", "uniform"]
 
@@ -182,18 +182,31 @@ class Gram:
         self.count += len(x)
 
     def merge(self, group: Group) -> None:
-        r"""Sums of :math:`x - p` and of its products are first moved to the first process's pivot p."""
-        first = same(None if self._pivot is None else self._pivot.cpu(), group)
-        assert first is not None, "the first process has seen nothing"
-        pivot = self._start(first.to(device(group))) if self._pivot is None else self._pivot
-        shift = (pivot - first.to(pivot.device)).double()
-        self._products.addr_(shift, self._sum).addr_(self._sum, shift).addr_(shift, shift, alpha=self.count)
-        self._pivot = first.to(pivot.device)
-        self._sum = total(self._sum + self.count * shift, group)
+        r"""Sums of :math:`x - p` and of its products are first moved to the first pivot p that a process has."""
+        pivots = joined(None if self._pivot is None else self._pivot[None], group)
+        assert pivots is not None, "no process has seen anything"
+        if self._pivot is None:
+            self._start(pivots[0])
+        self._move(pivots[0])
+        self._sum = total(self._sum, group)
         self.count = int(total(torch.tensor(self.count), group))
         upper = total(torch.cat([tile.flatten() for tile in self._tiles()]), group)
         for tile, part in zip(self._tiles(), upper.split([tile.numel() for tile in self._tiles()]), strict=True):
             tile.copy_(part.view_as(tile))
+
+    def add(self, other: "Gram") -> None:
+        """Takes in what another has seen, whose sums are moved for that."""
+        assert self._pivot is not None, "no update yet"
+        other._move(self._pivot)
+        self._sum += other._sum
+        self._products += other._products
+        self.count += other.count
+
+    def _move(self, pivot: Tensor) -> None:
+        assert self._pivot is not None, "no update yet"
+        shift = (self._pivot - pivot).double()
+        self._products.addr_(shift, self._sum).addr_(self._sum, shift).addr_(shift, shift, alpha=self.count)
+        self._pivot, self._sum = pivot, self._sum + self.count * shift
 
     def _start(self, pivot: Tensor) -> Tensor:
         self._pivot, d = pivot, len(pivot)
@@ -220,6 +233,11 @@ class Gram:
         offset = self._sum / self.count
         return (self._products / self.count).addr_(offset, offset, alpha=-1)
 
+    def about(self, point: Tensor) -> Tensor:  # [d] -> [d, d]
+        """Second moment about a point."""
+        offset = self.mean - point
+        return self.covariance().addr_(offset, offset)
+
     def release(self) -> None:
         """Frees the second moments, which can be larger than a block; the mean stays."""
         self._products = torch.zeros((), dtype=torch.float64)
@@ -229,6 +247,45 @@ class Gram:
         r""":math:`\lVert X_{:,j} \rVert_2` over all tokens."""
         offset = self._sum / self.count
         return (self._products.diagonal() + self.count * (self.mean.square() - offset.square())).clamp(min=0).sqrt()
+
+
+class Parted:
+    r"""Second moments of all features, those of every fourth sample apart: by these is judged what the others give.
+
+    Args:
+        first: Which of all samples is the first that it will see.
+
+    Example:
+        >>> p = Parted()
+        >>> p.update(torch.tensor([[[1.0], [3.0]], [[5.0], [7.0]]]))
+        >>> p.fitting.mean, p.held_out.mean, p.norm.square()
+        (tensor([2.], dtype=torch.float64), tensor([6.], dtype=torch.float64), tensor([84.], dtype=torch.float64))
+    """
+
+    def __init__(self, first: int = 0) -> None:
+        self.next, self.fitting, self.held_out = first, Gram(), Gram()
+
+    def update(self, x: Tensor) -> None:  # [b, s, d]
+        apart = torch.arange(self.next, self.next + len(x)) % 4 == 1  # of two samples already one
+        for part, own in ((self.fitting, ~apart), (self.held_out, apart)):
+            if own.any():
+                part.update(x[own.to(x.device)])
+        self.next += len(x)
+
+    def merge(self, group: Group) -> None:
+        self.fitting.merge(group)
+        self.held_out.merge(group)
+
+    def pooled(self) -> Gram:
+        """Both parts as one; they are used up."""
+        self.fitting.add(self.held_out)
+        self.held_out.release()
+        return self.fitting
+
+    @property
+    def norm(self) -> Tensor:  # [d]
+        r""":math:`\lVert X_{:,j} \rVert_2` over all tokens."""
+        return torch.hypot(self.fitting.norm, self.held_out.norm)
 
 
 class BlockInfluence:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from plprune.allocation import complement
 from plprune.anatomy import Block, Group, Side, blocks_of, innermost, is_transposed, matrix, width, width_name
 from plprune.journal import Decision, journal_of
 from plprune.modeling_plprune import Gather, NoAttention, Scatter, replace, set_count
 from plprune.plan import PruningPlan
-from plprune.repair import complement
 
 
 class Surgery:

@@ -81,6 +81,12 @@ METHODS: dict[str, Any] = {
     "TwoSSP": TwoSSP,
     "TwoSSP without stage 2": functools.partial(TwoSSP, drop_attentions=0),
 }
+REPAIRED: dict[str, Any] = {  # not as the papers have it: restored in a walk of its own
+    "FLAP restore": functools.partial(FLAP, repair="restore", damping="auto"),
+    "CFSP restore": functools.partial(CFSP, repair="restore"),
+    "TwoSSP restore": functools.partial(TwoSSP, repair="restore", bias=False),
+}
+REPAIRED_ON = ("llama", "opt", "phi3")  # plain, with biases, and fused
 DEFAULTS = ("FLAP AL-AM", "FASP value_channels", "CFSP activation", "TwoSSP")
 OWN: list[str] = []  # of the option --method: the contract battery then judges these and no others
 
@@ -114,7 +120,7 @@ def logits(model: PreTrainedModel, ids: Tensor | None = None) -> Tensor:
 
 
 def method(name: str, sparsity: float = 0.2) -> PruningMethod:
-    return METHODS[name](sparsity=sparsity)
+    return (METHODS | REPAIRED)[name](sparsity=sparsity)
 
 
 def judge_only(path: str) -> None:

@@ -18,7 +18,7 @@ from plprune.running import evaluating, finish, record, run_block, same_values, 
 from plprune.stats import BlockInfluence, Gram, Moments, Norms
 from plprune.surgery import drop_attention
 from plprune.survey import load, save, survey
-from tests.builders import DEFAULTS, METHODS, logits, method, tiny, windows
+from tests.builders import DEFAULTS, METHODS, REPAIRED, logits, method, tiny, windows
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -350,7 +350,7 @@ def surveyed(family: str = "llama") -> tuple[PreTrainedModel, Calibration, Obser
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *REPAIRED])
 def test_what_is_known_decides_as_what_is_observed(name: str, family: str, tmp_path: Path) -> None:
     _, calibration, known = surveyed(family)
     save(known, tmp_path / "known.safetensors")

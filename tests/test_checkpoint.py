@@ -53,7 +53,7 @@ def test_nothing_is_pickled(family: str, tmp_path: Path) -> None:
 
 
 def test_a_uniform_result_has_plain_sizes(tmp_path: Path) -> None:
-    pruned(tmp_path, FASP(0.3, attention="kv_heads", compensate=False), "mistral")
+    pruned(tmp_path, FASP(0.3, attention="kv_heads", bias=False), "mistral")
     written = config(tmp_path)
     assert "per_layer_config" not in written
     assert (written["num_attention_heads"], written["num_key_value_heads"], written["head_dim"]) == (6, 3, 4)
@@ -62,13 +62,13 @@ def test_a_uniform_result_has_plain_sizes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3"])
 def test_a_uniform_result_is_one_that_transformers_loads(family: str, tmp_path: Path) -> None:
-    model = pruned(tmp_path, FASP(0.3, attention="kv_heads", compensate=False), family)
+    model = pruned(tmp_path, FASP(0.3, attention="kv_heads", bias=False), family)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_fewer_channels_everywhere_are_what_transformers_loads(family: str, tmp_path: Path) -> None:
-    model = pruned(tmp_path, FASP(0.2, attention="none", compensate=False), family)
+    model = pruned(tmp_path, FASP(0.2, attention="none", bias=False), family)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from plprune import PruningPlan, load_pruned, perplexity, prune, save_pruned, surgery
 from plprune.anatomy import FAMILIES, Block, Group, blocks_of, innermost, matrix
-from tests.builders import DEFAULTS, METHODS, OWN, VARIANTS, logits, method, tiny, windows
+from tests.builders import DEFAULTS, METHODS, OWN, REPAIRED, REPAIRED_ON, VARIANTS, logits, method, tiny, windows
 
 JUDGED, JUDGED_EVERYWHERE = (OWN, OWN) if OWN else (METHODS, DEFAULTS)
 
@@ -33,6 +33,7 @@ def pairs(quick_variants: bool) -> pytest.MarkDecorator:
 
     everything = itertools.product([*FAMILIES, *VARIANTS], JUDGED)
     cases = [(family, name) for family, name in everything if family in FAMILIES or name in JUDGED_EVERYWHERE]
+    cases += [] if OWN else itertools.product(REPAIRED_ON, REPAIRED)
     marked = [pytest.param(*case, marks=[] if quick(*case) else pytest.mark.slow) for case in cases]
     return pytest.mark.parametrize(("family", "name"), marked)
 
@@ -163,7 +164,7 @@ def test_the_budget_is_met_within_one_unit(family: str, name: str) -> None:
 def test_no_block_loses_its_last_unit(family: str, name: str) -> None:
     model, plan = pruned(family, name, 0.3 if "UL" in name or "MM" in name else 0.5)
     for group, keep in plan.keep.items():
-        assert len(keep) or (name == "TwoSSP" and group.endswith("attention"))
+        assert len(keep) or (name.startswith("TwoSSP") and group.endswith("attention"))
         assert torch.equal(keep, keep.unique())
         assert len(keep) <= plan.sizes[group]
     assert logits(model).isfinite().all()

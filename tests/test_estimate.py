@@ -22,7 +22,7 @@ from plprune.export import decilm
 from plprune.lora import LoRA, inject
 from plprune.plan import PruningPlan
 from plprune.surgery import plan_of
-from tests.builders import DEFAULTS, METHODS, VARIANTS, save_tiny, tiny, windows
+from tests.builders import DEFAULTS, METHODS, REPAIRED, REPAIRED_ON, VARIANTS, save_tiny, tiny, windows
 
 CONTEXT = 20  # longer than any sliding window
 QUICK = ("llama", "gpt2", "gemma2", "opt")
@@ -49,7 +49,7 @@ def cases(every: list[str]) -> list[Any]:
     def quick(family: str, name: str) -> bool:
         return family == "llama" or (family in QUICK and name in DEFAULTS)
 
-    pairs = itertools.product(every, METHODS)
+    pairs = [*itertools.product(every, METHODS), *itertools.product(REPAIRED_ON, REPAIRED)]
     return [pytest.param(*pair, marks=[] if quick(*pair) else pytest.mark.slow) for pair in pairs]
 
 
@@ -80,7 +80,7 @@ def assert_foreseen(model: PreTrainedModel, method: PruningMethod, seed: int = 1
 @pytest.mark.parametrize(("family", "name"), cases([*FAMILIES, *VARIANTS]))
 def test_what_pruning_reaches_was_foreseen(family: str, name: str) -> None:
     for sparsity in (0.1, 0.3):
-        assert_foreseen(tiny(family), METHODS[name](sparsity=sparsity))
+        assert_foreseen(tiny(family), (METHODS | REPAIRED)[name](sparsity=sparsity))
 
 
 @pytest.mark.slow
@@ -99,9 +99,11 @@ def test_what_pruning_reaches_was_foreseen_at_any_sparsity(name: str, sparsity: 
         FLAP(0.3, serve_on=["llama.cpp"]),
         FLAP(0.5, serve_on=["llama.cpp"], tensor_parallel=2),
         FLAP(0.3, structure="AL-MM", remove_heads=3, tensor_parallel=2),
-        FLAP(0.3, structure="UL-UM", compensate=False),
+        FLAP(0.3, structure="UL-UM", repair="none"),
         FASP(0.3, attention="kv_heads", serve_on=["llama.cpp"]),
         TwoSSP(0.4, drop_attentions=1, serve_on=["llama.cpp"]),
+        TwoSSP(0.4, drop_attentions=1, serve_on=["llama.cpp"], repair="restore"),
+        CFSP(0.3, repair="compensate"),
     ],
     ids=str,
 )

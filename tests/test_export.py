@@ -174,7 +174,7 @@ def test_padding_keeps_the_function(family: str, multiple: int) -> None:
 def test_widening_keeps_the_function(family: str) -> None:
     model = tiny(family)
     dense = {name: p.shape for name, p in model.named_parameters() if "attn" in name or "attention" in name}
-    prune(model, FASP(0.25, compensate=False), list(windows().split(2)))
+    prune(model, FASP(0.25, bias=False), list(windows().split(2)))
     before = logits(model)
     widen(model)
     assert {name: p.shape for name, p in model.named_parameters() if name in dense} == dense
@@ -183,7 +183,7 @@ def test_widening_keeps_the_function(family: str) -> None:
 
 @pytest.mark.slow
 def test_a_widened_export_loads_as_a_stock_checkpoint(tmp_path: Path) -> None:
-    model = saved(tmp_path / "model", FASP(0.25, compensate=False), "mistral")
+    model = saved(tmp_path / "model", FASP(0.25, bias=False), "mistral")
     rows = exported(tmp_path / "model", "--to", "hf", "--widen")
     assert rows["hf"]["difference"] < 1e-5
     stock: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "exported/hf")
@@ -242,7 +242,7 @@ def test_decilm_with_attentions_removed(tmp_path: Path) -> None:
     [
         (CFSP(0.25), ["FFN widths"]),
         (FLAP(0.25), ["there are biases", "FFN widths"]),
-        (FASP(0.25, compensate=False), ["value channels are ragged", "FFN widths"]),
+        (FASP(0.25, bias=False), ["value channels are ragged", "FFN widths"]),
         (TwoSSP(0.5, drop_attentions=3), ["block 0 has no attention", "FFN widths"]),
     ],
     ids=lambda each: type(each).__name__,
@@ -259,7 +259,7 @@ def test_decilm_says_every_reason_against(method: Any, reasons: list[str], tmp_p
 
 def test_decilm_needs_all_query_heads() -> None:
     model = tiny()
-    prune(model, FLAP(0.4, compensate=False), [windows()])
+    prune(model, FLAP(0.4, repair="none"), [windows()])
     assert "query heads were removed" in decilm.refusals(model)[0]
 
 

@@ -16,6 +16,8 @@ TIERS = [
     {
         "methods",
         "lora",
+        "consumers",
+        "distillation",
         "checkpoint",
         "hf",
         "card",

@@ -1,6 +1,7 @@
 """Adapters: where, how large, how strong, and merged for a while."""
 
 import contextlib
+import math
 import re
 from typing import Any, cast
 
@@ -29,7 +30,8 @@ def adapted(family: str = "llama", lora: LoRA | None = None, *methods: Any) -> P
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+            noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.data = parameter.data * (1 + noise) if parameter.ndim == 1 else noise  # magnitudes are positive
     return model
 
 
@@ -44,6 +46,13 @@ def test_the_scale_is_alpha_by_rank_everywhere(family: str, by: Any) -> None:
     model = adapted(family, LoRA(rank=5, alpha=7.0, by=by))
     scales = [scale for _, layer in adapters(model) for scale in layer.scaling.values()]
     assert scales == pytest.approx([7.0 / 5] * len(adapters(model)), rel=1e-12)
+
+
+@pytest.mark.parametrize("by", ["importance", "uniform"])
+def test_the_scale_of_rank_stabilised_adapters_is_alpha_by_the_root_of_the_mean_rank_everywhere(by: Any) -> None:
+    model = adapted("llama", LoRA(rank=5, alpha=7.0, by=by, rslora=True))
+    scales = [scale for _, layer in adapters(model) for scale in layer.scaling.values()]
+    assert scales == pytest.approx([7.0 / math.sqrt(5)] * len(adapters(model)), rel=1e-12)
 
 
 @every_family
@@ -125,11 +134,38 @@ def test_a_rank_below_1_is_refused() -> None:
         LoRA(rank=0)
 
 
-def test_untrained_adapters_change_nothing() -> None:
-    model = tiny()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dora", [False, True])
+def test_untrained_adapters_change_nothing(dora: bool, dtype: torch.dtype) -> None:
+    model = tiny().to(dtype)  # type: ignore[arg-type]
     before = logits(model)
-    inject(model, LoRA(rank=4), None)
+    inject(model, LoRA(rank=4, dora=dora), None)
     assert torch.equal(logits(model), before)
+
+
+def test_magnitudes_of_rows_of_zeros_are_refused() -> None:
+    model = tiny()
+    model.get_submodule("model.layers.1.mlp.up_proj").weight.data[3] = 0.0  # type: ignore[index,operator]
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj has rows of zeros"):
+        inject(model, LoRA(rank=4, dora=True), None)
+
+
+PEFT = {"dora": LoRA(rank=4, dora=True), "rslora": LoRA(rank=4, rslora=True), "both": LoRA(4, dora=True, rslora=True)}
+
+
+@pytest.mark.parametrize("name", PEFT)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # gpt2 stores its weights transposed
+def test_magnitudes_and_other_scales_are_merged_as_peft_does(family: str, name: str) -> None:
+    model = adapted(family, PEFT[name])
+    expected = logits(model)
+    state = dict(merged_state(model, lambda p: p.detach()))
+    with merged(model):
+        torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+        assert all(torch.equal(state[name], value) for name, value in model.named_parameters())
+    assert torch.equal(logits(model), expected)
+    for path, layer in adapters(model):
+        cast(Any, layer).merge()
+        torch.testing.assert_close(cast(Any, layer).get_base_layer().weight.detach(), state[f"{path}.weight"])
 
 
 @every_family

@@ -14,14 +14,15 @@ from transformers import PreTrainedModel
 from plprune import Calibration, processes, prune
 from plprune.anatomy import FAMILIES, put
 from plprune.plan import PruningPlan
-from plprune.stats import BlockInfluence, Gram, Moments, Norms
+from plprune.stats import BlockInfluence, Gram, Moments, Norms, Parted
 from tests.benchmarks.pruning import resident
-from tests.builders import METHODS, logits, method, tiny, windows
+from tests.builders import METHODS, REPAIRED, logits, method, tiny, windows
 from tests.ranks import in_ranks
 
 pytestmark = pytest.mark.multi_process
 SEVEN = list(range(7))
-RUNS = [("llama", name) for name in METHODS] + [(family, "FASP kv_heads") for family in FAMILIES if family != "llama"]
+RUNS = [("llama", name) for name in (*METHODS, *REPAIRED)]
+RUNS += [(family, "FASP kv_heads") for family in FAMILIES if family != "llama"]
 ONE = [windows(1, 64)]
 SHORT = [torch.arange(3, 3 + length)[None] for length in (5, 5, 9)]  # windows of unlike lengths
 
@@ -33,16 +34,19 @@ def sample(i: int) -> Tensor:
 
 def statistics(items: list[int]) -> dict[str, Any]:
     moments, norms, gram, influence = Moments(), Norms(), Gram(), BlockInfluence()
+    parted = Parted(2 * items[0] if items else 0)
     for x in map(sample, items):
-        for statistic in (moments, norms, gram):
+        for statistic in (moments, norms, gram, parted):
             statistic.update(x)
         influence.update(x, x.flip(-1))
-    return {"moments": moments, "norms": norms, "gram": gram, "influence": influence}
+    return {"moments": moments, "norms": norms, "gram": gram, "influence": influence, "parted": parted}
 
 
 def values(all_of: dict[str, Any]) -> dict[str, Any]:
-    moments, norms, gram, influence = all_of.values()
+    moments, norms, gram, influence, parted = all_of.values()
     return {
+        "parts": [parted.norm, parted.fitting.covariance(), parted.held_out.about(parted.fitting.mean)],
+        "pool": [(pool := parted.pooled()).mean, pool.covariance()],
         "moments": [moments.mean, moments.variance, moments.running_variance, moments.norm],
         "norms": [norms.mean, norms.pooled],
         "gram": [gram.mean, gram.covariance(), gram.norm],
@@ -137,7 +141,7 @@ def test_statistics_merge_to_those_of_one_process(ranks: list[dict[str, Any]]) -
         for rank in ranks:
             for kind, tensors in expected.items():
                 for mine, theirs in zip(rank["merged"][i][kind], tensors, strict=True):
-                    digits = 1e-6 if kind == "gram" else 1e-12  # its products are taken in float32
+                    digits = 1e-6 if kind in ("gram", "parts", "pool") else 1e-12  # its products are taken in float32
                     torch.testing.assert_close(mine, theirs, rtol=digits, atol=digits)
 
 

@@ -42,11 +42,12 @@ def small_world(tmp_path: Path, monkeypatch) -> Path:
 
 def test_every_command_runs(small_world: Path) -> None:
     commands = re.findall(r"^plprune .*", "".join(blocks("bash")[2:]), re.M)
-    assert len(commands) == 13
+    assert len(commands) == 14
     for command in commands:
         _, *words = shlex.split(command.replace(REAL, "tiny"))
         main([*words, *SMALL[words[0]].split()])
-    assert all(Path(f"runs/{output}/plan.safetensors").exists() for output in ("two-ssp", "streamed", "served"))
+    outputs = ("two-ssp", "streamed", "served", "restored")
+    assert all(Path(f"runs/{output}/plan.safetensors").exists() for output in outputs)
     assert all(Path(f"runs/{output}/report.html").exists() for output in ("quickstart", "compare/quick"))
     assert Path("runs/sensitivity/sensitivity.html").exists()
     assert Path("runs/two-ssp.json").exists()
@@ -61,6 +62,17 @@ def test_every_block_of_python_runs(small_world: Path) -> None:
     assert Path("runs/library/plan.safetensors").exists()
     plan = prune(tiny(), names["Magnitude"](0.25), [windows()])
     assert len(plan.keep["blocks.0.ffn"]) == 36
+
+
+def test_every_block_of_yaml_is_a_configuration(small_world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i, block in enumerate(blocks("yaml")):
+        Path(f"{i}.yaml").write_text(block)
+        with pytest.raises(SystemExit) as end:
+            main(["fit", "--config=configs/quickstart.yaml", f"--config={i}.yaml", "--print_config"])
+        assert not end.value.code
+        parsed, given = yaml.safe_load(capsys.readouterr().out)["model"], yaml.safe_load(block)["model"]
+        for name, settings in given.items():
+            assert settings.items() <= parsed[name].items()
 
 
 def test_the_first_screen_is_what_ci_runs() -> None:

@@ -76,7 +76,7 @@ def test_lm_eval_judges_a_folder_without_plprune(tmp_path: Path) -> None:
 @needs_llama_cpp
 def test_a_second_family_is_the_same_everywhere(tmp_path: Path) -> None:
     prune = ["prune", gemma(tmp_path), "--method", "FASP", "--num_samples", "4", "--seq_len", "128"]
-    prune += ["--method.attention", "none", "--method.compensate", "false", "--method.serve_on", "[llama.cpp]"]
+    prune += ["--method.attention", "none", "--method.bias", "false", "--method.serve_on", "[llama.cpp]"]
     main([*prune, "--method.sparsity", "0.2", "--output", str(tmp_path / "model")])
     main(["export", str(tmp_path / "model"), "--output", str(tmp_path / "out")])
     rows = rows_of(tmp_path / "out")

@@ -22,8 +22,8 @@ from plprune.evaluation import next_token_loss
 from plprune.lora import adapters
 from plprune.plan import PruningPlan
 from plprune.recovery import gradient_norms
-from plprune.surgery import plan_of
-from tests.builders import METHODS, method, save_tiny, tiny, windows
+from plprune.surgery import apply, plan_of
+from tests.builders import METHODS, logits, method, save_tiny, tiny, windows
 from tests.runs import Run, make_source, new_folder
 
 STEPS = 9
@@ -112,16 +112,26 @@ def test_ranks_follow_importance_and_sum_to_the_budget(folder: str, text: str, t
         assert all(s == pytest.approx(32 / 8) for s in scales)
 
 
-@pytest.mark.parametrize("stop", [3, 4, 7])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+WAYS: dict[str, dict[str, Any]] = {
+    "lora": {"lora": LoRA(rank=2)},
+    "dropout": {"lora": LoRA(rank=2, dropout=0.3)},
+    "dora": {"lora": LoRA(rank=2, dropout=0.3, dora=True, rslora=True)},
+    "consumers": {"train": "consumers", "dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize(
+    ("way", "stop"),
+    [*((way, stop) for way in ("lora", "dropout") for stop in (3, 4, 7)), ("dora", 3), ("consumers", 3)],
+)
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
-    folder: str, text: str, tmp_path: Path, stop: int, dropout: float, monkeypatch
+    folder: str, text: str, tmp_path: Path, way: str, stop: int, monkeypatch
 ) -> None:
     """An epoch has 4 batches: stops within one, at the last batch of one, and in a later one."""
 
     def run(root: Path, *extra: pl.Callback, ckpt_path: Path | None = None) -> tuple[dict[str, torch.Tensor], float]:
         pl.seed_everything(0)
-        module = recovery(folder, lora=LoRA(rank=2, dropout=dropout))
+        module = recovery(folder, **WAYS[way])
         save = ModelCheckpoint(root / "ckpt", filename="{step}", every_n_train_steps=stop, save_top_k=-1)
         run = trainer(root, Prune(FLAP(0.3)), save, *extra, enable_checkpointing=True)
         run.fit(module, datamodule=data(text, seq_len=24, batch_size=18), ckpt_path=ckpt_path)
@@ -147,6 +157,50 @@ def test_checkpoints_hold_the_adapters_only(folder: str, text: str, tmp_path: Pa
     assert all("lora_" in name for name in state)
 
 
+def test_checkpoints_hold_magnitudes_too(folder: str, text: str, tmp_path: Path) -> None:
+    run = trainer(tmp_path, Prune(CFSP(0.3)), Export(str(tmp_path / "out")), steps=2)
+    module = recovery(folder, lora=LoRA(rank=2, dora=True))
+    run.fit(module, datamodule=data(text))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    state = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    magnitudes = [name for name in state if "lora_magnitude_vector" in name]
+    assert len(magnitudes) == len(adapters(module.model))
+    torch.testing.assert_close(logits(load_pruned(tmp_path / "out")), logits(module.model.eval()))
+    with pytest.raises(ValueError, match=r"do not train the same parameters .*model\.lora"):
+        trainer(tmp_path, Prune(CFSP(0.3)), steps=3).fit(
+            recovery(folder, lora=LoRA(rank=2)), datamodule=data(text), ckpt_path=tmp_path / "a.ckpt"
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_consumers_are_trained_and_nothing_else(folder: str, text: str, tmp_path: Path, dtype: Any) -> None:
+    module = recovery(folder, train="consumers", dtype=dtype)
+    prune, evaluate = Prune(CFSP(0.3)), Evaluate()
+    run = trainer(tmp_path, evaluate, prune, Export(str(tmp_path / "out")), logger=CSVLogger(tmp_path, "", ""))
+    run.fit(module, datamodule=data(text))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+
+    names = {f"model.layers.{i}.mlp.down_proj.weight" for i in range(3)}  # CFSP leaves attentions whole
+    trained = losses(module.model)
+    assert trained.keys() == names
+    assert {value.dtype for value in trained.values()} == {torch.float32}
+    state = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    assert state.keys() == {f"model.{name}" for name in names}
+    assert module.ranks == []
+    assert not (tmp_path / "hparams.yaml").exists() or not yaml.safe_load((tmp_path / "hparams.yaml").read_text())
+
+    before, after = tiny().to(getattr(torch, dtype)), load_pruned(tmp_path / "out")
+    apply(before, cast(PruningPlan, prune.plan))
+    for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
+        assert old.dtype == new.dtype
+        assert torch.equal(old, new) == (name not in names), name
+    assert all(torch.equal(dict(after.named_parameters())[n], v.to(after.dtype)) for n, v in trained.items())
+    assert evaluate.rows["recovered"].bytes == evaluate.rows["pruned"].bytes
+    assert evaluate.rows["recovered"].perplexity < evaluate.rows["pruned"].perplexity
+    held_out = data(text, tokenizer=folder).held_out_windows()
+    assert perplexity(after, held_out) == pytest.approx(evaluate.rows["recovered"].perplexity, rel=1e-6)
+
+
 def test_a_checkpoint_of_another_plan_or_model_is_refused(folder: str, text: str, tmp_path: Path) -> None:
     run = trainer(tmp_path / "a", Prune(CFSP(0.3)), steps=2)
     run.fit(recovery(folder), datamodule=data(text))
@@ -165,7 +219,7 @@ def test_a_missing_adapter_is_noticed(folder: str, text: str, tmp_path: Path) ->
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
     checkpoint["state_dict"].popitem()
     torch.save(checkpoint, tmp_path / "b.ckpt")
-    with pytest.raises(ValueError, match="do not have the same adapters"):
+    with pytest.raises(ValueError, match="do not train the same parameters"):
         trainer(tmp_path, steps=2).fit(recovery(folder), datamodule=data(text), ckpt_path=tmp_path / "b.ckpt")
 
 

@@ -26,8 +26,8 @@ from tests.ranks import in_ranks
 
 SPARSITY = 0.3
 ALIKE: dict[str, Any] = {  # what leaves all blocks alike, their heads and biases as they were
-    "FLAP": (FLAP, {"structure": "UL-MM", "compensate": False}),
-    "FASP": (FASP, {"attention": "none", "compensate": False}),
+    "FLAP": (FLAP, {"structure": "UL-MM", "repair": "none"}),
+    "FASP": (FASP, {"attention": "none", "bias": False}),
     "CFSP": (CFSP, {"distance": "uniform"}),
     "TwoSSP": (TwoSSP, {"drop_attentions": 0}),
 }
@@ -116,7 +116,7 @@ def test_what_has_one_size_for_all_blocks(which: str, family: str, place: Place)
 
 @pytest.mark.parametrize(
     "which",
-    [(FLAP, {"compensate": False}), (FLAP, {"compensate": False, "sparsity_of": "linears"}), RAGGED["CFSP"],
+    [(FLAP, {"repair": "none"}), (FLAP, {"repair": "none", "sparsity_of": "linears"}), RAGGED["CFSP"],
      RAGGED["TwoSSP"], (CFSP, {"a": 40.0, "multiple_of": 96})],
 )  # fmt: skip
 def test_what_decilm_holds(which: Any) -> None:
@@ -132,7 +132,7 @@ def test_what_decilm_holds(which: Any) -> None:
     assert decilm.refusals(model) == []
 
 
-@pytest.mark.parametrize("which", [RAGGED["CFSP"], (FLAP, {"compensate": False})])
+@pytest.mark.parametrize("which", [RAGGED["CFSP"], (FLAP, {"repair": "none"})])
 def test_a_family_with_norms_of_queries_has_sizes_by_block_too(which: Any) -> None:
     model = wide("qwen3", tie_word_embeddings=True)
     plan = pruned(model, which, "llama.cpp")
@@ -189,8 +189,8 @@ def test_transformers_asks_nothing(which: Any) -> None:
         (FASP, {"serve_on": ["llama.cpp"]}, "as deci, heads must stay whole: set `attention` to kv_heads$"),
         (FASP, {"serve_on": ["vllm"]}, "as a stock checkpoint, heads must stay whole: set `attention` to kv_heads"),
         (FASP, {"tensor_parallel": 2}, "2 devices could not share the result: heads must stay whole: set `attention`"),
-        (FLAP, {"serve_on": ["vllm"]}, "set `structure` to UL-UM; as DeciLM, no bias may be added: set `compensate`"),
-        (FLAP, {"serve_on": ["vllm"], "structure": "AL-MM", "remove_heads": 3, "compensate": False},
+        (FLAP, {"serve_on": ["vllm"]}, "set `structure` to UL-UM; as DeciLM, no bias may be added: set `repair`"),
+        (FLAP, {"serve_on": ["vllm"], "structure": "AL-MM", "remove_heads": 3, "repair": "none"},
          "set `structure` to UL-UM; as DeciLM, no head may leave: set `remove_heads` to 0"),
         (CFSP, {"serve_on": ["ollama"]}, "nothing is known of serving on 'ollama'; known places: llama.cpp, vllm"),
         (CFSP, {"tensor_parallel": 0}, "tensor_parallel is 0, but it is a number of devices"),
@@ -204,10 +204,10 @@ def test_settings_that_cannot_be_served(method: Any, settings: dict[str, Any], s
 @pytest.mark.parametrize(
     ("family", "method", "said"),
     [
-        ("gemma2", FLAP(structure="UL-UM", serve_on=["llama.cpp"]), "no bias may be added: set `compensate` to false"),
+        ("gemma2", FLAP(structure="UL-UM", serve_on=["llama.cpp"]), "no bias may be added: set `repair` to none"),
         ("qwen3", TwoSSP(drop_attentions=1, serve_on=["llama.cpp"]), "no attention may leave: set `drop_attentions`"),
         ("mistral", CFSP(serve_on=["vllm"]), "all blocks must have one width: set `distance` to uniform"),
-        ("phi3", FASP(attention="kv_heads", compensate=False, serve_on=["llama.cpp"]), "set `attention` to none"),
+        ("phi3", FASP(attention="kv_heads", bias=False, serve_on=["llama.cpp"]), "set `attention` to none"),
         ("llama", CFSP(tensor_parallel=3), "block 0 has 4 kv heads, but for 3 devices there can be only 3: change"),
         ("llama", FLAP(tensor_parallel=5), "no number of the 4 kv heads of block 0.* suits 5 devices: change `tensor"),
         ("llama", TwoSSP(0.5, drop_attentions=3, serve_on=["llama.cpp"]), "the model has 3, of which the first block"),

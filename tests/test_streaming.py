@@ -32,7 +32,7 @@ from plprune.running import run_block
 from plprune.stats import Norms
 from plprune.streaming import INDEX, open_streamed, place_of_journal, prune_streamed
 from plprune.surgery import Surgery
-from tests.builders import METHODS, logits, method, numbers, save_tiny, tiny, tokenizer, windows
+from tests.builders import METHODS, REPAIRED, logits, method, numbers, save_tiny, tiny, tokenizer, windows
 
 FOUR = ("FLAP AL-AM", "FASP value_channels", "CFSP relative", "TwoSSP")
 BATCHES = Calibration(list(windows().split(2)))
@@ -65,7 +65,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- the same as in memory
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *REPAIRED])
 def test_every_method_gives_the_plan_and_the_weights_it_gives_in_memory(name: str, llama: Path, tmp_path: Path) -> None:
     model, plan = in_memory(llama, method(name))
     assert streamed(llama, method(name), tmp_path / "out", offload="disk").digest == plan.digest
@@ -270,6 +270,8 @@ def stops(run: Callable[..., Any], count: int) -> bool:
         ("FLAP AL-AM", "disk"),
         ("FASP value_channels", "disk"),
         ("TwoSSP", "cpu"),
+        pytest.param("FLAP restore", "disk", marks=pytest.mark.slow),
+        pytest.param("TwoSSP restore", "cpu", marks=pytest.mark.slow),
         pytest.param("FASP value_channels", None, marks=pytest.mark.slow),
         pytest.param("Magnitude", None, marks=pytest.mark.slow),
         pytest.param("Twice", "disk", marks=pytest.mark.slow),

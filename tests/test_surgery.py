@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from plprune import FASP, FLAP, TwoSSP, prune
+from plprune.allocation import complement
 from plprune.anatomy import FAMILIES, Block, Group, blocks_of, innermost, matrix
 from plprune.journal import Decision
 from plprune.modeling_plprune import BlockConfig, Gather, NoAttention, Scatter
-from plprune.repair import complement
 from plprune.surgery import (
     Surgery,
     apply,

@@ -54,7 +54,7 @@ def compare(
         bos: Whether the BOS token is put before each window; as the tokenizer does if not given.
         max_windows: At most this many such windows from the start of the text; all if not given.
         recover: How every pruned model is recovered: `text` to train on, `steps`, `seq_len`, `batch_size`,
-            `learning_rate`, `lora`; none is if not given.
+            `learning_rate`, `lora`, `train`, `distill`; none is if not given.
         tasks: lm-eval tasks, separated by commas.
         task_data: Folder with the tasks' data sets as ORG/NAME; from the hub if not given.
         limit: At most this many examples of each task; all if not given.

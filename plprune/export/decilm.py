@@ -41,7 +41,7 @@ def refusals(model: PreTrainedModel) -> list[str]:
     if any(isinstance(m, Gather | Scatter) for m in model.modules()):
         reasons.append("value channels are ragged: export with --widen, or prune by FASP with attention none")
     if any(innermost(m).bias is not None for b in blocks for m in _projections(b)):
-        reasons.append("there are biases: prune without compensation (FLAP: compensate false; or CFSP, TwoSSP)")
+        reasons.append("there are biases: prune with `repair` none, or restore with `bias` false")
     odd = sorted({width for b in blocks if (width := b.channels) % MULTIPLE})
     if odd:
         named = ", ".join(map(str, odd[:3])) + (" and more" if odd[3:] else "")

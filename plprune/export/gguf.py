@@ -400,8 +400,8 @@ def _against_sizes(model: PreTrainedModel, name: str) -> Iterator[str]:
     )
     if added:
         yield (
-            f"llama.cpp's {name} has no bias in {', '.join(added)}: take a model without, and prune it by a method "
-            "that adds none"
+            f"llama.cpp's {name} has no bias in {', '.join(added)}: take a model without, and prune it with "
+            "`repair` none, or restore with `bias` false"
         )
 
 

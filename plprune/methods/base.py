@@ -16,12 +16,13 @@ from transformers import PreTrainedModel
 
 from plprune import processes, serving
 from plprune.allocation import check_sparsity
-from plprune.anatomy import Block, Group, blocks_of
+from plprune.anatomy import Attention, Block, Group, blocks_of
 from plprune.calibration import Calibration
-from plprune.estimate import Ledger, Work, amount, shown, solve, windows
+from plprune.estimate import Ledger, Work, amount, block_flops, shown, solve, windows
 from plprune.modeling_plprune import Written
 from plprune.plan import PruningPlan, fingerprint
-from plprune.serving import Constraint, Place
+from plprune.repair import DAMPINGS, Damping, Mending, Repair
+from plprune.serving import Constraint, Place, adds_biases
 from plprune.surgery import attach, plan_of
 
 Rows = Sequence[tuple[Block, Group]]
@@ -207,6 +208,57 @@ class PruningMethod(ABC):
         Raises:
             ValueError: The sparsity is out of reach, the family unknown, or activations hold NaN or infinity.
         """
+
+
+@dataclasses.dataclass(frozen=True)
+class Repairing(PruningMethod):
+    """A method whose consumers can be repaired, in whichever way its paper does it.
+
+    Args:
+        repair: What is done for consumers that lose inputs. none; compensate: their bias takes up what those gave on
+            average; restore: what they keep does the work of those too, by least squares.
+        damping: Regularisation of a restoration, relative to the mean diagonal of the inputs' second moments. auto: of
+            0.0001, 0.001 and so on to 1, what does best on every fourth calibration window, held out for that.
+        bias: Whether a repair may give consumers a bias. Without it, a restoration is of inputs that are not centred.
+    """
+
+    repair: Repair = dataclasses.field(default="none", kw_only=True)
+    damping: Damping = dataclasses.field(default=0.01, kw_only=True)
+    bias: bool = dataclasses.field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.repair == "compensate" and not self.bias:
+            raise ValueError("compensation is a bias: set `bias` to true, or `repair` to none or restore")
+        if self.damping != "auto" and not self.damping >= 0:
+            raise ValueError(f"`damping` is {self.damping}, but it is auto, or a number that is not negative like 0.01")
+        super().__post_init__()
+
+    @property
+    def biased(self) -> bool:
+        return self.repair != "none" and self.bias
+
+    def conflicts(self, asked: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
+        if asked.dense_biases and self.biased and adds_biases(blocks):
+            return ["no bias may be added: set `repair` to none, or to restore with `bias` false"]
+        return []
+
+    def mending(self, calibration: Calibration) -> Mending:
+        """What repairs consumers."""
+        return Mending(self.repair, self.damping, self.bias, calibration)
+
+    def repair_work(self, model: PreTrainedModel, tokens: int, length: int, attention: Attention) -> Work:
+        """A walk that repairs: each block again for each of its groups, and once pruned; to restore, second moments of
+        the consumers' inputs (half a matrix) and their factors, one for each damping that is tried.
+        """
+        blocks, d = blocks_of(model), model.config.hidden_size
+        widths = [[group.consumer.index.numel() for group in block.groups(attention)] for block in blocks]
+        runs = sum((len(own) + 1) * block_flops(block, length) for block, own in zip(blocks, widths, strict=True))
+        if self.repair != "restore":
+            return Work(tokens * runs if self.repair == "compensate" else 0)
+        factors, matrices = (1 + len(DAMPINGS), 6) if self.damping == "auto" else (1, 3)
+        every = [n for own in widths for n in own]
+        single = sum(tokens * n**2 + factors * (n**3 / 3 + 2 * d * n**2) for n in every)
+        return Work(tokens * runs, single, 8 * matrices * max(every) ** 2)
 
 
 def prune(

@@ -16,6 +16,7 @@ Deviations from the authors' code:
   weights and `b` cancel: the official score is :math:`x_j^c` (`score="activation"`). The paper's equation normalises
   across channels (`score="relative"`).
 - A family without a gate has no third term.
+- `repair` compensates or restores, in a second walk; the paper does neither.
 """
 
 import dataclasses
@@ -29,15 +30,17 @@ from transformers import PreTrainedModel
 from plprune.allocation import check_near, fit, fraction_to_remove, importance, largest_remainder, top_k
 from plprune.anatomy import Block, Group, blocks_of, matrix
 from plprune.calibration import Calibration, observe, stream
-from plprune.methods.base import PruningMethod, distinct, thinned
+from plprune.estimate import Work
+from plprune.methods.base import Repairing, distinct, thinned
 from plprune.plan import PruningPlan
+from plprune.repair import Repair
 from plprune.serving import FREE, Constraint
 from plprune.stats import Distance, Norms
 from plprune.surgery import Surgery
 
 
 @dataclasses.dataclass(frozen=True)
-class CFSP(PruningMethod):
+class CFSP(Repairing):
     """Block importance sets each FFN's width, activations choose its channels.
 
     Args:
@@ -51,6 +54,11 @@ class CFSP(PruningMethod):
         multiple_of: Widths are rounded to multiples of this; 128 is the authors' `cuda_friendly`.
         sparsity_of: What `sparsity` is a fraction of: the decoder blocks' parameters, or the FFN's width, as the
             paper counts.
+        repair: What is done for consumers that lose inputs. none; compensate: their bias takes up what those gave on
+            average; restore: what they keep does the work of those too, by least squares.
+        damping: Regularisation of a restoration, relative to the mean diagonal of the inputs' second moments. auto: of
+            0.0001, 0.001 and so on to 1, what does best on every fourth calibration window, held out for that.
+        bias: Whether a repair may give consumers a bias. Without it, a restoration is of inputs that are not centred.
         target_parameters: How many parameters the whole model may have in the end, like 5.0B or 100M: `sparsity` is
             then found by it, and what is given for it does not count.
         target_memory: What its weights and the keys and values of `target_batch` sequences may take, like 8GiB or
@@ -70,24 +78,27 @@ class CFSP(PruningMethod):
     c: float = 1.0
     multiple_of: int = 1
     sparsity_of: Literal["blocks", "ffn"] = "blocks"
+    repair: Repair = dataclasses.field(default="none", kw_only=True)
 
     def prune(self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor]) -> PruningPlan:
-        asked, p = self.check(model), self._budget(blocks_of(model))
+        calibration = Calibration.of(batches)
+        asked, p, mending = self.check(model), self._budget(blocks_of(model)), self.mending(calibration)
         scores, distances = [], []
-        for block, inputs in stream(model, batches, "CFSP"):
+        for block, inputs in stream(model, calibration, "CFSP"):
             ((group, norms),) = observe(block, inputs, Norms, attention="none")
             scores.append((block, group, self._score(block, group, norms.pooled)))
             distances.append(inputs.influence.distance(self.distance))
         surgery, u = Surgery(model), importance(distances, self.a)
         widths = self._widths([(block, group) for block, group, _ in scores], u, p, asked)
-        for (block, group, score), width in zip(scores, widths, strict=True):
-            surgery.keep(block, group, top_k(score, width))
+        chosen = [(block, group, top_k(score, n)) for (block, group, score), n in zip(scores, widths, strict=True)]
+        mending.carry_out(surgery, chosen, "CFSP repair")
         return surgery.plan("CFSP", dataclasses.asdict(self), u)
 
     def conflicts(self, asked: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
+        reasons = []
         if asked.uniform and self.distance != "uniform":
-            return ["all blocks must have one width: set `distance` to uniform"]
-        return []
+            reasons.append("all blocks must have one width: set `distance` to uniform")
+        return reasons + super().conflicts(asked, blocks)
 
     def check(self, model: PreTrainedModel) -> Constraint:
         asked, blocks = super().check(model), blocks_of(model)
@@ -115,6 +126,10 @@ class CFSP(PruningMethod):
             cases += self._rounded(rows, p)
         return distinct(rows, cases)
 
+    def work(self, model: PreTrainedModel, count: int, length: int) -> Work:
+        """The walk that repairs."""
+        return self.repair_work(model, count * length, length, "none")
+
     def _rounded(self, rows: list[tuple[Block, Group]], p: float) -> list[list[int]]:
         """The most and the least that rounding each width to a multiple could leave."""
         m, sizes = self.multiple_of, [len(group) for _, group in rows]
@@ -129,7 +144,7 @@ class CFSP(PruningMethod):
         """The fraction of the FFN channels to remove (p)."""
         if self.sparsity_of == "ffn":
             return self.sparsity
-        return fraction_to_remove(self.sparsity, blocks, "none", "the FFN")
+        return fraction_to_remove(self.sparsity, blocks, "none", "the FFN", biased=self.biased)
 
     def _score(self, block: Block, group: Group, norm: Tensor) -> Tensor:  # [n]
         if self.score == "activation":

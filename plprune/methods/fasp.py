@@ -10,8 +10,9 @@ There is no public code. Choices where the paper is silent, and deviations:
 
 - The fraction of what can be pruned is scaled up so that `sparsity` holds for the whole block, as Q and K stay.
 - Under grouped-query attention a value channel is shared by the query heads of its kv head: its score is their sum.
-- Inputs are centred and the bias takes up the difference of means (`compensate`); off, it is the paper's form.
-- The damping shrinks toward the kept weights, not toward zero; its size is ours.
+- Inputs are centred and the bias takes up the difference of means; with `bias: false` it is the paper's form.
+- The damping shrinks toward the kept weights, not toward zero; its size is ours, or `damping: auto` chooses it.
+- `repair` compensates only, or does nothing; the paper restores.
 - `attention="kv_heads"` removes whole kv heads instead of value channels, and leaves plain, uniform shapes.
 """
 
@@ -22,31 +23,31 @@ from typing import Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune import processes
 from plprune.allocation import check_near, fit, fraction_to_remove, importance, top_k
-from plprune.anatomy import Block, Group, blocks_of, dense_weight
+from plprune.anatomy import Block, Group, blocks_of
 from plprune.calibration import Calibration, observe, stream
 from plprune.estimate import Work, block_flops
-from plprune.methods.base import PruningMethod
+from plprune.methods.base import Repairing
 from plprune.plan import PruningPlan
-from plprune.repair import compensation, restore
+from plprune.repair import Mending, Repair
 from plprune.running import BlockInputs
-from plprune.serving import FREE, Constraint, adds_biases
-from plprune.stats import Gram
+from plprune.serving import FREE, Constraint
 from plprune.surgery import Surgery
 
 
 @dataclasses.dataclass(frozen=True)
-class FASP(PruningMethod):
+class FASP(Repairing):
     """Coupled columns and rows, a column score, least-squares restoration.
 
     Args:
         sparsity: The fraction of the decoder blocks' parameters to remove, in [0, 1).
         attention: Units of attention: single value channels (the paper's; only plprune can load the result), whole kv
             heads, or none.
-        restoration: Whether the kept weights are restored by least squares.
-        damping: Regularisation of the restoration, relative to the mean diagonal of the inputs' second moments.
-        compensate: Whether inputs are centred and the consumer's bias takes up the difference of means.
+        repair: What is done for consumers that lose inputs. none; compensate: their bias takes up what those gave on
+            average; restore: what they keep does the work of those too, by least squares.
+        damping: Regularisation of a restoration, relative to the mean diagonal of the inputs' second moments. auto: of
+            0.0001, 0.001 and so on to 1, what does best on every fourth calibration window, held out for that.
+        bias: Whether a repair may give consumers a bias. Without it, a restoration is of inputs that are not centred.
         target_parameters: How many parameters the whole model may have in the end, like 5.0B or 100M: `sparsity` is
             then found by it, and what is given for it does not count.
         target_memory: What its weights and the keys and values of `target_batch` sequences may take, like 8GiB or
@@ -60,15 +61,14 @@ class FASP(PruningMethod):
 
     sparsity: float = 0.2
     attention: Literal["value_channels", "kv_heads", "none"] = "value_channels"
-    restoration: bool = True
-    damping: float = 0.01
-    compensate: bool = True
+    repair: Repair = dataclasses.field(default="restore", kw_only=True)
 
     def prune(self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor]) -> PruningPlan:
-        asked, surgery, distances = self.check(model), Surgery(model), []
+        calibration = Calibration.of(batches)
+        asked, surgery, mending, distances = self.check(model), Surgery(model), self.mending(calibration), []
         fraction = self._fraction(surgery.blocks)
-        for block, inputs in stream(model, batches, "FASP"):
-            self._prune_block(surgery, block, inputs, fraction, asked)
+        for block, inputs in stream(model, calibration, "FASP"):
+            self._prune_block(surgery, block, inputs, mending, fraction, asked)
             distances.append(inputs.influence.distance("angular"))
         return surgery.plan("FASP", dataclasses.asdict(self), importance(distances))
 
@@ -78,9 +78,7 @@ class FASP(PruningMethod):
             reasons.append("heads must stay whole: set `attention` to kv_heads")
         if asked.dense_heads and self.attention != "none":
             reasons.append("no head may leave: set `attention` to none")
-        if asked.dense_biases and self.compensate and adds_biases(blocks):
-            reasons.append("no bias may be added: set `compensate` to false")
-        return reasons
+        return reasons + super().conflicts(asked, blocks)
 
     def check(self, model: PreTrainedModel) -> Constraint:
         asked, blocks = super().check(model), blocks_of(model)
@@ -94,10 +92,6 @@ class FASP(PruningMethod):
         check_near(self.sparsity, rows, chosen, 1 - fraction, sum(block.parameters() for block in blocks))
         return asked
 
-    @property
-    def biased(self) -> bool:
-        return self.compensate
-
     def foresee(self, model: PreTrainedModel) -> list[dict[str, int]]:
         asked, blocks, counts = self.check(model), blocks_of(model), {}
         fraction = self._fraction(blocks)
@@ -107,20 +101,13 @@ class FASP(PruningMethod):
         return [counts]
 
     def work(self, model: PreTrainedModel, count: int, length: int) -> Work:
-        """A second pass, second moments of the consumers' inputs (half a matrix), and their factors."""
-        blocks = blocks_of(model)
-        widths = [[group.consumer.index.numel() for group in block.groups(self.attention)] for block in blocks]
-        d = model.config.hidden_size
-        single = sum(
-            count * length * n**2 + self.restoration * (n**3 / 3 + 2 * d * n**2) for own in widths for n in own
-        )
-        largest = max(n for own in widths for n in own)
-        again = count * length * sum(block_flops(block, length) for block in blocks)
-        return Work(again, single, 8 * 3 * largest**2)
+        """A second pass, and what restoration takes beside it."""
+        again = count * length * sum(block_flops(block, length) for block in blocks_of(model))
+        return dataclasses.replace(self.repair_work(model, count * length, length, self.attention), flops=again)
 
     def _fraction(self, blocks: list[Block]) -> float:
         """The fraction to remove of what can be pruned (s)."""
-        return fraction_to_remove(self.sparsity, blocks, self.attention, "what FASP prunes", biased=self.compensate)
+        return fraction_to_remove(self.sparsity, blocks, self.attention, "what FASP prunes", biased=self.biased)
 
     def _counts(self, block: Block, fraction: float, asked: Constraint) -> list[int]:
         """Units to keep in each of a block's groups."""
@@ -131,29 +118,21 @@ class FASP(PruningMethod):
         return fit([(block, group) for group in groups], wanted, 1 - fraction, asked)
 
     def _prune_block(
-        self, surgery: Surgery, block: Block, inputs: BlockInputs, fraction: float, asked: Constraint
+        self,
+        surgery: Surgery,
+        block: Block,
+        inputs: BlockInputs,
+        mending: Mending,
+        fraction: float,
+        asked: Constraint,
     ) -> None:
-        observed = observe(block, inputs, Gram, self.attention)  # as large as the block: gone before the next one's
+        observed = observe(
+            block, inputs, mending.statistic, self.attention
+        )  # as large as the block: gone before the next
         counts = self._counts(block, fraction, asked) if observed else []  # an earlier run has decided
-        for (group, gram), count in zip(observed, counts, strict=True):
-            self._prune(surgery, block, group, gram, count, inputs.group)
-
-    def _prune(
-        self, surgery: Surgery, block: Block, group: Group, gram: Gram, count: int, peers: processes.Group
-    ) -> None:
-        index = group.consumer.index
-        keep = top_k(column_score(block.weight(group), gram.norm[index]), count)
-        if count == len(group):
-            return surgery.keep(block, group, keep)
-        weight, columns = dense_weight(block.part(group.consumer.path)), index[keep].flatten().sort().values
-        moments = gram.covariance() if self.compensate else gram.second_moment()
-        gram.release()
-        restored = None
-        if self.restoration:  # the rows of the weight are independent: each process restores some
-            rows = processes.share(range(len(weight)), peers)
-            restored = processes.joined(restore(weight[rows], moments, columns, self.damping), peers)
-        gain = compensation(weight, gram.mean, columns, restored) if self.compensate else None
-        surgery.keep(block, group, keep, restored, gain)
+        for (group, seen), count in zip(observed, counts, strict=True):
+            keep = top_k(column_score(block.weight(group), seen.norm[group.consumer.index]), count)
+            mending.keep(surgery, block, group, keep, seen)
 
 
 def column_score(

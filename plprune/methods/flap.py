@@ -14,6 +14,7 @@ Deviations from the authors' code:
 - The cost of a head is what it is, not 512/3; the mean is not halved at batch size 2.
 - A block never loses its last head or channel; theirs can.
 - `AL-AM` keeps the number of units whose cost is nearest to the target; theirs keeps one fewer.
+- `repair: restore` changes the kept weights too, in a second walk; the paper only compensates, by dense means.
 - Attention scores are squared before anything else, as in the code and not in the paper: `square_attention`.
 """
 
@@ -30,10 +31,11 @@ from transformers import PreTrainedModel
 from plprune.allocation import check_near, fit, fraction_to_remove, importance, largest_remainder, rescale, top_k
 from plprune.anatomy import Block, Group, blocks_of
 from plprune.calibration import Calibration, observe, stream
-from plprune.methods.base import PruningMethod, Rows, by_window, distinct, thinned
+from plprune.estimate import Work
+from plprune.methods.base import Repairing, Rows, by_window, distinct, thinned
 from plprune.plan import PruningPlan
-from plprune.repair import compensation
-from plprune.serving import FREE, Constraint, adds_biases
+from plprune.repair import Repair, compensation
+from plprune.serving import FREE, Constraint
 from plprune.stats import Moments
 from plprune.surgery import Surgery
 
@@ -42,7 +44,7 @@ Structure = Literal["AL-AM", "AL-MM", "UL-MM", "UL-UM"]
 
 
 @dataclasses.dataclass(frozen=True)
-class FLAP(PruningMethod):
+class FLAP(Repairing):
     """Fluctuation of inputs, one standardised ranking of everything, bias compensation.
 
     Args:
@@ -55,9 +57,13 @@ class FLAP(PruningMethod):
         remove_heads: kv heads to remove in all blocks together, for AL-MM and UL-MM only: the channels give the rest.
             UL-MM removes the same number in each block, rounded down.
         square_attention: Whether the scores of attention channels are squared first, as in the authors' code.
-        compensate: Whether the removed channels' mean contribution is added to the consumer's bias.
         sparsity_of: What `sparsity` is a fraction of: the decoder blocks' parameters, or their linear layers' only,
             as the paper counts.
+        repair: What is done for consumers that lose inputs. none; compensate: their bias takes up what those gave on
+            average; restore: what they keep does the work of those too, by least squares.
+        damping: Regularisation of a restoration, relative to the mean diagonal of the inputs' second moments. auto: of
+            0.0001, 0.001 and so on to 1, what does best on every fourth calibration window, held out for that.
+        bias: Whether a repair may give consumers a bias. Without it, a restoration is of inputs that are not centred.
         target_parameters: How many parameters the whole model may have in the end, like 5.0B or 100M: `sparsity` is
             then found by it, and what is given for it does not count.
         target_memory: What its weights and the keys and values of `target_batch` sequences may take, like 8GiB or
@@ -75,16 +81,16 @@ class FLAP(PruningMethod):
     structure: Structure = "AL-AM"
     remove_heads: int = 0
     square_attention: bool = True
-    compensate: bool = True
     sparsity_of: Literal["blocks", "linears"] = "blocks"
+    repair: Repair = dataclasses.field(default="compensate", kw_only=True)
 
     def prune(self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor]) -> PruningPlan:
-        asked, blocks = self.check(model), blocks_of(model)
-        attention, budget = unit(asked), self._budget(blocks, asked)
+        asked, blocks, calibration = self.check(model), blocks_of(model), Calibration.of(batches)
+        attention, budget, mending = unit(asked), self._budget(blocks, asked), self.mending(calibration)
         means: dict[str, Tensor] = {}
         scores: list[tuple[Block, Group, Tensor]] = []
         distances = []
-        for block, inputs in stream(model, batches, "FLAP"):
+        for block, inputs in stream(model, calibration, "FLAP"):
             for group, moments in observe(block, inputs, Moments, attention):
                 means[group.name] = moments.mean
                 scores.append((block, group, self._score(block, group, moments)))
@@ -92,11 +98,11 @@ class FLAP(PruningMethod):
         surgery, chosen = Surgery(model), self._choose(scores, budget)
         if asked != FREE:
             chosen = self._fitted(scores, chosen, budget, asked)
-        for block, rows in itertools.groupby(zip(scores, chosen, strict=True), lambda row: row[0][0]):
-            with block.present():
-                for (_, group, _), keep in rows:
-                    gain = compensation(_consumer(block, group), means[group.name], _columns(group, keep))
-                    surgery.keep(block, group, keep, bias_gain=gain if self.compensate else None)
+        decided = [(block, group, keep) for (block, group, _), keep in zip(scores, chosen, strict=True)]
+        if self.repair == "compensate":
+            _compensate(surgery, decided, means)
+        else:
+            mending.carry_out(surgery, decided, "FLAP repair")
         return surgery.plan("FLAP", dataclasses.asdict(self), importance(distances))
 
     def conflicts(self, asked: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
@@ -105,9 +111,7 @@ class FLAP(PruningMethod):
             reasons.append("all blocks must have the same sizes: set `structure` to UL-UM")
         if asked.dense_heads and self.remove_heads:
             reasons.append("no head may leave: set `remove_heads` to 0")
-        if asked.dense_biases and self.compensate and adds_biases(blocks):
-            reasons.append("no bias may be added: set `compensate` to false")
-        return reasons
+        return reasons + super().conflicts(asked, blocks)
 
     def check(self, model: PreTrainedModel) -> Constraint:
         asked, blocks = super().check(model), blocks_of(model)
@@ -120,10 +124,6 @@ class FLAP(PruningMethod):
         chosen = self._counts(rows, self._rehearsed(rows, p), p, asked)
         check_near(self.sparsity, rows, chosen, 1 - p, self._whole(blocks))
         return asked
-
-    @property
-    def biased(self) -> bool:
-        return self.compensate
 
     def foresee(self, model: PreTrainedModel) -> list[dict[str, int]]:
         asked, blocks = self.check(model), blocks_of(model)
@@ -142,6 +142,12 @@ class FLAP(PruningMethod):
             cases = [self._counts(rows, case, p, asked) for case in cases]
         return distinct(rows, cases)
 
+    def work(self, model: PreTrainedModel, count: int, length: int) -> Work:
+        """The walk that restores; compensation needs none."""
+        if self.repair != "restore":
+            return Work()
+        return self.repair_work(model, count * length, length, unit(self.check(model)))
+
     def _contests(self, rows: Rows, heads: list[int], p: float, asked: Constraint) -> list[list[int]]:
         """What can come of one ranking: a typical case, and the extremes in which heads or channels go first.
 
@@ -156,7 +162,7 @@ class FLAP(PruningMethod):
         steps = [costs[i] * (allowed[i][-1] - allowed[i][-2] if len(allowed[i]) > 1 else 1) for i in range(len(rows))]
         slack = (max(steps) if asked == FREE else max(steps[i] for i in channels)) / 2
         target = (1 - p) * sum(map(operator.mul, costs, sizes))
-        biases = sum(block.absent_bias(group) for block, group in rows) if self.compensate else 0
+        biases = sum(block.absent_bias(group) for block, group in rows) if self.biased else 0
         most, least = target + slack + biases, target - slack - biases - max(steps[i] for i in channels)
         typical = (
             self._typical(rows, heads, channels, p)
@@ -226,7 +232,7 @@ class FLAP(PruningMethod):
         if self.sparsity_of == "linears":
             prunable = sum(len(group) * block.cost(group) for block in blocks for group in block.groups(attention))
             return rescale(self.sparsity, self._whole(blocks), prunable, what)
-        return fraction_to_remove(self.sparsity, blocks, attention, what, biased=self.compensate)
+        return fraction_to_remove(self.sparsity, blocks, attention, what, biased=self.biased)
 
     def _score(self, block: Block, group: Group, moments: Moments) -> Tensor:  # [units, columns per unit]
         weight = block.weight(group).double()
@@ -430,6 +436,15 @@ def _check_removal(remove: int, there: int, where: str) -> None:
             f"FLAP would have to remove {remove} units {where} where at most {there - 1} can go: "
             "change `sparsity` or `remove_heads`"
         )
+
+
+def _compensate(surgery: Surgery, decided: list[tuple[Block, Group, Tensor]], means: dict[str, Tensor]) -> None:
+    """Prunes what was decided, and has the means of the dense model's inputs go into the biases."""
+    for block, rows in itertools.groupby(decided, lambda row: row[0]):
+        with block.present():
+            for _, group, keep in rows:
+                gain = compensation(_consumer(block, group), means[group.name], _columns(group, keep))
+                surgery.keep(block, group, keep, bias_gain=gain)
 
 
 def _consumer(block: Block, group: Group) -> Tensor:  # [d_out, columns of the group]

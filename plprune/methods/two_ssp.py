@@ -12,6 +12,7 @@ Deviations from the authors' code:
 - Every sequence of a batch counts, not only the first; `stage2_samples` windows judge, where theirs is one.
 - The second stage starts at the first changed block, on the kept inputs of that block: the same numbers for about
   half the work.
+- `repair` compensates or restores the FFNs in a walk between the stages; the paper does neither.
 """
 
 import dataclasses
@@ -34,9 +35,10 @@ from plprune.calibration import Calibration, observe, stream
 from plprune.estimate import Work, block_flops, windows
 from plprune.evaluation import next_token_loss
 from plprune.journal import Filed, journal_of
-from plprune.methods.base import PruningMethod
+from plprune.methods.base import Repairing
 from plprune.plan import PruningPlan
 from plprune.progress import Progress
+from plprune.repair import Repair
 from plprune.running import evaluating, finish, record, run_block
 from plprune.serving import FREE, Constraint
 from plprune.stats import Norms
@@ -47,7 +49,7 @@ States = list[Tensor] | Filed
 
 
 @dataclasses.dataclass(frozen=True)
-class TwoSSP(PruningMethod):
+class TwoSSP(Repairing):
     """FFN channels by activation norm, then whole attention sub-blocks by perplexity.
 
     Args:
@@ -56,6 +58,11 @@ class TwoSSP(PruningMethod):
         drop_attentions: Attention sub-blocks that the second stage drops; if not given, the paper's balance decides;
             0 leaves the second stage out.
         stage2_samples: Calibration windows that judge each candidate of the second stage.
+        repair: What is done for consumers that lose inputs. none; compensate: their bias takes up what those gave on
+            average; restore: what they keep does the work of those too, by least squares.
+        damping: Regularisation of a restoration, relative to the mean diagonal of the inputs' second moments. auto: of
+            0.0001, 0.001 and so on to 1, what does best on every fourth calibration window, held out for that.
+        bias: Whether a repair may give consumers a bias. Without it, a restoration is of inputs that are not centred.
         target_parameters: How many parameters the whole model may have in the end, like 5.0B or 100M: `sparsity` is
             then found by it, and what is given for it does not count.
         target_memory: What its weights and the keys and values of `target_batch` sequences may take, like 8GiB or
@@ -71,6 +78,7 @@ class TwoSSP(PruningMethod):
     alpha: float = 1.5
     drop_attentions: int | None = None
     stage2_samples: int = 1
+    repair: Repair = dataclasses.field(default="none", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,7 +87,7 @@ class TwoSSP(PruningMethod):
 
     def prune(self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor]) -> PruningPlan:
         calibration = Calibration.of(batches)
-        asked = self.check(model)
+        asked, mending = self.check(model), self.mending(calibration)
         drop, fraction = self._shares(blocks_of(model), spared=asked.first_attention)
         scores, distances = [], []
         for block, inputs in stream(model, calibration, "2SSP stage 1"):
@@ -87,8 +95,8 @@ class TwoSSP(PruningMethod):
             scores.append((block, group, norms.mean))
             distances.append(inputs.influence.distance("angular"))
         surgery, widths = Surgery(model), self._widths([(b, g) for b, g, _ in scores], fraction, asked)
-        for (block, group, score), width in zip(scores, widths, strict=True):
-            surgery.keep(block, group, top_k(score, width))
+        chosen = [(block, group, top_k(score, n)) for (block, group, score), n in zip(scores, widths, strict=True)]
+        mending.carry_out(surgery, chosen, "2SSP repair")
         if drop:
             windows = calibration.windows(self.stage2_samples)
             with evaluating(model):
@@ -98,7 +106,8 @@ class TwoSSP(PruningMethod):
 
     def conflicts(self, asked: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
         drop = self.drop_attentions if blocks is None else self._shares(list(blocks))[0]
-        return ["no attention may leave: set `drop_attentions` to 0"] if asked.every_attention and drop else []
+        reasons = ["no attention may leave: set `drop_attentions` to 0"] if asked.every_attention and drop else []
+        return reasons + super().conflicts(asked, blocks)
 
     def check(self, model: PreTrainedModel) -> Constraint:
         asked, blocks = super().check(model), blocks_of(model)
@@ -124,14 +133,16 @@ class TwoSSP(PruningMethod):
         return [case for i, case in enumerate(cases) if case not in cases[:i]]
 
     def work(self, model: PreTrainedModel, count: int, length: int) -> Work:
-        """The second stage: every candidate from its block on to the head, as often as an attention is dropped."""
+        """The walk that repairs; the second stage: every candidate from its block on to the head, for each to drop."""
         blocks = blocks_of(model)
         drop, _ = self._shares(blocks)
         each = sum(block_flops(block, length) for block in blocks) / 2
         head = model.get_output_embeddings()
         each += 2 * cast(torch.nn.Linear, head).weight.numel() if head is not None else 0
         trials = sum(max(0, sum(b.has_attention for b in blocks) - step) for step in range(drop))
-        return Work(trials * min(count, self.stage2_samples) * length * each)
+        repairs = self.repair_work(model, count * length, length, "none")
+        judging = trials * min(count, self.stage2_samples) * length * each
+        return dataclasses.replace(repairs, flops=repairs.flops + judging)
 
     def _widths(self, rows: list[tuple[Block, Group]], fraction: float, asked: Constraint) -> list[int]:
         """FFN channels that each block keeps."""
@@ -155,7 +166,8 @@ class TwoSSP(PruningMethod):
             but = ", of which the first block's must stay: change `drop_attentions` or `serve_on`" if spared else ""
             raise ValueError(f"2SSP would drop {drop} attentions, but the model has {len(with_attention)}{but}")
         total = sum(b.parameters() for b in blocks)
-        return drop, channels_to_keep(self.sparsity, len(blocks), total, attention, ffn, width, drop) / width
+        added = sum(b.absent_bias(g) for b, g in groups) if self.biased and self.sparsity else 0
+        return drop, channels_to_keep(self.sparsity, len(blocks), total, attention, ffn, width, drop, added) / width
 
 
 def attentions_to_drop(sparsity: float, blocks: int, attention: float, ffn: float, alpha: float = 1.5) -> int:
@@ -178,11 +190,11 @@ def attentions_to_drop(sparsity: float, blocks: int, attention: float, ffn: floa
 
 
 def channels_to_keep(
-    sparsity: float, blocks: int, total: int, attention: float, ffn: float, width: float, drop: int
+    sparsity: float, blocks: int, total: int, attention: float, ffn: float, width: float, drop: int, added: int = 0
 ) -> int:
     r"""How many FFN channels each block keeps, so that both stages together remove `sparsity`.
 
-    .. math:: K = \mathrm{round}\Bigl(n \bigl(1 - \mathrm{round}\bigl((\mathrm{round}(s P) - N P_a) / B\bigr)
+    .. math:: K = \mathrm{round}\Bigl(n \bigl(1 - \mathrm{round}\bigl((\mathrm{round}(s P) + P_+ - N P_a) / B\bigr)
               / P_f\bigr)\Bigr)
 
     Args:
@@ -193,6 +205,7 @@ def channels_to_keep(
         ffn: Parameters of one FFN.
         width: FFN width (n).
         drop: Attention sub-blocks to drop (N).
+        added: Parameters that a repair will add (:math:`P_+`).
 
     Raises:
         ValueError: The dropped attentions alone remove more than `sparsity`, or all FFNs together are not enough.
@@ -202,7 +215,7 @@ def channels_to_keep(
         ...                  4 * 4096**2, 3 * 4096 * 11008, 11008, 5)
         7744
     """
-    left = round(sparsity * total) - drop * attention
+    left = round(sparsity * total) + added - drop * attention
     keep = round(width * (1 - round(left / blocks) / ffn))
     if not 1 <= keep <= width:
         raise ValueError(

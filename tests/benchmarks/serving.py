@@ -25,7 +25,7 @@ SPARSITY, SEED = 0.25, 0
 PLACES: dict[str, list[Any]] = {"anywhere": [], "llama.cpp": ["llama.cpp"], "vllm": ["vllm"]}
 METHODS: dict[str, tuple[type[PruningMethod], dict[str, Any], tuple[str, ...]]] = {  # and where each can be served
     "FLAP": (FLAP, {}, ("anywhere", "llama.cpp")),
-    "FLAP, `compensate: false`": (FLAP, {"compensate": False}, ("anywhere", "vllm")),
+    "FLAP, `repair: none`": (FLAP, {"repair": "none"}, ("anywhere", "vllm")),
     "FASP": (FASP, {}, ("anywhere",)),
     "FASP, `attention: kv_heads`": (FASP, {"attention": "kv_heads"}, ("anywhere", "llama.cpp", "vllm")),
     "CFSP": (CFSP, {}, ("anywhere", "llama.cpp", "vllm")),

@@ -59,19 +59,19 @@ def prefix(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
 
 
 @pytest.mark.parametrize("block", [0, 1, 2])
-@pytest.mark.parametrize("compensate", [True, False])
-def test_the_kept_columns_are_the_least_squares_solution_behind_the_pruned_prefix(block: int, compensate: bool) -> None:
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_kept_columns_are_the_least_squares_solution_behind_the_pruned_prefix(block: int, bias: bool) -> None:
     model, ids = tiny(), windows(12, 16)
-    plan = prune(model, FASP(0.3, attention="none", damping=0.0, compensate=compensate), [ids])
+    plan = prune(model, FASP(0.3, attention="none", damping=0.0, bias=bias), [ids])
     x, keep = prefix(model, ids, block), plan.keep[f"blocks.{block}.ffn"]
     path = f"model.layers.{block}.mlp.down_proj"
     targets, inputs = x @ weight(tiny(), path).T, x[:, keep]
-    if compensate:
+    if bias:
         inputs = torch.cat([inputs, torch.ones(len(x), 1, dtype=torch.float64)], 1)
     solution = torch.linalg.lstsq(inputs, targets).solution.float()
     linear = innermost(model.get_submodule(path))
     torch.testing.assert_close(linear.weight.detach(), solution[: len(keep)].T, rtol=1e-3, atol=2e-4)
-    if compensate:
+    if bias:
         torch.testing.assert_close(linear.bias.detach(), solution[-1], rtol=1e-3, atol=2e-4)
     else:
         assert linear.bias is None
@@ -81,7 +81,7 @@ def test_the_kept_columns_are_the_least_squares_solution_behind_the_pruned_prefi
 @pytest.mark.parametrize("attention", ["value_channels", "kv_heads", "none"])
 def test_restoration_brings_the_block_closer_to_the_dense_one(family: str, attention: Any) -> None:
     ids, errors = windows(), []
-    all_settings: list[Any] = [{"restoration": False, "compensate": False}, {"restoration": False}, {}]
+    all_settings: list[Any] = [{"repair": "none"}, {"repair": "compensate"}, {}]
     for settings in all_settings:
         model = tiny(family)
         prune(model, FASP(0.3, attention=attention, **settings), [ids])
@@ -117,14 +117,14 @@ def test_every_block_keeps_the_same_numbers() -> None:
     ("settings", "repaired"),
     [
         ({}, {"weight", "bias"}),
-        ({"compensate": False}, {"weight"}),
-        ({"restoration": False}, {"bias"}),
-        ({"restoration": False, "compensate": False}, set()),
+        ({"bias": False}, {"weight"}),
+        ({"repair": "compensate"}, {"bias"}),
+        ({"repair": "none"}, set()),
     ],
 )
-def test_the_plan_names_what_was_repaired(settings: dict[str, bool], repaired: set[str]) -> None:
+def test_the_plan_names_what_was_repaired(settings: dict[str, Any], repaired: set[str]) -> None:
     model = tiny()
-    plan = prune(model, FASP(0.3, **settings), [windows()])  # type: ignore[arg-type]
+    plan = prune(model, FASP(0.3, **settings), [windows()])
     assert {name.rpartition(".")[2] for name in plan.repaired} == repaired
     assert len(plan.repaired) == len(set(plan.repaired)) == 6 * len(repaired)
     assert set(plan.repaired) <= set(dict(model.named_parameters()))

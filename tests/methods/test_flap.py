@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plprune import FLAP, prune
+from plprune.allocation import complement
 from plprune.anatomy import blocks_of, innermost
 from plprune.methods.flap import fluctuation, global_ranking, standardised, weighted_norm
-from plprune.repair import complement
 from tests.builders import tiny, windows
 from tests.methods import best, traced, weight
 
@@ -59,7 +59,7 @@ def z_scores(score: Tensor) -> Tensor:
         FLAP(0.3, metric="IFV"),
         FLAP(0.3, metric="WIFN"),
         FLAP(0.3, square_attention=False),
-        FLAP(0.3, compensate=False),
+        FLAP(0.3, repair="none"),
         FLAP(0.3, sparsity_of="linears"),
     ],
     ids=str,
@@ -74,7 +74,7 @@ def test_one_ranking_of_everything(method: FLAP) -> None:
     total = sum(cost for _, cost, _, _ in units)
     remove = method.sparsity * total
     if method.sparsity_of == "blocks":  # the norms stay, and a bias comes to every consumer
-        remove = method.sparsity * (total + 3 * 2 * D) + (6 * D if method.compensate else 0)
+        remove = method.sparsity * (total + 3 * 2 * D) + (6 * D if method.biased else 0)
     units.sort(reverse=True)
     off = [abs(sum(cost for _, cost, _, _ in units[:k]) - (total - remove)) for k in range(len(units) + 1)]
     kept = units[: off.index(min(off))]
@@ -103,7 +103,7 @@ def test_the_bias_gains_what_the_removed_channels_gave_on_average_in_the_dense_m
 
 def test_without_compensation_nothing_is_repaired() -> None:
     model = tiny()
-    assert prune(model, FLAP(0.3, compensate=False), [windows()]).repaired == []
+    assert prune(model, FLAP(0.3, repair="none"), [windows()]).repaired == []
     assert all(innermost(b.part(g.consumer.path)).bias is None for b in blocks_of(model) for g in b.groups())
 
 
