@@ -20,12 +20,13 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from transformers import PreTrainedModel
 
+from plprune.allocation import largest_remainder, next_sparsity
 from plprune.anatomy import blocks_of
 from plprune.atomic import staged
 from plprune.cache import Cache
@@ -33,26 +34,29 @@ from plprune.calibration import Calibration
 from plprune.checkpoint import Dtype, load_model, load_tokenizer, rebuilt, save_pruned
 from plprune.data import RecoveryData
 from plprune.distillation import Distillation
-from plprune.evaluation import Protocol, judge, parameters, passage
+from plprune.evaluation import Passage, Protocol, judge, parameters, passage
 from plprune.lora import LoRA, merged_state
 from plprune.methods import PruningMethod, prune
 from plprune.plan import PruningPlan, fingerprint
 from plprune.progress import Progress
 from plprune.recovery import Recovery
 from plprune.report import NAME, check_ours, completed, write
-from plprune.report.comparison import plots, summarised
+from plprune.report.comparison import name_of, plots, summarised
+from plprune.report.page import at
 from plprune.speed import measure_speed
 from plprune.survey import load, save, survey
 from plprune.tasks import TaskResult, check_tasks, paired, run_tasks
-from plprune.text import check_sizes, check_source, draw, tokenised
+from plprune.text import READERS, check_sizes, check_source, draw, tokenised
 
 log = logging.getLogger(__name__)
 Cell = dict[str, Any]
+Pruned = tuple[PreTrainedModel, PruningPlan, dict[str, float]]  # with the seconds that it took
+APART = 1000  # between the seeds of two rounds, beyond those of a study
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How every pruned model is recovered.
+    """A way in which every pruned model is recovered.
 
     Args:
         text: What it is trained on, as for `RecoveryData`.
@@ -63,6 +67,9 @@ class Training:
         lora: The adapters.
         train: What is trained: adapters (lora), or the projections whose inputs were pruned (consumers).
         distill: How the dense model is learnt from; not at all if not given.
+        name: What the models that it recovers are called, beside `dense` and `pruned`.
+        rounds: In how many rounds of pruning and recovery the sparsity is reached; they share the steps. If more than
+            one, the model is not the one that is `pruned`, but pruned by the same method to the same sparsity.
     """
 
     text: str
@@ -73,6 +80,29 @@ class Training:
     lora: LoRA = dataclasses.field(default_factory=LoRA)
     train: Literal["lora", "consumers"] = "lora"
     distill: Distillation | None = None
+    name: str = "recovered"
+    rounds: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationText:
+    """What prunings are calibrated on.
+
+    Args:
+        text: As for `RecoveryData`.
+        num_samples: Calibration windows.
+        seq_len: Tokens of one.
+        name: What it is called; made of the others if not given.
+    """
+
+    text: str
+    num_samples: int = 32
+    seq_len: int = 256
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", f"{short_name(self.text)} {self.num_samples} x {self.seq_len}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +114,14 @@ class Study:
         methods: Methods; each is taken at every sparsity.
         sparsities: Fractions of the blocks' parameters to remove.
         seeds: Of calibration windows and recovery.
-        text: What perplexity is measured on.
-        calibration: What is calibrated on.
-        join: Put between the rows of both texts.
-        num_samples: Calibration windows.
-        calibration_seq_len: Tokens of one.
+        text: What perplexity is measured on, of several texts on each; the first is the one that is plotted.
+        calibration: What is calibrated on; of several, every pruning is taken with each.
+        join: Put between the rows of each of these texts.
+        num_samples: Calibration windows, where only the text of them is given.
+        calibration_seq_len: Tokens of one, likewise.
         protocol: How perplexity is measured.
-        recover: How pruned models are recovered; they are not if not given.
+        recover: How pruned models are recovered, each in every one of these ways; they are not if not given. The first
+            is the one that is plotted.
         tasks: lm-eval tasks.
         task_data: Folder with the tasks' data.
         limit: Examples of each task.
@@ -102,14 +133,14 @@ class Study:
     models: Sequence[str]
     methods: Sequence[PruningMethod]
     sparsities: Sequence[float]
-    text: str
-    calibration: str
+    text: str | Sequence[str]
+    calibration: str | Sequence[CalibrationText]
     seeds: Sequence[int] = (0,)
     join: str | None = None
     num_samples: int = 32
     calibration_seq_len: int = 256
     protocol: Protocol = dataclasses.field(default_factory=Protocol)
-    recover: Training | None = None
+    recover: Training | Sequence[Training] | None = None
     tasks: Sequence[str] = ()
     task_data: str | None = None
     limit: int | None = None
@@ -123,30 +154,63 @@ class Study:
         Raises:
             ValueError: It cannot.
         """
-        empty = [name for name in ("models", "methods", "sparsities", "seeds") if not getattr(self, name)]
+        needed = ("models", "methods", "sparsities", "text", "calibration", "seeds")
+        empty = [name for name in needed if not getattr(self, name)]
         if empty:
             raise ValueError(f"nothing to compare: `{empty[0]}` is empty")
-        check_sizes(num_samples=self.num_samples, calibration_seq_len=self.calibration_seq_len)
+        for each in self.calibrations:
+            check_sizes(num_samples=each.num_samples, calibration_seq_len=each.seq_len)
+        for each in self.recoveries:
+            check_sizes(steps=each.steps, rounds=each.rounds)
+            if each.rounds > each.steps:
+                raise ValueError(f"{each.rounds} rounds share steps, of which there are {each.steps}: give more")
         check_sizes(limit=self.limit, max_batch=self.max_batch)
-        for source in (self.text, self.calibration, self.recover.text if self.recover else None):
+        for source in (*self.sources, *(each.text for each in (*self.calibrations, *self.recoveries))):
             check_source(source)
+        check_distinct("text", self.sources)
+        check_distinct("calibration", [each.name for each in self.calibrations])
+        check_distinct("recover", ["dense", *self.stages])
         if self.tasks:
             check_tasks(self.tasks, self.task_data)
 
     @property
+    def sources(self) -> list[str]:
+        """What perplexity is measured on."""
+        return [self.text] if isinstance(self.text, str) else list(self.text)
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """These by short names, or by their own where two texts would have the same."""
+        short = [short_name(source) for source in self.sources]
+        return {n if short.count(n) == 1 else source: source for n, source in zip(short, self.sources, strict=True)}
+
+    @property
+    def calibrations(self) -> list[CalibrationText]:
+        """What is calibrated on."""
+        if isinstance(self.calibration, str):
+            return [CalibrationText(self.calibration, self.num_samples, self.calibration_seq_len)]
+        return list(self.calibration)
+
+    @property
+    def recoveries(self) -> list[Training]:
+        """How pruned models are recovered."""
+        return [self.recover] if isinstance(self.recover, Training) else list(self.recover or [])
+
+    @property
     def stages(self) -> list[str]:
         """In which states each pruned model is judged."""
-        return ["pruned", "recovered"] if self.recover else ["pruned"]
+        return ["pruned", *(training.name for training in self.recoveries)]
 
     @property
     def size(self) -> int:
         """How many cells there are."""
         return len(self.models) * (1 + len(self.stages) * len(self.prunings()))
 
-    def prunings(self) -> list[tuple[int, PruningMethod]]:
-        """Every seed with every method at every sparsity."""
+    def prunings(self) -> list[tuple[CalibrationText, int, PruningMethod]]:
+        """Every calibration and seed with every method at every sparsity."""
         return [
-            (seed, dataclasses.replace(method, sparsity=sparsity))
+            (text, seed, dataclasses.replace(method, sparsity=sparsity))
+            for text in self.calibrations
             for seed in self.seeds
             for method in self.methods
             for sparsity in self.sparsities
@@ -199,8 +263,11 @@ class Bench:
         self.tokenizer = load_tokenizer(name)
         self.dense = load_model(name, study.dtype)
         self.weights = fingerprint(self.dense.named_parameters())
-        self.passage = passage(study.text, self.tokenizer, study.protocol, study.join)
-        self._calibration: dict[int, Calibration] = {}
+        self.passages = {
+            called: passage(source, self.tokenizer, study.protocol, study.join)
+            for called, source in study.texts.items()
+        }
+        self._calibration: dict[tuple[CalibrationText, int], Calibration] = {}  # the last one
 
     def cells(self) -> Iterator[Cell]:
         """The dense model, then every pruning, and every recovery, one after another."""
@@ -209,31 +276,47 @@ class Bench:
         dense = self._judged(common, lambda: self.dense)
         facts = dict(zip(("block_parameters", "parameters"), parameters(self.dense), strict=True))
         yield self._cell("dense", "dense", 0.0, None) | facts | self._timed(common, lambda: self.dense) | dense
-        for seed, method in self.study.prunings():
-            yield from self._pruned(common, seed, method, dense)
+        for text, seed, method in self.study.prunings():
+            yield from self._pruned(common, text, seed, method, dense)
 
-    def _pruned(self, common: dict[str, Any], seed: int, method: PruningMethod, dense: Cell) -> Iterator[Cell]:
-        """A model pruned, and recovered if the study says so."""
-        cells = [self._cell(type(method).__name__, stage, method.sparsity, seed) for stage in self.study.stages]
-        of = common | {"calibration": self._calibrated(seed).fingerprint, "seed": seed, "method": identity(method)}
-        model = functools.cache(lambda: self._prune(method, seed))
-        try:
-            facts = self.cache.get(of | {"result": "plan"}, lambda: self._facts(*model()))
-        except (ValueError, RuntimeError) as error:  # as of linear algebra, or of memory
-            log.warning("%s at sparsity %s: %s", type(method).__name__, method.sparsity, error)
-            yield from ({**cell, "error": " ".join(str(error).split())} for cell in cells)
-            return
-        facts |= self._timed(of, lambda: model()[0])  # recovery changes no shape
+    def _pruned(
+        self, common: dict[str, Any], text: CalibrationText, seed: int, method: PruningMethod, dense: Cell
+    ) -> Iterator[Cell]:
+        """A model pruned, and recovered in the ways that the study says."""
+        known = {"calibration": text.name, "settings": dataclasses.asdict(method)}
+        cells = [self._cell(type(method).__name__, stage, method.sparsity, seed) | known for stage in self.study.stages]
+        calibration = self._calibrated(text, seed).fingerprint
+        of = common | {"calibration": calibration, "seed": seed, "method": identity(method)}
+        model = functools.cache(lambda: self._prune(method, text, seed))
+        facts = self._structure(of, model)
         yield self._completed(cells[0] | facts, of, lambda: model()[0], dense)
-        for cell in cells[1:]:
-            of = of | {"recover": self._training}
-            recovered = functools.cache(lambda: self._recover(model()[0], seed))
-            seconds = self.cache.get(of | {"result": "recovery"}, lambda make=recovered: {"recover": make()[1]})
-            facts["seconds"] |= seconds
-            yield self._completed(cell | facts, of, lambda make=recovered: make()[0], dense)
+        for cell, training, made_by in zip(cells[1:], self.study.recoveries, self._trainings, strict=True):
+            by = of | {"recover": made_by}
+            if training.rounds > 1:
+                again = functools.cache(lambda training=training: self._in_rounds(method, text, seed, training))
+                own = self._structure(by, again)
+                yield self._completed(cell | own, by, lambda make=again: make()[0], dense)
+            elif "error" in facts:
+                yield cell | facts
+            else:
+                recovered = functools.cache(lambda training=training: self._recover(model()[0], seed, training))
+                seconds = self.cache.get(by | {"result": "recovery"}, lambda make=recovered: {"recover": make()[1]})
+                own = facts | {"seconds": facts["seconds"] | seconds}
+                yield self._completed(cell | own, by, lambda make=recovered: make()[0], dense)
+
+    def _structure(self, of: dict[str, Any], make: Callable[[], Pruned]) -> Cell:
+        """What a pruning came to, and how fast that is, as recovery changes no shape; or why it could not be done."""
+        try:
+            facts = self.cache.get(of | {"result": "plan"}, lambda: self._facts(*make()))
+        except (ValueError, RuntimeError) as error:  # as of linear algebra, or of memory
+            log.warning("%s at sparsity %s: %s", of["method"]["class"], of["method"]["sparsity"], error)
+            return {"error": " ".join(str(error).split())}
+        return facts | self._timed(of, lambda: make()[0])
 
     def _completed(self, cell: Cell, of: dict[str, Any], model: Callable[[], PreTrainedModel], dense: Cell) -> Cell:
         """The cell with what is measured, tasks also by their differences from the dense model, example by example."""
+        if "error" in cell:
+            return cell
         judged = self._judged(of, model)
         for name, result in judged.get("tasks", {}).items():
             difference = paired(TaskResult(**dense["tasks"][name]), TaskResult(**result))
@@ -250,55 +333,78 @@ class Bench:
             "seed": seed,
         }
 
-    def _calibrated(self, seed: int) -> Calibration:
+    def _calibrated(self, text: CalibrationText, seed: int) -> Calibration:
         """The calibration windows of a seed."""
-        if seed not in self._calibration:
-            ids, _ = tokenised(self.study.calibration, self.tokenizer, self.study.join, seed=seed)
-            windows = draw(ids, self.study.num_samples, self.study.calibration_seq_len, seed)
-            self._calibration[seed] = Calibration(list(windows.split(8)), self.study.device)
-        return self._calibration[seed]
+        if (text, seed) not in self._calibration:
+            ids, _ = tokenised(text.text, self.tokenizer, self.study.join, seed=seed)
+            windows = draw(ids, text.num_samples, text.seq_len, seed)
+            self._calibration = {(text, seed): Calibration(list(windows.split(8)), self.study.device)}
+        return self._calibration[text, seed]
 
-    def _observed(self, seed: int) -> Calibration:
+    def _observed(self, text: CalibrationText, seed: int) -> Calibration:
         """The calibration windows with what was observed of the dense model on them, once."""
-        calibration = self._calibrated(seed)
+        calibration = self._calibrated(text, seed)
         if calibration.known is None:
             file = self.folder / "observations" / f"{self.weights}-{calibration.fingerprint}.safetensors"
             if not file.exists():
                 save(survey(self.dense, calibration), file)
-            self._calibration[seed] = calibration = dataclasses.replace(calibration, known=load(file))
+            calibration = dataclasses.replace(calibration, known=load(file))
+            self._calibration[text, seed] = calibration
         return calibration
 
-    def _prune(self, method: PruningMethod, seed: int) -> tuple[PreTrainedModel, PruningPlan, float]:
-        calibration, model = self._observed(seed), deepcopy(self.dense)
+    def _prune(
+        self, method: PruningMethod, text: CalibrationText, seed: int, model: PreTrainedModel | None = None
+    ) -> Pruned:
+        """A copy of a model, the dense one if not given, pruned."""
+        calibration, model = self._observed(text, seed), deepcopy(self.dense if model is None else model)
         start = time.perf_counter()
         plan = prune(model, method, calibration, seed)
-        return model, plan, time.perf_counter() - start
+        return model, plan, {"prune": time.perf_counter() - start}
 
-    def _facts(self, model: PreTrainedModel, plan: PruningPlan, seconds: float) -> dict[str, Any]:
+    def _in_rounds(self, method: PruningMethod, text: CalibrationText, seed: int, training: Training) -> Pruned:
+        """The dense model pruned and recovered by turns, at each of which the training text has another order."""
+        model, whole, seconds = self.dense, parameters(self.dense)[0], {"prune": 0.0, "recover": 0.0}
+        for i, steps in enumerate(largest_remainder([1.0] * training.rounds, training.steps)):
+            left = parameters(model)[0] / whole
+            sparsity = next_sparsity(method.sparsity, left, i + 1, training.rounds)
+            own = dataclasses.replace(method, sparsity=sparsity)
+            model, plan, took = self._prune(own, text, seed, model)
+            model, recovering = self._recover(model, seed + APART * i, dataclasses.replace(training, steps=steps))
+            seconds = {"prune": seconds["prune"] + took["prune"], "recover": seconds["recover"] + recovering}
+        return model, plan, seconds
+
+    def _facts(self, model: PreTrainedModel, plan: PruningPlan, seconds: dict[str, float]) -> dict[str, Any]:
         blocks = blocks_of(model)
         heads = [block.kv_heads if block.has_attention else 0 for block in blocks]
         return {
-            "reached": plan.reached,
+            "reached": 1 - sum(plan.after) / parameters(self.dense)[0],
             "block_parameters": sum(plan.after),
             "parameters": sum(plan.after) + plan.rest,
             "widths": {"attention": heads, "ffn": [block.channels for block in blocks]},
             "importance": plan.importance.tolist(),
             "settings": plan.settings,
-            "seconds": {"prune": seconds},
+            "seconds": seconds,
         }
 
     def _judged(self, of: dict[str, Any], model: Callable[[], PreTrainedModel]) -> Cell:
         """All that the study asks of a model; each is kept by itself."""
-        study, cell = self.study, {}
-        text = {"text": fingerprint([("ids", torch.cat([w.flatten() for w in self.passage.windows]))], values=1 << 30)}
-        protocol = of | text | {"protocol": dataclasses.asdict(study.protocol)}
-        cell |= self.cache.get(protocol | {"result": "quality"}, lambda: self._quality(model()))
+        study = self.study
+        cell, *others = (self._read(of, model, each) for each in self.passages.values())
+        if others:
+            cell["seconds"]["evaluate"] += sum(each.pop("seconds")["evaluate"] for each in others)
+            cell["texts"] = dict(zip(list(self.passages)[1:], others, strict=True))
         if study.tasks:
             limited = of | {"limit": study.limit, "lm_eval": version("lm_eval")}
             cell["tasks"] = {}
             for name in study.tasks:
                 cell["tasks"] |= self.cache.get(limited | {"tasks": name}, lambda name=name: self._tasks(model(), name))
         return cell
+
+    def _read(self, of: dict[str, Any], model: Callable[[], PreTrainedModel], text: Passage) -> Cell:
+        """How well a model predicts a text."""
+        tokens = fingerprint([("ids", torch.cat([ids.flatten() for ids in text.windows]))], values=1 << 30)
+        protocol = of | {"text": tokens, "protocol": dataclasses.asdict(self.study.protocol)}
+        return self.cache.get(protocol | {"result": "quality"}, lambda: self._quality(model(), text))
 
     def _timed(self, of: dict[str, Any], model: Callable[[], PreTrainedModel]) -> Cell:
         """How fast a model is, if the study asks."""
@@ -313,9 +419,9 @@ class Bench:
         measured = measure_speed(self._placed(model), max_batch=self.study.max_batch)
         return dataclasses.asdict(measured) | {"peak": None, "saturated_peak": None}
 
-    def _quality(self, model: PreTrainedModel) -> Cell:
+    def _quality(self, model: PreTrainedModel, text: Passage) -> Cell:
         start = time.perf_counter()
-        quality = dataclasses.asdict(judge(self._placed(model), self.passage))
+        quality = dataclasses.asdict(judge(self._placed(model), text))
         return quality | {"seconds": {"evaluate": time.perf_counter() - start}}
 
     def _tasks(self, model: PreTrainedModel, name: str) -> Cell:
@@ -327,15 +433,17 @@ class Bench:
         return model.to(self.study.device)  # type: ignore[arg-type]
 
     @functools.cached_property
-    def _training(self) -> dict[str, Any]:
-        """What makes a recovery that recovery, its text by its tokens."""
-        training = cast(Training, self.study.recover)
-        ids, _ = tokenised(training.text, self.tokenizer)
-        return dataclasses.asdict(training) | {"text": fingerprint([("ids", ids)], values=1 << 30)}
+    def _trainings(self) -> list[dict[str, Any]]:
+        """What makes each recovery that recovery, its text by its tokens, and whatever it is called."""
+        made_by = [dataclasses.asdict(training) for training in self.study.recoveries]
+        streams = {source: tokenised(source, self.tokenizer)[0] for source in {each["text"] for each in made_by}}
+        texts = {source: fingerprint([("ids", ids)], values=1 << 30) for source, ids in streams.items()}
+        once = [{k: v for k, v in each.items() if k != "name" and (k, v) != ("rounds", 1)} for each in made_by]
+        return [each | {"text": texts[each["text"]]} for each in once]
 
-    def _recover(self, model: PreTrainedModel, seed: int) -> tuple[PreTrainedModel, float]:
+    def _recover(self, model: PreTrainedModel, seed: int, training: Training) -> tuple[PreTrainedModel, float]:
         """The model recovered, adapters merged, and how long it took; it goes through a folder, as a user's would."""
-        training, start = cast(Training, self.study.recover), time.perf_counter()
+        start = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix="plprune-") as room:
             save_pruned(model, Path(room) / "model", self.tokenizer)
             pl.seed_everything(seed, verbose=False)
@@ -386,6 +494,24 @@ def quietly() -> Iterator[None]:
             logger.setLevel(level)
 
 
+def short_name(source: str) -> str:
+    """A text by the last part of its name.
+
+    Example:
+        >>> short_name("Salesforce/wikitext:wikitext-2-raw-v1:test"), short_name("data/c4.jsonl")
+        ('wikitext', 'c4')
+    """
+    path = Path(source.partition(":")[0])
+    return path.stem if path.suffix in READERS else path.name
+
+
+def check_distinct(what: str, names: Sequence[str]) -> None:
+    """Raises ValueError if two of a kind have one name."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"`{what}` has {twice!r} twice: give each its own name")
+
+
 def identity(method: PruningMethod) -> dict[str, Any]:
     """What makes a method that method: its settings, and the source that it is written in."""
     source = Path(inspect.getfile(type(method))).read_bytes()
@@ -402,10 +528,9 @@ def machine() -> dict[str, Any]:
 def record(study: Study, cells: list[Cell], status: str, seconds: float) -> dict[str, Any]:
     """What a report is made from."""
     protocol = {
-        "text": study.text,
-        "calibration": study.calibration,
-        "calibration_tokens": study.num_samples * study.calibration_seq_len,
-        "recovery": dataclasses.asdict(study.recover) if study.recover else None,
+        "text": ", ".join(study.sources),
+        "calibration": {each.name: dataclasses.asdict(each) for each in study.calibrations},
+        "recovery": {each.name: dataclasses.asdict(each) for each in study.recoveries},
         "tasks_limit": study.limit,
         "dtype": study.dtype,
         "seeds": list(study.seeds),
@@ -424,36 +549,52 @@ def record(study: Study, cells: list[Cell], status: str, seconds: float) -> dict
     }
 
 
-COLUMNS = (  # title, stage, key in a row of a report's summary, format
-    ("parameters", "pruned", "parameters", ",.0f"),
-    ("perplexity, pruned", "pruned", "perplexity", ".2f"),
-    ("recovered", "recovered", "perplexity", ".2f"),
-    ("bits per byte, pruned", "pruned", "bits_per_byte", ".3f"),
-    ("recovered", "recovered", "bits_per_byte", ".3f"),
-    ("tasks, pruned", "pruned", "average", ".3f"),
-    ("recovered", "recovered", "average", ".3f"),
-    ("tokens/s, writing", "pruned", "tokens_per_second", ".1f"),
+MEASURES = (  # title, keys in a row of a report's summary, format
+    ("perplexity", ("perplexity",), ".2f"),
+    ("bits per byte", ("bits_per_byte",), ".3f"),
+    ("tasks", ("average",), ".3f"),
 )
+Column = tuple[str, str, tuple[str, ...], str]  # title, stage, keys, format
 
 
 def table(record: dict[str, Any]) -> str:
     """The cells of a record in Markdown: one line for a method at a sparsity, seeds as mean and range."""
-    rows: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
-    for row in summarised(record["cells"]):
+    summary, rows = summarised(record["cells"]), {}
+    for row in summary:
         stage = "pruned" if row["stage"] == "dense" else row["stage"]
         rows.setdefault((row["model"], row["name"], f"{row['sparsity']:.1%}"), {})[stage] = row
-    columns = [column for column in COLUMNS if any(_figure(own, *column[1:]) for own in rows.values())]
+    columns = [column for column in _columns(summary) if any(_figure(own, *column[1:]) for own in rows.values())]
     header = ["model", "method", "sparsity", *(title for title, *_ in columns)]
     lines = [[*key, *(_figure(own, *column[1:]) for column in columns)] for key, own in rows.items()]
-    errors = {f"- {c['method']} at {c['sparsity']:.1%}: {c['error']}" for c in record["cells"] if c.get("error")}
+    failed = [cell for cell in record["cells"] if cell.get("error")]
+    errors = {f"- {name_of(c, record['cells'])} at {c['sparsity']:.1%}: {c['error']}" for c in failed}
     return "\n".join([_line(header), "|" + "---|" * len(header), *map(_line, lines), *sorted(errors)])
 
 
-def _figure(rows: dict[str, dict[str, Any]], stage: str, field: str, form: str) -> str:
-    row = rows.get(stage, {})
-    low, high = row.get(f"{field}_range", (None, None))
+def _columns(summary: list[dict[str, Any]]) -> list[Column]:
+    """All that could be shown: of what is measured, a column for each stage."""
+    stages = dict.fromkeys(["pruned", *(row["stage"] for row in summary if row["stage"] != "dense")])
+    texts = dict.fromkeys(name for row in summary for name in row["texts"])
+    first, *others = MEASURES
+    further = [(f"perplexity on {name}", ("texts", name, "perplexity"), ".2f") for name in texts]
+    measured = [
+        (f"{title}, pruned" if stage == "pruned" else stage, stage, keys, form)
+        for title, keys, form in (first, *further, *others)
+        for stage in stages
+    ]
+    return [
+        ("parameters", "pruned", ("parameters",), ",.0f"),
+        ("seconds to prune", "pruned", ("seconds_to_prune",), ".1f"),
+        *measured,
+        ("tokens/s, writing", "pruned", ("tokens_per_second",), ".1f"),
+    ]
+
+
+def _figure(rows: dict[str, dict[str, Any]], stage: str, keys: tuple[str, ...], form: str) -> str:
+    place, field = at(rows.get(stage, {}), *keys[:-1]), keys[-1]
+    low, high = place.get(f"{field}_range", (None, None))
     seeds = "" if low is None else f" ({low:{form}} to {high:{form}})"
-    return f"{row[field]:{form}}{seeds}" if field in row else ""
+    return f"{place[field]:{form}}{seeds}" if field in place else ""
 
 
 def _line(cells: Sequence[str]) -> str:

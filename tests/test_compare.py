@@ -21,10 +21,11 @@ from plprune import CFSP, FASP, FLAP, Calibration, PruningMethod, TwoSSP, perple
 from plprune import compare as module
 from plprune.checkpoint import load_model, load_tokenizer
 from plprune.cli import main
-from plprune.compare import Study, Training, compare, identity, table
+from plprune.compare import CalibrationText, Study, Training, compare, identity, table
 from plprune.evaluation import Protocol
+from plprune.lora import LoRA
 from plprune.text import draw, tokenised
-from tests.builders import numbers, save_tiny
+from tests.builders import jsonl, numbers, save_tiny
 
 FOUR = (FLAP(), FASP(), CFSP(), TwoSSP())
 CONFIGS = sorted((Path(__file__).parents[1] / "configs/compare").glob("*.yaml"))
@@ -68,6 +69,9 @@ def timeless(record: dict[str, Any]) -> Any:
     del record["seconds"], record["written"]
     for cell in record["cells"]:
         cell.pop("seconds", None)
+    for row in record["summary"]:
+        for name in [name for name in row if name.startswith("seconds")]:
+            del row[name]
     return record
 
 
@@ -78,8 +82,8 @@ def test_every_cell_is_what_pruning_and_measuring_by_hand_give(study: Study, tmp
     assert (tmp_path / "out/report.html").exists()
     assert {path.stem for path in (tmp_path / "out").glob("*.svg")} >= {"tiny-perplexity"}
     tokenizer = load_tokenizer(study.models[0])
-    windows = draw(tokenised(study.calibration, tokenizer)[0], 4, 16, 0)
-    text = list(torch.as_tensor(tokenised(study.text, tokenizer)[0][:48]).view(3, 16).split(1))
+    windows = draw(tokenised(str(study.calibration), tokenizer)[0], 4, 16, 0)
+    text = list(torch.as_tensor(tokenised(str(study.text), tokenizer)[0][:48]).view(3, 16).split(1))
     cells = record["cells"][1:]
     assert len(cells) == len(FOUR) * 2
     for cell, (method, sparsity) in zip(cells, [(m, s) for m in FOUR for s in (0.1, 0.25)], strict=True):
@@ -114,7 +118,7 @@ def test_the_dense_model_is_observed_once_for_each_seed(
 
 
 def test_recovery_is_a_stage_of_its_own(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    training = Training(study.calibration, steps=3, seq_len=16, batch_size=2, learning_rate=1e-2)
+    training = Training(str(study.calibration), steps=3, seq_len=16, batch_size=2, learning_rate=1e-2)
     small = dataclasses.replace(study, methods=[CFSP()], sparsities=[0.25])
     compare(small, tmp_path / "out")
     counts = counted(monkeypatch, "prune", "judge", "trainer")
@@ -125,6 +129,89 @@ def test_recovery_is_a_stage_of_its_own(study: Study, tmp_path: Path, monkeypatc
     assert pruned["perplexity"] != recovered["perplexity"]
     assert pruned["parameters"] == recovered["parameters"]
     assert recovered["seconds"].keys() == {"prune", "recover", "evaluate"}
+
+
+def test_recoveries_stand_side_by_side(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Training(str(study.calibration), steps=2, seq_len=16, batch_size=2, learning_rate=1e-2)
+    other = dataclasses.replace(first, lora=LoRA(by="uniform"), name="uniform ranks")
+    small = dataclasses.replace(study, methods=[CFSP()], sparsities=[0.25], recover=first)
+    before = compare(small, tmp_path / "out")["cells"]
+    counts = counted(monkeypatch, "prune", "judge", "trainer")
+    record = compare(dataclasses.replace(small, recover=[first, other]), tmp_path / "out")
+    assert counts == {"prune": 1, "judge": 1, "trainer": 1}  # a further recovery costs itself
+    assert record["cells"][:3] == before
+    pruned, recovered, uniform = record["cells"][1:]
+    assert [cell["stage"] for cell in (pruned, recovered, uniform)] == ["pruned", "recovered", "uniform ranks"]
+    assert len({cell["perplexity"] for cell in record["cells"]}) == 4
+    assert uniform["seconds"]["prune"] == recovered["seconds"]["prune"]
+    assert uniform["seconds"]["recover"] != recovered["seconds"]["recover"]
+    assert "| seconds to prune | perplexity, pruned | recovered | uniform ranks | bits" in table(record)
+
+
+def test_each_text_has_its_own_perplexity(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = dataclasses.replace(study, methods=[CFSP()], sparsities=[0.25])
+    before = compare(small, tmp_path / "out")["cells"]
+    counts = counted(monkeypatch, "prune", "judge")
+    second = jsonl(tmp_path / "second.jsonl", [{"text": " ".join(map(str, range(i, i + 90)))} for i in (0, 300)])
+    texts = [str(study.text), second]
+    record = compare(dataclasses.replace(small, text=texts, join="\n\n"), tmp_path / "out")
+    assert counts == {"prune": 1, "judge": 2}  # a further text costs itself
+    for cell, old in zip(record["cells"], before, strict=True):
+        assert cell["perplexity"] == old["perplexity"]
+        assert cell["texts"].keys() == {"second"}
+    tokenizer = load_tokenizer(study.models[0])
+    ids = torch.as_tensor(tokenised(second, tokenizer, "\n\n")[0][:48]).view(3, 16)
+    expected = perplexity(load_model(study.models[0]), list(ids.split(1)))
+    assert record["cells"][0]["texts"]["second"]["perplexity"] == pytest.approx(expected, rel=1e-6)
+    assert record["summary"][0]["texts"]["second"]["perplexity"] == pytest.approx(expected, rel=1e-6)
+    assert f"| {expected:.2f} |" in table(record).splitlines()[2]
+    assert "| perplexity on second, pruned |" in table(record)
+
+
+def test_rounds_end_at_the_sparsity_of_one(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    once = Training(str(study.calibration), steps=3, seq_len=16, batch_size=2, learning_rate=1e-2)
+    twice = dataclasses.replace(once, name="two rounds", rounds=2)
+    given: list[int] = []
+    make = module.trainer
+    monkeypatch.setattr(module, "trainer", lambda device, steps: given.append(steps) or make(device, steps))
+    small = dataclasses.replace(study, methods=[CFSP()], sparsities=[0.4], recover=[once, twice])
+    record = compare(small, tmp_path / "out")
+    assert given == [3, 2, 1]
+    pruned, recovered, rounds = record["cells"][1:]
+    assert rounds["reached"] == pytest.approx(0.4, abs=0.01)
+    assert rounds["reached"] == 1 - rounds["block_parameters"] / record["cells"][0]["block_parameters"]
+    assert rounds["widths"] != pruned["widths"] == recovered["widths"]
+    assert rounds["perplexity"] != recovered["perplexity"]
+    counts = counted(monkeypatch, "prune", "judge")
+    assert timeless(compare(small, tmp_path / "out")) == timeless(record)
+    assert counts == {"prune": 0, "judge": 0}
+
+
+def test_texts_of_one_name_keep_their_own(study: Study) -> None:
+    texts = ["a/wikitext:two:test", "a/wikitext:103:test", "b/c4"]
+    assert list(dataclasses.replace(study, text=texts).texts) == ["a/wikitext:two:test", "a/wikitext:103:test", "c4"]
+
+
+def test_every_pruning_is_taken_with_every_calibration(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = str(study.calibration)
+    calibrations = [CalibrationText(text, 4, 16), CalibrationText(text, 8, 16, "more")]
+    variants = [FLAP(), FLAP(compensate=False)]
+    small = dataclasses.replace(study, methods=variants, sparsities=[0.25])
+    before = compare(small, tmp_path / "out")["cells"]
+    counts = counted(monkeypatch, "prune", "survey", "judge")
+    record = compare(dataclasses.replace(small, calibration=calibrations, seeds=[0, 1]), tmp_path / "out")
+    assert counts == {"prune": 6, "survey": 3, "judge": 6}
+    assert [cell["perplexity"] for cell in record["cells"][1:3]] == [cell["perplexity"] for cell in before[1:]]
+    assert [row["name"] for row in record["summary"]] == [
+        "dense",
+        "FLAP (compensate True, calibration calibration 4 x 16)",
+        "FLAP (compensate False, calibration calibration 4 x 16)",
+        "FLAP (compensate True, calibration more)",
+        "FLAP (compensate False, calibration more)",
+    ]
+    assert {row["seeds"] for row in record["summary"][1:]} == {2}
 
 
 def test_what_a_method_cannot_do_stops_nothing(study: Study, tmp_path: Path) -> None:
@@ -175,6 +262,14 @@ def test_variants_of_a_method_are_told_apart(study: Study, tmp_path: Path) -> No
         ({"methods": ()}, "nothing to compare: `methods` is empty"),
         ({"text": "nowhere.txt"}, "nowhere.txt does not exist"),
         ({"num_samples": 0}, "num_samples is 0"),
+        ({"text": ["pydoc_data.topics"] * 2}, "`text` has 'pydoc_data.topics' twice"),
+        (
+            {"calibration": [CalibrationText("pydoc_data.topics")] * 2},
+            "`calibration` has .* twice",
+        ),
+        ({"recover": [Training("pydoc_data.topics")] * 2}, "`recover` has 'recovered' twice"),
+        ({"recover": Training("pydoc_data.topics", steps=1, rounds=2)}, "2 rounds share steps, of which there are 1"),
+        ({"recover": Training("pydoc_data.topics", name="pruned")}, "`recover` has 'pruned' twice"),
         ({"tasks": ["arc_easy"], "task_data": "nowhere"}, "no benchmark files: nowhere"),
     ],
 )

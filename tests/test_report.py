@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import subprocess
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from random import Random
@@ -346,6 +347,7 @@ def test_seeds_are_summarised_by_mean_and_range() -> None:
     low, high = row["perplexity_range"]
     assert high == low + 1
     assert row["perplexity"] == pytest.approx((low + high) / 2)
+    assert row["perplexity_deviation"] == pytest.approx(math.sqrt(0.5))
     assert row["average"] == pytest.approx(0.6 - 0.25 / 4 + 0.025)
     assert "stderr" not in row["tasks"]["piqa"]
     alone = summarised(comparison_record(("m",), seeds=1)["cells"])
@@ -356,6 +358,21 @@ def test_seeds_are_summarised_by_mean_and_range() -> None:
 def test_settings_tell_one_method_twice_apart() -> None:
     cells = [cell("m", "FLAP", 0.2, 0, "pruned", 30.0) | {"settings": {"structure": s}} for s in ("AL-AM", "UL-UM")]
     assert [row["name"] for row in summarised(cells)] == ["FLAP (structure AL-AM)", "FLAP (structure UL-UM)"]
+
+
+def test_texts_and_recoveries_have_columns_and_rows_of_their_own() -> None:
+    record = comparison_record(("m",))
+    for each in [c for c in record["cells"] if c["stage"] == "recovered"]:
+        record["cells"].append({**each, "stage": "another", "perplexity": each["perplexity"] + 1})
+    for each in record["cells"]:
+        each["texts"] = {EVIL: {"perplexity": 7.5 + (each.get("seed") or 0), "bits_per_byte": 1.0}}
+    page = report.html(record)
+    row = next(row for row in report.completed(record)["summary"] if row["sparsity"] == 0.125)
+    assert row["texts"][EVIL]["perplexity_range"] == [7.5, 8.5]
+    assert f"perplexity on {escape(EVIL)}</th>" in page
+    assert page.index("<td>pruned</td>") < page.index("<td>recovered</td>") < page.index("<td>another</td>")
+    before = plots(report.completed(comparison_record(("m",))))
+    assert plots(report.completed(record)) == before  # the first recovery is the one that is plotted
 
 
 def test_models_share_no_plot_but_that_of_bits_per_byte() -> None:

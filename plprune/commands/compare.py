@@ -1,10 +1,10 @@
-"""`plprune compare`: methods, sparsities, models and seeds side by side, under one protocol."""
+"""`plprune compare`: methods, sparsities, models, texts and recoveries side by side, under one protocol."""
 
 from collections.abc import Sequence
 
 from plprune import compare as comparison
 from plprune.checkpoint import Dtype
-from plprune.compare import Study, Training
+from plprune.compare import CalibrationText, Study, Training
 from plprune.evaluation import Protocol
 from plprune.methods import PruningMethod
 from plprune.processes import device_called
@@ -15,10 +15,10 @@ def compare(
     models: list[str],
     methods: list[PruningMethod],
     output: str,
-    text: str,
+    text: list[str] | str,
     sparsities: Sequence[float] = (0.125, 0.25, 0.375, 0.5),
     seeds: Sequence[int] = (0,),
-    calibration: str = PYDOC,
+    calibration: list[CalibrationText] | str = PYDOC,
     join: str | None = None,
     num_samples: int = 32,
     calibration_seq_len: int = 256,
@@ -26,7 +26,7 @@ def compare(
     stride: int | None = None,
     bos: bool | None = None,
     max_windows: int | None = None,
-    recover: Training | None = None,
+    recover: list[Training] | Training | None = None,
     tasks: str = "",
     task_data: str | None = None,
     limit: int | None = None,
@@ -34,7 +34,7 @@ def compare(
     dtype: Dtype = "float32",
     device: str = "cpu",
 ) -> None:
-    """Compares methods, sparsities, models and seeds under one protocol.
+    """Compares methods, sparsities, models, calibrations, recoveries and seeds under one protocol.
 
     Args:
         models: Names on the hub, folders, `.gguf` files, or `package://PACKAGE/FILE.gguf`.
@@ -42,19 +42,21 @@ def compare(
         output: Folder of the results: `report.html`, `report.json`, and what was computed, by its content; what is
             there is not computed again.
         text: What perplexity is measured on: a `.txt`, `.jsonl` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the
-            hub, or `pydoc_data.topics`.
+            hub, or `pydoc_data.topics`. Of a list, on each: the first is the one that is plotted.
         sparsities: Fractions of the blocks' parameters to remove, at which each method is taken.
         seeds: Of the choice of calibration windows and of recovery; every pruning is done with each.
-        calibration: Calibration text, likewise; not the text that is measured on.
-        join: Put between the rows of both texts, which are then one document each.
-        num_samples: Calibration windows.
-        calibration_seq_len: Tokens of a calibration window.
+        calibration: Calibration text, likewise; not a text that is measured on. Or a list of `text`, `num_samples`,
+            `seq_len` and `name`: every pruning is then done with each.
+        join: Put between the rows of each text that is measured or calibrated on, which is then one document.
+        num_samples: Calibration windows, unless `calibration` says.
+        calibration_seq_len: Tokens of a calibration window, likewise.
         seq_len: Tokens of a window that perplexity is measured on.
         stride: Tokens from the start of one such window to that of the next; they do not overlap if not given.
         bos: Whether the BOS token is put before each window; as the tokenizer does if not given.
         max_windows: At most this many such windows from the start of the text; all if not given.
         recover: How every pruned model is recovered: `text` to train on, `steps`, `seq_len`, `batch_size`,
-            `learning_rate`, `lora`, `train`, `distill`; none is if not given.
+            `learning_rate`, `lora`, `train`, `distill`, `rounds`; none is if not given. Of a list, each with a `name`,
+            in all ways.
         tasks: lm-eval tasks, separated by commas.
         task_data: Folder with the tasks' data sets as ORG/NAME; from the hub if not given.
         limit: At most this many examples of each task; all if not given.

@@ -7,7 +7,7 @@ and models share one of bits per byte only.
 import json
 from collections.abc import Sequence
 from html import escape
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from plprune.charts import Axis, Series, finite, heat_map, scatter
@@ -31,6 +31,7 @@ from plprune.report.run import notice, provenance, rest, with_error
 KNOWN = {"version", "kind", "title", "status", "progress", "written", "reason", "protocol", "machine", "cells"}
 KNOWN |= {"summary", "versions", "seeds", "fingerprints"}
 FIGURES = ("perplexity", "bits_per_byte", "parameters", "block_parameters", "reached")
+SHOWN = ("perplexity", "bits_per_byte", "parameters", "reached", "average", "tokens_per_second", "seconds_to_prune")
 PER_TOKEN = ("perplexity", "bits", "byte", "loss")  # in the names of metrics that are no share of right answers
 Row = dict[str, Any]
 
@@ -65,7 +66,7 @@ def plots(record: dict[str, Any]) -> dict[str, str]:
 
 
 def summarised(cells: Sequence[dict[str, Any]]) -> list[Row]:
-    """A row for each model, method with settings, sparsity and stage: means over seeds, and the lowest and highest."""
+    """A row for each model, method with settings, sparsity and stage: means over seeds, and how far these spread."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for cell in cells:
         if not cell.get("error"):
@@ -74,8 +75,11 @@ def summarised(cells: Sequence[dict[str, Any]]) -> list[Row]:
     rows = []
     for (model, name, sparsity, stage), own in groups.items():
         row: Row = {"model": model, "name": name, "sparsity": sparsity, "stage": stage, "seeds": len(own)}
+        row |= {"calibration": own[0]["calibration"]} if own[0].get("calibration") else {}
         for field in FIGURES:
             row |= _mean(field, [cell.get(field) for cell in own])
+        row["texts"] = {text: _text([at(cell, "texts", text) for cell in own]) for text in at(own[0], "texts")}
+        row |= _mean("seconds_to_prune", [at(cell, "seconds").get("prune") for cell in own])
         row |= _mean("tokens_per_second", [speed_of(cell.get("speed")) for cell in own])
         row["tasks"] = {task: _task([at(cell, "tasks", task) for cell in own]) for task in at(own[0], "tasks")}
         row |= _mean("average", [average(cell.get("tasks")) for cell in own])
@@ -88,11 +92,16 @@ def summarised(cells: Sequence[dict[str, Any]]) -> list[Row]:
 
 
 def name_of(cell: dict[str, Any], cells: Sequence[dict[str, Any]]) -> str:
-    """The method, with the settings by which it differs from others of the same class."""
-    method, own = str(cell.get("method")), cell.get("settings") or {}
-    others = [c["settings"] for c in cells if c.get("method") == cell.get("method") and c.get("settings")]
+    """The method, with the settings, and the calibration, by which it differs from others of the same class."""
+    method, own = str(cell.get("method")), _settings(cell)
+    others = [_settings(c) for c in cells if c.get("method") == cell.get("method") and c.get("settings")]
     unlike = [k for k in own if k != "sparsity" and len({json.dumps(o.get(k), sort_keys=True) for o in others}) > 1]
     return method + (f" ({', '.join(f'{key} {own[key]}' for key in unlike)})" if unlike else "")
+
+
+def _settings(cell: dict[str, Any]) -> dict[str, Any]:
+    calibration = {"calibration": cell["calibration"]} if cell.get("calibration") else {}
+    return (cell.get("settings") or {}) | calibration
 
 
 def speed_of(speed: Any) -> float | None:
@@ -117,7 +126,15 @@ def _mean(field: str, values: Sequence[Any]) -> dict[str, Any]:
     if not known:
         return {}
     middle = known[0] if len(set(known)) == 1 else mean(known)
-    return {field: middle} | ({f"{field}_range": [min(known), max(known)]} if min(known) < max(known) else {})
+    if min(known) == max(known):
+        return {field: middle}
+    return {field: middle, f"{field}_range": [min(known), max(known)], f"{field}_deviation": stdev(known)}
+
+
+def _text(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What is measured on a further text."""
+    fields = ("perplexity", "bits_per_byte")
+    return {k: v for field in fields for k, v in _mean(field, [each.get(field) for each in results]).items()}
 
 
 def _task(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -152,7 +169,7 @@ def _by_method(rows: Sequence[Row], x: str, y: str, title: str, across: Axis, up
     """A line for each method and stage through its sparsities, beginning at the dense model."""
     series, dense = [], [row for row in rows if row["stage"] == "dense" and finite(row.get(x)) and finite(row.get(y))]
     for i, name in enumerate(_methods(rows)):
-        for stage in ("recovered", "pruned"):
+        for stage in (*_recoveries(rows)[:1], "pruned"):
             own = [row for row in rows if (row["name"], row["stage"]) == (name, stage)]
             own = sorted((r for r in own if finite(r.get(x)) and finite(r.get(y))), key=lambda row: row["sparsity"])
             points = [(row[x], row[y]) for row in own]
@@ -196,7 +213,7 @@ def _common(rows: Sequence[Row], models: Sequence[str]) -> str:
     """What models of different tokenizers can share: bits per byte."""
     series = []
     for i, model in enumerate(models):
-        for stage in ("recovered", "pruned"):
+        for stage in (*_recoveries(rows)[:1], "pruned"):
             own = [r for r in rows if r["model"] == model and r["stage"] in (stage, "dense")]
             points = [(r["parameters"], r["bits_per_byte"]) for r in own if {"parameters", "bits_per_byte"} <= r.keys()]
             if points and any(row["stage"] == stage for row in own):
@@ -214,19 +231,22 @@ def _table(record: dict[str, Any], model: str) -> str:
     rows = record["summary"]
     ids = [i for i, row in enumerate(rows) if row["model"] == model]
     tasks = list(dict.fromkeys(task for i in ids for task in rows[i]["tasks"]))
-    shown = ("perplexity", "bits_per_byte", "parameters", "reached", "average", "tokens_per_second")
-    fields = [field for field in shown if any(field in rows[i] for i in ids)]
+    texts = list(dict.fromkeys(text for i in ids for text in rows[i]["texts"]))
+    fields = [field for field in SHOWN if any(field in rows[i] for i in ids)]
     several = any(rows[i]["seeds"] > 1 for i in ids)
-    head = ["method", "stage", *(["seeds"] if several else []), *map(_head, fields), *tasks]
-    body = ""
+    further = (f"perplexity on {text}" for text in texts)
+    head = ["method", "stage", *(["seeds"] if several else []), *map(_head, fields), *further, *tasks]
+    columns = [*((field,) for field in fields), *(("texts", text, "perplexity") for text in texts)]
+    stages, body = ["dense", "pruned", *_recoveries(rows)], ""
     for sparsity in sorted({rows[i]["sparsity"] for i in ids}):
         own = sorted(
-            (i for i in ids if rows[i]["sparsity"] == sparsity), key=lambda i: (rows[i]["stage"], rows[i]["name"])
+            (i for i in ids if rows[i]["sparsity"] == sparsity),
+            key=lambda i: (stages.index(rows[i]["stage"]), rows[i]["name"]),
         )
-        best = {_best(rows, [i for i in own if rows[i]["stage"] == stage]) for stage in ("pruned", "recovered")}
+        best = {_best(rows, [i for i in own if rows[i]["stage"] == stage]) for stage in stages}
         title = f"{number(record, 'summary', own[0], 'sparsity')} of the blocks removed" if sparsity else "Dense"
         body += f'<tbody><tr class="group"><th colspan="{len(head)}" scope="colgroup">{title}</th></tr>'
-        body += "".join(row(_line(record, i, fields, tasks, several, i in best)) for i in own) + "</tbody>"
+        body += "".join(row(_line(record, i, columns, tasks, several, i in best)) for i in own) + "</tbody>"
     return framed(head, body, f"{model}: all methods; bold is the lowest perplexity of its kind", "sorts")
 
 
@@ -236,24 +256,25 @@ def _best(rows: Sequence[Row], ids: Sequence[int]) -> int | None:
 
 
 def _line(
-    record: dict[str, Any], i: int, fields: Sequence[str], tasks: Sequence[str], several: bool, best: bool
+    record: dict[str, Any], i: int, columns: Sequence[tuple[str, ...]], tasks: Sequence[str], several: bool, best: bool
 ) -> list[str]:
     row, cells = record["summary"][i], []
-    for field in fields:
-        value = ranged(record, i, field)
-        cells.append(f'<span class="best">{value}</span>' if best and field == "perplexity" else value)
+    for keys in columns:
+        value = ranged(record, i, *keys)
+        cells.append(f'<span class="best">{value}</span>' if best and keys == ("perplexity",) else value)
     seeds = [number(record, "summary", i, "seeds")] if several else []
     scores = [with_error(record, "summary", i, "tasks", task) for task in tasks]
     return [escape(row["name"]), escape(str(row["stage"])), *seeds, *cells, *scores]
 
 
-def ranged(record: dict[str, Any], i: int, field: str) -> str:
+def ranged(record: dict[str, Any], i: int, *keys: str) -> str:
     """A mean, with what the seeds spread over."""
-    text = number(record, "summary", i, field)
-    if f"{field}_range" not in record["summary"][i]:
+    *place, field = ("summary", i, *keys)
+    text = number(record, *place, field)
+    if f"{field}_range" not in at(record, *place):
         return text
-    form = "percent" if field == "reached" else "count" if "parameters" in field else None
-    low, high = (number(record, "summary", i, f"{field}_range", j, form=form) for j in (0, 1))
+    form = "percent" if field == "reached" else "count" if "parameters" in keys[-1] else None
+    low, high = (number(record, *place, f"{field}_range", j, form=form) for j in (0, 1))
     return f'{text} <span class="s">({low} to {high})</span>'
 
 
@@ -282,7 +303,7 @@ def _errors(record: dict[str, Any]) -> str:
     cells = list(enumerate(record.get("cells") or []))
     rows = [
         [
-            escape(str(c.get("method"))),
+            escape(name_of(c, record["cells"])),
             escape(str(c["model"])),
             number(record, "cells", i, "sparsity"),
             escape(c["error"]),
@@ -309,6 +330,11 @@ def _tiles(record: dict[str, Any], rows: Sequence[Row]) -> str:
 
 def _methods(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row["name"] for row in rows if row["stage"] != "dense"))
+
+
+def _recoveries(rows: Sequence[Row]) -> list[str]:
+    """The stages that are no pruning, the one that is plotted first."""
+    return list(dict.fromkeys(row["stage"] for row in rows if row["stage"] not in ("dense", "pruned")))
 
 
 def _head(field: str) -> str:
