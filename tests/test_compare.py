@@ -173,7 +173,9 @@ def test_rounds_end_at_the_sparsity_of_one(study: Study, tmp_path: Path, monkeyp
     twice = dataclasses.replace(once, name="two rounds", rounds=2)
     given: list[int] = []
     make = module.trainer
-    monkeypatch.setattr(module, "trainer", lambda device, steps: given.append(steps) or make(device, steps))
+    monkeypatch.setattr(
+        module, "trainer", lambda device, steps, folder: given.append(steps) or make(device, steps, folder)
+    )
     small = dataclasses.replace(study, methods=[CFSP()], sparsities=[0.4], recover=[once, twice])
     record = compare(small, tmp_path / "out")
     assert given == [3, 2, 1]
@@ -197,7 +199,7 @@ def test_every_pruning_is_taken_with_every_calibration(
 ) -> None:
     text = str(study.calibration)
     calibrations = [CalibrationText(text, 4, 16), CalibrationText(text, 8, 16, "more")]
-    variants = [FLAP(), FLAP(compensate=False)]
+    variants = [FLAP(), FLAP(repair="none")]
     small = dataclasses.replace(study, methods=variants, sparsities=[0.25])
     before = compare(small, tmp_path / "out")["cells"]
     counts = counted(monkeypatch, "prune", "survey", "judge")
@@ -206,8 +208,8 @@ def test_every_pruning_is_taken_with_every_calibration(
     assert [cell["perplexity"] for cell in record["cells"][1:3]] == [cell["perplexity"] for cell in before[1:]]
     assert [row["name"] for row in record["summary"]] == [
         "dense",
-        "FLAP (compensate True, calibration calibration 4 x 16)",
-        "FLAP (compensate False, calibration calibration 4 x 16)",
+        "FLAP (repair compensate, calibration calibration 4 x 16)",
+        "FLAP (repair none, calibration calibration 4 x 16)",
         "FLAP (compensate True, calibration more)",
         "FLAP (compensate False, calibration more)",
     ]
@@ -226,7 +228,7 @@ def test_a_failure_of_one_cell_stops_nothing(study: Study, tmp_path: Path, monke
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("the input is not positive-definite")
 
-    monkeypatch.setattr("plprune.methods.fasp.restore", fail)
+    monkeypatch.setattr("plprune.repair.restore", fail)
     record = compare(dataclasses.replace(study, methods=[FASP(), CFSP()], sparsities=[0.1]), tmp_path / "out")
     assert [cell.get("error") for cell in record["cells"]] == [None, "the input is not positive-definite", None]
 
