@@ -210,8 +210,8 @@ def test_every_pruning_is_taken_with_every_calibration(
         "dense",
         "FLAP (repair compensate, calibration calibration 4 x 16)",
         "FLAP (repair none, calibration calibration 4 x 16)",
-        "FLAP (compensate True, calibration more)",
-        "FLAP (compensate False, calibration more)",
+        "FLAP (repair compensate, calibration more)",
+        "FLAP (repair none, calibration more)",
     ]
     assert {row["seeds"] for row in record["summary"][1:]} == {2}
 
