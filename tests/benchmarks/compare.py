@@ -33,9 +33,9 @@ def together(study: Study) -> float:
 
 def one_by_one(study: Study) -> float:
     tokenizer, total = load_tokenizer(SMOLLM2), 0.0
-    text = passage(study.text, tokenizer, study.protocol)
-    windows = draw(tokenised(study.calibration, tokenizer)[0], study.num_samples, study.calibration_seq_len, 0)
-    for method in [None, *(method for _, method in study.prunings())]:
+    text = passage(PYDOC, tokenizer, study.protocol)
+    windows = draw(tokenised(PYDOC, tokenizer)[0], study.num_samples, study.calibration_seq_len, 0)
+    for method in [None, *(method for *_, method in study.prunings())]:
         model = load_model(SMOLLM2)
         start = time.perf_counter()
         if method is not None:
