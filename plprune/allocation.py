@@ -112,6 +112,25 @@ def largest_remainder(shares: Sequence[float], total: int, least: int = 1) -> li
     return floors
 
 
+def next_sparsity(sparsity: float, left: float, number: int, rounds: int) -> float:
+    r"""What one of several rounds has to remove of what is left, so that the last one ends at `sparsity` of all.
+
+    .. math:: s_i = 1 - (1 - s)^{i / n} \, / \, l
+
+    Args:
+        sparsity: s.
+        left: The fraction of all parameters that is left before the round (l).
+        number: Of the round, from 1 (i).
+        rounds: How many there are (n).
+
+    Example:
+        >>> next_sparsity(0.75, 1.0, 1, 2), next_sparsity(0.75, 0.4, 2, 2)
+        (0.5, 0.375)
+    """
+    check_sparsity(sparsity)
+    return max(0.0, 1 - (1 - sparsity) ** (number / rounds) / left)
+
+
 def fitted(wanted: Sequence[float], counts: Sequence[Sequence[int]], costs: Sequence[int], target: float) -> list[int]:
     """Numbers of units that may be kept, near the `wanted` ones, whose cost together is as near to `target` as steps of
     single groups get it.

@@ -56,6 +56,7 @@ class Prune(pl.Callback):
         attribute: Name of the module's attribute that holds the Hugging Face model.
         folder: Where plans are kept; the trainer's `default_root_dir` if not given.
         offload: Where the hidden states of calibration wait, to save memory on the accelerator: `cpu`, or on it.
+        again: Whether a model that was pruned by this method with these settings is pruned once more.
     """
 
     def __init__(
@@ -65,9 +66,10 @@ class Prune(pl.Callback):
         attribute: str = "model",
         folder: str | None = None,
         offload: Literal["cpu"] | None = None,
+        again: bool = False,
     ) -> None:
         self.method, self.calibration, self.attribute = method, calibration, attribute
-        self.folder, self.offload = folder, offload
+        self.folder, self.offload, self.again = folder, offload, again
         self.plan: PruningPlan | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -75,7 +77,7 @@ class Prune(pl.Callback):
         if self.plan is not None and plan_of(model) is self.plan:
             return
         loaded = plan_of(model)
-        if loaded is not None and (loaded.method, loaded.settings) == self._asked():
+        if loaded is not None and not self.again and (loaded.method, loaded.settings) == self._asked():
             log.info("the model is already pruned by %s with these settings", loaded.method)
             self.plan = loaded
             return

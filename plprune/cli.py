@@ -18,18 +18,20 @@ import docstring_parser
 import lightning.pytorch as pl
 import torch
 import transformers
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import plprune
-from plprune import callbacks, checkpointing, live, report
+from plprune import callbacks, checkpointing, live, report, rounds
 from plprune.atomic import clear
 from plprune.checkpoint import load_skeleton
 from plprune.commands import COMMANDS
 from plprune.data import RecoveryData
 from plprune.methods import PruningMethod, preflight
 from plprune.recovery import Recovery
+from plprune.text import check_sizes
 from plprune.watch import Watch
 
 STAGES = {
@@ -41,6 +43,11 @@ RESUME = (
     "Go on where an earlier run of the same command was stopped: from its newest complete checkpoint, or from the "
     "start if there is none. A run that gets SIGTERM, or has used up its max_hours, saves and ends with exit code "
     f"{checkpointing.AGAIN}: start it again with --resume."
+)
+ROUNDS = (
+    "Prune and recover this many times, in fits one after another: each prunes what the one before it has recovered, "
+    "and all together end at the method's sparsity after trainer.max_steps. The model of the last is the one that is "
+    "asked for; those before it are in round-1, round-2 and so on, in trainer.default_root_dir."
 )
 CLASSES = [*PruningMethod.__subclasses__(), callbacks.Prune, callbacks.Evaluate, callbacks.Report, callbacks.Export]
 CLASSES += [checkpointing.Checkpoint]
@@ -87,6 +94,7 @@ class CLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "fit":
             parser.add_argument("--resume", action="store_true", help=RESUME)
+            parser.add_argument("--rounds", type=int, default=1, help=ROUNDS)
         return parser
 
     def fit(self, **kwargs: Any) -> None:
@@ -108,6 +116,25 @@ class CLI(LightningCLI):
             trainer.fit(**kwargs)
         if trainer.is_global_zero:
             print(live.summary(trainer, self._outputs(), time.monotonic() - self._since))
+
+    def instantiate_classes(self) -> None:
+        """Nothing is loaded here for rounds, as each is a process of its own."""
+        if not self._rounds:
+            super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if not self._rounds:
+            return super()._run_subcommand(subcommand)
+        config = yaml.safe_load(self._parser(subcommand).dump(self.config[subcommand], skip_none=False))
+        if code := rounds.run(config, self._rounds):
+            sys.exit(code)
+
+    @property
+    def _rounds(self) -> int:
+        """How many rounds of fitting are asked for; 0 if this process is to do the work itself."""
+        asked = self.config[cast(str, self.subcommand)].get("rounds", 1)
+        check_sizes(rounds=asked)
+        return asked if asked > 1 else 0
 
     def before_instantiate_classes(self) -> None:
         """Refuses a pruning whose result could not be served, or would miss its targets, before the model is loaded."""

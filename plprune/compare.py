@@ -26,6 +26,7 @@ import lightning.pytorch as pl
 import torch
 from transformers import PreTrainedModel
 
+from plprune.allocation import largest_remainder, next_sparsity
 from plprune.anatomy import blocks_of
 from plprune.atomic import staged
 from plprune.cache import Cache
@@ -48,6 +49,8 @@ from plprune.text import READERS, check_sizes, check_source, draw, tokenised
 
 log = logging.getLogger(__name__)
 Cell = dict[str, Any]
+Pruned = tuple[PreTrainedModel, PruningPlan, dict[str, float]]  # with the seconds that it took
+APART = 1000  # between the seeds of two rounds, beyond those of a study
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,8 @@ class Training:
         learning_rate: Peak of the learning rate.
         lora: The adapters.
         name: What the models that it recovers are called, beside `dense` and `pruned`.
+        rounds: In how many rounds of pruning and recovery the sparsity is reached; they share the steps. If more than
+            one, the model is not the one that is `pruned`, but pruned by the same method to the same sparsity.
     """
 
     text: str
@@ -71,6 +76,7 @@ class Training:
     learning_rate: float = 5e-4
     lora: LoRA = dataclasses.field(default_factory=LoRA)
     name: str = "recovered"
+    rounds: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +155,10 @@ class Study:
             raise ValueError(f"nothing to compare: `{empty[0]}` is empty")
         for each in self.calibrations:
             check_sizes(num_samples=each.num_samples, calibration_seq_len=each.seq_len)
+        for each in self.recoveries:
+            check_sizes(steps=each.steps, rounds=each.rounds)
+            if each.rounds > each.steps:
+                raise ValueError(f"{each.rounds} rounds share steps, of which there are {each.steps}: give more")
         check_sizes(limit=self.limit, max_batch=self.max_batch)
         for source in (*self.sources, *(each.text for each in (*self.calibrations, *self.recoveries))):
             check_source(source)
@@ -273,23 +283,35 @@ class Bench:
         calibration = self._calibrated(text, seed).fingerprint
         of = common | {"calibration": calibration, "seed": seed, "method": identity(method)}
         model = functools.cache(lambda: self._prune(method, text, seed))
-        try:
-            facts = self.cache.get(of | {"result": "plan"}, lambda: self._facts(*model()))
-        except (ValueError, RuntimeError) as error:  # as of linear algebra, or of memory
-            log.warning("%s at sparsity %s: %s", type(method).__name__, method.sparsity, error)
-            yield from ({**cell, "error": " ".join(str(error).split())} for cell in cells)
-            return
-        facts |= self._timed(of, lambda: model()[0])  # recovery changes no shape
+        facts = self._structure(of, model)
         yield self._completed(cells[0] | facts, of, lambda: model()[0], dense)
         for cell, training, made_by in zip(cells[1:], self.study.recoveries, self._trainings, strict=True):
             by = of | {"recover": made_by}
-            recovered = functools.cache(lambda training=training: self._recover(model()[0], seed, training))
-            seconds = self.cache.get(by | {"result": "recovery"}, lambda make=recovered: {"recover": make()[1]})
-            own = facts | {"seconds": facts["seconds"] | seconds}
-            yield self._completed(cell | own, by, lambda make=recovered: make()[0], dense)
+            if training.rounds > 1:
+                again = functools.cache(lambda training=training: self._in_rounds(method, text, seed, training))
+                own = self._structure(by, again)
+                yield self._completed(cell | own, by, lambda make=again: make()[0], dense)
+            elif "error" in facts:
+                yield cell | facts
+            else:
+                recovered = functools.cache(lambda training=training: self._recover(model()[0], seed, training))
+                seconds = self.cache.get(by | {"result": "recovery"}, lambda make=recovered: {"recover": make()[1]})
+                own = facts | {"seconds": facts["seconds"] | seconds}
+                yield self._completed(cell | own, by, lambda make=recovered: make()[0], dense)
+
+    def _structure(self, of: dict[str, Any], make: Callable[[], Pruned]) -> Cell:
+        """What a pruning came to, and how fast that is, as recovery changes no shape; or why it could not be done."""
+        try:
+            facts = self.cache.get(of | {"result": "plan"}, lambda: self._facts(*make()))
+        except (ValueError, RuntimeError) as error:  # as of linear algebra, or of memory
+            log.warning("%s at sparsity %s: %s", of["method"]["class"], of["method"]["sparsity"], error)
+            return {"error": " ".join(str(error).split())}
+        return facts | self._timed(of, lambda: make()[0])
 
     def _completed(self, cell: Cell, of: dict[str, Any], model: Callable[[], PreTrainedModel], dense: Cell) -> Cell:
         """The cell with what is measured, tasks also by their differences from the dense model, example by example."""
+        if "error" in cell:
+            return cell
         judged = self._judged(of, model)
         for name, result in judged.get("tasks", {}).items():
             difference = paired(TaskResult(**dense["tasks"][name]), TaskResult(**result))
@@ -326,24 +348,37 @@ class Bench:
         return calibration
 
     def _prune(
-        self, method: PruningMethod, text: CalibrationText, seed: int
-    ) -> tuple[PreTrainedModel, PruningPlan, float]:
-        calibration, model = self._observed(text, seed), deepcopy(self.dense)
+        self, method: PruningMethod, text: CalibrationText, seed: int, model: PreTrainedModel | None = None
+    ) -> Pruned:
+        """A copy of a model, the dense one if not given, pruned."""
+        calibration, model = self._observed(text, seed), deepcopy(self.dense if model is None else model)
         start = time.perf_counter()
         plan = prune(model, method, calibration, seed)
-        return model, plan, time.perf_counter() - start
+        return model, plan, {"prune": time.perf_counter() - start}
 
-    def _facts(self, model: PreTrainedModel, plan: PruningPlan, seconds: float) -> dict[str, Any]:
+    def _in_rounds(self, method: PruningMethod, text: CalibrationText, seed: int, training: Training) -> Pruned:
+        """The dense model pruned and recovered by turns, at each of which the training text has another order."""
+        model, whole, seconds = self.dense, parameters(self.dense)[0], {"prune": 0.0, "recover": 0.0}
+        for i, steps in enumerate(largest_remainder([1.0] * training.rounds, training.steps)):
+            left = parameters(model)[0] / whole
+            sparsity = next_sparsity(method.sparsity, left, i + 1, training.rounds)
+            own = dataclasses.replace(method, sparsity=sparsity)
+            model, plan, took = self._prune(own, text, seed, model)
+            model, recovering = self._recover(model, seed + APART * i, dataclasses.replace(training, steps=steps))
+            seconds = {"prune": seconds["prune"] + took["prune"], "recover": seconds["recover"] + recovering}
+        return model, plan, seconds
+
+    def _facts(self, model: PreTrainedModel, plan: PruningPlan, seconds: dict[str, float]) -> dict[str, Any]:
         blocks = blocks_of(model)
         heads = [block.kv_heads if block.has_attention else 0 for block in blocks]
         return {
-            "reached": plan.reached,
+            "reached": 1 - sum(plan.after) / parameters(self.dense)[0],
             "block_parameters": sum(plan.after),
             "parameters": sum(plan.after) + plan.rest,
             "widths": {"attention": heads, "ffn": [block.channels for block in blocks]},
             "importance": plan.importance.tolist(),
             "settings": plan.settings,
-            "seconds": {"prune": seconds},
+            "seconds": seconds,
         }
 
     def _judged(self, of: dict[str, Any], model: Callable[[], PreTrainedModel]) -> Cell:
@@ -398,7 +433,8 @@ class Bench:
         made_by = [dataclasses.asdict(training) for training in self.study.recoveries]
         streams = {source: tokenised(source, self.tokenizer)[0] for source in {each["text"] for each in made_by}}
         texts = {source: fingerprint([("ids", ids)], values=1 << 30) for source, ids in streams.items()}
-        return [{k: v for k, v in each.items() if k != "name"} | {"text": texts[each["text"]]} for each in made_by]
+        once = [{k: v for k, v in each.items() if k != "name" and (k, v) != ("rounds", 1)} for each in made_by]
+        return [each | {"text": texts[each["text"]]} for each in once]
 
     def _recover(self, model: PreTrainedModel, seed: int, training: Training) -> tuple[PreTrainedModel, float]:
         """The model recovered, adapters merged, and how long it took; it goes through a folder, as a user's would."""

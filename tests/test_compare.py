@@ -168,6 +168,25 @@ def test_each_text_has_its_own_perplexity(study: Study, tmp_path: Path, monkeypa
     assert "| perplexity on second, pruned |" in table(record)
 
 
+def test_rounds_end_at_the_sparsity_of_one(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    once = Training(str(study.calibration), steps=3, seq_len=16, batch_size=2, learning_rate=1e-2)
+    twice = dataclasses.replace(once, name="two rounds", rounds=2)
+    given: list[int] = []
+    make = module.trainer
+    monkeypatch.setattr(module, "trainer", lambda device, steps: given.append(steps) or make(device, steps))
+    small = dataclasses.replace(study, methods=[CFSP()], sparsities=[0.4], recover=[once, twice])
+    record = compare(small, tmp_path / "out")
+    assert given == [3, 2, 1]
+    pruned, recovered, rounds = record["cells"][1:]
+    assert rounds["reached"] == pytest.approx(0.4, abs=0.01)
+    assert rounds["reached"] == 1 - rounds["block_parameters"] / record["cells"][0]["block_parameters"]
+    assert rounds["widths"] != pruned["widths"] == recovered["widths"]
+    assert rounds["perplexity"] != recovered["perplexity"]
+    counts = counted(monkeypatch, "prune", "judge")
+    assert timeless(compare(small, tmp_path / "out")) == timeless(record)
+    assert counts == {"prune": 0, "judge": 0}
+
+
 def test_texts_of_one_name_keep_their_own(study: Study) -> None:
     texts = ["a/wikitext:two:test", "a/wikitext:103:test", "b/c4"]
     assert list(dataclasses.replace(study, text=texts).texts) == ["a/wikitext:two:test", "a/wikitext:103:test", "c4"]
@@ -249,6 +268,7 @@ def test_variants_of_a_method_are_told_apart(study: Study, tmp_path: Path) -> No
             "`calibration` has .* twice",
         ),
         ({"recover": [Training("pydoc_data.topics")] * 2}, "`recover` has 'recovered' twice"),
+        ({"recover": Training("pydoc_data.topics", steps=1, rounds=2)}, "2 rounds share steps, of which there are 1"),
         ({"recover": Training("pydoc_data.topics", name="pruned")}, "`recover` has 'pruned' twice"),
         ({"tasks": ["arc_easy"], "task_data": "nowhere"}, "no benchmark files: nowhere"),
     ],

@@ -11,7 +11,19 @@ import plprune
 ROOT = Path(plprune.__file__).parent
 TIERS = [
     {"__init__", "__main__"},
-    {"cli", "commands", "compare", "callbacks", "checkpointing", "recovery", "data", "strategies", "watch", "live"},
+    {
+        "cli",
+        "commands",
+        "compare",
+        "callbacks",
+        "checkpointing",
+        "recovery",
+        "data",
+        "strategies",
+        "watch",
+        "live",
+        "rounds",
+    },
     # the Lightning line
     {
         "methods",

@@ -55,7 +55,7 @@ def compare(
         bos: Whether the BOS token is put before each window; as the tokenizer does if not given.
         max_windows: At most this many such windows from the start of the text; all if not given.
         recover: How every pruned model is recovered: `text` to train on, `steps`, `seq_len`, `batch_size`,
-            `learning_rate`, `lora`; none is if not given. Of a list, each with a `name`, in every one of these ways.
+            `learning_rate`, `lora`, `rounds`; none is if not given. Of a list, each with a `name`, in all ways.
         tasks: lm-eval tasks, separated by commas.
         task_data: Folder with the tasks' data sets as ORG/NAME; from the hub if not given.
         limit: At most this many examples of each task; all if not given.
