@@ -124,7 +124,7 @@ def test_torchrun_must_not_share_its_store(
 @pytest.mark.slow
 @pytest.mark.multi_process
 def test_a_round_that_is_stopped_goes_on(here: Path) -> None:
-    command = [sys.executable, "-m", "plprune", *TWO, "--trainer.max_steps=400", "--resume"]
+    command = [sys.executable, "-m", "plprune", *TWO, "--trainer.max_steps=60", "--resume"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     process = subprocess.Popen(command, env=environment)
     end = time.monotonic() + 300
