@@ -26,6 +26,7 @@ from plprune.plan import FILE
 from tests.builders import numbers, save_tiny
 
 SECONDS = 120
+KILLS = int(os.environ.get("PLPRUNE_KILLS", 20))  # of each phase, in the slow tests
 STEPS = 24
 PHASES: dict[str, tuple[type, str]] = {  # a phase is one call of a method
     "pruning": (callbacks.Prune, "setup"),

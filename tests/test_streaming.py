@@ -33,6 +33,7 @@ from plprune.stats import Norms
 from plprune.streaming import INDEX, open_streamed, place_of_journal, prune_streamed
 from plprune.surgery import Surgery
 from tests.builders import METHODS, REPAIRED, logits, method, numbers, save_tiny, tiny, tokenizer, windows
+from tests.runs import KILLS
 
 FOUR = ("FLAP AL-AM", "FASP value_channels", "CFSP relative", "TwoSSP")
 BATCHES = Calibration(list(windows().split(2)))
@@ -555,5 +556,5 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(name: str, here: Path) -> 
 @pytest.mark.slow
 @pytest.mark.multi_process
 @pytest.mark.parametrize("name", ["FLAP", "FASP", "CFSP", "TwoSSP"])
-def test_a_run_that_is_killed_at_twenty_moments(name: str, here: Path) -> None:
-    killed_at_random(here, name, trials=20, seed=sum(map(ord, name)) + 1)
+def test_a_run_that_is_killed_at_many_moments(name: str, here: Path) -> None:
+    killed_at_random(here, name, trials=KILLS, seed=sum(map(ord, name)) + 1)
