@@ -42,6 +42,7 @@ from plprune.progress import Progress
 from plprune.recovery import Recovery
 from plprune.report import NAME, check_ours, completed, write
 from plprune.report.comparison import name_of, plots, summarised
+from plprune.report.found import of_process
 from plprune.report.page import at
 from plprune.speed import measure_speed
 from plprune.survey import load, save, survey
@@ -167,6 +168,7 @@ class Study:
         check_sizes(limit=self.limit, max_batch=self.max_batch)
         for source in (*self.sources, *(each.text for each in (*self.calibrations, *self.recoveries))):
             check_source(source)
+        check_distinct("models", self.models)
         check_distinct("text", self.sources)
         check_distinct("calibration", [each.name for each in self.calibrations])
         check_distinct("recover", ["dense", *self.stages])
@@ -183,6 +185,16 @@ class Study:
         """These by short names, or by their own where two texts would have the same."""
         short = [short_name(source) for source in self.sources]
         return {n if short.count(n) == 1 else source: source for n, source in zip(short, self.sources, strict=True)}
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What models are called: the last parts of their names, as many as tell them apart."""
+        parts = {name: Path(name.removesuffix(".gguf")).parts for name in self.models}
+        for depth in range(1, max(map(len, parts.values())) + 1):
+            found = {name: "/".join(own[-depth:]) for name, own in parts.items()}
+            if len(set(found.values())) == len(parts):
+                return found
+        return {name: name for name in self.models}
 
     @property
     def calibrations(self) -> list[CalibrationText]:
@@ -326,7 +338,7 @@ class Bench:
 
     def _cell(self, method: str, stage: str, sparsity: float, seed: int | None) -> Cell:
         return {
-            "model": Path(self.name).name.removesuffix(".gguf"),
+            "model": self.study.labels[self.name],
             "method": method,
             "stage": stage,
             "sparsity": sparsity,
@@ -394,7 +406,8 @@ class Bench:
             cell["seconds"]["evaluate"] += sum(each.pop("seconds")["evaluate"] for each in others)
             cell["texts"] = dict(zip(list(self.passages)[1:], others, strict=True))
         if study.tasks:
-            limited = of | {"limit": study.limit, "lm_eval": version("lm_eval")}
+            data = study.task_data and str(Path(study.task_data).resolve())
+            limited = of | {"limit": study.limit, "lm_eval": version("lm_eval"), "data": data}
             cell["tasks"] = {}
             for name in study.tasks:
                 cell["tasks"] |= self.cache.get(limited | {"tasks": name}, lambda name=name: self._tasks(model(), name))
@@ -540,6 +553,7 @@ def record(study: Study, cells: list[Cell], status: str, seconds: float) -> dict
         "kind": "comparison",
         "title": "Comparison of " + ", ".join(dict.fromkeys(type(method).__name__ for method in study.methods)),
         "status": status,
+        "process": of_process(),
         "progress": {"step": len(cells), "steps": study.size},
         "protocol": protocol | dataclasses.asdict(study.protocol),
         "machine": machine(),

@@ -24,6 +24,7 @@ from plprune.cli import main
 from plprune.compare import CalibrationText, Study, Training, compare, identity, table
 from plprune.evaluation import Protocol
 from plprune.lora import LoRA
+from plprune.report.found import as_it_is
 from plprune.text import draw, tokenised
 from tests.builders import jsonl, numbers, save_tiny
 
@@ -222,6 +223,22 @@ def test_what_a_method_cannot_do_stops_nothing(study: Study, tmp_path: Path) -> 
     assert errors == [False, True, False, True, False]
     assert "out of reach" in record["cells"][1]["error"]
     assert "- CFSP at 97.0%: " in table(record)
+
+
+def test_models_of_one_name_are_told_apart(study: Study) -> None:
+    one = dataclasses.replace(study, models=["runs/a/model", "runs/b/model.gguf"])
+    assert list(one.labels.values()) == ["a/model", "b/model"]
+    assert list(dataclasses.replace(study, models=["x/model.gguf"]).labels.values()) == ["model"]
+    both = dataclasses.replace(study, models=["m", "m.gguf"])
+    assert list(both.labels.values()) == ["m", "m.gguf"]
+
+
+def test_a_killed_comparison_is_no_longer_running(study: Study, tmp_path: Path) -> None:
+    record = compare(study, tmp_path / "out")
+    running = record | {"status": "running"}
+    assert as_it_is(running)["status"] == "running"
+    gone = running | {"process": record["process"] | {"pid": 2**22 + 1}}  # above what a system gives
+    assert as_it_is(gone)["status"] == "stopped"
 
 
 def test_a_failure_of_one_cell_stops_nothing(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def small_world(tmp_path: Path, monkeypatch) -> Path:
 
 def test_every_command_runs(small_world: Path) -> None:
     commands = re.findall(r"^plprune .*", "".join(blocks("bash")[2:]), re.M)
-    assert len(commands) == 14
+    assert len(commands) == 15
     for command in commands:
         _, *words = shlex.split(command.replace(REAL, "tiny"))
         main([*words, *SMALL[words[0]].split()])

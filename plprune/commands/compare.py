@@ -34,7 +34,7 @@ def compare(
     dtype: Dtype = "float32",
     device: str = "cpu",
 ) -> None:
-    """Compares methods, sparsities, models, calibrations, recoveries and seeds under one protocol.
+    """Compares methods, sparsities, models, texts, recoveries and seeds under one protocol.
 
     Args:
         models: Names on the hub, folders, `.gguf` files, or `package://PACKAGE/FILE.gguf`.

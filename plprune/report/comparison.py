@@ -29,7 +29,7 @@ from plprune.report.page import (
 from plprune.report.run import notice, provenance, rest, with_error
 
 KNOWN = {"version", "kind", "title", "status", "progress", "written", "reason", "protocol", "machine", "cells"}
-KNOWN |= {"summary", "versions", "seeds", "fingerprints"}
+KNOWN |= {"summary", "versions", "seeds", "fingerprints", "process"}
 FIGURES = ("perplexity", "bits_per_byte", "parameters", "block_parameters", "reached")
 SHOWN = ("perplexity", "bits_per_byte", "parameters", "reached", "average", "tokens_per_second", "seconds_to_prune")
 PER_TOKEN = ("perplexity", "bits", "byte", "loss")  # in the names of metrics that are no share of right answers
@@ -166,7 +166,7 @@ def _of_model(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _by_method(rows: Sequence[Row], x: str, y: str, title: str, across: Axis, up: Axis) -> str:
-    """A line for each method and stage through its sparsities, beginning at the dense model."""
+    """A line for each method and stage through its sparsities, and a point for the dense model."""
     series, dense = [], [row for row in rows if row["stage"] == "dense" and finite(row.get(x)) and finite(row.get(y))]
     for i, name in enumerate(_methods(rows)):
         for stage in (*_recoveries(rows)[:1], "pruned"):
