@@ -43,7 +43,7 @@ def small_world(tmp_path: Path, monkeypatch) -> Path:
 def test_every_command_runs(small_world: Path) -> None:
     commands = re.findall(r"^plprune .*", "".join(blocks("bash")[2:]), re.M)
     assert len(commands) == 15
-    for command in commands:
+    for command in sorted(commands, key=lambda command: "--rounds" in command):  # which goes on with nothing
         _, *words = shlex.split(command.replace(REAL, "tiny"))
         main([*words, *SMALL[words[0]].split()])
     outputs = ("two-ssp", "streamed", "served", "restored")
