@@ -1,4 +1,4 @@
-"""Callbacks that write down what each process of a run sees."""
+"""Callbacks that write down what each process of a run sees, or end it."""
 
 import re
 from collections.abc import Callable
@@ -12,6 +12,21 @@ from torch.distributed.tensor import DTensor
 
 from plprune.strategies import whole
 from plprune.surgery import plan_of
+
+
+class Stopped(Exception):
+    pass
+
+
+class StopAfter(pl.Callback):
+    """Ends a run as a crash would, after a number of steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.steps:
+            raise Stopped
 
 
 class Probe(pl.Callback):

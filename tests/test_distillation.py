@@ -21,6 +21,7 @@ from plprune.evaluation import Protocol, next_token_loss
 from plprune.plan import fingerprint
 from plprune.text import IGNORED
 from tests.builders import VOCABULARY, logits, numbers, save_tiny, tiny, windows
+from tests.probes import StopAfter, Stopped
 
 STEPS = 6
 
@@ -262,21 +263,6 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     shutil.rmtree(tmp_path / "parts" / "teacher")
     path = tmp_path / "ckpt" / f"step={stop}.ckpt"
     assert same(whole, run(tmp_path / "parts", folder, text, steps=8, distill=settings, path=path))
-
-
-class Stopped(Exception):
-    pass
-
-
-class StopAfter(pl.Callback):
-    """Ends a run as a crash would, after a number of steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.steps:
-            raise Stopped
 
 
 def _known(answers: Any) -> Any:

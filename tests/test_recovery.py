@@ -24,6 +24,7 @@ from plprune.plan import PruningPlan
 from plprune.recovery import gradient_norms
 from plprune.surgery import apply, plan_of
 from tests.builders import METHODS, logits, method, save_tiny, tiny, windows
+from tests.probes import StopAfter, Stopped
 from tests.runs import Run, make_source, new_folder
 
 STEPS = 9
@@ -57,21 +58,6 @@ def recovery(folder: str, **settings: Any) -> Recovery:
 
 def losses(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
-
-
-class Stopped(Exception):
-    pass
-
-
-class StopAfter(pl.Callback):
-    """Ends a run as a crash would, after a number of steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.steps:
-            raise Stopped
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -26,7 +26,7 @@ from plprune.report.comparison import plots, summarised
 from plprune.report.found import as_it_is, found, of_plan, of_process
 from plprune.report.samples import continued
 from tests.builders import save_tiny, tiny, tokenizer, windows
-from tests.test_recovery import StopAfter, Stopped
+from tests.probes import StopAfter, Stopped
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
 EVIL = "<script>alert('1')</script> & \"more\""
