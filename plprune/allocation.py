@@ -240,3 +240,64 @@ def importance(distances: Sequence[float], gain: float = 1.0) -> Tensor:  # [B]
     """
     s = torch.tensor(distances, dtype=torch.float64)
     return torch.sigmoid(13.1072 * gain * (s - s.mean()))
+
+
+def kept_fractions(u: Tensor, p: float, sizes: Sequence[int] | None = None) -> Tensor:  # [B] -> [B]
+    r"""The fraction of each block's channels to keep (CFSP, equation for the layer-wise ratio).
+
+    .. math:: k_l = \frac{u_l}{\bar u} (1 - p)
+
+    where importance is drawn toward its mean first if a block would otherwise keep more than it has. The mean is
+    weighted by the blocks' `sizes`, should they differ: p is of all channels together.
+
+    Example:
+        >>> kept_fractions(torch.tensor([0.4, 0.6]), 0.2)
+        tensor([0.6400, 0.9600])
+    """
+    size = torch.tensor(sizes or [1] * len(u), dtype=u.dtype)
+    mean = (u * size).sum() / size.sum()
+    if u.max() / mean * (1 - p) >= 1 and u.max() > mean:
+        u = mean + (u - mean) * (mean * (1 / (1 - p) - 1) / (u.max() - mean) / 1.05)
+    return u / mean * (1 - p)
+
+
+def global_ranking(scores: list[Tensor], costs: list[int], p: float) -> list[Tensor]:
+    """One ranking of all units: the best are kept while their cost stays nearest to (1 - p) of the total.
+
+    The best unit of each group is kept whatever its rank.
+
+    Args:
+        scores: Scores of each group's units, comparable with all others', [units] each.
+        costs: Parameters of one unit of each group.
+        p: The fraction of all cost to remove.
+
+    Raises:
+        ValueError: The best unit of each group is already more than what may stay.
+
+    Example:
+        >>> global_ranking([torch.tensor([3.0, 1.0]), torch.tensor([2.0, 0.0])], [1, 1], 0.5)
+        [tensor([0]), tensor([0])]
+    """
+    flat = torch.cat([s.cpu().double() for s in scores])
+    owner = torch.cat([torch.full((len(s),), i) for i, s in enumerate(scores)])
+    cost = torch.tensor(costs, dtype=torch.float64)[owner]
+    first = torch.cumsum(torch.tensor([0] + [len(s) for s in scores[:-1]]), 0)
+    best = first + torch.tensor([int(s.argmax()) for s in scores])
+    flat[best] = torch.inf
+    order = flat.argsort(descending=True, stable=True)
+    spent = cost[order].cumsum(0)
+    check_best(costs, [len(s) for s in scores], p)
+    count = int((spent - (1 - p) * cost.sum()).abs().argmin()) + 1
+    kept = torch.zeros(len(flat), dtype=torch.bool).index_fill_(0, order[:count], True)
+    return [kept[owner == i].nonzero().flatten() for i in range(len(scores))]
+
+
+def check_best(costs: Sequence[int], sizes: Sequence[int], p: float) -> None:
+    """Raises ValueError if the best units of all groups are already more than what may stay."""
+    if len(costs) > 1 and sum(costs) - costs[-1] / 2 >= (1 - p) * sum(
+        cost * size for cost, size in zip(costs, sizes, strict=True)
+    ):
+        raise ValueError(
+            f"{p:.1%} of what can be pruned is too much, as every block keeps its best head and its best channel: ask "
+            "for a lower sparsity"
+        )

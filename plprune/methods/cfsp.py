@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune.allocation import check_near, fit, fraction_to_remove, importance, largest_remainder, top_k
+from plprune.allocation import check_near, fit, fraction_to_remove, importance, kept_fractions, largest_remainder, top_k
 from plprune.anatomy import Block, Group, blocks_of, matrix
 from plprune.calibration import Calibration, observe, stream
 from plprune.estimate import Work
@@ -165,25 +165,6 @@ class CFSP(Repairing):
         if total < len(sizes):
             raise ValueError(f"CFSP would keep {total} FFN channels in {len(sizes)} blocks: ask for a lower sparsity")
         return largest_remainder(exact, total)
-
-
-def kept_fractions(u: Tensor, p: float, sizes: Sequence[int] | None = None) -> Tensor:  # [B] -> [B]
-    r"""The fraction of each block's channels to keep (CFSP, equation for the layer-wise ratio).
-
-    .. math:: k_l = \frac{u_l}{\bar u} (1 - p)
-
-    where importance is drawn toward its mean first if a block would otherwise keep more than it has. The mean is
-    weighted by the blocks' `sizes`, should they differ: p is of all channels together.
-
-    Example:
-        >>> kept_fractions(torch.tensor([0.4, 0.6]), 0.2)
-        tensor([0.6400, 0.9600])
-    """
-    size = torch.tensor(sizes or [1] * len(u), dtype=u.dtype)
-    mean = (u * size).sum() / size.sum()
-    if u.max() / mean * (1 - p) >= 1 and u.max() > mean:
-        u = mean + (u - mean) * (mean * (1 / (1 - p) - 1) / (u.max() - mean) / 1.05)
-    return u / mean * (1 - p)
 
 
 def relative_score(

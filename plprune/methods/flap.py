@@ -28,7 +28,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune.allocation import check_near, fit, fraction_to_remove, importance, largest_remainder, rescale, top_k
+from plprune.allocation import (
+    check_best,
+    check_near,
+    fit,
+    fraction_to_remove,
+    global_ranking,
+    importance,
+    largest_remainder,
+    rescale,
+    top_k,
+)
 from plprune.anatomy import Block, Group, blocks_of
 from plprune.calibration import Calibration, observe, stream
 from plprune.estimate import Work
@@ -363,51 +373,9 @@ def standardised(score: Tensor) -> Tensor:  # [units, channels per unit] -> [uni
     return ((score - score.mean()) / score.std()).mean(1)
 
 
-def global_ranking(scores: list[Tensor], costs: list[int], p: float) -> list[Tensor]:
-    """One ranking of all units: the best are kept while their cost stays nearest to (1 - p) of the total.
-
-    The best unit of each group is kept whatever its rank.
-
-    Args:
-        scores: Standardised scores of each group's units, [units] each.
-        costs: Parameters of one unit of each group.
-        p: The fraction of all cost to remove.
-
-    Raises:
-        ValueError: The best unit of each group is already more than what may stay.
-
-    Example:
-        >>> global_ranking([torch.tensor([3.0, 1.0]), torch.tensor([2.0, 0.0])], [1, 1], 0.5)
-        [tensor([0]), tensor([0])]
-    """
-    flat = torch.cat([s.cpu().double() for s in scores])
-    owner = torch.cat([torch.full((len(s),), i) for i, s in enumerate(scores)])
-    cost = torch.tensor(costs, dtype=torch.float64)[owner]
-    first = torch.cumsum(torch.tensor([0] + [len(s) for s in scores[:-1]]), 0)
-    best = first + torch.tensor([int(s.argmax()) for s in scores])
-    flat[best] = torch.inf
-    order = flat.argsort(descending=True, stable=True)
-    spent = cost[order].cumsum(0)
-    check_best(costs, [len(s) for s in scores], p)
-    count = int((spent - (1 - p) * cost.sum()).abs().argmin()) + 1
-    kept = torch.zeros(len(flat), dtype=torch.bool).index_fill_(0, order[:count], True)
-    return [kept[owner == i].nonzero().flatten() for i in range(len(scores))]
-
-
 def _room(costs: Sequence[int], allowed: Sequence[Sequence[int]], own: Sequence[int]) -> int:
     """What some groups can give at most."""
     return sum(costs[i] * (allowed[i][-1] - allowed[i][0]) for i in own)
-
-
-def check_best(costs: Sequence[int], sizes: Sequence[int], p: float) -> None:
-    """Raises ValueError if the best units of all groups are already more than what may stay."""
-    if len(costs) > 1 and sum(costs) - costs[-1] / 2 >= (1 - p) * sum(
-        cost * size for cost, size in zip(costs, sizes, strict=True)
-    ):
-        raise ValueError(
-            f"FLAP cannot remove {p:.1%} of what it prunes, as every block keeps its best head and its best channel: "
-            "ask for a lower sparsity"
-        )
 
 
 def removed_alike(p: float, size: int) -> int:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from plprune import CFSP, prune
-from plprune.methods.cfsp import kept_fractions, relative_score
+from plprune.allocation import kept_fractions
+from plprune.methods.cfsp import relative_score
 from plprune.stats import Distance
 from tests.builders import tiny, windows
 from tests.methods import best, traced

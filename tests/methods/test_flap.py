@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plprune import FLAP, prune
-from plprune.allocation import complement
+from plprune.allocation import complement, global_ranking
 from plprune.anatomy import blocks_of, innermost
-from plprune.methods.flap import fluctuation, global_ranking, standardised, weighted_norm
+from plprune.methods.flap import fluctuation, standardised, weighted_norm
 from tests.builders import tiny, windows
 from tests.methods import best, traced, weight
 
