@@ -23,7 +23,7 @@ from plprune.data import RecoveryData
 from plprune.distillation import Distillation
 from plprune.evaluation import perplexity
 from plprune.lora import LoRA
-from plprune.methods import CFSP, FASP, FLAP, PruningMethod, TwoSSP, prune
+from plprune.methods import CFSP, FASP, FLAP, LearnedGates, PruningMethod, TwoSSP, prune
 from plprune.modeling_plprune import PrunedConfig
 from plprune.plan import PruningPlan
 from plprune.recovery import Recovery
@@ -41,6 +41,7 @@ __all__ = [
     "Distillation",
     "Evaluate",
     "Export",
+    "LearnedGates",
     "LoRA",
     "Prune",
     "PruningMethod",

@@ -29,7 +29,7 @@ from plprune.atomic import clear
 from plprune.checkpoint import load_skeleton
 from plprune.commands import COMMANDS
 from plprune.data import RecoveryData
-from plprune.methods import CFSP, FASP, FLAP, PruningMethod, TwoSSP, preflight
+from plprune.methods import CFSP, FASP, FLAP, LearnedGates, PruningMethod, TwoSSP, preflight
 from plprune.recovery import Recovery
 from plprune.text import check_sizes
 from plprune.watch import Watch
@@ -44,16 +44,16 @@ RESUME = (
     "start if there is none. A run that gets SIGTERM, or has used up its max_hours, saves and ends with exit code "
     f"{checkpointing.AGAIN}: start it again with --resume."
 )
-FOUR = [CFSP, FASP, FLAP, TwoSSP]
+BUILT_IN = [CFSP, FASP, FLAP, LearnedGates, TwoSSP]
 ROUNDS = (
     "Prune and recover this many times, in fits one after another: each prunes what the one before it has recovered, "
     "and all together end at the method's sparsity after trainer.max_steps. The model of the last is the one that is "
     "asked for; those before it are in round-1, round-2 and so on, in trainer.default_root_dir."
 )
-CLASSES = [*FOUR, callbacks.Prune, callbacks.Evaluate, callbacks.Report, callbacks.Export]
+CLASSES = [*BUILT_IN, callbacks.Prune, callbacks.Evaluate, callbacks.Report, callbacks.Export]
 CLASSES += [checkpointing.Checkpoint]
 LIGHTNING = ("lightning", "lightning.pytorch", "lightning.fabric")  # loggers, each with a handler of its own
-METHODS = "known methods: " + ", ".join(method.__name__ for method in FOUR)
+METHODS = "known methods: " + ", ".join(method.__name__ for method in BUILT_IN)
 REWORDED = {  # what jsonargparse says, and what of it helps
     r"(?s)Does not validate .*?Errors:\s*- (Problem with given class_path.*?)\n\s*- .*": r"\1",
     r"(?s)Does not validate .*?Errors:(.*)Given value type:.*?Given value:": r"\1 but got",
@@ -260,7 +260,7 @@ def _names(kind: str, command: str) -> list[str]:
         return [each.__name__ for each in CLASSES]
     owners: list[tuple[str, Any]] = [("trainer.", pl.Trainer), ("model.", Recovery), ("data.", RecoveryData)]
     if command in COMMANDS:
-        owners = [("", COMMANDS[command]), *(("method.", each) for each in FOUR)]
+        owners = [("", COMMANDS[command]), *(("method.", each) for each in BUILT_IN)]
     owners += [("", each) for each in CLASSES if kind == "no option"]
     return [prefix + name for prefix, owner in owners for name in inspect.signature(owner).parameters]
 

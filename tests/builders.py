@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from plprune import CFSP, FASP, FLAP, PruningMethod, TwoSSP
+from plprune import CFSP, FASP, FLAP, LearnedGates, PruningMethod, TwoSSP
 from plprune.anatomy import FAMILIES
 
 VOCABULARY = 300
@@ -78,6 +78,7 @@ METHODS: dict[str, Any] = {
     "FASP none": functools.partial(FASP, attention="none"),
     "CFSP activation": CFSP,
     "CFSP relative": functools.partial(CFSP, score="relative"),
+    "LearnedGates": LearnedGates,
     "TwoSSP": TwoSSP,
     "TwoSSP without stage 2": functools.partial(TwoSSP, drop_attentions=0),
 }

@@ -21,7 +21,7 @@ from plprune.cli import main
 from tests.builders import save_tiny
 
 CALIBRATION = ["--num_samples=4", "--seq_len=16"]
-METHODS = ("CFSP", "FASP", "FLAP", "TwoSSP")
+METHODS = ("CFSP", "FASP", "FLAP", "LearnedGates", "TwoSSP")
 Complain = Callable[..., str]
 
 
@@ -125,8 +125,11 @@ def test_sparsity_out_of_reach(complain_of_pruning: Complain, method: str) -> No
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("--method=CFP", "no method 'CFP'; known methods: CFSP, FASP, FLAP, TwoSSP; did you mean CFSP?"),
-        ("--method=flap", "no method 'flap'; known methods: CFSP, FASP, FLAP, TwoSSP; did you mean FLAP?"),
+        ("--method=CFP", "no method 'CFP'; known methods: CFSP, FASP, FLAP, LearnedGates, TwoSSP; did you mean CFSP?"),
+        (
+            "--method=flap",
+            "no method 'flap'; known methods: CFSP, FASP, FLAP, LearnedGates, TwoSSP; did you mean FLAP?",
+        ),
         ("--method=no.such.Method", "no.such.Method: No module named 'no'"),
         ("--method=plprune.FLOP", "no attribute 'FLOP'; did you mean FLAP?"),
         ("--method.sparsty=0.1", "no option 'sparsty'; did you mean sparsity?"),

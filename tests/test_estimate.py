@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedModel
 
-from plprune import CFSP, FASP, FLAP, PruningMethod, TwoSSP, estimate, hf, prune
+from plprune import CFSP, FASP, FLAP, LearnedGates, PruningMethod, TwoSSP, estimate, hf, prune
 from plprune.anatomy import FAMILIES, blocks_of
 from plprune.callbacks import summary
 from plprune.checkpoint import load_skeleton
@@ -111,7 +111,7 @@ def test_constraints_are_foreseen(method: PruningMethod) -> None:
     assert_foreseen(tiny(intermediate_size=256), method)
 
 
-@pytest.mark.parametrize("method", [CFSP, FASP, FLAP, TwoSSP])
+@pytest.mark.parametrize("method", [CFSP, FASP, FLAP, LearnedGates, TwoSSP])
 def test_what_is_out_of_reach_is_so_beforehand(method: Any) -> None:
     with pytest.raises(ValueError, match="sparsity"):
         method(sparsity=0.995).foresee(bare(tiny()))
@@ -250,7 +250,7 @@ def test_a_model_that_fits_is_left_as_it_is() -> None:
     assert prune(model, CFSP(target_parameters="1M"), [windows()]).reached == 0
 
 
-@pytest.mark.parametrize("method", [CFSP, FASP, FLAP, TwoSSP])
+@pytest.mark.parametrize("method", [CFSP, FASP, FLAP, LearnedGates, TwoSSP])
 def test_a_target_out_of_reach_names_the_nearest(method: Any) -> None:
     skeleton = bare(tiny())
     with pytest.raises(ValueError, match="target_parameters 10K is out of reach") as error:
@@ -303,7 +303,7 @@ def test_streaming_and_checkpointing_need_less_memory() -> None:
         assert again.seconds > kept.seconds
 
 
-@pytest.mark.parametrize("method", [CFSP, FASP, FLAP, TwoSSP])
+@pytest.mark.parametrize("method", [CFSP, FASP, FLAP, LearnedGates, TwoSSP])
 def test_calibration_takes_the_time_of_its_passes(method: Any) -> None:
     skeleton, where = bare(tiny()), estimate.Machine("here", 1e9, 1e9, 1e9, False)
     works = [method(sparsity=0.4).work(skeleton, count, 16) for count in (4, 8)]
@@ -368,7 +368,7 @@ def test_prune_by_a_target_from_the_command_line(tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["CFSP", "FASP", "FLAP", "TwoSSP"])
+@pytest.mark.parametrize("method", ["CFSP", "FASP", "FLAP", "LearnedGates", "TwoSSP"])
 def test_seventy_billion_parameters_take_seconds(
     method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,7 +38,8 @@ def compare(
 
     Args:
         models: Names on the hub, folders, `.gguf` files, or `package://PACKAGE/FILE.gguf`.
-        methods: FLAP, FASP, CFSP, TwoSSP or dotted paths of others, each with its settings (`class_path`, `init_args`).
+        methods: FLAP, FASP, CFSP, TwoSSP, LearnedGates or dotted paths of others, each with its settings
+            (`class_path`, `init_args`).
         output: Folder of the results: `report.html`, `report.json`, and what was computed, by its content; what is
             there is not computed again.
         text: What perplexity is measured on: a `.txt`, `.jsonl` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the

@@ -44,8 +44,8 @@ def plan(
     Args:
         model: A folder, in which `config.json` is enough, a name on the hub, a `.gguf` file, or
             `package://PACKAGE/FILE.gguf`.
-        method: How to prune: FLAP, FASP, CFSP, TwoSSP or the dotted path of another; `--method.help NAME` lists its
-            settings.
+        method: How to prune: FLAP, FASP, CFSP, TwoSSP, LearnedGates or the dotted path of another; `--method.help
+            NAME` lists its settings.
         context: Tokens of a sequence, for operations and cache; the method's `target_context` if not given.
         dtype: Of the weights.
         device: Where to calibrate and to recover: T4, L4, A10, RTX-3090, RTX-4090, L40S, A100-40GB, A100-80GB, H100,

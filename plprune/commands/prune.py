@@ -32,8 +32,8 @@ def prune(
 
     Args:
         model: A name on the hub, a folder, a `.gguf` file, or `package://PACKAGE/FILE.gguf`.
-        method: How to prune: FLAP, FASP, CFSP, TwoSSP or the dotted path of another; `--method.help NAME` lists its
-            settings.
+        method: How to prune: FLAP, FASP, CFSP, TwoSSP, LearnedGates or the dotted path of another; `--method.help
+            NAME` lists its settings.
         output: Folder to write.
         text: Calibration text: a `.txt`, `.jsonl` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the hub, or
             `pydoc_data.topics`.

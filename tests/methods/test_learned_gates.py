@@ -1,0 +1,99 @@
+"""Learned gates against the definition: the budget, the gradient by finite differences, and what training is for."""
+
+import pytest
+import torch
+
+from plprune import CFSP, LearnedGates, perplexity, prune
+from plprune.anatomy import blocks_of, matrix
+from plprune.methods.learned_gates import frozen, gated, opened, started, trained, within_budget
+from tests.builders import logits, tiny, windows
+
+
+def scores(count: int = 40, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    theta = torch.randn(count, generator=generator, dtype=torch.float64)
+    return theta, torch.randint(1, 4, (count,), generator=generator).double()
+
+
+def rows_of(model):
+    return [(block, block.groups("none")[0]) for block in blocks_of(model)]
+
+
+@pytest.mark.parametrize("temperature", [2.0, 0.5, 0.05])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_gates_cost_the_budget_and_follow_the_scores(temperature: float, share: float) -> None:
+    theta, cost = scores()
+    gates = opened(theta, cost, share * float(cost.sum()), temperature)
+    assert float((gates * cost).sum()) == pytest.approx(share * float(cost.sum()), rel=1e-5)
+    assert torch.equal(gates[theta.argsort()].sort().values, gates[theta.argsort()])
+
+
+def test_cold_gates_are_the_best_units() -> None:
+    theta, cost = scores()[0], torch.ones(40, dtype=torch.float64)
+    gates = opened(theta, cost, 15.0, 1e-4)
+    assert torch.equal(gates.round().nonzero().flatten(), theta.topk(15).indices.sort().values)
+
+
+def test_the_gradient_is_that_of_the_loss_along_the_budget() -> None:
+    (theta, cost), temperature, h = scores(12), 0.5, 1e-4
+    gradient, budget = torch.linspace(-2, 1, 12, dtype=torch.float64), 0.4 * float(cost.sum())
+    found = within_budget(opened(theta, cost, budget, temperature), gradient, cost) * cost / temperature
+    for j in range(12):
+        step = torch.zeros_like(theta).index_fill_(0, torch.tensor([j]), h)
+        ends = [opened(theta + sign * step, cost, budget, temperature) @ gradient for sign in (1, -1)]
+        assert float(ends[0] - ends[1]) / (2 * h) == pytest.approx(float(found[j]), abs=1e-5)
+
+
+def test_scores_start_in_the_order_of_the_norms_with_the_fraction_above_0() -> None:
+    norm = torch.rand(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    theta = started(norm, 0.3)
+    assert torch.equal(theta.argsort(), norm.argsort())
+    assert int((theta > 0).sum()) == 60
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "phi3", "gemma2"])
+def test_a_closed_gate_is_a_column_of_zeros(family: str) -> None:
+    model, other = tiny(family), tiny(family)
+    rows = rows_of(model)
+    gates = torch.ones(sum(len(group) for _, group in rows)).index_fill_(0, torch.arange(0, 90, 7), 0.0)
+    with gated(rows, gates), torch.no_grad():
+        found = logits(model)
+    for (block, group), own in zip(rows_of(other), gates.split([len(g) for _, g in rows]), strict=True):
+        matrix(block.part(group.consumer.path)).data[:, own == 0] = 0
+    torch.testing.assert_close(found, logits(other))
+    assert torch.equal(logits(model), logits(tiny(family)))
+
+
+def test_training_lowers_the_loss_that_a_pruning_by_norms_has() -> None:
+    text = list(windows(4, 24).split(1))
+    learned, plain = tiny(), tiny()
+    prune(learned, LearnedGates(0.3, passes=30, learning_rate=0.3), text)
+    prune(plain, CFSP(0.3), text)
+    assert perplexity(learned, text) < 0.9 * perplexity(plain, text)
+
+
+def test_training_leaves_the_model_as_it_was() -> None:
+    model, rows = tiny(), rows_of(tiny())
+    rows = rows_of(model)
+    next(model.parameters()).requires_grad_(False)
+    before = [p.requires_grad for p in model.parameters()]
+    theta = torch.cat([torch.linspace(-3, 3, len(group)) for _, group in rows])
+    with frozen(model):
+        after = trained(model, rows, theta, torch.ones(len(theta)), 0.5, list(windows(4).split(1)), 0.1)
+    assert [p.requires_grad for p in model.parameters()] == before
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(logits(model), logits(tiny()))
+    assert not torch.equal(after, theta)
+
+
+def test_more_passes_are_more_steps() -> None:
+    text = [windows()]
+    plans = [prune(tiny(), LearnedGates(0.3, passes=n, learning_rate=0.5), text) for n in (1, 8)]
+    assert plans[0].reached == pytest.approx(plans[1].reached, abs=1e-3)
+    assert plans[0].digest != plans[1].digest
+
+
+@pytest.mark.parametrize("wrong", [{"passes": 0}, {"learning_rate": 0.0}])
+def test_what_does_not_train_is_refused(wrong) -> None:
+    with pytest.raises(ValueError, match="at least one of `passes`, with a positive `learning_rate`"):
+        LearnedGates(**wrong)
