@@ -190,8 +190,8 @@ def started(norm: Tensor, fraction: float) -> Tensor:  # [n] -> [n]
     """Scores in the order of the norms, above 0 for the given fraction of them.
 
     Example:
-        >>> started(torch.tensor([1.0, 9.0, 4.0]), 0.5)
-        tensor([-2.,  2.,  0.])
+        >>> started(torch.tensor([1.0, 9.0, 4.0]), 0.5).round().tolist()
+        [-2.0, 2.0, 0.0]
     """
     rank = torch.empty(len(norm)).index_copy_(
         0, norm.argsort(descending=True, stable=True), torch.arange(len(norm)) + 0.5
