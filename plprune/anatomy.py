@@ -230,6 +230,11 @@ class Block:
         """Where the projections of the attention are, each once; none if it was dropped."""
         return list(dict.fromkeys((*self.family.qkv, self.family.output))) if self.has_attention else []
 
+    @property
+    def projections(self) -> list[str]:
+        """Where all projections are, each once."""
+        return list(dict.fromkeys((*self.attention_paths, *self.family.ffn_in, self.family.ffn_out)))
+
     def groups(self, attention: Attention = "kv_heads") -> list[Group]:
         """The block's groups, attention first, with the unit of attention asked for."""
         make = {"kv_heads": self._kv_heads, "value_channels": self._value_channels}.get(attention)

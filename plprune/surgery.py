@@ -64,6 +64,21 @@ class Surgery:
         self._take_over()
         self._write_down(decision)
 
+    def scale(self, block: Block, path: str, gain: Tensor) -> None:  # [d_in]
+        """Multiplies every input of a projection that reads it by a gain, in the columns of its weight.
+
+        Args:
+            block: The projection's block, in memory.
+            path: Where the projection is in it.
+            gain: Of each column of its weight.
+        """
+        linear = innermost(block.part(path))
+        gain = gain.to(linear.weight.device)
+        linear.weight = _parameter(
+            linear.weight, linear.weight.detach() * (gain[:, None] if is_transposed(linear) else gain)
+        )
+        self._repaired.append(self._name(linear.weight))
+
     def plan(self, method: str, settings: dict[str, Any], importance: Tensor) -> PruningPlan:
         """The plan of all that was done, which the model carries from now on as `pruning_plan`."""
         self._take_over()

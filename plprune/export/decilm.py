@@ -159,4 +159,4 @@ def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def _projections(block: Block) -> list[torch.nn.Module]:
-    return [block.part(path) for path in (*block.attention_paths, *block.family.ffn_in, block.family.ffn_out)]
+    return [block.part(path) for path in block.projections]

@@ -1,9 +1,13 @@
 r"""Learned gates: which FFN channels stay is learned, for all blocks at once, by the loss on next tokens.
 
-Every channel gets a gate between 0 and 1. All weights stay as they are; the gates alone are trained, in one budget for
-the whole model, while a temperature closes or opens them. What is scored is thus what channels do together, and not
-what each does alone, and nothing has to be said about how much a block matters. A method of plprune's own; it needs
-gradients, hence the whole model in memory, and about three times what a forward pass takes for each calibration window.
+Every channel gets a gate between 0 and 1. The gates are trained, in one budget for the whole model, while a temperature
+closes or opens them. What is scored is thus what channels do together, and not what each does alone, and nothing has to
+be said about how much a block matters. A method of plprune's own; it needs gradients, hence the whole model in memory,
+and about three times what a forward pass takes for each calibration window.
+
+What stays is repaired in the same pass: every input of every projection of the blocks gets a gain, which starts at 1,
+is trained beside the gates, and ends in the columns of the weight. These are a thousandth of all parameters, and so few
+can be learned from few tokens.
 
 Symbols: :math:`\theta_j` the score of channel j, :math:`z_j` its gate, T the temperature, :math:`c_j` the parameters of
 the channel, K those that may stay, :math:`g_j` the gradient of the loss with respect to the gate.
@@ -17,7 +21,8 @@ As :math:`\tau` follows the scores, the gradient of a score is that of its gate 
 
 The scores start as CFSP would have them: widths by block importance, channels by activation norm. Gates that are
 trained under a budget are known from L0 regularisation (https://arxiv.org/abs/1712.01312) and from Sheared LLaMA
-(https://arxiv.org/abs/2310.06694), which train the weights with them; these here are annealed in one short pass.
+(https://arxiv.org/abs/2310.06694), which train the weights with them; these here are annealed in one short pass. Gains
+as all that is trained are known from IA3 (https://arxiv.org/abs/2205.05638).
 """
 
 import contextlib
@@ -40,38 +45,36 @@ from plprune.allocation import (
     largest_remainder,
     top_k,
 )
-from plprune.anatomy import Block, blocks_of, on_device
+from plprune.anatomy import Block, blocks_of, innermost, matrix, on_device
 from plprune.calibration import Calibration, observe, stream
 from plprune.estimate import Work, block_flops
 from plprune.evaluation import next_token_loss
 from plprune.journal import journal_of
-from plprune.methods.base import Repairing, Rows, distinct, thinned
+from plprune.methods.base import PruningMethod, Rows, distinct, thinned
 from plprune.plan import PruningPlan
 from plprune.progress import Progress
-from plprune.repair import Repair
 from plprune.running import evaluating
 from plprune.serving import FREE, Constraint
 from plprune.stats import Norms
 from plprune.surgery import Surgery
+
+Gains = list[dict[str, Tensor]]  # of each block: less 1, by the path of the projection, [d_in] each
 
 SPREAD = 6.0  # of the scores of a block, from its best channel to its worst, at the start
 WARM, COLD = 0.5, 0.05  # temperatures at the first and after the last step
 
 
 @dataclasses.dataclass(frozen=True)
-class LearnedGates(Repairing):
-    """FFN channels by gates that are trained, weights frozen, under one budget for all blocks.
+class LearnedGates(PruningMethod):
+    """FFN channels by gates that are trained under one budget for all blocks; gains, trained beside them, repair.
 
     Args:
         sparsity: The fraction of the decoder blocks' parameters to remove, in [0, 1).
         passes: How often the calibration windows are gone through; each is a step. Gates that see a text often learn it
             by heart: more windows do better than more passes.
         learning_rate: Of the scores, whose best and worst are 6 apart in every block at first.
-        repair: What is done for consumers that lose inputs. none; compensate: their bias takes up what those gave on
-            average; restore: what they keep does the work of those too, by least squares.
-        damping: Regularisation of a restoration, relative to the mean diagonal of the inputs' second moments. auto: of
-            0.0001, 0.001 and so on to 1, what does best on every fourth calibration window, held out for that.
-        bias: Whether a repair may give consumers a bias. Without it, a restoration is of inputs that are not centred.
+        gain_rate: Learning rate of the gains, one for each input of each projection, which are 1 at first; at 0 they
+            stay that, and no weight that is kept changes.
         target_parameters: How many parameters the whole model may have in the end, like 5.0B or 100M: `sparsity` is
             then found by it, and what is given for it does not count.
         target_memory: What its weights and the keys and values of `target_batch` sequences may take, like 8GiB or
@@ -86,16 +89,19 @@ class LearnedGates(Repairing):
     sparsity: float = 0.25
     passes: int = 1
     learning_rate: float = 0.1
-    repair: Repair = dataclasses.field(default="none", kw_only=True)
+    gain_rate: float = 0.005
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.passes < 1 or self.learning_rate <= 0:
-            raise ValueError("gates are trained in at least one of `passes`, with a positive `learning_rate`")
+        if self.passes < 1 or self.learning_rate <= 0 or self.gain_rate < 0:
+            raise ValueError(
+                "gates are trained in at least one of `passes`, with a positive `learning_rate`, and gains with a "
+                "`gain_rate` that is not negative"
+            )
 
     def prune(self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor]) -> PruningPlan:
         calibration = Calibration.of(batches)
-        asked, p, mending = self.check(model), self._budget(blocks_of(model)), self.mending(calibration)
+        asked, p = self.check(model), self._budget(blocks_of(model))
         if journal_of(model) is not None:
             raise ValueError(
                 "gates are trained by gradients through the whole model: leave out --stream, or take CFSP, FASP, FLAP "
@@ -107,16 +113,20 @@ class LearnedGates(Repairing):
             rows.append((block, group))
             norms.append(seen.pooled.cpu())
             distances.append(inputs.influence.distance("angular"))
-        u = importance(distances)
+        u, surgery = importance(distances), Surgery(model)
         fractions = kept_fractions(u, p, [len(group) for _, group in rows]).tolist()
         scores = [started(norm, k) for norm, k in zip(norms, fractions, strict=True)]
         if p:
-            scores = self._learn(model, rows, scores, p, calibration)
-        chosen = self._choose(rows, scores, p, asked)
-        surgery = Surgery(model)
-        rows_with_keep = [(block, group, keep) for (block, group), keep in zip(rows, chosen, strict=True)]
-        mending.carry_out(surgery, rows_with_keep, "LearnedGates repair")
+            scores, gains = self._learn(model, rows, scores, p, calibration)
+            for (block, _), own in zip(rows, gains, strict=True):
+                for path, gain in own.items():
+                    surgery.scale(block, path, 1 + gain)
+        for (block, group), keep in zip(rows, self._choose(rows, scores, p, asked), strict=True):
+            surgery.keep(block, group, keep)
         return surgery.plan("LearnedGates", dataclasses.asdict(self), u)
+
+    def conflicts(self, asked: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
+        return []
 
     def check(self, model: PreTrainedModel) -> Constraint:
         asked, blocks = super().check(model), blocks_of(model)
@@ -138,8 +148,7 @@ class LearnedGates(Repairing):
         allowed = [range(1, len(g) + 1) if asked == FREE else asked.counts(b, g) for b, g in rows]
         step = max(c * (a[-1] - a[-2] if len(a) > 1 else 1) for c, a in zip(costs, allowed, strict=True))
         target = (1 - p) * sum(cost * len(group) for cost, (_, group) in zip(costs, rows, strict=True))
-        biases = sum(block.absent_bias(group) for block, group in rows) if self.biased else 0
-        forth, limits = list(range(len(rows))), (target + step / 2 + biases, target - 1.5 * step - biases)
+        forth, limits = list(range(len(rows))), (target + step / 2, target - 1.5 * step)
         cases = [
             thinned(rows, allowed, [order], limit, even)
             for limit in limits
@@ -148,16 +157,15 @@ class LearnedGates(Repairing):
         return distinct(rows, [alike, *cases])
 
     def work(self, model: PreTrainedModel, count: int, length: int) -> Work:
-        """A forward and a backward pass for every step, which keeps what it reads; and the walk that repairs."""
+        """A forward and a backward pass for every step, which keeps what it reads."""
         blocks, size = blocks_of(model), next(model.parameters()).element_size()
         once = 3 * count * length * sum(block_flops(block, length) for block in blocks)
         kept = length * size * sum(8 * model.config.hidden_size + 4 * block.channels for block in blocks)
-        repair = self.repair_work(model, count * length, length, "none")
-        return Work(self.passes * once + repair.flops, repair.single, max(kept, repair.bytes))
+        return Work(self.passes * once, 0, kept)
 
     def _budget(self, blocks: Sequence[Block]) -> float:
         """The fraction of the FFN channels to remove (p)."""
-        return fraction_to_remove(self.sparsity, blocks, "none", "the FFN", biased=self.biased)
+        return fraction_to_remove(self.sparsity, blocks, "none", "the FFN", biased=False)
 
     def _alike(self, rows: Rows, p: float, asked: Constraint) -> list[int]:
         """Units to keep in each group if all gates were alike."""
@@ -168,15 +176,16 @@ class LearnedGates(Repairing):
 
     def _learn(
         self, model: PreTrainedModel, rows: Rows, scores: list[Tensor], p: float, calibration: Calibration
-    ) -> list[Tensor]:  # [units] each
-        """Scores after training; of several processes all take the first one's."""
+    ) -> tuple[list[Tensor], Gains]:  # [units] each
+        """Scores and gains after training; of several processes all take the first one's scores."""
         device = calibration.device or model.device
         costs = [block.cost(group) for block, group in rows]
         cost = torch.cat([torch.full((len(s),), c / min(costs)) for s, c in zip(scores, costs, strict=True)]).to(device)
+        theta, gains = torch.cat(scores).to(device), ones(rows, device) if self.gain_rate else [{} for _ in rows]
         windows = calibration.windows(sum(len(ids) for ids in calibration)) * self.passes
         with evaluating(model), on_device(model, device), frozen(model):
-            theta = trained(model, rows, torch.cat(scores).to(device), cost, 1 - p, windows, self.learning_rate)
-        return list(processes.sent(theta, 0, calibration.group).cpu().split([len(s) for s in scores]))
+            train(model, rows, theta, gains, cost, 1 - p, windows, (self.learning_rate, self.gain_rate))
+        return list(processes.sent(theta, 0, calibration.group).cpu().split([len(s) for s in scores])), gains
 
     def _choose(self, rows: Rows, scores: list[Tensor], p: float, asked: Constraint) -> list[Tensor]:
         chosen = global_ranking(scores, [block.cost(group) for block, group in rows], p)
@@ -199,41 +208,57 @@ def started(norm: Tensor, fraction: float) -> Tensor:  # [n] -> [n]
     return SPREAD * (fraction - rank / len(norm))
 
 
-def trained(
+def ones(rows: Rows, device: torch.device) -> Gains:
+    """Gains of 1 for every input of every projection of the blocks."""
+    sizes = [{path: matrix(block.part(path)).shape[1] for path in block.projections} for block, _ in rows]
+    return [{path: torch.zeros(size, device=device) for path, size in own.items()} for own in sizes]
+
+
+def train(
     model: PreTrainedModel,
     rows: Rows,
     scores: Tensor,  # [units]
+    gains: Gains,
     cost: Tensor,  # [units]
     keep: float,
     windows: Sequence[Tensor],
-    learning_rate: float,
-) -> Tensor:  # [units]
-    """Scores after one step on each window, by Adam, whose rate falls to a tenth while the temperature falls.
+    rates: tuple[float, float],
+) -> None:
+    """Trains scores and gains, in place, by one step of Adam on each window; rates fall to a tenth, as gates go cold.
 
     Args:
         model: In evaluation mode, without gradients of its own.
         rows: Blocks with their groups.
         scores: Of all groups' units, one after another.
+        gains: Of each block, less 1; projections that are not in them have none.
         cost: Of each unit.
         keep: The fraction of all cost that stays.
         windows: Token ids, [1, s] each.
-        learning_rate: The highest.
+        rates: The highest, of scores and of gains.
     """
-    theta = scores.clone()
-    optimizer = torch.optim.Adam([theta], lr=learning_rate, betas=(0.9, 0.95))
     steps, budget = len(windows), keep * float(cost.sum())
+    trained = [gain.requires_grad_() for own in gains for gain in own.values()]
+    optimizer = torch.optim.Adam(
+        [{"params": p, "lr": rate} for p, rate in zip(([scores], trained), rates, strict=True) if p], betas=(0.9, 0.95)
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, 16 * (step + 1) / steps) * (1 - 0.9 * step / steps)
+    )
     with Progress(steps, "training gates", "window") as bar:
         for step, ids in enumerate(windows):
             temperature = WARM * (COLD / WARM) ** (step / steps)
-            optimizer.param_groups[0]["lr"] = learning_rate * min(1, 16 * (step + 1) / steps) * (1 - 0.9 * step / steps)
-            gates = opened(theta, cost, budget, temperature).requires_grad_()
-            with torch.enable_grad(), gated(rows, gates):
-                logits = model(input_ids=ids.to(theta.device), use_cache=False).logits
-                (gradient,) = torch.autograd.grad(next_token_loss(logits, ids), gates)
-            theta.grad = within_budget(gates.detach(), gradient, cost)
+            gates = opened(scores, cost, budget, temperature).requires_grad_()
+            with torch.enable_grad(), scaled(rows, gates, gains):
+                logits = model(input_ids=ids.to(scores.device), use_cache=False).logits
+                gradient, *gradients = torch.autograd.grad(next_token_loss(logits, ids), [gates, *trained])
+            scores.grad = within_budget(gates.detach(), gradient, cost)
+            for gain, own in zip(trained, gradients, strict=True):
+                gain.grad = own
             optimizer.step()
+            schedule.step()
             bar.update()
-    return theta
+    for gain in trained:
+        gain.requires_grad_(False)
 
 
 def opened(theta: Tensor, cost: Tensor, budget: float, temperature: float) -> Tensor:  # [units], [units] -> [units]
@@ -266,15 +291,18 @@ def within_budget(gates: Tensor, gradient: Tensor, cost: Tensor) -> Tensor:  # [
 
 
 @contextlib.contextmanager
-def gated(rows: Rows, gates: Tensor) -> Iterator[None]:  # [units]
-    """The model with every unit multiplied by its gate, for the time of the context."""
+def scaled(rows: Rows, gates: Tensor, gains: Gains) -> Iterator[None]:  # [units]
+    """The model with every unit multiplied by its gate and every input by its gain, for the time of the context."""
 
-    def gate(own: Tensor) -> Any:
+    def multiply(own: Tensor) -> Any:
         return lambda _, args: (args[0] * own.to(args[0].dtype), *args[1:])
 
     parts = gates.split([len(group) for _, group in rows])
-    consumers = [block.part(group.consumer.path) for block, group in rows]
-    handles = [part.register_forward_pre_hook(gate(own)) for part, own in zip(consumers, parts, strict=True)]
+    handles = [
+        innermost(block.part(path)).register_forward_pre_hook(multiply(factor))
+        for (block, group), gate, own in zip(rows, parts, gains, strict=True)
+        for path, factor in [(group.consumer.path, gate), *((path, 1 + gain) for path, gain in own.items())]
+    ]
     try:
         yield
     finally:

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from plprune import CFSP, LearnedGates, perplexity, prune
 from plprune.anatomy import blocks_of, matrix
-from plprune.methods.learned_gates import frozen, gated, opened, started, trained, within_budget
+from plprune.methods.learned_gates import frozen, ones, opened, scaled, started, train, within_budget
+from plprune.surgery import Surgery
 from tests.builders import logits, tiny, windows
 
 
@@ -56,7 +58,7 @@ def test_a_closed_gate_is_a_column_of_zeros(family: str) -> None:
     model, other = tiny(family), tiny(family)
     rows = rows_of(model)
     gates = torch.ones(sum(len(group) for _, group in rows)).index_fill_(0, torch.arange(0, 90, 7), 0.0)
-    with gated(rows, gates), torch.no_grad():
+    with scaled(rows, gates, [{} for _ in rows]), torch.no_grad():
         found = logits(model)
     for (block, group), own in zip(rows_of(other), gates.split([len(g) for _, g in rows]), strict=True):
         matrix(block.part(group.consumer.path)).data[:, own == 0] = 0
@@ -64,26 +66,63 @@ def test_a_closed_gate_is_a_column_of_zeros(family: str) -> None:
     assert torch.equal(logits(model), logits(tiny(family)))
 
 
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "phi3", "gemma2", "gpt_neox"])
+def test_gains_are_in_the_columns_of_the_weights(family: str) -> None:
+    model, other = tiny(family), tiny(family)
+    rows, generator = rows_of(model), torch.Generator().manual_seed(0)
+    gains = ones(rows, torch.device("cpu"))
+    for own in gains:
+        for gain in own.values():
+            gain.uniform_(-0.5, 0.5, generator=generator)
+    with scaled(rows, torch.ones(sum(len(group) for _, group in rows)), gains), torch.no_grad():
+        found = logits(model)
+    surgery = Surgery(other)
+    for block, own in zip(surgery.blocks, gains, strict=True):
+        assert len(own) == len({id(m) for m in block.module.modules() if isinstance(m, torch.nn.Linear | Conv1D)})
+        for path, gain in own.items():
+            surgery.scale(block, path, 1 + gain)
+    torch.testing.assert_close(found, logits(other), atol=1e-5, rtol=1e-5)
+
+
 def test_training_lowers_the_loss_that_a_pruning_by_norms_has() -> None:
     text = list(windows(4, 24).split(1))
-    learned, plain = tiny(), tiny()
-    prune(learned, LearnedGates(0.3, passes=30, learning_rate=0.3), text)
-    prune(plain, CFSP(0.3), text)
-    assert perplexity(learned, text) < 0.9 * perplexity(plain, text)
+    found = {}
+    for name, method in {
+        "norms": CFSP(0.3),
+        "gates": LearnedGates(0.3, passes=30, learning_rate=0.3, gain_rate=0.0),
+        "gains": LearnedGates(0.3, passes=30, learning_rate=0.3, gain_rate=0.02),
+    }.items():
+        model = tiny()
+        prune(model, method, text)
+        found[name] = perplexity(model, text)
+    assert found["gates"] < 0.9 * found["norms"]
+    assert found["gains"] < 0.9 * found["gates"]
+
+
+def test_weights_stay_as_they_are_without_gains() -> None:
+    model = tiny()
+    plan = prune(model, LearnedGates(0.3, gain_rate=0.0), [windows()])
+    assert not plan.repaired
+    for block, dense in zip(blocks_of(model), blocks_of(tiny()), strict=True):
+        keep = plan.keep[f"blocks.{block.index}.ffn"]
+        own, whole = (matrix(b.part(b.family.ffn_out)) for b in (block, dense))
+        assert torch.equal(own, whole[:, keep])
 
 
 def test_training_leaves_the_model_as_it_was() -> None:
-    model, rows = tiny(), rows_of(tiny())
+    model = tiny()
     rows = rows_of(model)
     next(model.parameters()).requires_grad_(False)
     before = [p.requires_grad for p in model.parameters()]
-    theta = torch.cat([torch.linspace(-3, 3, len(group)) for _, group in rows])
+    theta, gains = torch.cat([torch.linspace(-3, 3, len(group)) for _, group in rows]), ones(rows, model.device)
+    start = theta.clone()
     with frozen(model):
-        after = trained(model, rows, theta, torch.ones(len(theta)), 0.5, list(windows(4).split(1)), 0.1)
+        train(model, rows, theta, gains, torch.ones(len(theta)), 0.5, list(windows(4).split(1)), (0.1, 0.1))
     assert [p.requires_grad for p in model.parameters()] == before
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(logits(model), logits(tiny()))
-    assert not torch.equal(after, theta)
+    assert not torch.equal(theta, start)
+    assert all(gain.count_nonzero() for own in gains for gain in own.values())
 
 
 def test_more_passes_are_more_steps() -> None:
@@ -93,7 +132,7 @@ def test_more_passes_are_more_steps() -> None:
     assert plans[0].digest != plans[1].digest
 
 
-@pytest.mark.parametrize("wrong", [{"passes": 0}, {"learning_rate": 0.0}])
+@pytest.mark.parametrize("wrong", [{"passes": 0}, {"learning_rate": 0.0}, {"gain_rate": -0.1}])
 def test_what_does_not_train_is_refused(wrong) -> None:
-    with pytest.raises(ValueError, match="at least one of `passes`, with a positive `learning_rate`"):
+    with pytest.raises(ValueError, match="at least one of `passes`, with a positive `learning_rate`, and gains"):
         LearnedGates(**wrong)
