@@ -1,9 +1,10 @@
 r"""Learned gates: which FFN channels stay is learned, for all blocks at once, by the loss on next tokens.
 
 Every channel gets a gate between 0 and 1. The gates are trained, in one budget for the whole model, while a temperature
-closes or opens them. What is scored is thus what channels do together, and not what each does alone, and nothing has to
-be said about how much a block matters. A method of plprune's own; it needs gradients, hence the whole model in memory,
-and about three times what a forward pass takes for each calibration window.
+closes or opens them, in the end all but wholly: what a gate lets through that is half open would be missed later. What
+is scored is thus what channels do together, and not what each does alone, and nothing has to be said about how much a
+block matters. A method of plprune's own; it needs gradients, hence the whole model in memory, and about three times
+what a forward pass takes for each calibration window.
 
 What stays is repaired in the same pass: every input of every projection of the blocks gets a gain, which starts at 1,
 is trained beside the gates, and ends in the columns of the weight. These are a thousandth of all parameters, and so few
@@ -61,7 +62,7 @@ from plprune.surgery import Surgery
 Gains = list[dict[str, Tensor]]  # of each block: less 1, by the path of the projection, [d_in] each
 
 SPREAD = 6.0  # of the scores of a block, from its best channel to its worst, at the start
-WARM, COLD = 0.5, 0.05  # temperatures at the first and after the last step
+WARM, COLD = 0.5, 0.005  # temperatures at the first and after the last step, when gates must be open or closed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ class LearnedGates(PruningMethod):
     sparsity: float = 0.25
     passes: int = 1
     learning_rate: float = 0.1
-    gain_rate: float = 0.005
+    gain_rate: float = 0.01
 
     def __post_init__(self) -> None:
         super().__post_init__()

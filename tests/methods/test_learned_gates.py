@@ -6,7 +6,7 @@ from transformers.pytorch_utils import Conv1D
 
 from plprune import CFSP, LearnedGates, perplexity, prune
 from plprune.anatomy import blocks_of, matrix
-from plprune.methods.learned_gates import frozen, ones, opened, scaled, started, train, within_budget
+from plprune.methods.learned_gates import COLD, frozen, ones, opened, scaled, started, train, within_budget
 from plprune.surgery import Surgery
 from tests.builders import logits, tiny, windows
 
@@ -130,6 +130,17 @@ def test_more_passes_are_more_steps() -> None:
     plans = [prune(tiny(), LearnedGates(0.3, passes=n, learning_rate=0.5), text) for n in (1, 8)]
     assert plans[0].reached == pytest.approx(plans[1].reached, abs=1e-3)
     assert plans[0].digest != plans[1].digest
+
+
+def test_in_the_end_gates_are_open_or_closed() -> None:
+    model, text = tiny(), list(windows(64).split(1))
+    rows = rows_of(model)
+    theta, gains = torch.cat([torch.linspace(-3, 3, len(group)) for _, group in rows]), ones(rows, model.device)
+    cost = torch.ones(len(theta))
+    with frozen(model):
+        train(model, rows, theta, gains, cost, 0.5, text, (0.1, 0.0))
+    gates = opened(theta, cost, 0.5 * len(theta), COLD)
+    assert float(((gates > 0.1) & (gates < 0.9)).sum()) <= 0.05 * len(gates)
 
 
 @pytest.mark.parametrize("wrong", [{"passes": 0}, {"learning_rate": 0.0}, {"gain_rate": -0.1}])
