@@ -40,7 +40,7 @@ def refusals(model: PreTrainedModel) -> list[str]:
         reasons.append("query heads were removed: leave attention alone (FASP: attention none; FLAP: structure UL-MM)")
     if any(isinstance(m, Gather | Scatter) for m in model.modules()):
         reasons.append("value channels are ragged: export with --widen, or prune by FASP with attention none")
-    if any(innermost(m).bias is not None for b in blocks for m in _projections(b)):
+    if any(innermost(b.part(path)).bias is not None for b in blocks for path in b.projections):
         reasons.append("there are biases: prune with `repair` none, or restore with `bias` false")
     odd = sorted({width for b in blocks if (width := b.channels) % MULTIPLE})
     if odd:
@@ -156,7 +156,3 @@ def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     gone = [f"{b.family.blocks}.{b.index}.input_layernorm" for b in blocks_of(model) if not b.has_attention]
     own = {name: p.detach().contiguous() for name, p in model.named_parameters()}
     return {name: value for name, value in own.items() if not name.startswith(tuple(gone))} if gone else own
-
-
-def _projections(block: Block) -> list[torch.nn.Module]:
-    return [block.part(path) for path in block.projections]
