@@ -77,7 +77,8 @@ class Surgery:
         linear.weight = _parameter(
             linear.weight, linear.weight.detach() * (gain[:, None] if is_transposed(linear) else gain)
         )
-        self._repaired.append(self._name(linear.weight))
+        if (name := self._name(linear.weight)) not in self._repaired:
+            self._repaired.append(name)
 
     def plan(self, method: str, settings: dict[str, Any], importance: Tensor) -> PruningPlan:
         """The plan of all that was done, which the model carries from now on as `pruning_plan`."""

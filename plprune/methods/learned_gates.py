@@ -4,11 +4,12 @@ Every channel gets a gate between 0 and 1. The gates are trained, in one budget 
 closes or opens them, in the end all but wholly: what a gate lets through that is half open would be missed later. What
 is scored is thus what channels do together, and not what each does alone, and nothing has to be said about how much a
 block matters. A method of plprune's own; it needs gradients, hence the whole model in memory, and about three times
-what a forward pass takes for each calibration window.
+what a forward pass takes for each calibration window, twice.
 
-What stays is repaired in the same pass: every input of every projection of the blocks gets a gain, which starts at 1,
-is trained beside the gates, and ends in the columns of the weight. These are a thousandth of all parameters, and so few
-can be learned from few tokens.
+What stays is repaired twice. First by least squares, toward what the FFNs did (`plprune.repair`), drawn to the
+weights as they are. Then every input of every projection of the blocks gets a gain, which starts at 1, is trained by
+the loss on next tokens, and ends in the columns of the weight. These are a thousandth of all parameters, and so few can
+be learned from few tokens; the other way round, least squares would undo what they learned.
 
 Symbols: :math:`\theta_j` the score of channel j, :math:`z_j` its gate, T the temperature, :math:`c_j` the parameters of
 the channel, K those that may stay, :math:`g_j` the gradient of the loss with respect to the gate.
@@ -51,31 +52,38 @@ from plprune.calibration import Calibration, observe, stream
 from plprune.estimate import Work, block_flops
 from plprune.evaluation import next_token_loss
 from plprune.journal import journal_of
-from plprune.methods.base import PruningMethod, Rows, distinct, thinned
+from plprune.methods.base import Repairing, Rows, distinct, thinned
 from plprune.plan import PruningPlan
 from plprune.progress import Progress
+from plprune.repair import Damping, Repair
 from plprune.running import evaluating
 from plprune.serving import FREE, Constraint
 from plprune.stats import Norms
 from plprune.surgery import Surgery
 
-Gains = list[dict[str, Tensor]]  # of each block: less 1, by the path of the projection, [d_in] each
+Gains = list[dict[str, Tensor]]  # of each block, by the path of the projection, [d_in] each
+Factors = list[tuple[nn.Module, Tensor]]  # projections, and what their inputs are multiplied by, [d_in] each
 
 SPREAD = 6.0  # of the scores of a block, from its best channel to its worst, at the start
 WARM, COLD = 0.5, 0.005  # temperatures at the first and after the last step, when gates must be open or closed
 
 
 @dataclasses.dataclass(frozen=True)
-class LearnedGates(PruningMethod):
-    """FFN channels by gates that are trained under one budget for all blocks; gains, trained beside them, repair.
+class LearnedGates(Repairing):
+    """FFN channels by gates that are trained under one budget for all blocks; least squares and trained gains repair.
 
     Args:
         sparsity: The fraction of the decoder blocks' parameters to remove, in [0, 1).
-        passes: How often the calibration windows are gone through; each is a step. Gates that see a text often learn it
-            by heart: more windows do better than more passes.
+        passes: How often the calibration windows are gone through, for gates and again for gains; each is a step. Gates
+            that see a text often learn it by heart: more windows do better than more passes.
         learning_rate: Of the scores, whose best and worst are 6 apart in every block at first.
         gain_rate: Learning rate of the gains, one for each input of each projection, which are 1 at first; at 0 they
-            stay that, and no weight that is kept changes.
+            are left out.
+        repair: What is done for consumers that lose inputs, before the gains. none; compensate: their bias takes up
+            what those gave on average; restore: what they keep does the work of those too, by least squares.
+        damping: Regularisation of a restoration, relative to the mean diagonal of the inputs' second moments. auto: of
+            0.0001, 0.001 and so on to 1, what does best on every fourth calibration window, held out for that.
+        bias: Whether a repair may give consumers a bias. Without it, a restoration is of inputs that are not centred.
         target_parameters: How many parameters the whole model may have in the end, like 5.0B or 100M: `sparsity` is
             then found by it, and what is given for it does not count.
         target_memory: What its weights and the keys and values of `target_batch` sequences may take, like 8GiB or
@@ -91,6 +99,9 @@ class LearnedGates(PruningMethod):
     passes: int = 1
     learning_rate: float = 0.1
     gain_rate: float = 0.01
+    repair: Repair = dataclasses.field(default="restore", kw_only=True)
+    damping: Damping = dataclasses.field(default=0.1, kw_only=True)
+    bias: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,7 +113,7 @@ class LearnedGates(PruningMethod):
 
     def prune(self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor]) -> PruningPlan:
         calibration = Calibration.of(batches)
-        asked, p = self.check(model), self._budget(blocks_of(model))
+        asked, p, mending = self.check(model), self._budget(blocks_of(model)), self.mending(calibration)
         if journal_of(model) is not None:
             raise ValueError(
                 "gates are trained by gradients through the whole model: leave out --stream, or take CFSP, FASP, FLAP "
@@ -118,16 +129,13 @@ class LearnedGates(PruningMethod):
         fractions = kept_fractions(u, p, [len(group) for _, group in rows]).tolist()
         scores = [started(norm, k) for norm, k in zip(norms, fractions, strict=True)]
         if p:
-            scores, gains = self._learn(model, rows, scores, p, calibration)
-            for (block, _), own in zip(rows, gains, strict=True):
-                for path, gain in own.items():
-                    surgery.scale(block, path, 1 + gain)
-        for (block, group), keep in zip(rows, self._choose(rows, scores, p, asked), strict=True):
-            surgery.keep(block, group, keep)
+            scores = self._learn_gates(model, rows, scores, p, calibration)
+        chosen = self._choose(rows, scores, p, asked)
+        decided = [(block, group, keep) for (block, group), keep in zip(rows, chosen, strict=True)]
+        mending.carry_out(surgery, decided, "LearnedGates repair")
+        if p and self.gain_rate:
+            self._learn_gains(surgery, calibration)
         return surgery.plan("LearnedGates", dataclasses.asdict(self), u)
-
-    def conflicts(self, asked: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
-        return []
 
     def check(self, model: PreTrainedModel) -> Constraint:
         asked, blocks = super().check(model), blocks_of(model)
@@ -158,15 +166,19 @@ class LearnedGates(PruningMethod):
         return distinct(rows, [alike, *cases])
 
     def work(self, model: PreTrainedModel, count: int, length: int) -> Work:
-        """A forward and a backward pass for every step, which keeps what it reads."""
+        """A forward and a backward pass, which keeps what it reads, for every step of gates and of gains; and the walk
+        that repairs.
+        """
         blocks, size = blocks_of(model), next(model.parameters()).element_size()
         once = 3 * count * length * sum(block_flops(block, length) for block in blocks)
         kept = length * size * sum(8 * model.config.hidden_size + 4 * block.channels for block in blocks)
-        return Work(self.passes * once, 0, kept)
+        mending = self.repair_work(model, count * length, length, "none")
+        passes = self.passes * (2 if self.gain_rate else 1)
+        return Work(passes * once + mending.flops, mending.single, max(kept, mending.bytes))
 
     def _budget(self, blocks: Sequence[Block]) -> float:
         """The fraction of the FFN channels to remove (p)."""
-        return fraction_to_remove(self.sparsity, blocks, "none", "the FFN", biased=False)
+        return fraction_to_remove(self.sparsity, blocks, "none", "the FFN", biased=self.biased)
 
     def _alike(self, rows: Rows, p: float, asked: Constraint) -> list[int]:
         """Units to keep in each group if all gates were alike."""
@@ -175,18 +187,35 @@ class LearnedGates(PruningMethod):
             return largest_remainder(sizes, max(len(sizes), round(sum(sizes) * (1 - p))))
         return fit(rows, [n * (1 - p) for n in sizes], 1 - p, asked, asked.uniform)
 
-    def _learn(
+    def _learn_gates(
         self, model: PreTrainedModel, rows: Rows, scores: list[Tensor], p: float, calibration: Calibration
-    ) -> tuple[list[Tensor], Gains]:  # [units] each
-        """Scores and gains after training; of several processes all take the first one's scores."""
-        device = calibration.device or model.device
+    ) -> list[Tensor]:  # [units] each
+        """Scores after training; all processes take the first one's."""
         costs = [block.cost(group) for block, group in rows]
-        cost = torch.cat([torch.full((len(s),), c / min(costs)) for s, c in zip(scores, costs, strict=True)]).to(device)
-        theta, gains = torch.cat(scores).to(device), ones(rows, device) if self.gain_rate else [{} for _ in rows]
+        cost = torch.cat([torch.full((len(s),), c / min(costs)) for s, c in zip(scores, costs, strict=True)])
+        with self._training(model, calibration) as (device, windows):
+            theta = torch.cat(scores).to(device)
+            train_gates(model, rows, theta, cost.to(device), 1 - p, windows, self.learning_rate)
+        return list(processes.sent(theta, 0, calibration.group).cpu().split([len(s) for s in scores]))
+
+    def _learn_gains(self, surgery: Surgery, calibration: Calibration) -> None:
+        """Gains of what stays, in the weights."""
+        with self._training(surgery.model, calibration) as (device, windows):
+            gains = ones(surgery.blocks, device)
+            train_gains(surgery.model, surgery.blocks, gains, windows, self.gain_rate)
+        for block, own in zip(surgery.blocks, gains, strict=True):
+            for path, gain in own.items():
+                surgery.scale(block, path, gain)
+
+    @contextlib.contextmanager
+    def _training(
+        self, model: PreTrainedModel, calibration: Calibration
+    ) -> Iterator[tuple[torch.device, list[Tensor]]]:  # [1, s] each
+        """The model where and as it is trained on, for the time of the context; with the window of each step."""
+        device = calibration.device or model.device
         windows = calibration.windows(sum(len(ids) for ids in calibration)) * self.passes
         with evaluating(model), on_device(model, device), frozen(model):
-            train(model, rows, theta, gains, cost, 1 - p, windows, (self.learning_rate, self.gain_rate))
-        return list(processes.sent(theta, 0, calibration.group).cpu().split([len(s) for s in scores])), gains
+            yield device, windows
 
     def _choose(self, rows: Rows, scores: list[Tensor], p: float, asked: Constraint) -> list[Tensor]:
         chosen = global_ranking(scores, [block.cost(group) for block, group in rows], p)
@@ -209,57 +238,84 @@ def started(norm: Tensor, fraction: float) -> Tensor:  # [n] -> [n]
     return SPREAD * (fraction - rank / len(norm))
 
 
-def ones(rows: Rows, device: torch.device) -> Gains:
+def ones(blocks: Sequence[Block], device: torch.device) -> Gains:
     """Gains of 1 for every input of every projection of the blocks."""
-    sizes = [{path: matrix(block.part(path)).shape[1] for path in block.projections} for block, _ in rows]
-    return [{path: torch.zeros(size, device=device) for path, size in own.items()} for own in sizes]
+    sizes = [{path: matrix(block.part(path)).shape[1] for path in block.projections} for block in blocks]
+    return [{path: torch.ones(size, device=device) for path, size in own.items()} for own in sizes]
 
 
-def train(
+def train_gates(
     model: PreTrainedModel,
     rows: Rows,
     scores: Tensor,  # [units]
-    gains: Gains,
     cost: Tensor,  # [units]
     keep: float,
     windows: Sequence[Tensor],
-    rates: tuple[float, float],
+    rate: float,
 ) -> None:
-    """Trains scores and gains, in place, by one step of Adam on each window; rates fall to a tenth, as gates go cold.
+    """Trains scores, in place, as gates go cold.
 
     Args:
         model: In evaluation mode, without gradients of its own.
         rows: Blocks with their groups.
         scores: Of all groups' units, one after another.
-        gains: Of each block, less 1; projections that are not in them have none.
         cost: Of each unit.
         keep: The fraction of all cost that stays.
         windows: Token ids, [1, s] each.
-        rates: The highest, of scores and of gains.
+        rate: The highest learning rate.
     """
-    steps, budget = len(windows), keep * float(cost.sum())
-    trained = [gain.requires_grad_() for own in gains for gain in own.values()]
-    optimizer = torch.optim.Adam(
-        [{"params": p, "lr": rate} for p, rate in zip(([scores], trained), rates, strict=True) if p], betas=(0.9, 0.95)
-    )
+    budget, consumers = keep * float(cost.sum()), [block.part(group.consumer.path) for block, group in rows]
+    for done, ids in steps([scores], rate, windows, "training gates"):
+        gates = opened(scores, cost, budget, WARM * (COLD / WARM) ** done).requires_grad_()
+        factors = list(zip(consumers, gates.split([len(group) for _, group in rows]), strict=True))
+        (gradient,) = gradients(model, ids, factors, [gates])
+        scores.grad = within_budget(gates.detach(), gradient, cost)
+
+
+def train_gains(
+    model: PreTrainedModel, blocks: Sequence[Block], gains: Gains, windows: Sequence[Tensor], rate: float
+) -> None:
+    """Trains gains, in place.
+
+    Args:
+        model: In evaluation mode, without gradients of its own.
+        blocks: Its blocks.
+        gains: Of each block.
+        windows: Token ids, [1, s] each.
+        rate: The highest learning rate.
+    """
+    parts = [block.part(path) for block, own in zip(blocks, gains, strict=True) for path in own]
+    trained = [gain.detach().requires_grad_() for own in gains for gain in own.values()]
+    for _, ids in steps(trained, rate, windows, "training gains"):
+        found = gradients(model, ids, list(zip(parts, trained, strict=True)), trained)
+        for gain, gradient in zip(trained, found, strict=True):
+            gain.grad = gradient
+
+
+def steps(
+    parameters: list[Tensor], rate: float, windows: Sequence[Tensor], title: str
+) -> Iterator[tuple[float, Tensor]]:
+    """The windows, each with the share of all that went before; a step of Adam follows each, by what was set as `grad`.
+
+    The rate rises through the first sixteenth of the steps, and falls to a tenth through all.
+    """
+    optimizer, count = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.95)), len(windows)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, 16 * (step + 1) / steps) * (1 - 0.9 * step / steps)
+        optimizer, lambda step: min(1, 16 * (step + 1) / count) * (1 - 0.9 * step / count)
     )
-    with Progress(steps, "training gates", "window") as bar:
+    with Progress(count, title, "window") as bar:
         for step, ids in enumerate(windows):
-            temperature = WARM * (COLD / WARM) ** (step / steps)
-            gates = opened(scores, cost, budget, temperature).requires_grad_()
-            with torch.enable_grad(), scaled(rows, gates, gains):
-                logits = model(input_ids=ids.to(scores.device), use_cache=False).logits
-                gradient, *gradients = torch.autograd.grad(next_token_loss(logits, ids), [gates, *trained])
-            scores.grad = within_budget(gates.detach(), gradient, cost)
-            for gain, own in zip(trained, gradients, strict=True):
-                gain.grad = own
+            yield step / count, ids
             optimizer.step()
             schedule.step()
             bar.update()
-    for gain in trained:
-        gain.requires_grad_(False)
+
+
+def gradients(model: PreTrainedModel, ids: Tensor, factors: Factors, of: list[Tensor]) -> Sequence[Tensor]:
+    """Gradients of the loss on the next tokens of a window, [1, s], with respect to what inputs are multiplied by."""
+    with torch.enable_grad(), scaled(factors):
+        logits = model(input_ids=ids.to(of[0].device), use_cache=False).logits
+        return torch.autograd.grad(next_token_loss(logits, ids), of)
 
 
 def opened(theta: Tensor, cost: Tensor, budget: float, temperature: float) -> Tensor:  # [units], [units] -> [units]
@@ -292,18 +348,13 @@ def within_budget(gates: Tensor, gradient: Tensor, cost: Tensor) -> Tensor:  # [
 
 
 @contextlib.contextmanager
-def scaled(rows: Rows, gates: Tensor, gains: Gains) -> Iterator[None]:  # [units]
-    """The model with every unit multiplied by its gate and every input by its gain, for the time of the context."""
+def scaled(factors: Factors) -> Iterator[None]:
+    """The model with inputs of projections multiplied by factors, for the time of the context."""
 
     def multiply(own: Tensor) -> Any:
         return lambda _, args: (args[0] * own.to(args[0].dtype), *args[1:])
 
-    parts = gates.split([len(group) for _, group in rows])
-    handles = [
-        innermost(block.part(path)).register_forward_pre_hook(multiply(factor))
-        for (block, group), gate, own in zip(rows, parts, gains, strict=True)
-        for path, factor in [(group.consumer.path, gate), *((path, 1 + gain) for path, gain in own.items())]
-    ]
+    handles = [innermost(part).register_forward_pre_hook(multiply(own)) for part, own in factors]
     try:
         yield
     finally:

@@ -1,12 +1,24 @@
 """Learned gates against the definition: the budget, the gradient by finite differences, and what training is for."""
 
+import itertools
+
 import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
 
 from plprune import CFSP, LearnedGates, perplexity, prune
 from plprune.anatomy import blocks_of, matrix
-from plprune.methods.learned_gates import COLD, frozen, ones, opened, scaled, started, train, within_budget
+from plprune.methods.learned_gates import (
+    COLD,
+    frozen,
+    ones,
+    opened,
+    scaled,
+    started,
+    train_gains,
+    train_gates,
+    within_budget,
+)
 from plprune.surgery import Surgery
 from tests.builders import logits, tiny, windows
 
@@ -58,9 +70,11 @@ def test_a_closed_gate_is_a_column_of_zeros(family: str) -> None:
     model, other = tiny(family), tiny(family)
     rows = rows_of(model)
     gates = torch.ones(sum(len(group) for _, group in rows)).index_fill_(0, torch.arange(0, 90, 7), 0.0)
-    with scaled(rows, gates, [{} for _ in rows]), torch.no_grad():
+    parts = gates.split([len(group) for _, group in rows])
+    factors = [(block.part(group.consumer.path), own) for (block, group), own in zip(rows, parts, strict=True)]
+    with scaled(factors), torch.no_grad():
         found = logits(model)
-    for (block, group), own in zip(rows_of(other), gates.split([len(g) for _, g in rows]), strict=True):
+    for (block, group), own in zip(rows_of(other), parts, strict=True):
         matrix(block.part(group.consumer.path)).data[:, own == 0] = 0
     torch.testing.assert_close(found, logits(other))
     assert torch.equal(logits(model), logits(tiny(family)))
@@ -69,39 +83,39 @@ def test_a_closed_gate_is_a_column_of_zeros(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "phi3", "gemma2", "gpt_neox"])
 def test_gains_are_in_the_columns_of_the_weights(family: str) -> None:
     model, other = tiny(family), tiny(family)
-    rows, generator = rows_of(model), torch.Generator().manual_seed(0)
-    gains = ones(rows, torch.device("cpu"))
+    blocks, generator = blocks_of(model), torch.Generator().manual_seed(0)
+    gains = ones(blocks, torch.device("cpu"))
     for own in gains:
         for gain in own.values():
-            gain.uniform_(-0.5, 0.5, generator=generator)
-    with scaled(rows, torch.ones(sum(len(group) for _, group in rows)), gains), torch.no_grad():
+            gain.uniform_(0.5, 1.5, generator=generator)
+    factors = [(block.part(path), gain) for block, own in zip(blocks, gains, strict=True) for path, gain in own.items()]
+    with scaled(factors), torch.no_grad():
         found = logits(model)
     surgery = Surgery(other)
     for block, own in zip(surgery.blocks, gains, strict=True):
         assert len(own) == len({id(m) for m in block.module.modules() if isinstance(m, torch.nn.Linear | Conv1D)})
         for path, gain in own.items():
-            surgery.scale(block, path, 1 + gain)
+            surgery.scale(block, path, gain)
     torch.testing.assert_close(found, logits(other), atol=1e-5, rtol=1e-5)
 
 
-def test_training_lowers_the_loss_that_a_pruning_by_norms_has() -> None:
-    text = list(windows(4, 24).split(1))
-    found = {}
-    for name, method in {
-        "norms": CFSP(0.3),
-        "gates": LearnedGates(0.3, passes=30, learning_rate=0.3, gain_rate=0.0),
-        "gains": LearnedGates(0.3, passes=30, learning_rate=0.3, gain_rate=0.02),
-    }.items():
+def test_gates_lower_the_loss_that_a_pruning_by_norms_has_and_gains_lower_it_further() -> None:
+    text, own = list(windows(4, 24).split(1)), {"passes": 30, "learning_rate": 0.3}
+    found = []
+    for method in (
+        CFSP(0.3),
+        LearnedGates(0.3, gain_rate=0.0, repair="none", **own),
+        LearnedGates(0.3, gain_rate=0.02, **own),
+    ):
         model = tiny()
         prune(model, method, text)
-        found[name] = perplexity(model, text)
-    assert found["gates"] < 0.9 * found["norms"]
-    assert found["gains"] < 0.9 * found["gates"]
+        found.append(perplexity(model, text))
+    assert all(after < 0.9 * before for before, after in itertools.pairwise(found)), found
 
 
-def test_weights_stay_as_they_are_without_gains() -> None:
+def test_weights_stay_as_they_are_without_repair() -> None:
     model = tiny()
-    plan = prune(model, LearnedGates(0.3, gain_rate=0.0), [windows()])
+    plan = prune(model, LearnedGates(0.3, gain_rate=0.0, repair="none"), [windows()])
     assert not plan.repaired
     for block, dense in zip(blocks_of(model), blocks_of(tiny()), strict=True):
         keep = plan.keep[f"blocks.{block.index}.ffn"]
@@ -109,20 +123,26 @@ def test_weights_stay_as_they_are_without_gains() -> None:
         assert torch.equal(own, whole[:, keep])
 
 
+def test_what_was_repaired_is_named_once() -> None:
+    plan = prune(tiny(), LearnedGates(0.3), [windows()])
+    assert len(plan.repaired) == len(set(plan.repaired)) == 3 * 7
+
+
 def test_training_leaves_the_model_as_it_was() -> None:
-    model = tiny()
+    model, text = tiny(), list(windows(4).split(1))
     rows = rows_of(model)
     next(model.parameters()).requires_grad_(False)
     before = [p.requires_grad for p in model.parameters()]
-    theta, gains = torch.cat([torch.linspace(-3, 3, len(group)) for _, group in rows]), ones(rows, model.device)
-    start = theta.clone()
+    theta = torch.cat([torch.linspace(-3, 3, len(group)) for _, group in rows])
+    start, gains = theta.clone(), ones(blocks_of(model), model.device)
     with frozen(model):
-        train(model, rows, theta, gains, torch.ones(len(theta)), 0.5, list(windows(4).split(1)), (0.1, 0.1))
+        train_gates(model, rows, theta, torch.ones(len(theta)), 0.5, text, 0.1)
+        train_gains(model, blocks_of(model), gains, text, 0.1)
     assert [p.requires_grad for p in model.parameters()] == before
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(logits(model), logits(tiny()))
     assert not torch.equal(theta, start)
-    assert all(gain.count_nonzero() for own in gains for gain in own.values())
+    assert all((gain != 1).any() and not gain.requires_grad for own in gains for gain in own.values())
 
 
 def test_more_passes_are_more_steps() -> None:
@@ -135,10 +155,10 @@ def test_more_passes_are_more_steps() -> None:
 def test_in_the_end_gates_are_open_or_closed() -> None:
     model, text = tiny(), list(windows(64).split(1))
     rows = rows_of(model)
-    theta, gains = torch.cat([torch.linspace(-3, 3, len(group)) for _, group in rows]), ones(rows, model.device)
+    theta = torch.cat([torch.linspace(-3, 3, len(group)) for _, group in rows])
     cost = torch.ones(len(theta))
     with frozen(model):
-        train(model, rows, theta, gains, cost, 0.5, text, (0.1, 0.0))
+        train_gates(model, rows, theta, cost, 0.5, text, 0.1)
     gates = opened(theta, cost, 0.5 * len(theta), COLD)
     assert float(((gates > 0.1) & (gates < 0.9)).sum()) <= 0.05 * len(gates)
 
