@@ -77,8 +77,7 @@ class Surgery:
         linear.weight = _parameter(
             linear.weight, linear.weight.detach() * (gain[:, None] if is_transposed(linear) else gain)
         )
-        if (name := self._name(linear.weight)) not in self._repaired:
-            self._repaired.append(name)
+        self._repaired.append(self._name(linear.weight))
 
     def plan(self, method: str, settings: dict[str, Any], importance: Tensor) -> PruningPlan:
         """The plan of all that was done, which the model carries from now on as `pruning_plan`."""
@@ -93,7 +92,7 @@ class Surgery:
             sparsity=settings["sparsity"],
             method=method,
             settings=settings,
-            repaired=self._repaired,
+            repaired=list(dict.fromkeys(self._repaired)),  # restored and scaled weights are there twice
             config=dense_config(self.model),
             previous=plan_of(self.model),
         )

@@ -311,7 +311,8 @@ def test_configs_run_on_a_tiny_model(
     config |= {"calibration": config["text"], "num_samples": 2, "calibration_seq_len": 16, "max_windows": 2}
     config["sparsities"] = config["sparsities"][:1]
     config = {name: value for name, value in config.items() if name not in ("tasks", "limit", "max_batch")}
-    for way in ways if isinstance(ways := config.get("recover", []), list) else [ways]:
+    ways = config.get("recover", [])
+    for way in ways if isinstance(ways, list) else [ways]:
         way |= {"text": config["text"], "steps": way.get("rounds", 1), "seq_len": 16}
     Path("compare.yaml").write_text(yaml.safe_dump(config))
     main(["compare", "--config", "compare.yaml"])

@@ -61,7 +61,6 @@ from plprune.serving import FREE, Constraint
 from plprune.stats import Norms
 from plprune.surgery import Surgery
 
-Gains = list[dict[str, Tensor]]  # of each block, by the path of the projection, [d_in] each
 Factors = list[tuple[nn.Module, Tensor]]  # projections, and what their inputs are multiplied by, [d_in] each
 
 SPREAD = 6.0  # of the scores of a block, from its best channel to its worst, at the start
@@ -200,12 +199,12 @@ class LearnedGates(Repairing):
 
     def _learn_gains(self, surgery: Surgery, calibration: Calibration) -> None:
         """Gains of what stays, in the weights."""
+        places = [(block, path) for block in surgery.blocks for path in block.projections]
         with self._training(surgery.model, calibration) as (device, windows):
-            gains = ones(surgery.blocks, device)
-            train_gains(surgery.model, surgery.blocks, gains, windows, self.gain_rate)
-        for block, own in zip(surgery.blocks, gains, strict=True):
-            for path, gain in own.items():
-                surgery.scale(block, path, gain)
+            gains = ones([block.part(path) for block, path in places], device)
+            train_gains(surgery.model, gains, windows, self.gain_rate)
+        for (block, path), (_, gain) in zip(places, gains, strict=True):
+            surgery.scale(block, path, gain)
 
     @contextlib.contextmanager
     def _training(
@@ -238,10 +237,9 @@ def started(norm: Tensor, fraction: float) -> Tensor:  # [n] -> [n]
     return SPREAD * (fraction - rank / len(norm))
 
 
-def ones(blocks: Sequence[Block], device: torch.device) -> Gains:
-    """Gains of 1 for every input of every projection of the blocks."""
-    sizes = [{path: matrix(block.part(path)).shape[1] for path in block.projections} for block in blocks]
-    return [{path: torch.ones(size, device=device) for path, size in own.items()} for own in sizes]
+def ones(projections: Iterable[nn.Module], device: torch.device) -> Factors:
+    """Gains of 1 for every input of the projections."""
+    return [(part, torch.ones(matrix(part).shape[1], device=device)) for part in projections]
 
 
 def train_gates(
@@ -272,23 +270,19 @@ def train_gates(
         scores.grad = within_budget(gates.detach(), gradient, cost)
 
 
-def train_gains(
-    model: PreTrainedModel, blocks: Sequence[Block], gains: Gains, windows: Sequence[Tensor], rate: float
-) -> None:
+def train_gains(model: PreTrainedModel, gains: Factors, windows: Sequence[Tensor], rate: float) -> None:
     """Trains gains, in place.
 
     Args:
         model: In evaluation mode, without gradients of its own.
-        blocks: Its blocks.
-        gains: Of each block.
+        gains: Of its projections.
         windows: Token ids, [1, s] each.
         rate: The highest learning rate.
     """
-    parts = [block.part(path) for block, own in zip(blocks, gains, strict=True) for path in own]
-    trained = [gain.detach().requires_grad_() for own in gains for gain in own.values()]
+    trained = [gain.detach().requires_grad_() for _, gain in gains]  # these share their memory
+    factors = [(part, own) for (part, _), own in zip(gains, trained, strict=True)]
     for _, ids in steps(trained, rate, windows, "training gains"):
-        found = gradients(model, ids, list(zip(parts, trained, strict=True)), trained)
-        for gain, gradient in zip(trained, found, strict=True):
+        for gain, gradient in zip(trained, gradients(model, ids, factors, trained), strict=True):
             gain.grad = gradient
 
 

@@ -83,19 +83,19 @@ def test_a_closed_gate_is_a_column_of_zeros(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "phi3", "gemma2", "gpt_neox"])
 def test_gains_are_in_the_columns_of_the_weights(family: str) -> None:
     model, other = tiny(family), tiny(family)
-    blocks, generator = blocks_of(model), torch.Generator().manual_seed(0)
-    gains = ones(blocks, torch.device("cpu"))
-    for own in gains:
-        for gain in own.values():
-            gain.uniform_(0.5, 1.5, generator=generator)
-    factors = [(block.part(path), gain) for block, own in zip(blocks, gains, strict=True) for path, gain in own.items()]
-    with scaled(factors), torch.no_grad():
+    generator, places = torch.Generator().manual_seed(0), []
+    for block in blocks_of(model):
+        linears = {id(m) for m in block.module.modules() if isinstance(m, torch.nn.Linear | Conv1D)}
+        assert len(block.projections) == len(linears)
+        places += [(block, path) for path in block.projections]
+    gains = ones([block.part(path) for block, path in places], torch.device("cpu"))
+    for _, gain in gains:
+        gain.uniform_(0.5, 1.5, generator=generator)
+    with scaled(gains), torch.no_grad():
         found = logits(model)
     surgery = Surgery(other)
-    for block, own in zip(surgery.blocks, gains, strict=True):
-        assert len(own) == len({id(m) for m in block.module.modules() if isinstance(m, torch.nn.Linear | Conv1D)})
-        for path, gain in own.items():
-            surgery.scale(block, path, gain)
+    for (block, path), (_, gain) in zip(places, gains, strict=True):
+        surgery.scale(surgery.blocks[block.index], path, gain)
     torch.testing.assert_close(found, logits(other), atol=1e-5, rtol=1e-5)
 
 
@@ -134,15 +134,16 @@ def test_training_leaves_the_model_as_it_was() -> None:
     next(model.parameters()).requires_grad_(False)
     before = [p.requires_grad for p in model.parameters()]
     theta = torch.cat([torch.linspace(-3, 3, len(group)) for _, group in rows])
-    start, gains = theta.clone(), ones(blocks_of(model), model.device)
+    start, blocks = theta.clone(), blocks_of(model)
+    gains = ones([block.part(path) for block in blocks for path in block.projections], model.device)
     with frozen(model):
         train_gates(model, rows, theta, torch.ones(len(theta)), 0.5, text, 0.1)
-        train_gains(model, blocks_of(model), gains, text, 0.1)
+        train_gains(model, gains, text, 0.1)
     assert [p.requires_grad for p in model.parameters()] == before
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(logits(model), logits(tiny()))
     assert not torch.equal(theta, start)
-    assert all((gain != 1).any() and not gain.requires_grad for own in gains for gain in own.values())
+    assert all((gain != 1).any() and not gain.requires_grad for _, gain in gains)
 
 
 def test_more_passes_are_more_steps() -> None:
