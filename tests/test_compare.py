@@ -308,7 +308,12 @@ def test_configs_run_on_a_tiny_model(
     monkeypatch.chdir(tmp_path)
     config = yaml.safe_load(path.read_text())
     config |= {"models": [save_tiny(tmp_path / "tiny")], "text": numbers(tmp_path / "text.txt"), "seq_len": 16}
-    config |= {"calibration": config["text"], "num_samples": 2, "calibration_seq_len": 16, "max_windows": 2}
+    config |= {"num_samples": 2, "calibration_seq_len": 16, "max_windows": 2}
+    if isinstance(config.get("calibration"), list):
+        for each in config["calibration"]:
+            each |= {"text": config["text"], "num_samples": 2, "seq_len": 16}
+    else:
+        config["calibration"] = config["text"]
     config["sparsities"] = config["sparsities"][:1]
     config = {name: value for name, value in config.items() if name not in ("tasks", "limit", "max_batch")}
     ways = config.get("recover", [])
