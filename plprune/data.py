@@ -20,9 +20,9 @@ class RecoveryData(pl.LightningDataModule):
 
     A text is a `.txt`, `.jsonl` or `.parquet` file; a dataset on the hub or in a folder, as `ORG/NAME`,
     `ORG/NAME:CONFIG` or `ORG/NAME:CONFIG:SPLIT`, whose split is `train` if not given; or `pydoc_data.topics`, the 110
-    thousand tokens of English about Python that come with CPython. Rows hold a `text`; or `messages`, or
-    `instruction`, `input` and `output`, or `prompt` and `completion`, which go through the tokenizer's chat template
-    and are trained on the answers only.
+    thousand tokens of English about Python that come with CPython: enough to try things, while a model that is to speak
+    of more wants other text. Rows hold a `text`; or `messages`, or `instruction`, `input` and `output`, or `prompt` and
+    `completion`, which go through the tokenizer's chat template and are trained on the answers only.
 
     Args:
         train: Text to recover on: a `.txt`, `.jsonl` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the hub or of

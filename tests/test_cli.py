@@ -149,6 +149,15 @@ def test_prune_does_what_the_library_does(here: Path, capsys: pytest.CaptureFixt
     assert out == f"{summary(plan)}; saved to out\n"
 
 
+def test_prune_says_what_its_own_text_is_about(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    command = [word for word in PRUNE if not word.startswith("--text")]
+    main([*command, "--method=FLAP", "--output=first"])
+    assert "pydoc_data.topics, which is about Python only" in caplog.text
+    caplog.clear()
+    main([*command, "--method=FLAP", "--output=second", "--text=text.txt"])
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("device", ["cpu", "cpu:0"])
 def test_evaluate_measures_dense_and_pruned_models(here: Path, capsys: pytest.CaptureFixture[str], device: str) -> None:
     main([*PRUNE, "--method=CFSP"])

@@ -1,5 +1,6 @@
 """`plprune prune`: one model, one method, no training."""
 
+import logging
 from typing import Literal
 
 from plprune import callbacks, methods, processes, streaming
@@ -9,6 +10,8 @@ from plprune.checkpoint import Dtype, load_model, load_skeleton, load_tokenizer,
 from plprune.methods import PruningMethod
 from plprune.processes import device_called
 from plprune.text import PYDOC, check_sizes, check_source, draw, tokenised
+
+log = logging.getLogger(__name__)
 
 
 def prune(
@@ -36,7 +39,8 @@ def prune(
             NAME` lists its settings.
         output: Folder to write.
         text: Calibration text: a `.txt`, `.jsonl` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the hub, or
-            `pydoc_data.topics`.
+            `pydoc_data.topics`, which is there without a hub, but about Python only: give text like what the model is
+            for, or general text.
         join: Put between the rows of the text, which are then one document; every row is one if not given.
         num_samples: Calibration windows.
         seq_len: Tokens of a window.
@@ -54,6 +58,8 @@ def prune(
     check_sizes(num_samples=num_samples, seq_len=seq_len, batch_size=batch_size)
     streaming.check_output(output, stream, resume, overwrite)
     check_source(text)
+    if text == PYDOC and not processes.local_rank():
+        log.warning("calibrating on %s, which is about Python only: give --text what the model is for", text)
     place = device_called(device)
     tokenizer = load_tokenizer(model)
     windows = draw(tokenised(text, tokenizer, join, seed=seed)[0], num_samples, seq_len, seed)
