@@ -1,15 +1,19 @@
-r"""Learned gates: which FFN channels stay is learned, for all blocks at once, by the loss on next tokens.
+r"""Learned gates: which FFN channels stay is learned, for all blocks at once, from what the dense model says.
 
 Every channel gets a gate between 0 and 1. The gates are trained, in one budget for the whole model, while a temperature
 closes or opens them, in the end all but wholly: what a gate lets through that is half open would be missed later. What
 is scored is thus what channels do together, and not what each does alone, and nothing has to be said about how much a
 block matters. A method of plprune's own; it needs gradients, hence the whole model in memory, and about three times
-what a forward pass takes for each calibration window, twice.
+what a forward pass takes for each calibration window, twice, after one that asks the dense model.
 
-What stays is repaired twice. First by least squares, toward what the FFNs did (`plprune.repair`), drawn to the
-weights as they are. Then every input of every projection of the blocks gets a gain, which starts at 1, is trained by
-the loss on next tokens, and ends in the columns of the weight. These are a thousandth of all parameters, and so few can
-be learned from few tokens; the other way round, least squares would undo what they learned.
+The loss is the divergence from the dense model's distributions of each next token, its likeliest tokens one by one and
+all others together, as in `plprune.distillation`. Gates that are trained by what the text says next learn the text.
+
+What stays is repaired twice. First by least squares, toward what the FFNs did (`plprune.repair`), drawn to the weights
+as they are. Then every input of every projection of the blocks gets a gain, which starts at 1, is trained by that
+divergence and the loss on next tokens in equal parts, and ends in the columns of the weight. These are a thousandth of
+all parameters, and so few can be learned from few tokens; the other way round, least squares would undo what they
+learned.
 
 Symbols: :math:`\theta_j` the score of channel j, :math:`z_j` its gate, T the temperature, :math:`c_j` the parameters of
 the channel, K those that may stay, :math:`g_j` the gradient of the loss with respect to the gate.
@@ -29,7 +33,7 @@ as all that is trained are known from IA3 (https://arxiv.org/abs/2205.05638).
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +53,7 @@ from plprune.allocation import (
 )
 from plprune.anatomy import Block, blocks_of, innermost, matrix, on_device
 from plprune.calibration import Calibration, observe, stream
+from plprune.distillation import divergence, events
 from plprune.estimate import Work, block_flops
 from plprune.evaluation import next_token_loss
 from plprune.journal import journal_of
@@ -65,6 +70,30 @@ Factors = list[tuple[nn.Module, Tensor]]  # projections, and what their inputs a
 
 SPREAD = 6.0  # of the scores of a block, from its best channel to its worst, at the start
 WARM, COLD = 0.5, 0.005  # temperatures at the first and after the last step, when gates must be open or closed
+LIKELIEST = 64  # tokens that the dense model is asked for one by one; all others count together
+
+
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """A calibration window, with what the dense model says of it.
+
+    Args:
+        ids: Token ids, [1, s].
+        values: Log-probabilities of the tokens that it holds likeliest, and of all others together, [1, s - 1, k + 1].
+        tokens: Which these are, [1, s - 1, k].
+    """
+
+    ids: Tensor
+    values: Tensor
+    tokens: Tensor
+
+    def divergence(self, logits: Tensor) -> Tensor:  # [1, s, v]
+        """From what the dense model says of the next tokens."""
+        return divergence(logits, self.ids, self.values, self.tokens, temperature=1.0)
+
+    def loss(self, logits: Tensor) -> Tensor:  # [1, s, v]
+        """This and what the text says next, in equal parts."""
+        return (self.divergence(logits) + next_token_loss(logits, self.ids)) / 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,13 +156,14 @@ class LearnedGates(Repairing):
         u, surgery = importance(distances), Surgery(model)
         fractions = kept_fractions(u, p, [len(group) for _, group in rows]).tolist()
         scores = [started(norm, k) for norm, k in zip(norms, fractions, strict=True)]
-        if p:
-            scores = self._learn_gates(model, rows, scores, p, calibration)
+        lessons = self._lessons(model, calibration) if p else []
+        if lessons:
+            scores = self._learn_gates(model, rows, scores, p, lessons, calibration)
         chosen = self._choose(rows, scores, p, asked)
         decided = [(block, group, keep) for (block, group), keep in zip(rows, chosen, strict=True)]
         mending.carry_out(surgery, decided, "LearnedGates repair")
-        if p and self.gain_rate:
-            self._learn_gains(surgery, calibration)
+        if lessons and self.gain_rate:
+            self._learn_gains(surgery, lessons)
         return surgery.plan("LearnedGates", dataclasses.asdict(self), u)
 
     def check(self, model: PreTrainedModel) -> Constraint:
@@ -165,15 +195,16 @@ class LearnedGates(Repairing):
         return distinct(rows, [alike, *cases])
 
     def work(self, model: PreTrainedModel, count: int, length: int) -> Work:
-        """A forward and a backward pass, which keeps what it reads, for every step of gates and of gains; and the walk
-        that repairs.
+        """A forward pass that asks the dense model; for every step of gates and of gains one and a backward pass, which
+        keeps what it reads; and the walk that repairs.
         """
         blocks, size = blocks_of(model), next(model.parameters()).element_size()
-        once = 3 * count * length * sum(block_flops(block, length) for block in blocks)
+        once = count * length * sum(block_flops(block, length) for block in blocks)
         kept = length * size * sum(8 * model.config.hidden_size + 4 * block.channels for block in blocks)
         mending = self.repair_work(model, count * length, length, "none")
         passes = self.passes * (2 if self.gain_rate else 1)
-        return Work(passes * once + mending.flops, mending.single, max(kept, mending.bytes))
+        taught = count * length * LIKELIEST * 8
+        return Work((1 + 3 * passes) * once + mending.flops, mending.single, taught + max(kept, mending.bytes))
 
     def _budget(self, blocks: Sequence[Block]) -> float:
         """The fraction of the FFN channels to remove (p)."""
@@ -186,35 +217,47 @@ class LearnedGates(Repairing):
             return largest_remainder(sizes, max(len(sizes), round(sum(sizes) * (1 - p))))
         return fit(rows, [n * (1 - p) for n in sizes], 1 - p, asked, asked.uniform)
 
+    def _lessons(self, model: PreTrainedModel, calibration: Calibration) -> list[Lesson]:
+        """The lesson of each step, by the model before it is pruned."""
+        device = calibration.device or model.device
+        windows, lessons = calibration.windows(sum(len(ids) for ids in calibration)), []
+        with (
+            evaluating(model),
+            on_device(model, device),
+            Progress(len(windows), "asking the dense model", "window") as bar,
+        ):
+            for ids in windows:
+                lessons.append(lesson(model, ids.to(device)))
+                bar.update()
+        return lessons * self.passes
+
     def _learn_gates(
-        self, model: PreTrainedModel, rows: Rows, scores: list[Tensor], p: float, calibration: Calibration
+        self,
+        model: PreTrainedModel,
+        rows: Rows,
+        scores: list[Tensor],  # [units] each
+        p: float,
+        lessons: Sequence[Lesson],
+        calibration: Calibration,
     ) -> list[Tensor]:  # [units] each
         """Scores after training; all processes take the first one's."""
         costs = [block.cost(group) for block, group in rows]
         cost = torch.cat([torch.full((len(s),), c / min(costs)) for s, c in zip(scores, costs, strict=True)])
-        with self._training(model, calibration) as (device, windows):
-            theta = torch.cat(scores).to(device)
-            train_gates(model, rows, theta, cost.to(device), 1 - p, windows, self.learning_rate)
+        device = lessons[0].ids.device
+        theta = torch.cat(scores).to(device)
+        with trainable(model, device):
+            train_gates(model, rows, theta, cost.to(device), 1 - p, lessons, self.learning_rate)
         return list(processes.sent(theta, 0, calibration.group).cpu().split([len(s) for s in scores]))
 
-    def _learn_gains(self, surgery: Surgery, calibration: Calibration) -> None:
+    def _learn_gains(self, surgery: Surgery, lessons: Sequence[Lesson]) -> None:
         """Gains of what stays, in the weights."""
         places = [(block, path) for block in surgery.blocks for path in block.projections]
-        with self._training(surgery.model, calibration) as (device, windows):
+        device = lessons[0].ids.device
+        with trainable(surgery.model, device):
             gains = ones([block.part(path) for block, path in places], device)
-            train_gains(surgery.model, gains, windows, self.gain_rate)
+            train_gains(surgery.model, gains, lessons, self.gain_rate)
         for (block, path), (_, gain) in zip(places, gains, strict=True):
             surgery.scale(block, path, gain)
-
-    @contextlib.contextmanager
-    def _training(
-        self, model: PreTrainedModel, calibration: Calibration
-    ) -> Iterator[tuple[torch.device, list[Tensor]]]:  # [1, s] each
-        """The model where and as it is trained on, for the time of the context; with the window of each step."""
-        device = calibration.device or model.device
-        windows = calibration.windows(sum(len(ids) for ids in calibration)) * self.passes
-        with evaluating(model), on_device(model, device), frozen(model):
-            yield device, windows
 
     def _choose(self, rows: Rows, scores: list[Tensor], p: float, asked: Constraint) -> list[Tensor]:
         chosen = global_ranking(scores, [block.cost(group) for block, group in rows], p)
@@ -237,6 +280,13 @@ def started(norm: Tensor, fraction: float) -> Tensor:  # [n] -> [n]
     return SPREAD * (fraction - rank / len(norm))
 
 
+@torch.no_grad()
+def lesson(model: PreTrainedModel, ids: Tensor) -> Lesson:  # [1, s]
+    """A window with what a model says of it."""
+    values, tokens = events(model(input_ids=ids, use_cache=False).logits[:, :-1], LIKELIEST, temperature=1.0)
+    return Lesson(ids, values, tokens.int())
+
+
 def ones(projections: Iterable[nn.Module], device: torch.device) -> Factors:
     """Gains of 1 for every input of the projections."""
     return [(part, torch.ones(matrix(part).shape[1], device=device)) for part in projections]
@@ -248,7 +298,7 @@ def train_gates(
     scores: Tensor,  # [units]
     cost: Tensor,  # [units]
     keep: float,
-    windows: Sequence[Tensor],
+    lessons: Sequence[Lesson],
     rate: float,
 ) -> None:
     """Trains scores, in place, as gates go cold.
@@ -259,57 +309,62 @@ def train_gates(
         scores: Of all groups' units, one after another.
         cost: Of each unit.
         keep: The fraction of all cost that stays.
-        windows: Token ids, [1, s] each.
+        lessons: One for each step.
         rate: The highest learning rate.
     """
     budget, consumers = keep * float(cost.sum()), [block.part(group.consumer.path) for block, group in rows]
-    for done, ids in steps([scores], rate, windows, "training gates"):
+    for done, taught in steps([scores], rate, lessons, "training gates"):
         gates = opened(scores, cost, budget, WARM * (COLD / WARM) ** done).requires_grad_()
         factors = list(zip(consumers, gates.split([len(group) for _, group in rows]), strict=True))
-        (gradient,) = gradients(model, ids, factors, [gates])
+        (gradient,) = gradients(model, taught.ids, factors, taught.divergence, [gates])
         scores.grad = within_budget(gates.detach(), gradient, cost)
 
 
-def train_gains(model: PreTrainedModel, gains: Factors, windows: Sequence[Tensor], rate: float) -> None:
+def train_gains(model: PreTrainedModel, gains: Factors, lessons: Sequence[Lesson], rate: float) -> None:
     """Trains gains, in place.
 
     Args:
         model: In evaluation mode, without gradients of its own.
         gains: Of its projections.
-        windows: Token ids, [1, s] each.
+        lessons: One for each step.
         rate: The highest learning rate.
     """
     trained = [gain.detach().requires_grad_() for _, gain in gains]  # these share their memory
     factors = [(part, own) for (part, _), own in zip(gains, trained, strict=True)]
-    for _, ids in steps(trained, rate, windows, "training gains"):
-        for gain, gradient in zip(trained, gradients(model, ids, factors, trained), strict=True):
+    for _, taught in steps(trained, rate, lessons, "training gains"):
+        for gain, gradient in zip(trained, gradients(model, taught.ids, factors, taught.loss, trained), strict=True):
             gain.grad = gradient
 
 
 def steps(
-    parameters: list[Tensor], rate: float, windows: Sequence[Tensor], title: str
-) -> Iterator[tuple[float, Tensor]]:
-    """The windows, each with the share of all that went before; a step of Adam follows each, by what was set as `grad`.
+    parameters: list[Tensor], rate: float, lessons: Sequence[Lesson], title: str
+) -> Iterator[tuple[float, Lesson]]:
+    """The lessons, each with the share of all that went before; a step of Adam follows each, by what was set as `grad`.
 
     The rate rises through the first sixteenth of the steps, and falls to a tenth through all.
     """
-    optimizer, count = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.95)), len(windows)
+    optimizer, count = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.95)), len(lessons)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, 16 * (step + 1) / count) * (1 - 0.9 * step / count)
     )
     with Progress(count, title, "window") as bar:
-        for step, ids in enumerate(windows):
-            yield step / count, ids
+        for step, taught in enumerate(lessons):
+            yield step / count, taught
             optimizer.step()
             schedule.step()
             bar.update()
 
 
-def gradients(model: PreTrainedModel, ids: Tensor, factors: Factors, of: list[Tensor]) -> Sequence[Tensor]:
-    """Gradients of the loss on the next tokens of a window, [1, s], with respect to what inputs are multiplied by."""
+def gradients(
+    model: PreTrainedModel,
+    ids: Tensor,  # [1, s]
+    factors: Factors,
+    loss: Callable[[Tensor], Tensor],  # of the logits
+    of: list[Tensor],
+) -> Sequence[Tensor]:
+    """Gradients of a loss with respect to what inputs are multiplied by."""
     with torch.enable_grad(), scaled(factors):
-        logits = model(input_ids=ids.to(of[0].device), use_cache=False).logits
-        return torch.autograd.grad(next_token_loss(logits, ids), of)
+        return torch.autograd.grad(loss(model(input_ids=ids, use_cache=False).logits), of)
 
 
 def opened(theta: Tensor, cost: Tensor, budget: float, temperature: float) -> Tensor:  # [units], [units] -> [units]
@@ -354,6 +409,13 @@ def scaled(factors: Factors) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def trainable(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """The model where and as factors of it are trained, for the time of the context."""
+    with evaluating(model), on_device(model, device), frozen(model):
+        yield
 
 
 @contextlib.contextmanager

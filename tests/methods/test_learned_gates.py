@@ -1,16 +1,17 @@
 """Learned gates against the definition: the budget, the gradient by finite differences, and what training is for."""
 
-import itertools
-
 import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from plprune import CFSP, LearnedGates, perplexity, prune
+from plprune import CFSP, LearnedGates, prune
 from plprune.anatomy import blocks_of, matrix
 from plprune.methods.learned_gates import (
     COLD,
+    LIKELIEST,
+    Lesson,
     frozen,
+    lesson,
     ones,
     opened,
     scaled,
@@ -99,18 +100,32 @@ def test_gains_are_in_the_columns_of_the_weights(family: str) -> None:
     torch.testing.assert_close(found, logits(other), atol=1e-5, rtol=1e-5)
 
 
-def test_gates_lower_the_loss_that_a_pruning_by_norms_has_and_gains_lower_it_further() -> None:
+def test_a_lesson_is_what_the_model_says_and_with_what_the_text_says_a_loss() -> None:
+    teacher, model, ids = tiny(), tiny(seed=1), windows(1)
+    taught, said = lesson(teacher, ids), logits(model, ids)
+    right, own = (logits(m, ids)[0, :-1].double().softmax(-1) for m in (teacher, model))
+    best = right.topk(LIKELIEST).indices
+    p, q = (torch.cat([e.gather(-1, best), 1 - e.gather(-1, best).sum(-1, keepdim=True)], -1) for e in (own, right))
+    following = -own.gather(-1, ids[0, 1:, None]).log().mean()
+    divergence = (q * (q / p).log()).sum(-1).mean()
+    torch.testing.assert_close(taught.divergence(said).double(), divergence, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(taught.loss(said).double(), (divergence + following) / 2, atol=1e-5, rtol=1e-5)
+
+
+def test_gates_lower_the_divergence_that_a_pruning_by_norms_has_and_gains_lower_the_loss_further() -> None:
     text, own = list(windows(4, 24).split(1)), {"passes": 30, "learning_rate": 0.3}
-    found = []
+    lessons, found = [lesson(tiny(), ids) for ids in text], []
     for method in (
         CFSP(0.3),
         LearnedGates(0.3, gain_rate=0.0, repair="none", **own),
-        LearnedGates(0.3, gain_rate=0.02, **own),
+        LearnedGates(0.3, gain_rate=0.02, repair="none", **own),
     ):
         model = tiny()
         prune(model, method, text)
-        found.append(perplexity(model, text))
-    assert all(after < 0.9 * before for before, after in itertools.pairwise(found)), found
+        said = [logits(model, each.ids) for each in lessons]
+        found.append([sum(map(of, lessons, said)) for of in (Lesson.divergence, Lesson.loss)])
+    assert found[1][0] < 0.9 * found[0][0]
+    assert found[2][1] < 0.9 * found[1][1]
 
 
 def test_weights_stay_as_they_are_without_repair() -> None:
@@ -134,11 +149,12 @@ def test_training_leaves_the_model_as_it_was() -> None:
     next(model.parameters()).requires_grad_(False)
     before = [p.requires_grad for p in model.parameters()]
     theta = torch.cat([torch.linspace(-3, 3, len(group)) for _, group in rows])
+    lessons = [lesson(model, ids) for ids in text]
     start, blocks = theta.clone(), blocks_of(model)
     gains = ones([block.part(path) for block in blocks for path in block.projections], model.device)
     with frozen(model):
-        train_gates(model, rows, theta, torch.ones(len(theta)), 0.5, text, 0.1)
-        train_gains(model, gains, text, 0.1)
+        train_gates(model, rows, theta, torch.ones(len(theta)), 0.5, lessons, 0.1)
+        train_gains(model, gains, lessons, 0.1)
     assert [p.requires_grad for p in model.parameters()] == before
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(logits(model), logits(tiny()))
@@ -159,7 +175,7 @@ def test_in_the_end_gates_are_open_or_closed() -> None:
     theta = torch.cat([torch.linspace(-3, 3, len(group)) for _, group in rows])
     cost = torch.ones(len(theta))
     with frozen(model):
-        train_gates(model, rows, theta, cost, 0.5, text, 0.1)
+        train_gates(model, rows, theta, cost, 0.5, [lesson(model, ids) for ids in text], 0.1)
     gates = opened(theta, cost, 0.5 * len(theta), COLD)
     assert float(((gates > 0.1) & (gates < 0.9)).sum()) <= 0.05 * len(gates)
 
