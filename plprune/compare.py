@@ -46,7 +46,7 @@ from plprune.report.found import of_process
 from plprune.report.page import at
 from plprune.speed import measure_speed
 from plprune.survey import load, save, survey
-from plprune.tasks import TaskResult, check_tasks, paired, run_tasks
+from plprune.tasks import TaskResult, average, check_tasks, counted, paired, run_tasks
 from plprune.text import READERS, check_sizes, check_source, draw, tokenised
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class Study:
         protocol: How perplexity is measured.
         recover: How pruned models are recovered, each in every one of these ways; they are not if not given. The first
             is the one that is plotted.
-        tasks: lm-eval tasks.
+        tasks: lm-eval tasks, groups and tags.
         task_data: Folder with the tasks' data.
         limit: Examples of each task.
         max_batch: The largest batch that speed is measured at; it is not measured if not given.
@@ -411,6 +411,9 @@ class Bench:
             cell["tasks"] = {}
             for name in study.tasks:
                 cell["tasks"] |= self.cache.get(limited | {"tasks": name}, lambda name=name: self._tasks(model(), name))
+            results = {name: TaskResult(**result) for name, result in cell["tasks"].items()}
+            mean = average(results[name] for name in counted(results))
+            cell |= {} if mean is None else {"average": mean.value, "average_stderr": mean.stderr}
         return cell
 
     def _read(self, of: dict[str, Any], model: Callable[[], PreTrainedModel], text: Passage) -> Cell:

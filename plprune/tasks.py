@@ -4,6 +4,9 @@ The tasks, their prompts and their metrics are lm-eval's own: a model scores her
 from its folder. Two models are compared example by example, as both see the same: the standard error of the mean of
 the differences is much smaller than that of two accuracies.
 
+A group, such as mmlu, that lm-eval gives a score of its own has a result beside those of its tasks, which are marked as
+parts of it: averages are over what was asked for. A tag, or a group without a score, only stands for what is in it.
+
 A folder of task files holds data sets as ORG/NAME, each as `datasets` loads it, and tasks of one's own as YAML files.
 Where a data set lacks a split that its task names but does not need, such as the one for examples in the prompt, the
 task goes without.
@@ -14,13 +17,14 @@ import difflib
 import functools
 import hashlib
 import io
+import itertools
 import logging
 import math
 import random
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -62,7 +66,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a model scored on one task.
+    """What a model scored on one task, or on a group of them.
 
     Args:
         metric: What was measured.
@@ -72,6 +76,8 @@ class TaskResult:
         scores: That of each example; empty if the metric is no mean over examples.
         examples: A hash of the examples and their order.
         others: The task's other metrics, and their standard errors.
+        group: The group that it is a part of; None if it was asked for by itself.
+        parts: Of a group, how many of the examples each of its tasks has, and the weight of their mean in the score.
     """
 
     metric: str
@@ -81,6 +87,18 @@ class TaskResult:
     scores: list[float]
     examples: str
     others: dict[str, tuple[float, float | None]]
+    group: str | None = None
+    parts: list[tuple[int, float]] = field(default_factory=list)
+
+
+def named(tasks: str | None) -> list[str]:
+    """Names that are separated by commas.
+
+    Example:
+        >>> named("mmlu, piqa,")
+        ['mmlu', 'piqa']
+    """
+    return [name.strip() for name in (tasks or "").split(",") if name.strip()]
 
 
 def check_tasks(names: Sequence[str], folder: str | None = None) -> None:
@@ -109,13 +127,13 @@ def run_tasks(
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        names: Of tasks, groups or tags, as lm-eval calls them; a group is run as its tasks.
+        names: Of tasks, groups or tags, as lm-eval calls them.
         limit: At most this many examples of each task; all if not given.
         folder: The folder of task files; data sets come from the hub or its cache if not given.
         batch_size: Requests that are run at once.
 
     Returns:
-        The result of each task, by name.
+        The result of each task and of each group that has one, by name; a group comes before what is in it.
 
     Raises:
         ValueError: As :func:`check_tasks`.
@@ -128,8 +146,8 @@ def run_tasks(
     with _undisturbed(), evaluating(model):
         wrap, run = cast(Any, HFLM), cast(Any, lm_eval.simple_evaluate)
         wrapped = wrap(model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
-        found = run(wrapped, tasks=list(loaded["tasks"].values()), limit=limit, task_manager=loaded["manager"])
-    return {name: _result(name, found) for name in loaded["tasks"]}
+        found = run(wrapped, tasks=loaded["asked"], limit=limit, task_manager=loaded["manager"])
+    return _results(found, loaded)
 
 
 def paired(dense: TaskResult, pruned: TaskResult) -> Difference | None:
@@ -145,11 +163,10 @@ def paired(dense: TaskResult, pruned: TaskResult) -> Difference | None:
     """
     if (dense.metric, dense.examples) != (pruned.metric, pruned.examples):
         raise ValueError("two results of other metrics or other examples cannot be paired: run both the same way")
-    changes = [after - before for before, after in zip(dense.scores, pruned.scores, strict=True)]
-    if not changes:
-        return None
-    error = statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None
-    return Difference(statistics.fmean(changes), error)
+    changes = iter([after - before for before, after in zip(dense.scores, pruned.scores, strict=True)])
+    parts = pruned.parts or [(len(pruned.scores), 1.0)]
+    means = [_mean(list(itertools.islice(changes, count))) for count, _ in parts] if pruned.scores else []
+    return _weighted(means, [weight for _, weight in parts]) if means else None
 
 
 def average(figures: Iterable[Figure]) -> Difference | None:
@@ -160,32 +177,44 @@ def average(figures: Iterable[Figure]) -> Difference | None:
         Difference(value=0.6, stderr=0.25)
     """
     figures = list(figures)
-    if not figures:
-        return None
-    errors = [figure.stderr for figure in figures]
-    known = [error for error in errors if error is not None]
-    total = math.hypot(*known) / len(known) if len(known) == len(errors) else None
-    return Difference(statistics.fmean(figure.value for figure in figures), total)
+    return _weighted(figures, [1 / len(figures)] * len(figures)) if figures else None
+
+
+def counted(results: dict[str, TaskResult]) -> list[str]:
+    """What an average is over: all that was asked for by itself, but metrics that are no mean over examples."""
+    return [name for name, result in results.items() if result.scores and result.group is None]
+
+
+def _mean(values: Sequence[float]) -> Difference:
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return Difference(statistics.fmean(values), error)
+
+
+def _weighted(figures: Sequence[Figure], weights: Sequence[float]) -> Difference:
+    """The sum of figures, whose errors are independent, each times its weight."""
+    pairs = list(zip(figures, weights, strict=True))
+    errors = [figure.stderr * weight for figure, weight in pairs if figure.stderr is not None]
+    error = math.hypot(*errors) if len(errors) == len(pairs) else None
+    return Difference(math.fsum(figure.value * weight for figure, weight in pairs), error)
 
 
 def columns(stages: dict[str, dict[str, TaskResult]]) -> dict[str, dict[str, Figure | None]]:
-    """Results by model and task; with two models their differences, and with several tasks the averages.
-
-    Tasks whose metric is no mean over examples have no part in the average.
-    """
+    """Results by model and task; with two models their differences, and with several that count the averages."""
     found: dict[str, dict[str, Figure | None]] = {stage: dict(results) for stage, results in stages.items()}
     first, *others = stages.values()
     if len(others) == 1:
         found["difference"] = {name: paired(first[name], others[0][name]) for name in first}
-    counted = [name for name, result in first.items() if result.scores]
-    if len(counted) > 1:
+    names = counted(first)
+    if len(names) > 1:
         for column in found.values():
-            column[AVERAGE] = average(cast(Figure, column[name]) for name in counted)
+            column[AVERAGE] = average(cast(Figure, column[name]) for name in names)
     return found
 
 
 def table(stages: dict[str, dict[str, TaskResult]]) -> str:
     """Scores with their standard errors, a column for each model; of two, the difference too, example by example.
+
+    What is in a group follows it, indented.
 
     Example:
         >>> result = TaskResult("acc", 0.5, 0.1, True, [], "", {})
@@ -194,15 +223,20 @@ def table(stages: dict[str, dict[str, TaskResult]]) -> str:
         piqa                acc           0.5000 ± 0.1000   0.5000 ± 0.1000   -
     """
     found, first = columns(stages), next(iter(stages.values()))
-    lines = [_line("task", "metric", found)]
+    rows = [["task", "metric", *found]]
     for name in next(iter(found.values())):
         metric = first[name].metric if name in first else ""
-        lines.append(_line(name, metric, [_cell(column[name]) for column in found.values()]))
-    return "\n".join(lines)
+        rows.append(["  " * _depth(name, first) + name, metric, *(_cell(column[name]) for column in found.values())])
+    least = [18, 12, *[16] * len(found)]
+    widths = [max(low, *map(len, cells)) for low, cells in zip(least, zip(*rows, strict=True), strict=True)]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
 
 
-def _line(name: str, metric: str, cells: Iterable[str]) -> str:
-    return f"{name:<20}{metric:<14}{''.join(f'{cell:<18}' for cell in cells)}".rstrip()
+def _depth(name: str, results: dict[str, TaskResult]) -> int:
+    """How many groups a result is within."""
+    group = results[name].group if name in results else None
+    return 0 if group is None else 1 + _depth(group, results)
 
 
 def _cell(figure: Figure | None) -> str:
@@ -213,7 +247,7 @@ def _cell(figure: Figure | None) -> str:
 
 @functools.lru_cache(maxsize=16)  # for the check before a model is loaded, and for each model
 def _loaded(names: tuple[str, ...], folder: str | None) -> dict[str, Any]:
-    """The tasks, and the manager that knows them."""
+    """What is asked for, the tasks and the groups in it, which group holds which, and the manager that knows them."""
     if find_spec("lm_eval") is None:
         raise ValueError("running tasks needs lm-eval: pip install 'plprune[eval]'")
     if folder is not None and not Path(folder).is_dir():
@@ -227,10 +261,13 @@ def _loaded(names: tuple[str, ...], folder: str | None) -> dict[str, Any]:
                 raise ValueError(f"no task {name!r}; {meant}")
         with _data_from(folder) if folder else contextlib.nullcontext():
             try:
-                tasks = manager.load(list(names))["tasks"]
+                loaded = manager.load(list(names))
             except (OSError, ValueError, ImportError, RuntimeError) as error:
                 raise ValueError(_missing(names, folder, error)) from error
-    return {"manager": manager, "tasks": tasks}
+    tasks, groups = loaded["tasks"], loaded["groups"]
+    within = {child: name for name, group in groups.items() for child in group.child_names}
+    asked = [each for name, each in (groups | tasks).items() if name not in within]
+    return {"manager": manager, "tasks": tasks, "groups": groups, "within": within, "asked": asked}
 
 
 def _missing(names: Sequence[str], folder: str | None, error: Exception) -> str:
@@ -301,28 +338,95 @@ def _undisturbed() -> Iterator[None]:
         np.random.set_state(arrays)
 
 
+def _results(found: dict[str, Any], loaded: dict[str, Any]) -> dict[str, TaskResult]:
+    """What lm-eval returns, groups before what is in them; a group without a score is left out."""
+    results: dict[str, TaskResult] = {}
+    for task in loaded["tasks"]:
+        chain = [task]
+        while chain[0] in loaded["within"]:
+            chain.insert(0, loaded["within"][chain[0]])
+        above = None
+        for name in chain:
+            group = loaded["groups"].get(name)
+            if group is None or _figures(name, found):
+                if name not in results:
+                    own = _result(name, found) if group is None else _group(group, found)
+                    results[name] = replace(own, group=above)
+                above = name
+    return results
+
+
 def _result(name: str, found: dict[str, Any]) -> TaskResult:
-    """One task's part of what lm-eval returns: metrics are called `METRIC,FILTER` there."""
-    figures = {
-        key: (value, _number(found["results"][name].get(_stderr(key))))
+    """One task's part of what lm-eval returns."""
+    figures = _figures(name, found)
+    chosen = _chosen(figures)
+    scores, examples = _scores(name, chosen, found)
+    return _scored(name, chosen, found, scores, examples, [])
+
+
+def _group(group: Any, found: dict[str, Any]) -> TaskResult:
+    """One group's part: a mean over its tasks, by their sizes or not, as lm-eval takes it."""
+    chosen = _chosen(_figures(group.name, found))
+    by_size = next(each.weight_by_size for each in group.aggregate_metric_list if each.metric == chosen.split(",")[0])
+    tasks = [each.task_name for each in group.get_all_tasks() if chosen in found["results"][each.task_name]]
+    sizes = [found["results"][task]["sample_len"] for task in tasks]
+    weights = [size / sum(sizes) if by_size else 1 / len(sizes) for size in sizes]
+    each = [_scores(task, chosen, found) for task in tasks]
+    known = all(len(scores) == size for (scores, _), size in zip(each, sizes, strict=True))
+    scores = [score for own, _ in each for score in own] if known else []
+    parts = list(zip(sizes, weights, strict=True)) if known else []
+    return _scored(group.name, chosen, found, scores, _hash("".join(examples for _, examples in each)), parts)
+
+
+def _scored(
+    name: str,
+    chosen: str,
+    found: dict[str, Any],
+    scores: list[float],
+    examples: str,
+    parts: list[tuple[int, float]],
+) -> TaskResult:
+    """A result by one of its metrics, the others beside it."""
+    figures, metric = _figures(name, found), chosen.partition(",")[0]
+    return TaskResult(
+        metric=metric,
+        value=figures[chosen][0],
+        stderr=figures[chosen][1],
+        higher_is_better=found["higher_is_better"].get(name, {}).get(metric) is not False,
+        scores=scores,
+        examples=examples,
+        others={key.removesuffix(",none"): figure for key, figure in figures.items() if key != chosen},
+        parts=parts,
+    )
+
+
+def _figures(name: str, found: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
+    """The metrics of a task or group with their standard errors: they are called `METRIC,FILTER`."""
+    return {
+        key: (float(value), _number(found["results"][name].get(_stderr(key))))
         for key, value in found["results"][name].items()
         if "," in key and "_stderr," not in key and isinstance(value, int | float)
     }
-    chosen = next((key for metric in METRICS for key in figures if key.startswith(f"{metric},")), next(iter(figures)))
+
+
+def _chosen(figures: dict[str, tuple[float, float | None]]) -> str:
+    """The metric that is the result."""
+    return next((key for metric in METRICS for key in figures if key.startswith(f"{metric},")), next(iter(figures)))
+
+
+def _scores(name: str, chosen: str, found: dict[str, Any]) -> tuple[list[float], str]:
+    """A metric of each of a task's examples, if it is a mean over them, and a hash of the examples."""
     metric, _, way = chosen.partition(",")
     samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
     samples = [sample for sample in samples if sample["filter"] == way]
     scores = [sample.get(metric) for sample in samples]
     mean = all(isinstance(score, int | float | np.number) for score in scores)
-    return TaskResult(
-        metric=metric,
-        value=figures[chosen][0],
-        stderr=figures[chosen][1],
-        higher_is_better=found["higher_is_better"][name].get(metric) is not False,
-        scores=[float(cast(Any, score)) for score in scores] if mean else [],
-        examples=hashlib.sha256("".join(sample["doc_hash"] for sample in samples).encode()).hexdigest()[:16],
-        others={key.removesuffix(",none"): figure for key, figure in figures.items() if key != chosen},
-    )
+    examples = _hash("".join(sample["doc_hash"] for sample in samples))
+    return [float(cast(Any, score)) for score in scores] if mean else [], examples
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _stderr(key: str) -> str:

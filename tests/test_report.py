@@ -102,6 +102,7 @@ def cell(model: str, method: str, sparsity: float, seed: int, stage: str, perple
         "bits_per_byte": math.log2(perplexity) / 4,
         "reached": sparsity + 1e-4,
         "tasks": {task: scores(0.6 - sparsity / 4 + i / 20) for i, task in enumerate(("arc_easy", "piqa"))},
+        "average": 0.6 - sparsity / 4 + 0.025,
         "speed": speed(25 / share),
         "widths": {
             "attention": [known.randrange(4) for _ in range(30)],
@@ -353,6 +354,17 @@ def test_seeds_are_summarised_by_mean_and_range() -> None:
     alone = summarised(comparison_record(("m",), seeds=1)["cells"])
     assert alone[1]["tasks"]["piqa"]["stderr"] == 0.0101234
     assert "perplexity_range" not in alone[1]
+
+
+def test_what_is_in_a_group_is_marked_and_has_no_column_of_a_comparison() -> None:
+    record = run_record(3)
+    for found in record["tasks"].values():
+        found |= {"mmlu": scores(0.3), "mmlu_anatomy": scores(0.2) | {"group": "mmlu"}}
+    assert "<td>mmlu</td>" in (page := report.html(record)) and "<td>– mmlu_anatomy</td>" in page
+    record = comparison_record(("m",))
+    for own in record["cells"]:
+        own.get("tasks", {}).get("piqa", {})["group"] = "arc_easy"
+    assert "arc_easy</th>" in (page := report.html(record)) and "piqa" not in page
 
 
 def test_settings_tell_one_method_twice_apart() -> None:

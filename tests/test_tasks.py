@@ -74,6 +74,22 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(place)
 
 
+@pytest.fixture
+def groups(folder: str) -> str:
+    """`outer` is scored over the examples of `inner` and `full`, `inner` over its tasks; `unscored` has no score."""
+    place = Path(folder)
+    (place / "lost.yaml").unlink()
+    (place / "own/short").mkdir()
+    jsonl(place / "own/short/validation.jsonl", QUESTIONS[2:7])
+    (place / "short.yaml").write_text(TASK.format(name="short", data="short").replace("tag: toys\n", ""))
+    members = {"outer": ("[inner, full]", True), "inner": ("[toy, short]", False), "unscored": ("[inner, full]", None)}
+    for name, (tasks, by_size) in members.items():
+        scored = f"aggregate_metric_list: [{{metric: acc, weight_by_size: {by_size}}}]\n"
+        text = f"group: {name}\ntask: {tasks}\n" + ("" if by_size is None else scored)
+        (place / f"{name}.yaml").write_text(text)
+    return folder
+
+
 @torch.no_grad()
 def slow_score(model: Any, row: dict[str, Any]) -> float:
     """Whether the answer is the most probable of the choices."""
@@ -120,6 +136,47 @@ def test_a_tag_stands_for_its_tasks_and_a_split_of_its_own_is_used(folder: str) 
     found = run_tasks(tiny(), tokenizer(), ["toys"], limit=4, folder=folder)
     assert set(found) == {"toy", "full"}
     assert found["toy"].scores == found["full"].scores  # the same rows, once as validation, once as test
+
+
+def test_a_group_has_a_score_of_its_own_and_counts_once(groups: str) -> None:
+    dense, pruned = (run_tasks(tiny(seed=seed), tokenizer(), ["outer", "words"], folder=groups) for seed in (0, 1))
+    assert list(dense) == ["outer", "inner", "toy", "short", "full", "words"]
+    assert [result.group for result in dense.values()] == [None, "outer", "inner", "inner", "outer", None]
+    for found in (dense, pruned):
+        documents = [score for name in ("toy", "short", "full") for score in found[name].scores]
+        assert found["outer"].value == pytest.approx(statistics.fmean(documents))
+        assert found["inner"].value == pytest.approx((found["toy"].value + found["short"].value) / 2)
+        assert found["inner"].stderr == pytest.approx(
+            math.hypot(*(found[name].stderr or 0 for name in ("toy", "short"))) / 2
+        )
+        assert columns({"model": found})["model"].get("average") is None  # of one figure that counts
+    changes = columns({"dense": dense, "pruned": pruned})["difference"]
+    for name in ("outer", "inner"):
+        change = changes[name]
+        assert change is not None
+        assert change.value == pytest.approx(pruned[name].value - dense[name].value)
+    assert changes["inner"] == average(changes[name] for name in ("toy", "short"))  # type: ignore[misc]
+    errors = {name: change.stderr or 0 for name, change in changes.items() if change is not None}
+    sizes = {"toy": 12, "short": 5, "full": 12}
+    assert errors["outer"] == pytest.approx(math.hypot(*(sizes[name] / 29 * errors[name] for name in sizes)))
+    rows = [line[:10].rstrip() for line in table({"dense": dense, "pruned": pruned}).splitlines()]
+    assert rows == ["task", "outer", "  inner", "    toy", "    short", "  full", "words"]
+    assert TaskResult(**json.loads(json.dumps(dataclasses.asdict(dense["outer"])))).value == dense["outer"].value
+
+
+def test_the_average_is_over_what_was_asked_for(groups: str) -> None:
+    found = run_tasks(tiny(), tokenizer(), ["inner", "full"], folder=groups)
+    assert columns({"model": found})["model"]["average"] == average([found["inner"], found["full"]])
+    assert run_tasks(tiny(), tokenizer(), ["unscored"], folder=groups) == found  # only stands for what is in it
+
+
+def test_columns_are_as_wide_as_what_is_in_them() -> None:
+    name = "a_task_with_a_name_that_is_longer_than_any_column_was"
+    first, second = table({"model": {name: made(0.5, [])}, "m" * 40: {name: made(0.25, [])}}).splitlines()
+    assert second.split() == [name, "acc", "0.5000", "±", "0.1000", "0.2500", "±", "0.1000", "-"]
+    assert first.index("metric") == second.index("acc")
+    assert first.index("mm") == second.index("0.2500")
+    assert first.index("difference") == second.index("-")
 
 
 def test_a_metric_that_is_no_mean_has_no_scores(folder: str) -> None:
@@ -251,6 +308,39 @@ def test_the_command_prints_tasks_and_speed_and_writes_them(
 
 
 @pytest.mark.slow
+def test_groups_are_scored_as_lm_eval_does(groups: str, tmp_path: Path) -> None:
+    for name, split in (
+        ("toy", "train"),
+        ("toy", "test"),
+        ("short", "train"),
+        ("short", "test"),
+        ("full", "validation"),
+    ):
+        jsonl(Path(groups) / "own" / name / f"{split}.jsonl", QUESTIONS[2:7] if name == "short" else QUESTIONS)
+    save_tiny(tmp_path / "model")
+    found = run_tasks(load_model(str(tmp_path / "model")), tokenizer(), ["outer"], folder=groups, batch_size=4)
+    theirs = by_lm_eval(groups, tmp_path, "outer")["groups"]
+    assert set(theirs) == {"outer", "inner"}
+    for name, figures in theirs.items():
+        assert (found[name].value, found[name].stderr) == (figures["acc,none"], figures["acc_stderr,none"])
+
+
+def by_lm_eval(folder: str, room: Path, names: str) -> dict[str, Any]:
+    """What its own command line writes of a model in a room."""
+    args = f"pretrained={room}/model,dtype=float32,trust_remote_code=True"
+    command = ["--model=hf", f"--model_args={args}", f"--tasks={names}", f"--include_path={folder}", "--device=cpu"]
+    subprocess.run(
+        [sys.executable, "-m", "lm_eval", *command, "--batch_size=4", f"--output_path={room}/out.json"],
+        cwd=folder,
+        check=True,
+        timeout=300,
+        capture_output=True,
+    )
+    (written,) = room.glob("out_*.json")
+    return json.loads(written.read_text())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense", "CFSP activation", "FASP value_channels"])
 def test_results_are_those_of_lm_eval_on_the_folder(folder: str, tmp_path: Path, name: str) -> None:
     model: Any = tiny()
@@ -258,17 +348,7 @@ def test_results_are_those_of_lm_eval_on_the_folder(folder: str, tmp_path: Path,
         prune(model, method(name, 0.3), [windows()])
     save_pruned(model, tmp_path / "model", tokenizer())
     found = run_tasks(load_model(str(tmp_path / "model")), tokenizer(), ["full", "words"], folder=folder, batch_size=4)
-    args = f"pretrained={tmp_path}/model,dtype=float32,trust_remote_code=True"
-    command = ["--model=hf", f"--model_args={args}", "--tasks=full,words", f"--include_path={folder}", "--device=cpu"]
-    subprocess.run(
-        [sys.executable, "-m", "lm_eval", *command, "--batch_size=4", f"--output_path={tmp_path}/out.json"],
-        cwd=folder,
-        check=True,
-        timeout=300,
-        capture_output=True,
-    )
-    (written,) = tmp_path.glob("out_*.json")
-    theirs = json.loads(written.read_text())["results"]
+    theirs = by_lm_eval(folder, tmp_path, "full,words")["results"]
     assert found["full"].value == theirs["full"]["acc,none"]
     assert found["full"].stderr == theirs["full"]["acc_stderr,none"]
     assert found["full"].others["acc_norm"] == (

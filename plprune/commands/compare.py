@@ -8,6 +8,7 @@ from plprune.compare import CalibrationText, Study, Training
 from plprune.evaluation import Protocol
 from plprune.methods import PruningMethod
 from plprune.processes import device_called
+from plprune.tasks import named
 from plprune.text import PYDOC
 
 
@@ -58,7 +59,7 @@ def compare(
         recover: How every pruned model is recovered: `text` to train on, `steps`, `seq_len`, `batch_size`,
             `learning_rate`, `lora`, `train`, `distill`, `rounds`; none is if not given. Of a list, each with a `name`,
             in all ways.
-        tasks: lm-eval tasks, separated by commas.
+        tasks: lm-eval tasks, groups and tags, separated by commas; the average is over what is named here.
         task_data: Folder with the tasks' data sets as ORG/NAME; from the hub if not given.
         limit: At most this many examples of each task; all if not given.
         max_batch: The largest batch that speed is measured at; it is not measured if not given.
@@ -77,7 +78,7 @@ def compare(
         calibration_seq_len=calibration_seq_len,
         protocol=Protocol(seq_len, stride, bos, max_windows),
         recover=recover,
-        tasks=[task.strip() for task in tasks.split(",") if task.strip()],
+        tasks=named(tasks),
         task_data=task_data,
         limit=limit,
         max_batch=max_batch,

@@ -22,7 +22,10 @@ VERSION = 1
 NAME = "report.html"
 WRITTEN = '"written": "'  # near the head of a report's JSON, and of no other
 PAGES = {"run": run.page, "comparison": comparison.page, "sensitivity": sensitivity.page}
-DROPPED = {"tasks": ("scores", "examples"), "speed": ("widths", "attention_widths")}  # long, and known otherwise
+DROPPED = {
+    "tasks": ("scores", "examples", "parts"),
+    "speed": ("widths", "attention_widths"),
+}  # long, and known otherwise
 
 
 def write(record: dict[str, Any], path: str | os.PathLike[str], overwrite: bool = False) -> None:

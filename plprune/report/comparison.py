@@ -32,7 +32,6 @@ KNOWN = {"version", "kind", "title", "status", "progress", "written", "reason", 
 KNOWN |= {"summary", "versions", "seeds", "fingerprints", "process"}
 FIGURES = ("perplexity", "bits_per_byte", "parameters", "block_parameters", "reached")
 SHOWN = ("perplexity", "bits_per_byte", "parameters", "reached", "average", "tokens_per_second", "seconds_to_prune")
-PER_TOKEN = ("perplexity", "bits", "byte", "loss")  # in the names of metrics that are no share of right answers
 Row = dict[str, Any]
 
 
@@ -82,7 +81,7 @@ def summarised(cells: Sequence[dict[str, Any]]) -> list[Row]:
         row |= _mean("seconds_to_prune", [at(cell, "seconds").get("prune") for cell in own])
         row |= _mean("tokens_per_second", [speed_of(cell.get("speed")) for cell in own])
         row["tasks"] = {task: _task([at(cell, "tasks", task) for cell in own]) for task in at(own[0], "tasks")}
-        row |= _mean("average", [average(cell.get("tasks")) for cell in own])
+        row |= _mean("average", [cell.get("average") for cell in own])
         row |= {"widths": own[0]["widths"]} if own[0].get("widths") else {}
         importance = own[0].get("importance")
         if importance and all(map(finite, importance)) and (middle := mean(importance)):
@@ -114,13 +113,6 @@ def speed_of(speed: Any) -> float | None:
     return None
 
 
-def average(tasks: Any) -> float | None:
-    """The mean over the tasks whose metric is a share of right answers."""
-    results = [r for r in (tasks or {}).values() if not any(word in str(r.get("metric")) for word in PER_TOKEN)]
-    values = [result.get("value") for result in results]
-    return mean(values) if values and all(map(finite, values)) else None
-
-
 def _mean(field: str, values: Sequence[Any]) -> dict[str, Any]:
     known = [value for value in values if finite(value)]
     if not known:
@@ -139,9 +131,10 @@ def _text(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _task(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if len(results) == 1:
-        names = ("metric", "value", "stderr", "difference", "difference_stderr")
+        names = ("metric", "value", "stderr", "difference", "difference_stderr", "group")
         return {name: results[0][name] for name in names if results[0].get(name) is not None}
-    return {"metric": results[0].get("metric")} | _mean("value", [result.get("value") for result in results])
+    group = {"group": results[0]["group"]} if results[0].get("group") else {}
+    return {"metric": results[0].get("metric")} | group | _mean("value", [result.get("value") for result in results])
 
 
 def _of_model(rows: Sequence[Row]) -> dict[str, str]:
@@ -230,7 +223,7 @@ def _table(record: dict[str, Any], model: str) -> str:
     """Methods by sparsity; the lowest perplexity of each group is set in bold."""
     rows = record["summary"]
     ids = [i for i, row in enumerate(rows) if row["model"] == model]
-    tasks = list(dict.fromkeys(task for i in ids for task in rows[i]["tasks"]))
+    tasks = list(dict.fromkeys(t for i in ids for t, own in rows[i]["tasks"].items() if not own.get("group")))
     texts = list(dict.fromkeys(text for i in ids for text in rows[i]["texts"]))
     fields = [field for field in SHOWN if any(field in rows[i] for i in ids)]
     several = any(rows[i]["seeds"] > 1 for i in ids)

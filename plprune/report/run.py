@@ -182,7 +182,7 @@ def _tasks(record: dict[str, Any]) -> str:
         metrics = {at(record, "tasks", stage, name).get("metric") for stage in stages} - {None}
         scores = [with_error(record, "tasks", stage, name) for stage in stages]
         paired = [with_error(record, "differences", name, form="signed")] if differences else []
-        rows.append([escape(name), escape(", ".join(sorted(map(str, metrics)))), *scores, *paired])
+        rows.append([_name(record, name, stages), escape(", ".join(sorted(map(str, metrics)))), *scores, *paired])
     if at(record, "averages"):
         means = [with_error(record, "averages", stage) for stage in stages]
         rows.append(
@@ -195,6 +195,15 @@ def _tasks(record: dict[str, Any]) -> str:
         )
     head = ["task", "metric", *stages, *(["paired difference"] if differences else [])]
     return table(head, rows, "Scores with standard errors") if rows else ""
+
+
+def _name(record: dict[str, Any], name: str, stages: Sequence[str]) -> str:
+    """What a task is called, after a mark for each group that it is in."""
+    groups = {task: of.get("group") for stage in stages for task, of in at(record, "tasks", stage).items()}
+    marks, above = "", groups.get(name)
+    while above is not None:
+        marks, above = marks + "↳ ", groups.get(above)
+    return marks + escape(name)
 
 
 def with_error(record: dict[str, Any], *keys: str | int, form: str | None = None) -> str:
