@@ -154,7 +154,8 @@ def test_the_budget_is_met_within_one_unit(family: str, name: str) -> None:
     elif "UL-MM" in name:  # a given number of heads, and the same number of channels everywhere, rounded down
         assert -blocks * unit["ffn"] <= off <= 0
     elif name.startswith(("FLAP", "CFSP", "LearnedGates")):  # widths are free: one unit in all
-        assert abs(off) <= unit["attention"] if "AL-AM" in name or name == "FLAP restore" else unit["ffn"]
+        bound = "attention" if "AL-AM" in name or name == "FLAP restore" else "ffn"
+        assert abs(off) <= unit[bound]
     else:  # the same width everywhere: half a channel in every block
         assert abs(off) <= blocks * unit["ffn"] * 0.51 + blocks
     assert sum(plan.after) == sum(b.parameters() for b in blocks_of(model))

@@ -83,9 +83,9 @@ def groups(folder: str) -> str:
     jsonl(place / "own/short/validation.jsonl", QUESTIONS[2:7])
     (place / "short.yaml").write_text(TASK.format(name="short", data="short").replace("tag: toys\n", ""))
     members = {"outer": ("[inner, full]", True), "inner": ("[toy, short]", False), "unscored": ("[inner, full]", None)}
-    for name, (tasks, by_size) in members.items():
+    for name, (listed, by_size) in members.items():
         scored = f"aggregate_metric_list: [{{metric: acc, weight_by_size: {by_size}}}]\n"
-        text = f"group: {name}\ntask: {tasks}\n" + ("" if by_size is None else scored)
+        text = f"group: {name}\ntask: {listed}\n" + ("" if by_size is None else scored)
         (place / f"{name}.yaml").write_text(text)
     return folder
 

@@ -57,8 +57,8 @@ def evaluate(
         max_windows: At most this many windows from the start of the text; all if not given.
         dense: The model to judge beside it by the same protocol; `auto` for the one that it was pruned from, where
             that is on this machine, `none` for none.
-        tasks: Names of lm-eval tasks, groups and tags, separated by commas. A group has a score of its own, and those of
-            its tasks below it; the average is over what is named here.
+        tasks: Names of lm-eval tasks, groups and tags, separated by commas. A group has a score of its own, and those
+            of its tasks below it; the average is over what is named here.
         task_data: Folder with the data of tasks as ORG/NAME, and with tasks of your own as YAML files, for machines
             without a hub.
         limit: At most this many examples of each task; all if not given.
