@@ -1,6 +1,8 @@
 """RecoveryData: calibration windows, training batches and held-out windows as a LightningDataModule."""
 
+import contextlib
 import copy
+from collections import deque
 from collections.abc import Iterator, Sized
 from typing import Any, cast
 
@@ -244,6 +246,35 @@ class LateDataLoader(DataLoader):
 
     def __iter__(self) -> Any:
         yield from super().__iter__()
+
+
+class Ahead:
+    """An iterator that can be looked into.
+
+    Args:
+        of: What it gives, one by one.
+
+    Example:
+        >>> letters = Ahead(iter("abc"))
+        >>> letters.coming(2), next(letters), letters.coming(9)
+        (['a', 'b'], 'a', ['b', 'c'])
+    """
+
+    def __init__(self, of: Iterator[Any]) -> None:
+        self._of, self._waiting = of, deque[Any]()
+
+    def __iter__(self) -> "Ahead":
+        return self
+
+    def __next__(self) -> Any:
+        return self._waiting.popleft() if self._waiting else next(self._of)
+
+    def coming(self, count: int) -> list[Any]:
+        """What comes next, `count` at most; it still comes."""
+        with contextlib.suppress(StopIteration):
+            while len(self._waiting) < count:
+                self._waiting.append(next(self._of))  # `iter` of a loader would begin anew
+        return list(self._waiting)[: max(0, count)]
 
 
 def collate(rows: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

@@ -20,7 +20,8 @@ it is. Over :data:`BLOCKS` blocks S, evenly spaced, the last of the model includ
 .. math:: L = \frac{1}{|S|} \sum_{l \in S}
     \frac{\sum_t \lVert h_{l,t} - h'_{l,t} \rVert^2}{\sum_t \lVert h'_{l,t} \rVert^2}
 
-Positions t are those whose next token counts in the loss; N is their number.
+Positions t are those whose next token counts in the loss; N is their number. All sums over t are over the batches of
+one step of the optimizer, however many of them are accumulated, and in however many processes.
 
 Symbols: z logits, v the vocabulary, T temperature, h and h' what leaves a block of the model and of the teacher,
 b windows of a batch, s tokens of a window, d model width, k tokens, n blocks that are compared.
@@ -101,7 +102,9 @@ class Distillation:
         n = 0 if self.of == "logits" else min(BLOCKS, count)
         return [(i + 1) * count // n - 1 for i in range(n)]
 
-    def loss(self, logits: Tensor, states: Sequence[Tensor], labels: Tensor, answers: Answers) -> Tensor:
+    def loss(
+        self, logits: Tensor, states: Sequence[Tensor], labels: Tensor, answers: Answers, of: Tensor | None = None
+    ) -> Tensor:
         """How far a model is from the teacher.
 
         Args:
@@ -109,13 +112,27 @@ class Distillation:
             states: What left its blocks, [b, s, d] each.
             labels: Of which those of -100 do not count, [b, s].
             answers: The teacher's, to the same windows.
+            of: The :func:`sizes` of all windows that these are a part of, to whose loss theirs is a summand; their own
+                if not given.
         """
-        found = []
+        found, of = [], sizes(labels, answers) if of is None else of
         if self.events:
-            found.append(divergence(logits, labels, answers["values"], answers["tokens"], self.temperature))
+            found.append(divergence(logits, labels, answers["values"], answers["tokens"], self.temperature) / of[0])
         if states:
-            found.append(distance(states, labels, answers["hidden"]))
+            found.append((distances(states, labels, answers["hidden"]) / of[1:]).mean())
         return torch.stack(found).sum()
+
+
+def sizes(labels: Tensor, answers: Answers) -> Tensor:  # [1 + n]
+    """What the losses of some windows are divided by: how many tokens count, and what a teacher's states measure there.
+
+    Example:
+        >>> sizes(torch.tensor([[5, 6, -100, 7]]), {"hidden": torch.ones(1, 1, 3, 8)})
+        tensor([ 2., 16.])
+    """
+    counts, hidden = labels[:, 1:] != IGNORED, answers.get("hidden")
+    norms = [] if hidden is None else [theirs[counts].float().square().sum() for theirs in hidden.unbind(1)]
+    return torch.stack([counts.sum().float(), *norms])
 
 
 def events(
@@ -143,7 +160,7 @@ def divergence(
     tokens: Tensor,  # [b, s - 1, k]
     temperature: float,
 ) -> Tensor:
-    """The divergence of a model's distributions from a teacher's :func:`events`, times the temperature squared."""
+    """The divergences of a model's distributions from a teacher's :func:`events`, summed, times temperature squared."""
     counts, index = labels[:, 1:] != IGNORED, tokens.long()
     own = logits[:, :-1].gather(-1, index)[counts].float() / temperature  # [n, k]
     if values.shape[-1] > index.shape[-1]:
@@ -151,18 +168,20 @@ def divergence(
         others = logits[:, :-1][counts].float().div_(temperature).scatter_(-1, index[counts], -torch.inf)
         own = torch.cat([own, others.logsumexp(-1, keepdim=True)], -1)
     theirs = values[counts].float().log_softmax(-1)  # they were rounded
-    divergence = nn.functional.kl_div(own.log_softmax(-1), theirs, log_target=True, reduction="batchmean")
+    divergence = nn.functional.kl_div(own.log_softmax(-1), theirs, log_target=True, reduction="sum")
     return temperature**2 * divergence
 
 
-def distance(states: Sequence[Tensor], labels: Tensor, hidden: Tensor) -> Tensor:  # [b, s, d] each, [b, n, s - 1, d]
-    """The squared distance of what leaves blocks from a teacher's, over that one's squared norm; mean of the blocks."""
+def distances(
+    states: Sequence[Tensor], labels: Tensor, hidden: Tensor
+) -> Tensor:  # [b, s, d] each, [b, n, s - 1, d] -> [n]
+    """The squared distances of what leaves blocks from a teacher's, summed."""
     counts = labels[:, 1:] != IGNORED
-    found = []
-    for own, theirs in zip(states, hidden.unbind(1), strict=True):
-        right = theirs[counts].float()
-        found.append((own[:, :-1][counts].float() - right).square().sum() / right.square().sum())
-    return torch.stack(found).mean()
+    found = [
+        (own[:, :-1][counts].float() - theirs[counts].float()).square().sum()
+        for own, theirs in zip(states, hidden.unbind(1), strict=True)
+    ]
+    return torch.stack(found)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,8 @@ from plprune import consumers, processes
 from plprune import lora as adapters
 from plprune.anatomy import blocks_of
 from plprune.checkpoint import Dtype, load_model, load_skeleton, load_tokenizer
-from plprune.distillation import Distillation, Teacher, check_teacher, recorded, source
+from plprune.data import Ahead
+from plprune.distillation import Distillation, Teacher, check_teacher, recorded, sizes, source
 from plprune.evaluation import next_token_loss
 from plprune.lora import LoRA
 from plprune.plan import fingerprint
@@ -33,6 +34,7 @@ from plprune.surgery import plan_of
 from plprune.text import IGNORED
 
 log = logging.getLogger(__name__)
+LEAST = 1e-30  # that losses are divided by, where nothing counts
 
 
 class Recovery(pl.LightningModule):
@@ -83,6 +85,7 @@ class Recovery(pl.LightningModule):
         self._base: dict[str, str | None] = {}  # what a checkpoint must have been trained on
         self._random_states: dict[str, Tensor] = {}  # of each process, by device
         self._tokens, self._since = 0, 0.0
+        self._sizes: list[Tensor] = []  # up to each batch of a step that is still to come
         self._teacher: Teacher | None = None
         if distill is not None:
             check_teacher(distill, self.model)
@@ -125,10 +128,19 @@ class Recovery(pl.LightningModule):
         return self.model(input_ids=input_ids, use_cache=False).logits
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self._loss(batch)
-        self.log("train_loss", loss, prog_bar=True, sync_dist=True)
+        """The batch's share in the loss of the step: the mean over all tokens that count in it, in all processes."""
+        progress, times = self.trainer.fit_loop.epoch_loop.batch_progress, self.trainer.accumulate_grad_batches
+        done = progress.current.ready
+        if not self._sizes or (done - 1) % times == 0:
+            self._begin_step(batch, min(-done % times, self.trainer.num_training_batches - done))
+        so_far, shares = self._sizes.pop(0), self._shares_of(batch)
+        self._shares += torch.stack(list(shares.values())).detach()
+        shown = self.trainer.strategy.reduce(self._shares.clone(), reduce_op="sum") * (self._step[0] / so_far[0])
+        for name, value in zip(shares, shown, strict=True):
+            self.log(name, value, prog_bar=name == "train_loss")
         self._tokens += batch["input_ids"].numel() * self.trainer.world_size
-        return loss
+        # Lightning divides by the one, and gradients are averaged over the other.
+        return shares["train_loss"] * (times * self.trainer.world_size)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._judge(batch, "val_perplexity")
@@ -258,16 +270,34 @@ class Recovery(pl.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches) - self.trainer.global_step
         return [] if coming is None else coming(steps * self.trainer.accumulate_grad_batches)
 
-    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def _begin_step(self, batch: dict[str, Tensor], more: int) -> None:
+        """Looks ahead to what is accumulated with this batch: all tokens are counted before there is a loss."""
+        fetcher: Any = self.trainer.fit_loop._data_fetcher
+        if more and not isinstance(fetcher.iterator, Ahead):
+            fetcher.iterator = Ahead(fetcher.iterator)
+        fetched = fetcher.batches  # it may have looked ahead itself
+        coming = [*fetched, *fetcher.iterator.coming(more - len(fetched))][:more] if more else []
+        own = torch.stack([self._size(each).to(self.device) for each in (batch, *(batch for batch, *_ in coming))])
+        of_all = self.trainer.strategy.reduce(own, reduce_op="sum").cumsum(0).clamp(min=LEAST)
+        self._sizes, self._step = list(of_all), of_all[-1]
+        self._shares = torch.zeros(3 if self._teacher else 1, device=self.device, dtype=torch.float32)
+
+    def _size(self, batch: dict[str, Tensor]) -> Tensor:
+        hidden = self._teacher is not None and self._teacher.settings.of != "logits"
+        answers = self._teacher.answers(batch["input_ids"]) if self._teacher is not None and hidden else {}
+        return sizes(batch["labels"], answers)
+
+    def _shares_of(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a batch adds to the losses of its step."""
         ids, labels, settings = batch["input_ids"], batch["labels"], self.distill
         if self._teacher is None or settings is None:
-            return next_token_loss(self(ids), labels)
+            return {"train_loss": next_token_loss(self(ids), labels, "sum") / self._step[0]}
         with recorded(self.model, settings.blocks(len(blocks_of(self.model)))) as states:
             logits = self(ids)
-        own = next_token_loss(logits, labels)
-        distilled = settings.loss(logits, states, labels, self._teacher.answers(ids))
-        self.log_dict({"next_token_loss": own, "distillation_loss": distilled}, sync_dist=True)
-        return (1 - settings.weight) * own + settings.weight * distilled
+        own = next_token_loss(logits, labels, "sum") / self._step[0]
+        distilled = settings.loss(logits, states, labels, self._teacher.answers(ids), self._step)
+        loss = (1 - settings.weight) * own + settings.weight * distilled
+        return {"train_loss": loss, "next_token_loss": own, "distillation_loss": distilled}
 
     def _log_ranks(self) -> None:
         ranks = {f"rank/block_{i:02}": rank for i, rank in enumerate(self.ranks)}

@@ -10,13 +10,13 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from plprune import CFSP, FLAP, Export, LoRA, Prune, Recovery, RecoveryData
 from plprune.cli import main
 from plprune.compare import Study, Training, compare
 from plprune.data import collate
-from plprune.distillation import Distillation, Source, Teacher, distance, divergence, events, recorded
+from plprune.distillation import Distillation, Source, Teacher, divergence, events, recorded, sizes
 from plprune.evaluation import Protocol, next_token_loss
 from plprune.plan import fingerprint
 from plprune.text import IGNORED
@@ -89,7 +89,7 @@ def test_with_all_tokens_it_is_the_divergence_of_the_whole_distributions(tempera
         count += 1
     assert count == 2 * 15 - 4 - 2
     found = divergence(ours, labels, *events(theirs[:, :-1], VOCABULARY, temperature), temperature)
-    assert found.item() == pytest.approx(temperature**2 * expected / count, rel=1e-4)
+    assert found.item() == pytest.approx(temperature**2 * expected, rel=1e-4)
 
 
 def test_what_is_left_of_the_vocabulary_is_one_event() -> None:
@@ -102,7 +102,7 @@ def test_what_is_left_of_the_vocabulary_is_one_event() -> None:
         terms.append((q * (q / p).log()).sum())
     ours.requires_grad_()
     found = divergence(ours, labels, *events(theirs[:, :-1], 5, 1.0), 1.0)
-    assert found.item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-4)
+    assert found.item() == pytest.approx(torch.stack(terms).sum().item(), rel=1e-4)
     found.backward()
     grad = cast(Tensor, ours.grad)
     counts = torch.cat([labels[:, 1:] != IGNORED, torch.zeros(2, 1, dtype=torch.bool)], 1)
@@ -126,7 +126,7 @@ def test_hidden_states_are_compared_relative_to_the_teachers() -> None:
     for i in range(3):
         rows = [(ours[i, b, t], theirs[b, i, t]) for b, t in (labels[:, 1:] != IGNORED).nonzero().tolist()]
         expected.append(sum((a - b).square().sum() for a, b in rows) / sum(b.square().sum() for _, b in rows))
-    found = distance(list(ours), labels, theirs)
+    found = Distillation("hidden").loss(torch.empty(0), list(ours), labels, {"hidden": theirs})
     assert found.item() == pytest.approx(sum(expected).item() / 3, rel=1e-5)  # type: ignore[union-attr]
 
 
@@ -215,11 +215,30 @@ def test_the_loss_is_shared_between_text_and_teacher(folder: str, tmp_path: Path
         own = module(ids)
     with torch.no_grad(), recorded(dense, [0, 1, 2]) as theirs:
         values, tokens = events(dense(ids).logits[:, :-1], 5, 1.0)
-    expected = divergence(own, labels, values, tokens, 1.0) + distance(ours, labels, torch.stack(theirs, 1)[:, :, :-1])
-    module.log_dict = lambda *_, **__: None  # type: ignore[method-assign,assignment]
-    assert module._loss(batch).item() == pytest.approx(
+    answers = {"values": values, "tokens": tokens, "hidden": torch.stack(theirs, 1)[:, :, :-1]}
+    expected = settings.loss(own, ours, labels, answers)
+    module._step = sizes(labels, answers)
+    assert module._shares_of(batch)["train_loss"].item() == pytest.approx(
         (0.7 * next_token_loss(own, labels) + 0.3 * expected).item(), rel=2e-3
     )
+
+
+@pytest.mark.parametrize("of", ["logits", "hidden"])
+def test_accumulated_batches_are_divided_by_what_counts_in_all_of_them(folder: str, tmp_path: Path, of: Any) -> None:
+    """The labels differ in how many count, and in the first batch of two rows there are none."""
+    ids = windows(8)
+    labels = torch.where(torch.arange(16) > torch.tensor([15, 15, 2, 14, 8, 1, 12, 5])[:, None], ids, IGNORED)
+    ends = []
+    for size in (8, 2):
+        torch.manual_seed(0)
+        module = Recovery(folder, learning_rate=5e-3, distill=Distillation(of))
+        shown = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
+        run = pl.Trainer(max_steps=3, accumulate_grad_batches=8 // size, default_root_dir=tmp_path, **shown)
+        run.fit(module, DataLoader(TensorDataset(ids, labels), batch_size=size, collate_fn=cast(Any, collate)))
+        ends.append(
+            (trained(module), {name: run.callback_metrics[name] for name in ("train_loss", "distillation_loss")})
+        )
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("of", ["logits", "both"])

@@ -5,6 +5,7 @@ import csv
 import logging
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,14 +16,17 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from plprune import CFSP, FLAP, Evaluate, Export, LoRA, Prune, Recovery, RecoveryData, load_pruned, perplexity
 from plprune.anatomy import blocks_of
+from plprune.data import collate
 from plprune.evaluation import next_token_loss
 from plprune.lora import adapters
 from plprune.plan import PruningPlan
 from plprune.recovery import gradient_norms
 from plprune.surgery import apply, plan_of
+from plprune.text import IGNORED
 from tests.builders import METHODS, logits, method, save_tiny, tiny, windows
 from tests.probes import StopAfter, Stopped
 from tests.runs import Run, make_source, new_folder
@@ -331,6 +335,64 @@ def test_a_resumed_run_remembers_what_was_measured(folder: str, text: str, tmp_p
     assert list(again.rows) == ["dense", "pruned", "recovered"]
     assert again.rows["pruned"] == first.rows["pruned"]
     assert again.rows["recovered"] != first.rows["recovered"]
+
+
+# ---- what the loss is divided by
+
+
+class Unsized(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Rows of which nobody knows how many there are."""
+
+    def __init__(self, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return iter(self.rows)
+
+
+def unequal(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Rows that have 0 to 15 tokens which count."""
+    firsts = torch.randint(1, 17, (count, 1), generator=torch.Generator().manual_seed(0))
+    ids = windows(count)
+    return list(zip(ids, torch.where(torch.arange(16) >= firsts, ids, IGNORED), strict=True))
+
+
+@pytest.mark.parametrize("kind", [list, Unsized])
+def test_batches_that_are_accumulated_are_one_batch(folder: str, tmp_path: Path, kind: Any) -> None:
+    """Of 22 rows, so that the last step of each of both epochs has six."""
+    found = []
+    for size in (8, 2, 1):
+        torch.manual_seed(0)
+        module, rows = recovery(folder), kind(unequal(22))
+        logger = CSVLogger(tmp_path, "", str(size))
+        settings: dict[str, Any] = {"accumulate_grad_batches": 8 // size, "gradient_clip_val": 0.5, "logger": logger}
+        trainer(tmp_path, steps=6, log_every_n_steps=1, **settings).fit(
+            module, DataLoader(rows, batch_size=size, collate_fn=collate)
+        )
+        names = ("train_loss", "grad_norm/total")
+        found.append((losses(module), [logged(tmp_path / str(size), name) for name in names]))
+    for weights, (loss, norm) in found[1:]:
+        torch.testing.assert_close(weights, found[0][0], rtol=0, atol=1e-4)
+        assert loss == pytest.approx(found[0][1][0], abs=1e-4)
+        assert norm == pytest.approx(found[0][1][1], rel=1e-3)
+    assert len(found[0][1][0]) == 6
+
+
+def test_the_loss_of_a_step_is_the_mean_over_all_its_tokens_that_count(folder: str, tmp_path: Path) -> None:
+    module, rows = recovery(folder), unequal(8)
+    ids, labels = (torch.stack(each) for each in zip(*rows, strict=True))
+    with torch.no_grad():
+        expected = next_token_loss(module.model(input_ids=ids).logits, labels)
+    run = trainer(tmp_path, steps=1, accumulate_grad_batches=4)
+    run.fit(module, DataLoader(cast(Any, rows), batch_size=2, collate_fn=collate))
+    assert run.callback_metrics["train_loss"].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_step_in_which_nothing_counts_changes_nothing(folder: str, tmp_path: Path) -> None:
+    module, ids = recovery(folder), windows(4)
+    rows = [(row, torch.full_like(row, IGNORED)) for row in ids]
+    trainer(tmp_path, steps=1).fit(module, DataLoader(cast(Any, rows), batch_size=2, collate_fn=collate))
+    assert all(not p.any() for name, p in module.named_parameters() if "lora_B" in name)
 
 
 # ---- what is logged

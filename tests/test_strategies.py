@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelPa
 from plprune import CFSP, load_pruned, prune, save_pruned
 from plprune.plan import PruningPlan
 from plprune.strategies import FSDP2, CPUDeepSpeed, DeepSpeed, check_config, check_strategy, description, shards
-from tests.builders import logits, numbers, save_tiny, tiny, tokenizer, windows
+from tests.builders import jsonl, logits, numbers, save_tiny, tiny, tokenizer, windows
 from tests.runs import Run
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "strategy"
@@ -93,6 +93,23 @@ def test_every_strategy_ends_where_one_process_does(runs: Callable[[str], Ended]
     theirs, ours = load_pruned(one.folder / "out"), load_pruned(two.folder / "out")
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-3)
     assert PruningPlan.load(two.folder / "out").digest == expected["plan"]
+
+
+@pytest.mark.multi_process
+@pytest.mark.parametrize("strategy", EVERY)
+def test_tokens_weigh_the_same_in_whatever_process_and_batch_they_are(
+    source: Path, tmp_path: Path, strategy: str
+) -> None:
+    """Answers of one to forty numbers, in windows of which some have none."""
+    rows = [{"prompt": "1 2 3 " * (i % 5), "completion": "4 " * (i * 7 % 40 + 1)} for i in range(120)]
+    train = f"--data.train={jsonl(tmp_path / 'rows.jsonl', rows)}"
+    settings: dict[str, Any] = {"callbacks": {"tests.probes.Probe": {}}}
+    together = ("--trainer.accumulate_grad_batches=1", "--data.batch_size=8")
+    _, (expected,) = ended(start(source, tmp_path / "one", "one-process", train, *together, ranks=1, **settings))
+    _, found = ended(start(source, tmp_path / strategy, strategy, train, **settings))
+    for rank in found:
+        torch.testing.assert_close(rank["losses"][1::2], expected["losses"], rtol=0, atol=1e-4)
+        torch.testing.assert_close(rank["adapters"], expected["adapters"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.multi_process

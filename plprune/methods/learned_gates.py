@@ -89,7 +89,8 @@ class Lesson:
 
     def divergence(self, logits: Tensor) -> Tensor:  # [1, s, v]
         """From what the dense model says of the next tokens."""
-        return divergence(logits, self.ids, self.values, self.tokens, temperature=1.0)
+        total = divergence(logits, self.ids, self.values, self.tokens, temperature=1.0)
+        return total / (self.ids.numel() - len(self.ids))
 
     def loss(self, logits: Tensor) -> Tensor:  # [1, s, v]
         """This and what the text says next, in equal parts."""
