@@ -69,6 +69,15 @@ FAULTS = {  # what Lightning and jsonargparse say of a machine, and what helps
     "No supported gpu backend found!": "there is no GPU here: give --trainer.accelerator cpu, or use another machine",
     r"(?s)Does not validate .*(the strategy DeepSpeed needs .*?)\s+Given value type.*": r"\1",
 }
+LESS = {  # memory on an accelerator, by command
+    "prune": "lower --batch_size or --seq_len, give --offload cpu or --dtype bfloat16, or take a method that needs "
+    "room for one block: all but LearnedGates",
+    **dict.fromkeys(
+        STAGES,
+        "lower data.batch_size (trainer.accumulate_grad_batches makes up for it), data.seq_len or "
+        "data.calibration_batch_size, or set model.gradient_checkpointing true or model.dtype bfloat16",
+    ),
+}
 
 
 class CLI(LightningCLI):
@@ -225,6 +234,10 @@ def main(args: list[str] | None = None) -> None:
     except ArgumentError as error:
         command = f" {given[0]}" if given[0] in STAGES | COMMANDS else ""
         sys.exit(_complain(f"{explained(str(error), given[0])} (see plprune{command} --help)", 2, error))
+    except torch.OutOfMemoryError as error:
+        there = str(error).partition(" If reserved")[0]  # what follows is about the allocator's settings
+        less = LESS.get(given[0], "lower --seq_len, or give --dtype bfloat16 or --device cpu")
+        sys.exit(_complain(f"{there} To need less, {less}", 1, error))
     except (ValueError, OSError, ImportError, MisconfigurationException) as error:
         sys.exit(_complain(_helpful(str(error)) or type(error).__name__, 1, error))
 

@@ -305,6 +305,7 @@ class Teacher:
                     )
         self.free()
 
+    @torch.autocast("cpu", enabled=False)  # in which float16 cannot be stacked
     def answers(self, ids: Tensor) -> Answers:  # [b, s]
         """What the teacher says of each window of a batch."""
         found = []
@@ -347,7 +348,7 @@ class Teacher:
             values, tokens = events(logits, settings.top_k, settings.temperature)
             answer |= {"values": values.clamp(min=LEAST).half().cpu(), "tokens": tokens.int().cpu()}
         if blocks:
-            answer["hidden"] = torch.cat(states)[:, :-1].bfloat16().cpu()
+            answer["hidden"] = torch.cat(states)[:, :-1].bfloat16().cpu().contiguous()
         with staged(file, overwrite=True) as temporary:  # another process may have been as fast
             save_file(answer, temporary)
 

@@ -54,6 +54,8 @@ def launched(where: torch.device) -> Iterator[Group]:
         where: Where this one computes.
     """
     if launched_count() > 1:
+        if where.type == "cuda":
+            torch.cuda.set_device(where)  # what is sent goes through the current device, which must be each one's own
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
         try:
             yield world()

@@ -389,3 +389,30 @@ def test_prune_under_torchrun_writes_what_one_process_does(here: Path) -> None:
     alone, together = load_pruned("out").state_dict(), load_pruned("both").state_dict()
     for name, value in alone.items():
         torch.testing.assert_close(together[name], value)
+
+
+@pytest.mark.parametrize(
+    ("command", "less"),
+    [
+        (["prune", "model", "--method=FLAP", "--output=out"], "lower --batch_size or --seq_len, give --offload cpu"),
+        (["fit", "--config=fit.yaml"], "lower data.batch_size (trainer.accumulate_grad_batches makes up for it)"),
+        (["evaluate", "model"], "lower --seq_len, or give --dtype bfloat16"),
+    ],
+)
+def test_an_accelerator_without_memory_is_one_line(
+    command: list[str], less: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.20 GiB free. If reserved but unallocated, try"
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError(said)
+
+    monkeypatch.setattr("plprune.cli._run", full)
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "plprune: error: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.20 GiB free. To"
+    )
+    assert less in line

@@ -343,6 +343,17 @@ def test_it_is_asked_for_on_the_command_line(folder: str, text: str, tmp_path: P
     assert load_file(file)["tokens"].shape == (15, 3)
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_in_bfloat16(folder: str, text: str, tmp_path: Path, precision: Any) -> None:
+    """Answers are kept in half precision, and hidden states as they are in the model."""
+    module = Recovery(folder, dtype="bfloat16", distill=Distillation("both"))
+    settings: Any = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "limit_val_batches": 0}
+    trainer = pl.Trainer(precision=precision, max_steps=1, default_root_dir=tmp_path, **settings)
+    trainer.fit(module, datamodule=RecoveryData(text, seq_len=16, batch_size=2, num_samples=2))
+    assert trainer.callback_metrics["distillation_loss"].isfinite()
+    assert all(each.dtype != torch.float32 for f in tmp_path.rglob("*.safetensors") for each in load_file(f).values())
+
+
 def test_the_cells_of_a_comparison_share_the_answers(folder: str, text: str, tmp_path: Path, monkeypatch) -> None:
     asked, own = [], Teacher._ask
     monkeypatch.setattr(Teacher, "_ask", lambda self, file, ids: asked.append(file) or own(self, file, ids))
