@@ -28,7 +28,7 @@ Symbols: B blocks, d model width, n FFN width, H query heads, hd head dimension,
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -340,6 +340,21 @@ def put(module: nn.Module, name: str, value: Tensor) -> None:
     path, _, last = name.rpartition(".")
     owner = module.get_submodule(path)
     setattr(owner, last, nn.Parameter(value, requires_grad=getattr(owner, last).requires_grad))
+
+
+def tied(model: PreTrainedModel) -> bool:
+    """Whether the output head is the embedding: by the parameters, whatever the configuration says."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and cast(Any, head).weight is cast(Any, embedding).weight
+
+
+def tie(model: PreTrainedModel, to_embedding: bool) -> None:
+    """Makes the output head the embedding or a parameter of its own, and has the configuration say so."""
+    if tied(model) and not to_embedding:
+        head = cast(Any, model.get_output_embeddings())
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    model.config.tie_word_embeddings = to_embedding
+    model.tie_weights()
 
 
 def innermost(module: nn.Module) -> nn.Linear:

@@ -8,7 +8,6 @@ import contextlib
 import copy
 import functools
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -33,12 +33,14 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from plprune import modeling_plprune, surgery
-from plprune.anatomy import family_of
+from plprune.anatomy import family_of, tie, tied
 from plprune.atomic import staged
 from plprune.card import CARD, write_card
-from plprune.hf import adopt, config_from, described, skeleton
+from plprune.hf import adopt, config_from, described, pruned_skeleton, skeleton
 from plprune.modeling_plprune import PrunedForCausalLM, Written
 from plprune.plan import FILE, PruningPlan
+from plprune.surgery import plan_of
+from plprune.weights import INDEX, SINGLE, check_saved, differ, files, has_own_head, once, write_index
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 REPAIRED = "repaired.safetensors"
@@ -107,12 +109,13 @@ def load_skeleton(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedMode
     """
     path = _present(name_or_path)
     if path.is_dir() and (path / FILE).exists():
-        plan = PruningPlan.load(path)
-        model = _pruned_skeleton(plan, getattr(torch, dtype))
-        adopt(model)
+        model = pruned_skeleton(PruningPlan.load(path), getattr(torch, dtype))
     else:
         model = skeleton(_config_at(name_or_path), getattr(torch, dtype))
-    model.tie_weights()
+    folder = path if path.is_dir() else _cached(path)
+    tie(model, model.config.tie_word_embeddings and not (folder and has_own_head(folder, model)))
+    if plan_of(model):
+        adopt(model)
     model.config.name_or_path = name_or_path  # as load_model does
     return model.eval()
 
@@ -169,7 +172,7 @@ def load_pruned(folder: str | os.PathLike[str], dtype: Dtype | None = None) -> P
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder with a pruned model")
     plan = PruningPlan.load(folder)
-    model = _pruned_skeleton(plan)
+    model = pruned_skeleton(plan)
     state = _read_weights(folder)
     if dtype:  # only what is on disk: buffers such as the rotary frequencies stay in float32
         state = {name: t.to(getattr(torch, dtype)) if t.is_floating_point() else t for name, t in state.items()}
@@ -205,10 +208,13 @@ def save_pruned(
 
     Raises:
         FileExistsError: The folder is not empty.
+        ValueError: A weight is not finite, or the folder would not load as this model; nothing is left behind.
         OSError: It could not be written; nothing is left behind.
     """
     with staged(folder, overwrite) as temporary:
-        write(model, model.state_dict(), temporary, tokenizer, max_shard_size, record)
+        state = once(model, model.state_dict())
+        write(model, state, temporary, tokenizer, max_shard_size, record)
+        check_saved(temporary, model, state.items())
 
 
 def write(
@@ -224,20 +230,21 @@ def write(
 
     Args:
         model: Its structure, generation config and plan are written; of the weights only those in `state`.
-        state: Weights by name.
+        state: Weights by name, each once.
         folder: Where to.
         tokenizer: Saved beside the model.
         max_shard_size: Above it, the weights are written as several files.
         record: Of the run, for the model card.
         with_plan: Whether the plan is still true of the structure, and is written too.
     """
-    plan, (config, biases) = surgery.plan_of(model), described(model)
+    plan, (config, biases) = plan_of(model), described(model)
     own_names: dict[str, Any] = {"save_original_format": False}  # not those of older transformers
     model.save_pretrained(folder, state_dict=state | biases, max_shard_size=max_shard_size, **own_names)
     own = isinstance(config, Written)
     stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING
     config.architectures = [PrunedForCausalLM.__name__ if own else stock[type(config)].__name__]
     config.dtype = model.dtype
+    config.tie_word_embeddings = tied(model)
     config.save_pretrained(folder)
     code = folder / Path(modeling_plprune.__file__).name
     if own:
@@ -246,6 +253,8 @@ def write(
         code.unlink(missing_ok=True)
     if plan is not None and with_plan:
         plan.save(folder / FILE)
+        if not (folder / INDEX).exists():
+            write_index(folder, [SINGLE])
         write_card(folder, plan, {"licence": licence_of(plan.chain()[0].origin.get("model") or "")} | (record or {}))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -261,8 +270,9 @@ def rebuilt(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTraine
     Raises:
         ValueError: A parameter is missing, or has another shape.
     """
-    plan = surgery.plan_of(model)
-    fresh = _pruned_skeleton(plan) if plan else skeleton(copy.deepcopy(model.config))
+    plan = plan_of(model)
+    fresh = pruned_skeleton(plan) if plan else skeleton(copy.deepcopy(model.config))
+    fresh.config.tie_word_embeddings = tied(model)
     _fill(fresh, state, "the model")
     fresh.generation_config, fresh.config.dtype = model.generation_config, fresh.dtype
     return fresh.eval()
@@ -283,7 +293,7 @@ def load_stage(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Prunin
     Raises:
         ValueError: The files are damaged, or the model is another, or was pruned differently before.
     """
-    plan, done = PruningPlan.load(folder), surgery.plan_of(model)
+    plan, done = PruningPlan.load(folder), plan_of(model)
     if (done.digest if done else None) != (plan.previous.digest if plan.previous else None):
         raise ValueError(f"{folder} does not continue from this model: load the one that was pruned there")
     surgery.apply(model, plan)
@@ -305,6 +315,7 @@ def _load_dense(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
             f"{name_or_path} does not hold the model of its config.json: {min(wrong)} is absent or of another shape; "
             f"get it again, a pruned one together with its {FILE}"
         )
+    tie(model, tied(model))  # transformers keeps a head of its own, and a configuration that denies it
     return model
 
 
@@ -341,14 +352,14 @@ def _load_gguf(name: str, path: Path, dtype: torch.dtype) -> PreTrainedModel:
     model.config.__dict__.pop("quantization_config", None)
     model.config.name_or_path = name
     family_of(model.config)
+    tie(model, tied(model))
     return model
 
 
-def _pruned_skeleton(plan: PruningPlan, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A model without weights, of the structure that a plan gives it."""
-    model = skeleton(config_from(plan.config), dtype)
-    surgery.apply(model, plan)
-    return model
+def _cached(name: Path) -> Path | None:
+    """The folder of a hub's model on this machine, as far as it is here."""
+    file = None if name.suffix == ".gguf" else try_to_load_from_cache(str(name), "config.json")
+    return Path(file).parent if isinstance(file, str) else None
 
 
 def _config_at(name_or_path: str) -> PreTrainedConfig:
@@ -365,12 +376,7 @@ def _config_at(name_or_path: str) -> PreTrainedConfig:
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
-    return {name: tensor for file in files for name, tensor in _read(folder / file).items()}
+    return {name: tensor for file in files(folder) for name, tensor in _read(file).items()}
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:
@@ -396,8 +402,10 @@ def _fill(model: PreTrainedModel, state: dict[str, torch.Tensor], where: object)
     for name, index in model.named_buffers():
         if name in state and not torch.equal(index, state[name]):
             raise ValueError(f"plan and weights of {where} disagree: {name} are other channels; save the model again")
+    pairs = model.get_expanded_tied_weights_keys(all_submodels=True)
+    own_head = any(differ(state.get(head), state.get(embedding)) for head, embedding in pairs.items())
     model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
+    tie(model, model.config.tie_word_embeddings and not own_head)
     absent = [name for name, p in model.named_parameters() if p.is_meta]
     if absent:
         raise ValueError(f"{where} has no weights for {absent[0]}: save the model again")

@@ -16,8 +16,18 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from transformers.initialization import no_init_weights
 
 from plprune.anatomy import Block, blocks_of, family_of
-from plprune.modeling_plprune import Gather, Pruned, PrunedForCausalLM, Scatter, Written, config_class, model_class
-from plprune.surgery import dense_config, plan_of
+from plprune.modeling_plprune import (
+    Gather,
+    Pruned,
+    PrunedConfig,
+    PrunedForCausalLM,
+    Scatter,
+    Written,
+    config_class,
+    model_class,
+)
+from plprune.plan import PruningPlan
+from plprune.surgery import apply, dense_config, plan_of
 
 BIASES: list[dict[str, bool]] = [
     {},
@@ -33,9 +43,17 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreT
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
+def pruned_skeleton(plan: PruningPlan, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A model without memory, of the structure that a plan gives it."""
+    model = skeleton(config_from(plan.config), dtype)
+    apply(model, plan)
+    return model
+
+
 def config_from(values: dict[str, Any]) -> PreTrainedConfig:
-    """The configuration that a dictionary with its `model_type` describes."""
-    return CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
+    """The configuration that a dictionary with its `model_type` describes, that of a pruned model too."""
+    own = values["model_type"] == PrunedConfig.model_type
+    return (PrunedConfig if own else CONFIG_MAPPING[values["model_type"]]).from_dict(dict(values))
 
 
 def described(model: PreTrainedModel) -> tuple[PreTrainedConfig, dict[str, Tensor]]:

@@ -14,7 +14,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -161,10 +161,18 @@ class Journal:
         """The decisions that led to a version of a block from the one before it."""
         return [Decision(**decision) for decision in read_state(self.version(block, number) / DECISIONS)]
 
-    def write_block(self, block: int, number: int, tensors: dict[str, Tensor], decisions: list[Decision]) -> None:
-        """Keeps a version of a block."""
+    def write_block(
+        self,
+        block: int,
+        number: int,
+        tensors: dict[str, Tensor],
+        decisions: list[Decision],
+        check: Callable[[Path, Iterable[tuple[str, Tensor]]], None],
+    ) -> None:
+        """Keeps a version of a block, once a check of the folder against its tensors has passed."""
         with self.publish(f"blocks/{self.version(block, number).name}") as room:
             save_file(tensors, room / SHARD, metadata={"format": "pt"})
+            check(room, tensors.items())
             write_state([vars(decision) for decision in decisions], room / DECISIONS)
 
     def advance(self) -> None:

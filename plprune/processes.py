@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from plprune.anatomy import put
+from plprune.anatomy import put, tie, tied
 
 T = TypeVar("T")
 Group = dist.ProcessGroup | None
@@ -173,7 +173,10 @@ def receive(model: PreTrainedModel, group: Group) -> None:
     lacking = _all(lacks_weights(model), group)
     if group is None or not any(lacking):
         return
-    model.tie_weights()  # on meta, tied parameters may have been made apart
+    heads = [each for each in _all(None if lacks_weights(model) else tied(model), group) if each is not None]
+    to_embedding = heads[0] if heads else model.config.tie_word_embeddings
+    if lacks_weights(model):
+        tie(model, to_embedding)  # the configuration may say otherwise than the weights
     parameters = dict(model.named_parameters())
     own = {name: f"{p.dtype} {tuple(p.shape)}" for name, p in parameters.items()}
     first = same(own, group)
@@ -185,7 +188,8 @@ def receive(model: PreTrainedModel, group: Group) -> None:
         value = sent(value, source, senders)
         if parameter.is_meta:
             put(model, name, value)
-    model.tie_weights()
+    if tied(model) != to_embedding:  # the embedding was replaced, and the head with it
+        tie(model, to_embedding)
 
 
 def _senders(lacking: list[bool], group: Group) -> tuple[Group, int]:

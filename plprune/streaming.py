@@ -8,6 +8,7 @@ which the output is put together in the end.
 import contextlib
 import ctypes
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -17,12 +18,9 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, WeightTransform
 
 from plprune import processes
 from plprune.anatomy import Block, blocks_of, put
@@ -33,9 +31,9 @@ from plprune.journal import ASKED, SHARD, Decision, Journal, writing
 from plprune.methods.base import PruningMethod, origin, prune
 from plprune.plan import FILE, PruningPlan, fingerprint
 from plprune.running import same_values, summary
+from plprune.weights import INDEX, SINGLE, check_saved, check_values, contents, key_of, mapped, renamings, write_index
 
 MMAP_THRESHOLD, LARGE = -3, 1 << 17  # of malloc.h, and its initial value
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def open_streamed(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
@@ -52,7 +50,8 @@ def open_streamed(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedMode
     if locate(name_or_path).endswith(".gguf"):
         raise _other_format(name_or_path)
     _keep_nothing_freed()
-    model, folder = load_skeleton(name_or_path, dtype), _folder(name_or_path)
+    folder = _folder(name_or_path)
+    model = load_skeleton(name_or_path, dtype)
     source = Source(folder, model, getattr(torch, dtype))
     cast(Any, model).weights_fingerprint = fingerprint(
         (name, source.mapped(name)) for name, _ in model.named_parameters()
@@ -190,13 +189,11 @@ class Source:
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
-        self.dtype, there = dtype, _contents(folder)
+        self.dtype, there = dtype, contents(folder)
         self._places: dict[str, tuple[Path, str]] = {}
-        renamings = [
-            t.reverse_transform() for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)
-        ]
+        others = renamings(model)
         for name, parameter in model.named_parameters():
-            key = next((key for key in _names(model, name, renamings) if key in there), name)
+            key = key_of(name, there, model, others)
             file, shape = there.get(key, (folder, None))
             if shape != tuple(parameter.shape):
                 raise ValueError(
@@ -207,7 +204,7 @@ class Source:
 
     def stored(self, name: str) -> Tensor:
         """A weight as it is on disk, memory-mapped."""
-        return _tensor(*self._places[name])
+        return mapped(*self._places[name])
 
     def mapped(self, name: str) -> Tensor:
         """A weight of the dtype that is asked for; memory-mapped if it is so on disk."""
@@ -265,7 +262,7 @@ class DiskHome:
         if self.version == 0:
             return self.source.stored(name)
         assert self.journal is not None
-        return _tensor(self.journal.version(self.block.index, self.version) / SHARD, name)
+        return mapped(self.journal.version(self.block.index, self.version) / SHARD, name)
 
     def _write(self, before: dict[str, Tensor]) -> None:
         """Keeps the block, if it was changed and an earlier run has not come to the same."""
@@ -276,7 +273,7 @@ class DiskHome:
         index, number = self.block.index, self.version + 1
         done = self.journal.version(index, number).exists()
         if not done or self.journal.decided(index, number) != self._decisions:
-            self.journal.write_block(index, number, self.tensors(), self._decisions)
+            self.journal.write_block(index, number, self.tensors(), self._decisions, check_values)
         self.version, self._decisions = number, []
         self.journal.advance()
 
@@ -308,12 +305,20 @@ def _save(
         os.replace(room / SINGLE, room / shards[0])
         for block, shard in zip(blocks, shards[1:], strict=True):
             _save_block(block, journal, room / shard)
-        _write_index(room, shards)
+        write_index(room, shards)
+        check_saved(room, model, itertools.chain(rest.items(), _of_blocks(blocks)))
         check_free(output, overwrite)
         output.parent.mkdir(parents=True, exist_ok=True)
         if output.exists():
             os.replace(output, journal.room("replaced"))
         os.replace(room, output)
+
+
+def _of_blocks(blocks: list[Block]) -> Iterator[tuple[str, Tensor]]:
+    """The weights of all blocks, of which one is in memory at a time."""
+    for block in blocks:
+        with block.present():
+            yield from cast(DiskHome, block.home).tensors().items()
 
 
 def _save_block(block: Block, journal: Journal, file: Path) -> None:
@@ -326,16 +331,6 @@ def _save_block(block: Block, journal: Journal, file: Path) -> None:
         os.link(written, file)
     except OSError:  # not every file system has hard links
         shutil.copyfile(written, file)
-
-
-def _write_index(folder: Path, shards: list[str]) -> None:
-    places, size = {}, 0
-    for shard in shards:
-        with safe_open(folder / shard, framework="pt") as file:
-            places |= dict.fromkeys(file.keys(), shard)
-        size += (folder / shard).stat().st_size
-    index = {"metadata": {"total_size": size}, "weight_map": places}
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _folder(name_or_path: str) -> Path:
@@ -358,43 +353,6 @@ def _other_format(name_or_path: str) -> ValueError:
         "of it, by python -c 'from plprune.checkpoint import *; save_pruned(load_model(NAME), FOLDER, "
         f"load_tokenizer(NAME))', with {name_or_path!r} for NAME"
     )
-
-
-def _contents(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Where each weight of a folder is, and its shape."""
-    files = [SINGLE]
-    if (folder / INDEX).exists():
-        try:
-            files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / INDEX} is damaged: get the model again") from error
-    contents = {}
-    for file in (folder / name for name in files):
-        with _opened(file) as opened:
-            for name in opened.keys():  # noqa: SIM118
-                contents[name] = file, tuple(opened.get_slice(name).get_shape())
-    return contents
-
-
-def _names(model: PreTrainedModel, name: str, renamings: list[WeightTransform]) -> list[str]:
-    """What files may call a parameter: older ones lack the prefix of the base model, or have it where others do not."""
-    prefix = f"{model.base_model_prefix}."
-    return [name, name.removeprefix(prefix), prefix + name, *(r.rename_source_key(name)[0] for r in renamings)]
-
-
-@contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            yield opened
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"{file} is missing, truncated or corrupted ({error}): get the model again") from error
-
-
-def _tensor(file: Path, key: str) -> Tensor:
-    """One tensor of a file, memory-mapped: the map goes with the tensor."""
-    with _opened(file) as opened:
-        return opened.get_tensor(key)
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:

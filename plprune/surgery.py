@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plprune.allocation import complement
-from plprune.anatomy import Block, Group, Side, blocks_of, innermost, is_transposed, matrix, width, width_name
+from plprune.anatomy import Block, Group, Side, blocks_of, innermost, is_transposed, matrix, tied, width, width_name
 from plprune.journal import Decision, journal_of
 from plprune.modeling_plprune import Gather, NoAttention, Scatter, replace, set_count
 from plprune.plan import PruningPlan
@@ -136,7 +136,10 @@ def plan_of(model: nn.Module) -> PruningPlan | None:
 def dense_config(model: PreTrainedModel) -> dict[str, Any]:
     """The configuration of a model before it was first pruned, with its `model_type`."""
     previous = plan_of(model)
-    return previous.config if previous else model.config.to_diff_dict() | {"model_type": model.config.model_type}
+    if previous:
+        return previous.config
+    values = model.config.to_diff_dict() | {"model_type": model.config.model_type}
+    return values | ({} if model.config.tie_word_embeddings == tied(model) else {"tie_word_embeddings": tied(model)})
 
 
 def attach(model: PreTrainedModel, plan: PruningPlan) -> None:

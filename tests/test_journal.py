@@ -6,6 +6,7 @@ import torch
 
 from plprune.journal import CannotWrite, Decision, Filed, Journal, Past, Walk, read_state, restore, write_state, writing
 from plprune.stats import BlockInfluence, Gram, Moments, Norms, Statistic
+from plprune.weights import check_values
 
 ASKED = {"method": "FLAP", "settings": {"sparsity": 0.2}, "seed": 0}
 
@@ -127,7 +128,7 @@ def test_a_walk_keeps_the_hidden_states_of_one_block_only(tmp_path: Path) -> Non
 def test_decisions_come_back(tmp_path: Path) -> None:
     decisions = [Decision("blocks.0.ffn", torch.tensor([1, 3]), 5, ["w"]), Decision("b", torch.tensor([0]), 1)]
     with journal(tmp_path) as kept:
-        kept.write_block(0, 1, {"x": torch.ones(2)}, decisions)
+        kept.write_block(0, 1, {"x": torch.ones(2)}, decisions, check_values)
         assert kept.decided(0, 1) == decisions
         assert kept.decided(0, 1) != decisions[:1]
 

@@ -32,6 +32,7 @@ TIERS = [
         "distillation",
         "checkpoint",
         "hf",
+        "weights",
         "card",
         "evaluation",
         "text",

@@ -127,6 +127,13 @@ def received(group: processes.Group) -> Tensor:
     processes.receive(model, group)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(logits(model), expected)
+    own_head = tiny("llama", tie_word_embeddings=processes.rank(group) > 0)  # the weights say otherwise
+    if processes.rank(group):
+        to_meta(own_head)
+        own_head.tie_weights()
+    processes.receive(own_head, group)
+    assert torch.equal(logits(own_head), logits(tiny("llama", tie_word_embeddings=False)))
+    assert not own_head.config.tie_word_embeddings
     return expected
 
 

@@ -17,9 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plprune.anatomy import Block, blocks_of, innermost
+from plprune.anatomy import Block, blocks_of, innermost, tied
 from plprune.atomic import staged
 from plprune.modeling_plprune import Gather, Scatter
+from plprune.weights import SINGLE, check_values
 
 MULTIPLE = 256
 FAMILIES = ("llama",)  # whose blocks compute what DeciLM's do
@@ -74,7 +75,9 @@ def write(
         (temporary / "config.json").write_text(json.dumps(config_of(model), indent=2, sort_keys=True) + "\n")
         if model.generation_config is not None:
             model.generation_config.save_pretrained(temporary)
-        save_file(_weights(model), temporary / "model.safetensors", metadata={"format": "pt"})
+        weights = _weights(model)
+        save_file(weights, temporary / SINGLE, metadata={"format": "pt"})
+        check_values(temporary, weights.items())
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
 
@@ -93,6 +96,7 @@ def config_of(model: PreTrainedModel) -> dict[str, Any]:
         "architectures": ["DeciLMForCausalLM"],
         "block_configs": [block_config(b, model.config.hidden_size) for b in blocks_of(model)],
         "dtype": str(model.dtype).removeprefix("torch."),
+        "tie_word_embeddings": tied(model),
     }
 
 
@@ -126,7 +130,7 @@ def check(folder: Path) -> None:
         ValueError: A weight is absent, or has another shape than its block's configuration gives.
     """
     config = json.loads((folder / "config.json").read_text())
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
+    with safe_open(folder / SINGLE, framework="pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     for name, shape in _expected(config).items():
         if shapes.pop(name, None) != shape:

@@ -19,6 +19,7 @@ from plprune.card import record_of, write_card
 from plprune.checkpoint import write
 from plprune.export import decilm, parity
 from plprune.export.parity import Reading, Row
+from plprune.weights import check_saved, once
 
 FORMATS = ("hf", "gguf", "decilm")
 GgufDtype = Literal["f32", "f16", "bf16", "q8_0"]
@@ -122,7 +123,9 @@ def _written(
     """Writes one format, or says why not."""
     if kind == "hf":
         (room / kind).mkdir()
-        write(model, model.state_dict(), room / kind, tokenizer, with_plan=not options.reshape)
+        state = once(model, model.state_dict())
+        write(model, state, room / kind, tokenizer, with_plan=not options.reshape)
+        check_saved(room / kind, model, state.items())
         return Row(kind, kind, bytes=_size(room / kind))
     if kind == "gguf" and importlib.util.find_spec("gguf") is None:
         return Row(kind, refused=["writing it needs the package gguf: pip install 'plprune[export]'"])

@@ -13,6 +13,7 @@ CPU llama.cpp reads that from a table in half precision, and GPT-NeoX's is the t
 """
 
 import contextlib
+import hashlib
 import logging
 import math
 import os
@@ -25,10 +26,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from plprune.anatomy import Block, Group, blocks_of, family_of, innermost, matrix
+from plprune.anatomy import Block, Group, blocks_of, family_of, innermost, matrix, tied
 from plprune.atomic import staged
 from plprune.export import vocabulary
 from plprune.modeling_plprune import Gather, Scatter
+from plprune.weights import check_finite
 
 try:
     import gguf
@@ -257,12 +259,16 @@ def write(
         writer.add_file_type(file_type)
         if dtype == "q8_0":
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        _write_tensors(writer, model, arch, dtype)
+        _check_written(temporary, _write_tensors(writer, model, arch, dtype))
 
 
-def _write_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, arch: str, dtype: Dtype) -> None:
-    """First says what will come, by what the conversion makes of tensors without memory, then converts one by one."""
-    kinds = {}
+def _write_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, arch: str, dtype: Dtype) -> dict[str, Any]:
+    """First says what will come, by what the conversion makes of tensors without memory, then converts one by one.
+
+    Returns:
+        A hash of each tensor.
+    """
+    kinds, digests = {}, {}
     for name, tensor in _tensors(model, arch, meta=True):
         kinds[name] = kind = _kind(name, tensor, dtype)
         size = gguf.quants.quant_shape_to_byte_shape(tuple(tensor.shape), kind)
@@ -276,11 +282,29 @@ def _write_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, arch: str, d
         assert writer.fout is not None
         for name, tensor in _tensors(model, arch):
             writer.write_padding(writer.fout[0], writer.fout[0].tell())
+            digest = digests[name] = hashlib.sha256()
             for part in tensor.split(max(1, PART // tensor[0].numel())):  # the library's own method takes it whole
-                _encoded(part, kinds[name]).tofile(writer.fout[0])
+                encoded = _encoded(part, kinds[name])
+                _check_finite(name, part, encoded)
+                digest.update(encoded.data)
+                encoded.tofile(writer.fout[0])
         writer.write_padding(writer.fout[0], writer.fout[0].tell())
     finally:
         writer.close()
+    return digests
+
+
+def _check_finite(name: str, value: Tensor, encoded: np.ndarray) -> None:
+    check_finite(name, value)
+    if encoded.dtype == np.float16 and not np.isfinite(encoded).all():
+        raise ValueError(f"{name} has values above 65504, the largest of f16: export with --gguf bf16 or f32")
+
+
+def _check_written(path: str | os.PathLike[str], digests: dict[str, Any]) -> None:
+    """Makes sure that a file holds what was written."""
+    there = {tensor.name: hashlib.sha256(tensor.data.data).digest() for tensor in gguf.GGUFReader(path).tensors}
+    if unlike := [name for name, digest in digests.items() if there.get(name) != digest.digest()]:
+        raise OSError(f"{unlike[0]} is not on the disk as it was written: nothing was saved; check the disk")
 
 
 def _kind(name: str, tensor: Tensor, dtype: Dtype) -> GGMLQuantizationType:
@@ -356,8 +380,8 @@ def _against(model: PreTrainedModel, name: str) -> Iterator[str]:
     """Why one architecture does not compute a model that passes :func:`_everywhere`."""
     yield from _against_sizes(model, name)
     yield from _against_rope(model, name)
-    arch, tied = ARCHS[name], model.config.tie_word_embeddings
-    if arch.head == "tied" and not tied:
+    arch = ARCHS[name]
+    if arch.head == "tied" and not tied(model):
         yield f"the output head is not the embedding, which llama.cpp's {name} takes for granted: tie them"
     if arch.windows and not any(_windows(model.config)):
         yield f"no block has a sliding window, and llama.cpp's {name} does not run without"
