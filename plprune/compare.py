@@ -2,14 +2,13 @@
 
 What many of these have in common is computed once: the activations of the dense model, which decide most prunings, are
 observed in one pass for each seed. Every result is kept under the content of what it was made from (weights, text,
-method with its settings and source, protocol), so that a comparison that was stopped goes on where it was, and a new
-method costs only itself.
+method with its settings, protocol, and the source of all that computes it), so that a comparison that was stopped goes
+on where it was, and a new method costs only itself.
 """
 
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import inspect
 import logging
 import os
@@ -29,7 +28,7 @@ from transformers import PreTrainedModel
 from plprune.allocation import largest_remainder, next_sparsity
 from plprune.anatomy import blocks_of
 from plprune.atomic import staged
-from plprune.cache import Cache
+from plprune.cache import Cache, digest, sources
 from plprune.calibration import Calibration
 from plprune.checkpoint import Dtype, load_model, load_tokenizer, rebuilt, save_pruned
 from plprune.data import RecoveryData
@@ -37,6 +36,7 @@ from plprune.distillation import Distillation
 from plprune.evaluation import Passage, Protocol, judge, parameters, passage
 from plprune.lora import LoRA, merged_state
 from plprune.methods import PruningMethod, prune
+from plprune.methods.base import source_of
 from plprune.plan import PruningPlan, fingerprint
 from plprune.progress import Progress
 from plprune.recovery import Recovery
@@ -284,7 +284,8 @@ class Bench:
     def cells(self) -> Iterator[Cell]:
         """The dense model, then every pruning, and every recovery, one after another."""
         common = {"weights": self.weights, "dtype": self.study.dtype, "device": self.study.device.type}
-        common |= {"plprune": version("plprune")}
+        common |= {name: version(name) for name in ("plprune", "torch", "transformers")}
+        common |= {"source": digest({"bench": inspect.getsource(Bench), "models": sources("plprune.checkpoint")})}
         dense = self._judged(common, lambda: self.dense)
         facts = dict(zip(("block_parameters", "parameters"), parameters(self.dense), strict=True))
         yield self._cell("dense", "dense", 0.0, None) | facts | self._timed(common, lambda: self.dense) | dense
@@ -303,7 +304,7 @@ class Bench:
         facts = self._structure(of, model)
         yield self._completed(cells[0] | facts, of, lambda: model()[0], dense)
         for cell, training, made_by in zip(cells[1:], self.study.recoveries, self._trainings, strict=True):
-            by = of | {"recover": made_by}
+            by = of | {"recover": made_by, "by": sources("plprune.recovery", "plprune.data"), "peft": version("peft")}
             if training.rounds > 1:
                 again = functools.cache(lambda training=training: self._in_rounds(method, text, seed, training))
                 own = self._structure(by, again)
@@ -357,7 +358,8 @@ class Bench:
         """The calibration windows with what was observed of the dense model on them, once."""
         calibration = self._calibrated(text, seed)
         if calibration.known is None:
-            file = self.folder / "observations" / f"{self.weights}-{calibration.fingerprint}.safetensors"
+            name = f"{self.weights}-{calibration.fingerprint}-{sources('plprune.survey')}.safetensors"
+            file = self.folder / "observations" / name
             if not file.exists():
                 save(survey(self.dense, calibration), file)
             calibration = dataclasses.replace(calibration, known=load(file))
@@ -408,6 +410,7 @@ class Bench:
         if study.tasks:
             data = study.task_data and str(Path(study.task_data).resolve())
             limited = of | {"limit": study.limit, "lm_eval": version("lm_eval"), "data": data}
+            limited |= {"by": sources("plprune.tasks")}
             cell["tasks"] = {}
             for name in study.tasks:
                 cell["tasks"] |= self.cache.get(limited | {"tasks": name}, lambda name=name: self._tasks(model(), name))
@@ -420,6 +423,7 @@ class Bench:
         """How well a model predicts a text."""
         tokens = fingerprint([("ids", torch.cat([ids.flatten() for ids in text.windows]))], values=1 << 30)
         protocol = of | {"text": tokens, "protocol": dataclasses.asdict(self.study.protocol)}
+        protocol |= {"by": sources("plprune.evaluation")}
         return self.cache.get(protocol | {"result": "quality"}, lambda: self._quality(model(), text))
 
     def _timed(self, of: dict[str, Any], model: Callable[[], PreTrainedModel]) -> Cell:
@@ -427,7 +431,7 @@ class Bench:
         if self.study.max_batch is None:
             return {}
         where = machine() | {"host": platform.node()}
-        timed = of | {"machine": where, "max_batch": self.study.max_batch}
+        timed = of | {"machine": where, "max_batch": self.study.max_batch, "by": sources("plprune.speed")}
         return {"speed": self.cache.get(timed, lambda: self._speed(model()))}
 
     def _speed(self, model: PreTrainedModel) -> Cell:
@@ -529,10 +533,8 @@ def check_distinct(what: str, names: Sequence[str]) -> None:
 
 
 def identity(method: PruningMethod) -> dict[str, Any]:
-    """What makes a method that method: its settings, and the source that it is written in."""
-    source = Path(inspect.getfile(type(method))).read_bytes()
-    own = {"class": type(method).__qualname__, "source": hashlib.sha256(source).hexdigest()[:16]}
-    return own | dataclasses.asdict(method)
+    """What makes a method that method: its settings, its source, and that of all below it."""
+    return {"class": type(method).__qualname__, "source": source_of(method)} | dataclasses.asdict(method)
 
 
 def machine() -> dict[str, Any]:

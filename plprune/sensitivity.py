@@ -20,6 +20,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from transformers import PreTrainedModel
 
 from plprune.allocation import top_k
 from plprune.anatomy import Block, Group, blocks_of, matrix
-from plprune.cache import Cache
+from plprune.cache import Cache, sources
 from plprune.calibration import Calibration, observe, stream
 from plprune.evaluation import next_token_loss, perplexity
 from plprune.plan import fingerprint
@@ -104,6 +105,8 @@ def sensitivity(
     blocks = blocks_of(model)
     text = Calibration(list(windows)).fingerprint
     same: dict[str, Any] = {"weights": fingerprint(model.named_parameters()), "text": text}
+    same |= {"dtype": str(model.dtype), "device": model.device.type, "source": sources("plprune.sensitivity")}
+    same |= {name: version(name) for name in ("torch", "transformers")}
     chosen_by = calibration.fingerprint
     keys = [(each, _key(each, same, chosen_by)) for each in _candidates(blocks, fractions)]
     dense = cache.get(same | {"of": "the dense model"}, lambda: perplexity(model, windows))

@@ -28,7 +28,7 @@ from plprune.atomic import check_free
 from plprune.calibration import Calibration
 from plprune.checkpoint import Dtype, load_skeleton, locate, write
 from plprune.journal import ASKED, SHARD, Decision, Journal, writing
-from plprune.methods.base import PruningMethod, origin, prune
+from plprune.methods.base import PruningMethod, origin, prune, source_of
 from plprune.plan import FILE, PruningPlan, fingerprint
 from plprune.running import same_values, summary
 from plprune.weights import INDEX, SINGLE, check_saved, check_values, contents, key_of, mapped, renamings, write_index
@@ -118,6 +118,7 @@ def asked(
     return {
         "method": type(method).__name__,
         "settings": dataclasses.asdict(cast(Any, method)),
+        "source": source_of(method),
         **origin(model, calibration, seed),
         "dtype": str(model.dtype),
         "batches": [len(ids) for ids in calibration],

@@ -19,6 +19,7 @@ import yaml
 
 from plprune import CFSP, FASP, FLAP, Calibration, PruningMethod, TwoSSP, perplexity, prune
 from plprune import compare as module
+from plprune.cache import sources
 from plprune.checkpoint import load_model, load_tokenizer
 from plprune.cli import main
 from plprune.compare import CalibrationText, Study, Training, compare, identity, table
@@ -265,6 +266,52 @@ def test_a_method_is_another_once_its_source_is(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "mine.py").write_text(source + "\n# another\n")
     assert identity(own) != before
     assert identity(CFSP()) == identity(CFSP()) != identity(CFSP(a=2.0))
+
+
+def test_a_helper_beside_a_method_is_of_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "owned.py").write_text(
+        "from plprune import CFSP\nfrom scale import a\n\n\nclass Owned(CFSP):\n    a = a\n"
+    )
+    (tmp_path / "scale.py").write_text("a = 1\n")
+    before = sources("owned")
+    (tmp_path / "another.py").write_text("")
+    assert sources("owned") == before
+    (tmp_path / "scale.py").write_text("a = 2\n")
+    assert sources("owned") != before
+
+
+@pytest.mark.parametrize("name", ["repair", "surgery", "allocation", "calibration", "estimate", "methods/cfsp"])
+def test_a_pruning_is_another_once_what_it_is_made_with_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = identity(CFSP()), identity(FASP())
+    edit(name, monkeypatch)
+    after = identity(CFSP()), identity(FASP())
+    assert after[0] != before[0]
+    assert (after[1] == before[1]) == (name == "methods/cfsp")  # a method costs only itself
+
+
+@pytest.mark.parametrize("name", ["distillation", "lora", "consumers", "recovery"])
+def test_what_was_recovered_otherwise_is_recovered_anew(
+    name: str, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Training(str(study.calibration), steps=1, seq_len=16, batch_size=2)
+    small = dataclasses.replace(study, methods=[CFSP()], sparsities=[0.25], recover=training)
+    compare(small, tmp_path / "out")
+    counts = counted(monkeypatch, "prune", "survey", "trainer")
+    edit(name, monkeypatch)
+    compare(small, tmp_path / "out")
+    assert counts == {"prune": 1, "survey": 0, "trainer": 1}
+
+
+def edit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has a module of plprune read as if it had been edited."""
+    read = Path.read_text
+    edited = Path(module.__file__).parent / f"{name}.py"
+
+    def changed(path: Path, *args: Any, **kwargs: Any) -> str:
+        return read(path, *args, **kwargs) + ("# another\n" if path == edited else "")
+
+    monkeypatch.setattr(Path, "read_text", changed)
 
 
 def test_variants_of_a_method_are_told_apart(study: Study, tmp_path: Path) -> None:

@@ -91,4 +91,21 @@ def test_links_lead_somewhere() -> None:
         re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in re.findall(r"^#+ (.*)", README, re.M)
     }
     for link in re.findall(r"\]\((?!https?://)([^)]+)\)", README):
-        assert link[1:] in headings if link.startswith("#") else (ROOT / link).exists(), link
+        there = link[1:] in headings if link.startswith("#") else (ROOT / link).exists()
+        assert there, link
+
+
+def test_every_extra_that_is_named_exists() -> None:
+    listed = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("\n\n")[0]
+    extras = re.findall(r"^(\w+) = \[", listed, re.M)
+    files = [ROOT / "README.md", ROOT / "pyproject.toml"]
+    files += [path for folder in ("plprune", "notebooks", "configs", "tests") for path in (ROOT / folder).rglob("*.*")]
+    named = {
+        (path.name, extra)
+        for path in files
+        if path.suffix in (".md", ".toml", ".py", ".ipynb", ".yaml")
+        for asked in re.findall(r"(?:plprune|install (?:-e )?'\.)\[([\w,-]+)\]", path.read_text(encoding="utf-8"))
+        for extra in asked.split(",")
+    }
+    assert ("quickstart.ipynb", "notebooks") in named
+    assert {extra for _, extra in named} <= set(extras), named

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from plprune import processes, serving
 from plprune.allocation import check_sparsity
 from plprune.anatomy import Attention, Block, Group, blocks_of
+from plprune.cache import sources
 from plprune.calibration import Calibration
 from plprune.estimate import Ledger, Work, amount, block_flops, shown, solve, windows
 from plprune.modeling_plprune import Written
@@ -361,6 +362,11 @@ def equalise(model: PreTrainedModel, plan: PruningPlan, group: processes.Group) 
         state = model.state_dict()
         for name in plan.repaired:
             state[name].copy_(processes.sent(state[name], 0, group))
+
+
+def source_of(method: PruningMethod) -> str:
+    """A hash of the source that a method's decisions depend on: its own, and that of all below it."""
+    return sources(*sorted({each.__module__ for each in type(method).__mro__ if issubclass(each, PruningMethod)}))
 
 
 def origin(model: PreTrainedModel, calibration: Calibration, seed: int | None = None) -> dict[str, Any]:
