@@ -78,6 +78,18 @@ def staged(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Pa
                 folder.rmdir()
 
 
+@contextlib.contextmanager
+def rehearsed(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """As :func:`staged`, but what was written is removed when the context ends, and `path` stays as it is."""
+    with contextlib.suppress(_Rehearsed), staged(path, overwrite=True) as temporary:
+        yield temporary
+        raise _Rehearsed
+
+
+class _Rehearsed(Exception):
+    """All went well."""
+
+
 def clear(folder: str | os.PathLike[str], names: str = "*") -> None:
     """Removes what killed writers have left in a folder, of files and folders whose names match a pattern."""
     for room in Path(folder).glob(f".*.*{SUFFIX}"):

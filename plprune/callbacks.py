@@ -24,9 +24,10 @@ from transformers import PreTrainedModel
 
 from plprune import processes, report, surgery
 from plprune.anatomy import on_device
-from plprune.atomic import check_free
+from plprune.atomic import check_free, rehearsed
 from plprune.calibration import Calibration
 from plprune.checkpoint import load_stage, rebuilt, save_pruned, save_stage
+from plprune.checkpointing import is_dry
 from plprune.estimate import shown
 from plprune.evaluation import Measurement, as_dict, measure, table
 from plprune.lora import merged, merged_state
@@ -39,6 +40,7 @@ from plprune.surgery import plan_of
 
 log = logging.getLogger(__name__)
 PAUSE = 10.0  # seconds between two reports while training goes on
+FOUND = ("stages", "loss", "generated")  # of a report, what a run that goes on takes over
 POINTS = 2000  # of the loss in a report; where there are more, every second one goes
 
 
@@ -142,7 +144,8 @@ class Prune(pl.Callback):
 class Export(pl.Callback):
     """Saves the recovered model, adapters merged, when training ends.
 
-    Of several processes the first writes; where weights are in shards it gathers them one by one on the CPU.
+    Of several processes the first writes; where weights are in shards it gathers them one by one on the CPU. A dry run
+    (`fast_dev_run`) saves to a temporary place beside it, and removes that.
 
     Args:
         output: Folder to write; it must not exist or be empty.
@@ -166,8 +169,10 @@ class Export(pl.Callback):
         if trainer.is_global_zero:
             tokenizer = getattr(pl_module, "tokenizer", None)
             record = run_record(trainer, pl_module)
-            save_pruned(rebuilt(model, state), self.output, tokenizer, self.overwrite, record=record)
-            log.info("saved the recovered model to %s", self.output)
+            dry = is_dry(trainer)
+            with rehearsed(self.output) if dry else contextlib.nullcontext(self.output) as output:
+                save_pruned(rebuilt(model, state), output, tokenizer, self.overwrite, record=record)
+            log.info("%s", "a dry run: no model is kept" if dry else f"saved the recovered model to {self.output}")
         trainer.strategy.barrier()
 
 
@@ -184,10 +189,14 @@ class Evaluate(pl.Callback):
     def __init__(self, attribute: str = "model") -> None:
         self.attribute = attribute
         self.rows: dict[str, Measurement] = {}
+        self._windows: str | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        model = model_of(pl_module, self.attribute)
-        if stage == "fit" and plan_of(model) is None:
+        if stage != "fit":
+            return
+        model, windows = model_of(pl_module, self.attribute), self._held_out(trainer)
+        self._windows = fingerprint([("ids", ids) for ids in windows], values=1 << 30)
+        if plan_of(model) is None:
             processes.receive(model, processes.world())
             with on_device(model, trainer.strategy.root_device):
                 self._measure("dense", trainer, model, sharded=False)
@@ -203,16 +212,24 @@ class Evaluate(pl.Callback):
             print(f"\n{table(self.rows)}\n")
 
     def state_dict(self) -> dict[str, Any]:
-        return as_dict(self.rows)
+        return {"windows": self._windows, "rows": as_dict(self.rows)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows = {name: Measurement(**{"tokens_per_second": None} | row) for name, row in state_dict.items()}
+        rows = state_dict.get("rows", state_dict)
+        if None not in (state_dict.get("windows"), self._windows) and state_dict["windows"] != self._windows:
+            log.warning("what the checkpoint says of the model was measured on another text, and is left out")
+            return
+        self.rows = {name: Measurement(**{"tokens_per_second": None} | row) for name, row in rows.items()}
 
-    def _measure(self, name: str, trainer: pl.Trainer, model: PreTrainedModel, sharded: bool) -> None:
+    def _held_out(self, trainer: pl.Trainer) -> list[Tensor]:
+        """The windows to judge by."""
         data = trainer_data(trainer)
         if not hasattr(data, "held_out_windows"):
             raise ValueError("Evaluate has no text: train with a data module that has `held_out_windows`")
-        windows = cast(Any, data).held_out_windows()
+        return cast(Any, data).held_out_windows()
+
+    def _measure(self, name: str, trainer: pl.Trainer, model: PreTrainedModel, sharded: bool) -> None:
+        windows = self._held_out(trainer)
         with contextlib.nullcontext() if sharded else merged(model):
             self.rows[name] = measure(model, windows, processes.world(), speed=not sharded)
         values = as_dict({name: self.rows[name]})[name]
@@ -223,8 +240,8 @@ class Evaluate(pl.Callback):
 class Report(pl.Callback):
     """Writes `report.html` and `report.json` from the start of a fit on, and again after each stage.
 
-    A run that is killed leaves a report of what there is. A report that cannot be written is a warning, and the run
-    goes on. What `Evaluate` measures is taken from it; list `Report` after it and before `Prune`.
+    A run that is killed leaves a report of what there is, a dry run none. A report that cannot be written is a warning,
+    and the run goes on. What `Evaluate` measures is taken from it; list `Report` after it and before `Prune`.
 
     Args:
         output: Folder to write to, or an `.html` file; the trainer's `default_root_dir` if not given.
@@ -310,7 +327,7 @@ class Report(pl.Callback):
         return report.completed(self.record)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.record |= {name: value for name, value in state_dict.items() if name != "written"}
+        self.record |= {name: state_dict[name] for name in FOUND if name in state_dict}
 
     def _place(self, trainer: pl.Trainer) -> str:
         return self.output or trainer.default_root_dir
@@ -352,7 +369,7 @@ class Report(pl.Callback):
             if isinstance(each, Evaluate):
                 self.record["stages"] |= as_dict(each.rows)
         self._last = time.monotonic()
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not is_dry(trainer):
             try:
                 report.write(self.record, self._place(trainer), overwrite=True)
             except (OSError, ValueError) as error:

@@ -29,6 +29,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -37,6 +38,7 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 
+from plprune import resuming
 from plprune.atomic import clear, remove, staged
 from plprune.processes import local_rank
 
@@ -65,6 +67,8 @@ class Checkpoint(LightningCheckpoint):
     A checkpoint that cannot be written, for want of space for example, is a warning: those before it stay, training
     goes on, and the next is tried when it is due. At SIGTERM, at SLURM's signal to requeue and after `max_hours` the
     step is finished, a checkpoint is written, and the process ends with exit code 75, without export or evaluation.
+    A run whose training ends otherwise, by its steps, `EarlyStopping` or `max_time`, is finished, and is not gone on
+    with unless it is given more of these. A dry run (`fast_dev_run`) writes, moves and removes nothing.
 
     Args:
         every_n_train_steps: Steps of the optimizer from one checkpoint to the next.
@@ -81,12 +85,14 @@ class Checkpoint(LightningCheckpoint):
         dirpath: str | None = None,
         max_hours: float | None = None,
     ) -> None:
+        self.best_model_path = ""  # Lightning asks for it: nothing is judged here
         for name, value in {"every_n_train_steps": every_n_train_steps, "keep": keep, "max_hours": max_hours}.items():
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}, but must be above 0")
         self.every_n_train_steps, self.keep, self.dirpath = every_n_train_steps, keep, dirpath
         self.max_hours, self._since = max_hours, time.monotonic()
         self._origin: dict[str, Any] = {}
+        self._run: resuming.Run = {}
         self._step, self._steps = 0, 0.0
         self._noted: int | None = None  # the signal that came in training
         self._requeue: tuple[int, Any] | None = None  # SLURM's signal, and what Lightning does at it
@@ -98,8 +104,9 @@ class Checkpoint(LightningCheckpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        self._run = resuming.asked(trainer, pl_module, getattr(trainer, "datamodule", None))
         self._origin, self._noted = _origin(trainer), None
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not is_dry(trainer):
             clear(self.folder(trainer), PATTERN)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -115,7 +122,7 @@ class Checkpoint(LightningCheckpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._listen(trainer)
         self._step, self._steps = trainer.global_step, trainer.estimated_stepping_batches
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not is_dry(trainer):
             set_aside(self.folder(trainer), self._step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -126,7 +133,8 @@ class Checkpoint(LightningCheckpoint):
         late = self.max_hours is not None and time.monotonic() - self._since > 3600 * self.max_hours
         # At the end it is never too late: a run that takes longer to begin than it may would not come to its export.
         stop = trainer.strategy.reduce_boolean_decision(self._noted is not None or (late and left >= 1), all=False)
-        if left >= 1 and (stop or left == 1 or self._step % self.every_n_train_steps == 0):
+        due = stop or left == 1 or self._step % self.every_n_train_steps == 0
+        if left >= 1 and due and not is_dry(trainer):
             self._save(trainer)
         if stop:
             self._leave(trainer)
@@ -135,12 +143,12 @@ class Checkpoint(LightningCheckpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lightning calls this one last, so that all is done that is done at the end."""
-        if trainer.is_global_zero and self._step >= self._steps:  # a limit of the trainer's may have ended it before
+        if trainer.is_global_zero and not is_dry(trainer):
             with staged(self.folder(trainer) / FINISHED, overwrite=True) as file:
-                file.write_text(json.dumps(_end(trainer)))
+                file.write_text(json.dumps({"end": _end(trainer), "run": self._run}))
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self._origin)
+        return self._origin | {"run": self._run}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -205,7 +213,7 @@ class Checkpoint(LightningCheckpoint):
             raise faults[0]
         if trainer.is_global_zero and path.is_dir():
             sizes = {str(file.relative_to(path)): file.stat().st_size for file in path.rglob("*") if file.is_file()}
-            (path / MANIFEST).write_text(json.dumps({"origin": self._origin, "files": sizes}))
+            (path / MANIFEST).write_text(json.dumps({"origin": self.state_dict(), "files": sizes}))
 
 
 @contextlib.contextmanager
@@ -222,15 +230,55 @@ def preemptible(launcher: Any = None) -> Iterator[None]:
         _on_sigterm(before or signal.SIG_DFL)
 
 
-def resume_from(trainer: pl.Trainer) -> Path | None:
+def resume_from(trainer: pl.Trainer, run: resuming.Run | None = None) -> Path | None:
     """The checkpoint with which a trainer's run goes on, for `trainer.fit(ckpt_path=...)`; None: from the start.
 
+    Args:
+        trainer: The trainer.
+        run: What is asked for, as far as it is known by now.
+
     Raises:
-        ValueError: The trainer has no `Checkpoint`, or its strategy or number of processes is not the checkpoint's.
+        ValueError: The trainer has no `Checkpoint`, its strategy or number of processes is not the checkpoint's, or it
+            is of another run.
     """
     path = newest(checkpoint_of(trainer).folder(trainer))
     if path is not None:
-        _check_origin(path, trainer)
+        there = _check_origin(path, trainer)
+        if run is not None:  # what texts and models hold is compared when they are there
+            later = {name for name, value in run.items() if isinstance(value, dict)} | set(resuming.LENGTH)
+            resuming.check(there.get("run", {}), {name: run[name] for name in run if name not in later})
+    return path
+
+
+def named(path: str, trainer: pl.Trainer, train: bool) -> str:
+    """A checkpoint that was named, looked at before anything is done.
+
+    Args:
+        path: Where it is; `last` is the newest of `Checkpoint`.
+        trainer: The trainer.
+        train: Whether it is to be trained on.
+
+    Raises:
+        ValueError: There is none, it is damaged, or not one of `Recovery`, or holds less than is needed.
+    """
+    own = [each.folder(trainer) for each in cast(Any, trainer).callbacks if isinstance(each, Checkpoint)]
+    if path == "last" and own and (found := newest(own[0])):
+        return str(found)
+    if "://" in path or path == "hpc" or Path(path).is_dir() or (path in ("best", "last") and not own):
+        return path  # which Lightning knows, or has something to say about
+    if not Path(path).exists():
+        place = own[0] if own else "checkpoints"
+        raise ValueError(f"there is no checkpoint {path}: name a file, like those in {place}")
+    if (fault := _fault(Path(path))) is not None:
+        raise ValueError(f"{path} is no checkpoint, or damaged ({fault}): name another by --ckpt_path")
+    try:
+        content = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+    except Exception as error:  # of another project, it may hold anything
+        raise ValueError(f"{path} is no checkpoint of plprune: name another by --ckpt_path") from error
+    if not isinstance(content, dict) or "plprune" not in content:
+        raise ValueError(f"{path} was not written by plprune.Recovery: name another by --ckpt_path")
+    if train and "lr_schedulers" not in content:
+        raise ValueError(f"{path} holds weights only, which cannot be trained on: name another by --ckpt_path")
     return path
 
 
@@ -282,15 +330,32 @@ def begin_anew(trainer: pl.Trainer) -> None:
             (callback.folder(trainer) / FINISHED).unlink(missing_ok=True)
 
 
-def is_finished(trainer: pl.Trainer) -> bool:
-    """Whether a run up to the trainer's last step has ended in its folder."""
+def is_finished(trainer: pl.Trainer, run: resuming.Run | None = None) -> bool:
+    """Whether a run has ended in a trainer's folder, and was not given more steps or time since.
+
+    Args:
+        trainer: The trainer.
+        run: What is asked for, as far as it is known by now.
+
+    Raises:
+        ValueError: Another run has.
+    """
     file = checkpoint_of(trainer).folder(trainer) / FINISHED
-    return file.exists() and json.loads(file.read_text()) == _end(trainer)
+    ended = json.loads(file.read_text()) if file.exists() else {}
+    done = ended.get("end", ended | {"max_time": []}) == _end(trainer)
+    if done and run is not None:
+        resuming.check(ended.get("run", {}), run)
+    return done
 
 
-def _end(trainer: pl.Trainer) -> dict[str, int]:
-    without = 1000 if trainer.max_steps == -1 else -1  # what Lightning takes for a max_epochs of None
-    return {"max_steps": trainer.max_steps, "max_epochs": without if trainer.max_epochs is None else trainer.max_epochs}
+def _end(trainer: pl.Trainer) -> dict[str, Any]:
+    times = [each._duration for each in cast(Any, trainer).callbacks if isinstance(each, Timer)]
+    return resuming.length(trainer) | {"max_time": times}
+
+
+def is_dry(trainer: pl.Trainer) -> bool:
+    """Whether a run is a rehearsal, which leaves what is there as it is."""
+    return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def step_of(path: Path) -> int:
@@ -334,7 +399,7 @@ def _kind(strategy: Strategy) -> str:
     return PLAIN if isinstance(strategy, SingleDeviceStrategy | DDPStrategy) else type(strategy).__name__
 
 
-def _check_origin(path: Path, trainer: pl.Trainer) -> None:
+def _check_origin(path: Path, trainer: pl.Trainer) -> dict[str, Any]:
     if path.is_dir():
         there = json.loads((path / MANIFEST).read_text())["origin"]
     else:
@@ -353,6 +418,7 @@ def _check_origin(path: Path, trainer: pl.Trainer) -> None:
             f"{path} was written by {there['processes']} processes under {there['strategy']}, and cannot go on with "
             f"{here['processes']}, as each has a part of the states: use as many, or start without --resume"
         )
+    return there
 
 
 def _save_file(state_dict: Any, path: Path, **_: Any) -> None:

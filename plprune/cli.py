@@ -24,8 +24,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import plprune
-from plprune import callbacks, checkpointing, live, report, rounds
-from plprune.atomic import clear
+from plprune import callbacks, checkpointing, live, report, resuming, rounds
+from plprune.atomic import check_free, clear
 from plprune.checkpoint import load_skeleton
 from plprune.commands import COMMANDS
 from plprune.data import RecoveryData
@@ -109,23 +109,27 @@ class CLI(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         """Trains, after a look at what an earlier run has left."""
-        resume, trainer = self.config["fit"]["resume"], self.trainer
-        if rank_zero_only.rank == 0:
+        trainer, dry = self.trainer, checkpointing.is_dry(self.trainer)
+        resume = self.config["fit"]["resume"] and not dry
+        run = resuming.asked(trainer, self.model, self.datamodule)
+        if rank_zero_only.rank == 0 and not dry:
             self._tidy()
         with checkpointing.preemptible(trainer.strategy.launcher):
-            if resume and self._nothing_left():
+            if resume and self._nothing_left(run):
                 return
-            if resume and (path := checkpointing.resume_from(trainer)):
+            if resume and (path := checkpointing.resume_from(trainer, run)):
                 kwargs["ckpt_path"] = str(path)
                 self._log(trainer, checkpointing.step_of(path))
                 if not checkpointing.is_finished(trainer):
                     for export in self._exports():  # what is there is this run's own, as it was free at the start
                         export.overwrite = True
-            elif not kwargs["ckpt_path"]:
+            elif not kwargs["ckpt_path"] and not dry:
+                for export in self._exports():
+                    check_free(export.output, export.overwrite)
                 checkpointing.begin_anew(trainer)
             trainer.fit(**kwargs)
         if trainer.is_global_zero:
-            print(live.summary(trainer, self._outputs(), time.monotonic() - self._since))
+            print(live.summary(trainer, {} if dry else self._outputs(), time.monotonic() - self._since))
 
     def instantiate_classes(self) -> None:
         """Nothing is loaded here for rounds, as each is a process of its own."""
@@ -138,6 +142,17 @@ class CLI(LightningCLI):
         config = yaml.safe_load(self._parser(subcommand).dump(self.config[subcommand], skip_none=False))
         if code := rounds.run(config, self._rounds):
             sys.exit(code)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's own would have what a checkpoint says of hyperparameters replace what the user has said."""
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if kwargs.get("ckpt_path"):
+            kwargs["ckpt_path"] = checkpointing.named(str(kwargs["ckpt_path"]), self.trainer, subcommand == "fit")
+            if kwargs.get("weights_only") is None:
+                kwargs["weights_only"] = True  # or Lightning would unpickle what it gets from elsewhere
+        return kwargs
 
     @property
     def _rounds(self) -> int:
@@ -167,9 +182,9 @@ class CLI(LightningCLI):
             elif isinstance(each, callbacks.Prune):
                 clear(Path(each.folder or self.trainer.default_root_dir) / "plans")
 
-    def _nothing_left(self) -> bool:
+    def _nothing_left(self, run: resuming.Run) -> bool:
         outputs = [export.output for export in self._exports()]
-        done = checkpointing.is_finished(self.trainer) and all(map(os.path.exists, outputs))
+        done = checkpointing.is_finished(self.trainer, run) and all(map(os.path.exists, outputs))
         if done and rank_zero_only.rank == 0:
             print(f"this run is finished{''.join(f'; its model is in {output}' for output in outputs)}")
         return done
@@ -185,6 +200,8 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         given = self._get(self.config_init, "trainer")
+        if self.subcommand != "fit":  # in a folder without loggers, that of the fit stays
+            self.save_config_kwargs |= {"config_filename": f"{self.subcommand}.yaml"}
         if not given["barebones"]:
             kwargs |= live.shown(given, str(self.subcommand))
         trainer = super().instantiate_trainer(**kwargs)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from plprune.calibration import Calibration
 from plprune.checkpoint import load_tokenizer
+from plprune.plan import fingerprint
 from plprune.text import IGNORED, PYDOC, Stream, check_sizes, check_source, draw, pack, split, tokenised
 
 
@@ -106,6 +107,15 @@ class RecoveryData(pl.LightningDataModule):
         ids, _ = self._read("calibration") if self.sources["calibration"] else cast(Stream, self._train)
         windows = draw(ids, self.num_samples, self.calibration_seq_len, self.seed)
         return Calibration(list(windows.split(self.calibration_batch_size)))
+
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of what is trained on and of what is judged by, for what a checkpoint belongs to."""
+        self.setup()
+        parts = {"train": self._parts["train"].tensors, "validation": (self._parts["validation"].tensors[0],)}
+        return {
+            part: fingerprint([(str(i), tensor) for i, tensor in enumerate(tensors)], values=1 << 40)
+            for part, tensors in parts.items()
+        }
 
     def held_out_windows(self) -> list[Tensor]:  # [1, seq_len] each
         """The windows to judge by, one by one."""

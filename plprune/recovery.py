@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.text import Perplexity
 from typing_extensions import Self
 
-from plprune import consumers, processes
+from plprune import consumers, processes, resuming
 from plprune import lora as adapters
 from plprune.anatomy import blocks_of
 from plprune.checkpoint import Dtype, load_model, load_skeleton, load_tokenizer
@@ -41,7 +41,9 @@ class Recovery(pl.LightningModule):
     """Trains a causal language model back by LoRA, with ranks that follow the importance of its blocks.
 
     The model is loaded at once; a `Prune` callback prunes it in its `setup`, and the adapters are added right after.
-    Checkpoints hold what is trained only; one that belongs to another base model or plan is refused.
+    Checkpoints hold what is trained only; one that belongs to another run is refused: another base model, plan, text or
+    setting, but for what `plprune.resuming.FREE` lists. Of another data module than `RecoveryData` the text counts if
+    it has `fingerprint()`.
 
     Of several processes on one node only the first loads; the others get its weights, whole or, under ZeRO-3 and FSDP2,
     their shards of them.
@@ -76,13 +78,15 @@ class Recovery(pl.LightningModule):
         self.tokenizer = load_tokenizer(name_or_path)
         load = load_skeleton if processes.local_rank() else load_model
         self.model = load(name_or_path, dtype)
-        self._loaded_as = name_or_path, dtype
+        self.name_or_path = name_or_path
+        self._loaded_in: Dtype = dtype
         self.lora, self.trains, self.distill = lora, train, distill
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.gradient_checkpointing = gradient_checkpointing
         self.val_perplexity = Perplexity(ignore_index=IGNORED)
         self.ranks: list[int] = []
         self._base: dict[str, str | None] = {}  # what a checkpoint must have been trained on
+        self._run: resuming.Run = {}  # which a checkpoint must be of
         self._random_states: dict[str, Tensor] = {}  # of each process, by device
         self._tokens, self._since = 0, 0.0
         self._sizes: list[Tensor] = []  # up to each batch of a step that is still to come
@@ -114,6 +118,7 @@ class Recovery(pl.LightningModule):
             self.model.train()
             if self.gradient_checkpointing:
                 self.model.gradient_checkpointing_enable()
+        self._run = self._asked(stage)
 
     def configure_model(self) -> None:
         """Puts the weights into shards, where a strategy has such."""
@@ -207,8 +212,8 @@ class Recovery(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = self._trained()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        own = {"base": self._base, "trained": trained, "random_states": self._gathered_random_states()}
-        checkpoint["plprune"] = own
+        own = {"base": self._base, "trained": trained, "run": self._run}
+        checkpoint["plprune"] = own | {"random_states": self._gathered_random_states()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_checkpoint(checkpoint)
@@ -222,11 +227,15 @@ class Recovery(pl.LightningModule):
         """Makes sure that a checkpoint continues this model's training.
 
         Raises:
-            ValueError: It was not written by `Recovery`, or for another model or plan, or what is trained is another.
+            ValueError: It was not written by `Recovery`, or in another run, or for another model or plan, or what is
+                trained is another, or it holds weights only and is to be trained on.
         """
         own = checkpoint.get("plprune")
         if own is None:
             raise ValueError("the checkpoint was not written by plprune.Recovery: name another with --ckpt_path")
+        if self.trainer.state.fn == "fit" and "lr_schedulers" not in checkpoint:
+            raise ValueError("the checkpoint holds weights only, which cannot be trained on: name another --ckpt_path")
+        self._check_run(own.get("run"))
         if own["base"] != self._base:
             raise ValueError(
                 f"the checkpoint was trained on another base model or plan ({own['base']}) than this run's "
@@ -252,6 +261,25 @@ class Recovery(pl.LightningModule):
         self.ranks = adapters.inject(self.model, self.lora, plan)
         log.info("LoRA ranks by %s: %s", self.lora.by if plan else "nothing, as there is no plan", self.ranks)
 
+    def _asked(self, stage: str) -> resuming.Run:
+        """The run that is asked for."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        contents = dict(data.fingerprint()) if stage == "fit" and hasattr(data, "fingerprint") else {}
+        contents = {f"data.{part}": content for part, content in contents.items()}
+        contents["model.name_or_path"] = self._base["weights"]
+        if self._teacher is not None:
+            contents["model.distill.teacher"] = self._teacher.folder.name
+        return resuming.asked(self.trainer, self, data, contents)
+
+    def _check_run(self, there: resuming.Run | None) -> None:
+        fitting = self.trainer.state.fn == "fit"
+        if there:
+            resuming.check(there, self._run, fitting)
+        elif fitting:
+            log.warning("the checkpoint does not say of which text and settings it is: make sure that they are these")
+        if fitting and not hasattr(getattr(self.trainer, "datamodule", None), "fingerprint"):
+            log.warning("the data has no `fingerprint`: make sure that it is what the checkpoint was trained on")
+
     def _find_teacher(self) -> None:
         """Says which model is learnt from; it is loaded when it is asked."""
         settings = self.distill
@@ -259,8 +287,8 @@ class Recovery(pl.LightningModule):
             return
         if shards(self.trainer.strategy):
             raise ValueError("a teacher is a whole model, which ZeRO-3 and FSDP2 are to avoid: leave out model.distill")
-        name, dtype = self._loaded_as
-        teacher = source(settings, plan_of(self.model), name, self._base["weights"], dtype)
+        dtype, weights = self._loaded_in, self._base["weights"]
+        teacher = source(settings, plan_of(self.model), self.name_or_path, weights, dtype)
         folder = Path(self.trainer.default_root_dir) / "teacher"
         self._teacher = Teacher(settings, teacher, dtype, self.trainer.strategy.root_device, folder)
 

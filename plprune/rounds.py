@@ -63,6 +63,8 @@ def check(config: Config, rounds: int) -> None:
         raise ValueError(f"{rounds} rounds share trainer.max_steps, which is {trainer['max_steps']}: give more")
     if method.get("target_parameters") or method.get("target_memory"):
         raise ValueError("rounds share a sparsity: give that in the place of targets")
+    if trainer.get("fast_dev_run"):
+        raise ValueError("a dry run saves no model for the next round to begin with: try it without --rounds")
     if config.get("ckpt_path"):
         raise ValueError("a checkpoint is of one round: go on with --resume in the place of --ckpt_path")
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # the second group would find the first one's keys

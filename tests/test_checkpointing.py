@@ -10,11 +10,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from plprune import Checkpoint
+from plprune import Checkpoint, resuming
 from plprune.checkpointing import (
     AGAIN,
     FINISHED,
@@ -23,6 +24,7 @@ from plprune.checkpointing import (
     Preempted,
     checkpoints,
     is_finished,
+    named,
     newest,
     preemptible,
     resume_from,
@@ -225,11 +227,62 @@ def test_a_run_with_more_steps_is_not_finished(tmp_path: Path) -> None:
     assert not is_finished(trainer(tmp_path, steps=20))
 
 
-def test_a_run_that_something_else_ended_is_not_finished(tmp_path: Path) -> None:
+def test_a_run_that_a_callback_ended_is_finished_until_it_is_given_more(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     run.callbacks.append(At(4, lambda: setattr(run, "should_stop", True)))  # type: ignore[attr-defined]
     assert fit(run).global_step == 5
-    assert not is_finished(trainer(tmp_path))
+    assert is_finished(trainer(tmp_path))
+    assert not is_finished(trainer(tmp_path, steps=20))
+    timed = trainer(tmp_path)
+    timed.callbacks.append(Timer("00:01:00:00"))  # type: ignore[attr-defined]
+    assert not is_finished(timed)
+
+
+def test_a_dry_run_leaves_all_checkpoints_where_they_are(tmp_path: Path) -> None:
+    fit(trainer(tmp_path, every_n_train_steps=4))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").rglob("*")}
+    (tmp_path / "checkpoints" / ".step=000008.ckpt.abc.partial").mkdir()
+    rehearsal = pl.Trainer(
+        fast_dev_run=3, default_root_dir=tmp_path, callbacks=[Checkpoint(1)], accelerator="cpu", logger=False
+    )
+    assert fit(rehearsal).global_step == 3
+    (tmp_path / "checkpoints" / ".step=000008.ckpt.abc.partial").rmdir()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").rglob("*")} == before
+
+
+def test_a_finished_run_of_other_settings_is_another(tmp_path: Path) -> None:
+    fit(trainer(tmp_path))
+    again = trainer(tmp_path, accumulate=2)
+    with pytest.raises(ValueError, match=r"trainer\.accumulate_grad_batches is 2, that of the checkpoint is 1"):
+        is_finished(again, resuming.asked(again, Plain(), None))
+    with pytest.raises(ValueError, match=r"trainer\.accumulate_grad_batches is 2, that of the checkpoint is 1"):
+        resume_from(again, resuming.asked(again, Plain(), None))
+
+
+# ---- named
+
+
+def test_what_is_no_checkpoint_to_train_on_is_refused_in_one_line(tmp_path: Path) -> None:
+    run = fit(trainer(tmp_path))
+    run.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    (damaged,) = fake(tmp_path / "damaged", 5)
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    torch.save({"plprune": {}}, tmp_path / "ours.ckpt")
+    torch.save(Plain(), tmp_path / "pickled.ckpt")
+    assert named("last", run, train=True) == str(tmp_path / "checkpoints" / "step=000009.ckpt")
+    assert named(str(tmp_path / "ours.ckpt"), run, train=False) == str(tmp_path / "ours.ckpt")
+    for path, reason in {
+        "best": "there is no checkpoint best: name a file, like those in",
+        "registry:model": "there is no checkpoint registry:model",
+        "none.ckpt": "there is no checkpoint none.ckpt",
+        damaged: "is no checkpoint, or damaged",
+        tmp_path / "weights.ckpt": r"was not written by plprune\.Recovery",
+        tmp_path / "pickled.ckpt": "is no checkpoint of plprune",
+        tmp_path / "ours.ckpt": "holds weights only",
+    }.items():
+        with pytest.raises(ValueError, match=reason) as raised:
+            named(str(path), run, train=True)
+        assert "\n" not in str(raised.value)
 
 
 def test_there_must_be_a_callback_to_resume_from(tmp_path: Path) -> None:
@@ -249,15 +302,14 @@ def zero(stage: int) -> Strategy:
 
 
 def as_if(strategy: Strategy, processes: int, root: Path) -> Any:
-    callbacks = [Checkpoint()]
-    return SimpleNamespace(
-        strategy=strategy, num_nodes=1, num_devices=processes, callbacks=callbacks, default_root_dir=str(root)
-    )
+    settings = vars(pl.Trainer(accelerator="cpu", logger=False)) | dict.fromkeys(resuming.COUNTED)
+    settings |= {"num_nodes": 1, "num_devices": processes, "max_steps": 10, "max_epochs": -1, "strategy": strategy}
+    return SimpleNamespace(**settings | {"callbacks": [Checkpoint()], "default_root_dir": str(root)})
 
 
 def write(folder: Path, strategy: Strategy, processes: int) -> None:
     callback, here = Checkpoint(), as_if(strategy, processes, folder)
-    callback.setup(SimpleNamespace(**vars(here), is_global_zero=False), None, "fit")  # type: ignore[arg-type]
+    callback.setup(SimpleNamespace(**vars(here) | {"is_global_zero": False}), None, "fit")  # type: ignore[arg-type]
     path = folder / "checkpoints" / "step=000005.ckpt"
     path.parent.mkdir()
     torch.save({"callbacks": {callback.state_key: callback.state_dict()}}, path)

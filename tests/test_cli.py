@@ -185,8 +185,10 @@ def test_a_fit_is_pruned_recovered_measured_and_exported(here: Path, capsys: pyt
     rows = [line.split()[0] for line in out.splitlines() if line.startswith(("dense ", "pruned ", "recovered "))]
     assert rows == ["dense", "pruned", "recovered"]
     assert PruningPlan.load("out").method == CFSP.__name__
+    before = Path("config.yaml").read_bytes()
     for stage in ("validate", "test"):
         assert "perplexity" in printed(capsys, stage, "--config=fit.yaml")
+    assert Path("config.yaml").read_bytes() == before
 
 
 # ---- going on
@@ -233,6 +235,53 @@ def test_without_resume_nothing_is_lost_by_mistake(resumable: Path, capsys: pyte
     assert stop.value.code == 1
     assert "choose another output" in capsys.readouterr().err
     assert sorted(path.name for path in (resumable / "checkpoints").glob("*.ckpt")) == before
+    assert printed(capsys, "fit", "--config=fit.yaml", "--resume").startswith("this run is finished")
+
+
+def there(root: Path) -> dict[Path, tuple[int, int]]:
+    """All files and folders, as they are."""
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_dry_run_touches_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = RESUMABLE.replace("output: out", "output: out, overwrite: true")
+    (here / "fit.yaml").write_text(text.replace("  callbacks:\n", "  callbacks:\n    - class_path: plprune.Report\n"))
+    printed(capsys, "fit", "--config=fit.yaml")
+    before = there(here)
+    out = printed(capsys, "fit", "--config=fit.yaml", "--resume", "--trainer.fast_dev_run=1", "--model.learning_rate=1")
+    assert there(here) == before
+    assert "recovered" in out
+    assert [line.split()[0] for line in out.splitlines() if line][-2:] == ["recovered", "time"]
+
+
+def test_the_checkpoints_of_another_run_are_left_alone(resumable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed(capsys, "fit", "--config=fit.yaml")
+    before = there(resumable)
+    for options, said in {
+        ("--model.learning_rate=0.5",): "this run's model.learning_rate is 0.5, that of the checkpoint is 0.0002: give",
+        ("--model.learning_rate=0.5", "--trainer.max_steps=4"): "this run's model.learning_rate is 0.5",
+        ("--data.train=pydoc_data.topics",): "this run's data.train is pydoc_data.topics, that of the checkpoint is",
+    }.items():
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", "--config=fit.yaml", "--resume", *options])
+        assert stop.value.code == 1
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"plprune: error: {said}")
+        assert there(resumable) == before
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_a_checkpoint_that_is_not_there_is_one_line(
+    resumable: Path, capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
+    Path("damaged.ckpt").write_text("no")
+    for path, said in {
+        "best": "there is no checkpoint best: name a file",
+        "damaged.ckpt": "damaged.ckpt is no",
+    }.items():
+        with pytest.raises(SystemExit) as stop:
+            main([stage, "--config=fit.yaml", f"--ckpt_path={path}"])
+        assert stop.value.code == 1
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"plprune: error: {said}")
 
 
 def test_resuming_needs_checkpoints(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

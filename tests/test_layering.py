@@ -23,6 +23,7 @@ TIERS = [
         "watch",
         "live",
         "rounds",
+        "resuming",
     },
     # the Lightning line
     {

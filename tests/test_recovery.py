@@ -156,7 +156,7 @@ def test_checkpoints_hold_magnitudes_too(folder: str, text: str, tmp_path: Path)
     magnitudes = [name for name in state if "lora_magnitude_vector" in name]
     assert len(magnitudes) == len(adapters(module.model))
     torch.testing.assert_close(logits(load_pruned(tmp_path / "out")), logits(module.model.eval()))
-    with pytest.raises(ValueError, match=r"do not train the same parameters .*model\.lora"):
+    with pytest.raises(ValueError, match=r"this run's model\.lora\.dora is False, that of the checkpoint is True"):
         trainer(tmp_path, Prune(CFSP(0.3)), steps=3).fit(
             recovery(folder, lora=LoRA(rank=2)), datamodule=data(text), ckpt_path=tmp_path / "a.ckpt"
         )
@@ -196,10 +196,15 @@ def test_a_checkpoint_of_another_plan_or_model_is_refused(folder: str, text: str
     run.fit(recovery(folder), datamodule=data(text))
     run.save_checkpoint(tmp_path / "a.ckpt")
     other = save_tiny(tmp_path / "other", seed=9)
-    for model, sparsity in ((folder, 0.2), (other, 0.3)):
+    for model, sparsity, said in (
+        (folder, 0.2, "method.sparsity is 0.2"),
+        (other, 0.3, "model.name_or_path is .*other"),
+    ):
         again = trainer(tmp_path / "a", Prune(CFSP(sparsity)), steps=4)
-        with pytest.raises(ValueError, match="trained on another base model or plan"):
+        with pytest.raises(ValueError, match=f"this run's {said}"):
             again.fit(recovery(model), datamodule=data(text), ckpt_path=tmp_path / "a.ckpt")
+        with pytest.raises(ValueError, match="trained on another base model or plan"):
+            again.validate(recovery(model), datamodule=data(text), ckpt_path=tmp_path / "a.ckpt")
 
 
 def test_a_missing_adapter_is_noticed(folder: str, text: str, tmp_path: Path) -> None:

@@ -561,6 +561,13 @@ def test_a_stopped_run_leaves_a_report_and_goes_on_with_it(model: str, tmp_path:
         assert "recovered" in after
 
 
+def test_what_was_asked_is_what_is_asked_now() -> None:
+    own = Report()
+    own.record = {"config": {"max_steps": 9}, "loss": [], "stages": {}}
+    own.load_state_dict({"config": {"max_steps": 3}, "loss": [[1, 2.0]], "stages": {"dense": {}}, "written": "before"})
+    assert own.record == {"config": {"max_steps": 9}, "loss": [[1, 2.0]], "stages": {"dense": {}}}
+
+
 def test_a_report_that_cannot_be_written_stops_nothing(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

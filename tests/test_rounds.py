@@ -96,6 +96,7 @@ def test_a_model_is_pruned_again_even_by_the_same_settings(
         (["--trainer.max_steps=1"], "2 rounds share trainer.max_steps, which is 1: give more"),
         (["--trainer.callbacks=null"], "rounds need one Prune among trainer.callbacks, and there are 0"),
         (["--ckpt_path=some.ckpt"], "go on with --resume in the place of --ckpt_path"),
+        (["--trainer.fast_dev_run=true"], "a dry run saves no model for the next round to begin with"),
         (["--rounds=0"], "rounds is 0, but must be at least 1"),
         (["--model.name_or_path=nowhere"], "out exists"),
     ],
