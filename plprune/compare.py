@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from plprune.allocation import largest_remainder, next_sparsity
@@ -44,10 +45,11 @@ from plprune.report import NAME, check_ours, completed, write
 from plprune.report.comparison import name_of, plots, summarised
 from plprune.report.found import of_process
 from plprune.report.page import at
+from plprune.running import check_ids
 from plprune.speed import measure_speed
 from plprune.survey import load, save, survey
 from plprune.tasks import TaskResult, average, check_tasks, counted, paired, run_tasks
-from plprune.text import READERS, check_sizes, check_source, draw, tokenised
+from plprune.text import DROPPED, READERS, bos_token, check_share, check_sizes, check_source, draw, tokenised
 
 log = logging.getLogger(__name__)
 Cell = dict[str, Any]
@@ -120,7 +122,8 @@ class Study:
         join: Put between the rows of each of these texts.
         num_samples: Calibration windows, where only the text of them is given.
         calibration_seq_len: Tokens of one, likewise.
-        protocol: How perplexity is measured.
+        protocol: How perplexity is measured; its `bos` is of calibration and recovery too.
+        max_dropped: The share of a text's rows that may be dropped, as they cannot be used.
         recover: How pruned models are recovered, each in every one of these ways; they are not if not given. The first
             is the one that is plotted.
         tasks: lm-eval tasks, groups and tags.
@@ -141,6 +144,7 @@ class Study:
     num_samples: int = 32
     calibration_seq_len: int = 256
     protocol: Protocol = dataclasses.field(default_factory=Protocol)
+    max_dropped: float = DROPPED
     recover: Training | Sequence[Training] | None = None
     tasks: Sequence[str] = ()
     task_data: str | None = None
@@ -166,6 +170,7 @@ class Study:
             if each.rounds > each.steps:
                 raise ValueError(f"{each.rounds} rounds share steps, of which there are {each.steps}: give more")
         check_sizes(limit=self.limit, max_batch=self.max_batch)
+        check_share(self.max_dropped)
         for source in (*self.sources, *(each.text for each in (*self.calibrations, *self.recoveries))):
             check_source(source)
         check_distinct("models", self.models)
@@ -276,9 +281,12 @@ class Bench:
         self.dense = load_model(name, study.dtype)
         self.weights = fingerprint(self.dense.named_parameters())
         self.passages = {
-            called: passage(source, self.tokenizer, study.protocol, study.join)
+            called: passage(source, self.tokenizer, study.protocol, study.join, study.max_dropped)
             for called, source in study.texts.items()
         }
+        for each in self.passages.values():
+            check_ids(self.dense, each.windows, self.tokenizer)
+        self.bos = bos_token(self.tokenizer, study.protocol.bos)
         self._calibration: dict[tuple[CalibrationText, int], Calibration] = {}  # the last one
 
     def cells(self) -> Iterator[Cell]:
@@ -349,8 +357,8 @@ class Bench:
     def _calibrated(self, text: CalibrationText, seed: int) -> Calibration:
         """The calibration windows of a seed."""
         if (text, seed) not in self._calibration:
-            ids, _ = tokenised(text.text, self.tokenizer, self.study.join, seed=seed)
-            windows = draw(ids, text.num_samples, text.seq_len, seed)
+            ids = self._ids(text.text, self.study.join, seed)
+            windows = draw(ids, text.num_samples, text.seq_len, seed, self.bos)
             self._calibration = {(text, seed): Calibration(list(windows.split(8)), self.study.device)}
         return self._calibration[text, seed]
 
@@ -452,14 +460,20 @@ class Bench:
     def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
         return model.to(self.study.device)  # type: ignore[arg-type]
 
+    def _ids(self, source: str, join: str | None = None, seed: int | None = None) -> Tensor:
+        """A text's tokens."""
+        ids, _ = tokenised(source, self.tokenizer, join, seed=seed, max_dropped=self.study.max_dropped)
+        check_ids(self.dense, [ids], self.tokenizer)
+        return ids
+
     @functools.cached_property
     def _trainings(self) -> list[dict[str, Any]]:
         """What makes each recovery that recovery, its text by its tokens, and whatever it is called."""
         made_by = [dataclasses.asdict(training) for training in self.study.recoveries]
-        streams = {source: tokenised(source, self.tokenizer)[0] for source in {each["text"] for each in made_by}}
-        texts = {source: fingerprint([("ids", ids)], values=1 << 30) for source, ids in streams.items()}
+        sources = {each["text"] for each in made_by}
+        texts = {source: fingerprint([("ids", self._ids(source))], values=1 << 30) for source in sources}
         once = [{k: v for k, v in each.items() if k != "name" and (k, v) != ("rounds", 1)} for each in made_by]
-        return [each | {"text": texts[each["text"]]} for each in once]
+        return [each | {"text": texts[each["text"]], "bos": self.bos} for each in once]
 
     def _recover(self, model: PreTrainedModel, seed: int, training: Training) -> tuple[PreTrainedModel, float]:
         """The model recovered, adapters merged, and how long it took; it goes through a folder, as a user's would."""
@@ -478,7 +492,14 @@ class Bench:
                 train=training.train,
                 distill=distill,
             )
-            data = RecoveryData(training.text, seq_len=training.seq_len, batch_size=training.batch_size, seed=seed)
+            data = RecoveryData(
+                training.text,
+                seq_len=training.seq_len,
+                batch_size=training.batch_size,
+                seed=seed,
+                bos=self.study.protocol.bos,
+                max_dropped=self.study.max_dropped,
+            )
             with quietly():
                 trainer(self.study.device, training.steps, self.folder).fit(module, datamodule=data)
         own = rebuilt(module.model, dict(merged_state(module.model, lambda p: p.detach().cpu())))
@@ -503,7 +524,10 @@ def trainer(device: torch.device, steps: int, folder: Path) -> pl.Trainer:
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """Without what a training says of itself, as there are many of them."""
-    loggers = [logging.getLogger(name) for name in ("plprune.recovery", "plprune.distillation", "lightning.pytorch")]
+    loggers = [
+        logging.getLogger(name)
+        for name in ("plprune.recovery", "plprune.distillation", "plprune.text", "lightning.pytorch")
+    ]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

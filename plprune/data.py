@@ -10,26 +10,48 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plprune.calibration import Calibration
 from plprune.checkpoint import load_tokenizer
 from plprune.plan import fingerprint
-from plprune.text import IGNORED, PYDOC, Stream, check_sizes, check_source, draw, pack, split, tokenised
+from plprune.running import check_ids
+from plprune.text import (
+    DROPPED,
+    IGNORED,
+    PYDOC,
+    Stream,
+    bos_token,
+    check_share,
+    check_sizes,
+    check_source,
+    draw,
+    pack,
+    split,
+    tokenised,
+)
 
 
 class RecoveryData(pl.LightningDataModule):
     """Calibration windows, training batches and held-out windows from any text.
 
-    A text is a `.txt`, `.jsonl` or `.parquet` file; a dataset on the hub or in a folder, as `ORG/NAME`,
+    A text is a `.txt`, `.jsonl`, `.json` or `.parquet` file; a dataset on the hub or in a folder, as `ORG/NAME`,
     `ORG/NAME:CONFIG` or `ORG/NAME:CONFIG:SPLIT`, whose split is `train` if not given; or `pydoc_data.topics`, the 110
     thousand tokens of English about Python that come with CPython: enough to try things, while a model that is to speak
-    of more wants other text. Rows hold a `text`; or `messages`, or `instruction`, `input` and `output`, or `prompt` and
-    `completion`, which go through the tokenizer's chat template and are trained on the answers only.
+    of more wants other text. Rows hold a `text`; or a conversation, which goes through the tokenizer's chat template
+    and is trained on the answers only: `messages` or `conversations`, with the roles that OpenAI, ShareGPT or Gemma
+    name; `instruction`, `input` and `output`; or `prompt` and `completion`, as text or as messages. `system`, `history`
+    and `tools` may stand beside.
+
+    What was read, used and dropped, and why, is said at the start. Rows without any text are left out, and those that
+    cannot be used are dropped: no text, no answer, a message without role or content, a template that refuses it.
+
+    Where the tokenizer begins texts with a BOS token, every window begins with it, also those that start within a
+    document; it is one of the window's tokens.
 
     Args:
-        train: Text to recover on: a `.txt`, `.jsonl` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the hub or of
-            a folder, or `pydoc_data.topics`.
+        train: Text to recover on: a `.txt`, `.jsonl`, `.json` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the
+            hub or of a folder, or `pydoc_data.topics`.
         validation: Text to judge by; if not given, the last `held_out` of `train`, which is then not trained on.
         test: Text of `trainer.test`; the validation text if not given.
         calibration: Text to calibrate on; the part of `train` that is trained on if not given.
@@ -46,6 +68,8 @@ class RecoveryData(pl.LightningDataModule):
             "\\n\\n" is usual for WikiText. If not given, every row is a document, as those of `train` always are.
         num_workers: Processes that load batches.
         seed: Of the order of documents and windows.
+        bos: Whether the BOS token is put before each window; as the tokenizer does with a text if not given.
+        max_dropped: The share of a text's rows that may be dropped, as they cannot be used: in [0, 1].
     """
 
     def __init__(
@@ -66,8 +90,11 @@ class RecoveryData(pl.LightningDataModule):
         join: str | None = None,
         num_workers: int = 0,
         seed: int = 0,
+        bos: bool | None = None,
+        max_dropped: float = DROPPED,
     ) -> None:
         super().__init__()
+        check_share(max_dropped)
         if not 0 < held_out < 1:
             raise ValueError(f"held_out is {held_out}, but it is a fraction in (0, 1): 0.1 holds out a tenth")
         check_sizes(seq_len=seq_len, batch_size=batch_size, num_samples=num_samples, max_windows=max_windows)
@@ -80,6 +107,7 @@ class RecoveryData(pl.LightningDataModule):
         self.calibration_batch_size = calibration_batch_size
         self.held_out, self.max_windows, self.max_documents = held_out, max_windows, max_documents
         self.join, self.num_workers, self.seed = join, num_workers, seed
+        self.bos, self.max_dropped = bos, max_dropped
         self._train: Stream | None = None
         self._parts: dict[str, TensorDataset] = {}
         self._done = (0, 0)  # epoch, and samples of it that all processes together were trained on before a resume
@@ -91,21 +119,22 @@ class RecoveryData(pl.LightningDataModule):
         """Reads and tokenises the texts, once."""
         if self._parts:
             return
-        train, parts = self._read("train"), {}
+        train, parts, cut = self._read("train"), {}, self._pack
         if self.sources["validation"]:
-            parts["validation"] = pack(self._read("validation"), self.seq_len, "validation")
+            parts["validation"] = cut(self._read("validation"), "validation")
         else:
             train, tail = split(train, self.held_out)
-            parts["validation"] = pack(tail, self.seq_len, "held-out")
-        parts["train"] = pack(train, self.seq_len, "training")
-        parts["test"] = pack(self._read("test"), self.seq_len, "test") if self.sources["test"] else parts["validation"]
+            parts["validation"] = cut(tail, "held-out")
+        parts["train"] = cut(train, "training")
+        parts["test"] = cut(self._read("test"), "test") if self.sources["test"] else parts["validation"]
         self._train, self._parts = train, parts
 
     def calibration(self) -> Calibration:
         """The calibration windows."""
         self.setup()
         ids, _ = self._read("calibration") if self.sources["calibration"] else cast(Stream, self._train)
-        windows = draw(ids, self.num_samples, self.calibration_seq_len, self.seed)
+        bos = bos_token(self._tokenizer(), self.bos)
+        windows = draw(ids, self.num_samples, self.calibration_seq_len, self.seed, bos)
         return Calibration(list(windows.split(self.calibration_batch_size)))
 
     def fingerprint(self) -> dict[str, str]:
@@ -210,7 +239,14 @@ class RecoveryData(pl.LightningDataModule):
 
     def _read(self, part: str) -> Stream:
         source, join = cast(str, self.sources[part]), None if part == "train" else self.join
-        return tokenised(source, self._tokenizer(), join, self.max_documents, self.seed)
+        tokenizer, model = self._tokenizer(), self.trainer and getattr(self.trainer.lightning_module, "model", None)
+        stream = tokenised(source, tokenizer, join, self.max_documents, self.seed, self.max_dropped)
+        if isinstance(model, PreTrainedModel):
+            check_ids(model, stream[:1], tokenizer)
+        return stream
+
+    def _pack(self, stream: Stream, what: str) -> TensorDataset:
+        return pack(stream, self.seq_len, what, bos_token(self._tokenizer(), self.bos))
 
 
 class ResumableSampler(DistributedSampler[int]):

@@ -27,8 +27,8 @@ from plprune import processes
 from plprune.anatomy import blocks_of
 from plprune.lora import base_parameters
 from plprune.progress import Progress
-from plprune.running import evaluating
-from plprune.text import check_sizes, documents
+from plprune.running import check_ids, evaluating
+from plprune.text import DROPPED, Tally, bos_token, check_sizes, documents, ending, put, read
 
 BYTE = re.compile("<0x[0-9A-F]{2}>")  # what SentencePiece calls a byte of a character that it has no token for
 ENDS = -1  # in the place of a number of bytes: the token ends a document
@@ -43,8 +43,8 @@ class Protocol:
         stride: Tokens from the start of one window to that of the next. Every token is counted once, in the first
             window that holds it, given all those before it there; the last window may be shorter. If not given,
             windows do not overlap, and what does not fill one is left out.
-        bos: Whether the BOS token is put before each window; None for what the tokenizer itself does. Without it a
-            token that has none before it in any window is given, and does not count.
+        bos: Whether the BOS token is put before each window, but where the text has it; None for what the tokenizer
+            itself does. Without it a token that has none before it in any window is given, and does not count.
         max_windows: At most this many windows from the start of the text; all if not given.
 
     Raises:
@@ -53,7 +53,7 @@ class Protocol:
 
     seq_len: int = 512
     stride: int | None = None
-    bos: bool | None = False
+    bos: bool | None = None
     max_windows: int | None = None
 
     def __post_init__(self) -> None:
@@ -125,7 +125,13 @@ class Quality:
     tokens: int
 
 
-def passage(source: str, tokenizer: PreTrainedTokenizerBase, protocol: Protocol, join: str | None = None) -> Passage:
+def passage(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    protocol: Protocol,
+    join: str | None = None,
+    max_dropped: float = DROPPED,
+) -> Passage:
     """Cuts a text into windows.
 
     Args:
@@ -133,32 +139,33 @@ def passage(source: str, tokenizer: PreTrainedTokenizerBase, protocol: Protocol,
         tokenizer: The model's.
         protocol: How to cut.
         join: Put between the rows, which are then one document.
+        max_dropped: The share of rows that may be unusable.
 
     Raises:
         ValueError: The text cannot be read or is too short, or a BOS token is wanted that there is not.
     """
-    begin = _begin(tokenizer, protocol)
-    protocol = Protocol(protocol.seq_len, protocol.stride, begin is not None, protocol.max_windows)
-    room = protocol.seq_len - bool(protocol.bos)
-    needed = room + ((protocol.max_windows or math.inf) - 1) * (protocol.stride or room)
-    ids, sizes = _tokens(source, tokenizer, join, needed)
-    spans, reached = [], 0
-    for start in range(0, len(ids), protocol.stride or room)[: protocol.max_windows]:
+    bos = bos_token(tokenizer, protocol.bos)
+    protocol = Protocol(protocol.seq_len, protocol.stride, bos is not None, protocol.max_windows)
+    most, stride = protocol.max_windows or math.inf, protocol.stride
+    needed = protocol.seq_len + (most - 1) * (stride or protocol.seq_len)
+    ids, sizes = _tokens(source, tokenizer, join, needed, max_dropped)
+    windows: list[Tensor] = []
+    spans, start, reached = [], 0, 0
+    while start < len(ids) and len(spans) < most:
+        first = put(ids, start, bos)
+        room = protocol.seq_len - first
         end = min(start + room, len(ids))
-        reached = max(reached, start + (not protocol.bos))  # a first token without BOS is given
-        if end <= reached or (not protocol.stride and end < start + room):
+        reached = max(reached, start + (not first))  # a first token without BOS is given
+        if end <= reached or (not stride and end < start + room):
             break
-        spans.append((start, reached, end))
-        reached = end
+        windows.append(torch.cat([ids.new_tensor([bos] * first), ids[start:end]])[None])
+        spans.append((reached, end))
+        reached, start = end, start + (stride or room)
     if not spans:
-        raise ValueError(
-            f"the evaluation text has {len(ids)} tokens, but a window needs {2 if protocol.stride else room}: "
-            "give more text"
-        )
-    first = torch.tensor([] if begin is None else [begin], dtype=torch.long)
-    windows = [torch.cat([first, ids[start:end]])[None] for start, _, end in spans]
-    counts = [end - counted for _, counted, end in spans]
-    told = None if sizes is None else [sizes[counted:end] for _, counted, end in spans]
+        needed = 2 if stride else protocol.seq_len - bool(protocol.bos)
+        raise ValueError(f"the evaluation text has {len(ids)} tokens, but a window needs {needed}: give more text")
+    counts = [end - counted for counted, end in spans]
+    told = None if sizes is None else [sizes[counted:end] for counted, end in spans]
     return Passage(source, protocol, windows, counts, told)
 
 
@@ -313,6 +320,7 @@ def _cost(
     group: processes.Group,
 ) -> tuple[float, float]:
     """What the last `counts` tokens of the windows cost in nats, all of them and those of the text."""
+    check_ids(model, windows)
     mine = processes.share(range(len(windows)), group)
     total = torch.zeros(2, dtype=torch.float64)
     steps = -(-len(windows) // processes.size(group))  # as many for each process, as shards of a model need
@@ -337,31 +345,25 @@ def _losses(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:  # [b, s
     return next_token_loss(logits, ids[:, -count - 1 :], "none").view(len(ids), -1)
 
 
-def _begin(tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> int | None:
-    """The BOS token, if windows are to begin with it."""
-    bos = cast(int | None, tokenizer.bos_token_id)
-    if protocol.bos and bos is None:
-        raise ValueError("the tokenizer has no BOS token: leave out bos")
-    own = bos is not None and list(tokenizer("").input_ids)[:1] == [bos]
-    return bos if (own if protocol.bos is None else protocol.bos) else None
-
-
 def _tokens(
-    source: str, tokenizer: PreTrainedTokenizerBase, join: str | None, needed: float
+    source: str, tokenizer: PreTrainedTokenizerBase, join: str | None, needed: float, max_dropped: float
 ) -> tuple[Tensor, Tensor | None]:
     """The first `needed` tokens of a text, and the bytes that each stands for."""
     ids: list[int] = []
     sizes: list[int] = []
-    exact = cast(bool, tokenizer.is_fast)
-    for text, ending in documents(source, tokenizer, join):
+    exact, tally = cast(bool, tokenizer.is_fast), Tally(source, join is None and tokenizer.eos_token_id is None)
+    for document in documents(read(source), tokenizer, tally, join):
+        end, text = ending(document, tokenizer), document.text
         encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=exact, verbose=False)
-        ids += encoded.input_ids + ending
+        ids += encoded.input_ids + end
         if exact:
             pieces = tokenizer.convert_ids_to_tokens(encoded.input_ids)
-            sizes += byte_counts(text, encoded.offset_mapping, cast(list[str], pieces)) + [ENDS] * len(ending)
+            sizes += byte_counts(text, encoded.offset_mapping, cast(list[str], pieces)) + [ENDS] * len(end)
         if len(ids) >= needed:
             break
     stop = int(min(needed, len(ids)))
+    tally.check(max_dropped)
+    tally.report(stop, stop)
     return torch.tensor(ids[:stop], dtype=torch.long), torch.tensor(sizes[:stop]) if exact else None
 
 

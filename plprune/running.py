@@ -5,13 +5,14 @@ is recorded, and the blocks are then called with just that.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plprune import processes
 from plprune.anatomy import Block, blocks_of
@@ -101,12 +102,28 @@ class BlockInputs:
         return self._outputs
 
 
+def check_ids(
+    model: PreTrainedModel, batches: Iterable[Tensor], tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Raises ValueError if token ids go beyond a model's embedding, where another tokenizer than its own made them."""
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
+    beyond = sorted({int(i) for ids in batches if ids.numel() and ids.max() >= rows for i in ids[ids >= rows].unique()})
+    if beyond:
+        some = [f"{tokenizer.convert_ids_to_tokens(i)} ({i})" if tokenizer else str(i) for i in beyond[:5]]
+        more = f" and {len(beyond) - 5} more" if len(beyond) > 5 else ""
+        raise ValueError(
+            f"the text has tokens that the embedding, of {rows} rows, has none for: {', '.join(some)}{more}; use the "
+            "model's own tokenizer, or make the embedding larger by model.resize_token_embeddings"
+        )
+
+
 @torch.no_grad()
 def record(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:  # ids: [b, s]
     """The first block's input, and what the model passes to each block besides."""
     first: list[Tensor] = []
     calls: list[Call] = []
     blocks = blocks_of(model)
+    check_ids(model, [ids])
 
     def transparent(*args: Any, **kwargs: Any) -> Tensor:
         hidden, call = split_call(args, kwargs)

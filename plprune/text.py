@@ -1,27 +1,35 @@
 """Texts read from files, hubs and CPython itself, tokenised, packed into windows, and drawn from for calibration.
 
-Rows hold a `text`; or `messages`, or `instruction`, `input` and `output`, or `prompt` and `completion`, which go
-through the tokenizer's chat template and are trained on the answers only.
+Rows hold a `text`, or a conversation (:mod:`plprune.chats`), which goes through the tokenizer's chat template and is
+trained on the answers only. A row that cannot be used is dropped, counted and reported; of too many, nothing is used.
+
+Where a tokenizer begins texts with a BOS token, every window does, wherever in a document it starts, as models that
+were trained so depend on it. It has the place of a token, and is put nowhere else, but by chat templates.
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from torch.utils.data import TensorDataset
 from transformers import PreTrainedTokenizerBase
 
-Record = dict[str, Any]
+from plprune.chats import Record, Unusable, conversation, to_chat
+
+log = logging.getLogger(__name__)
+Placed = tuple[str, Record]  # where a row is in its text, and the row
 Stream = tuple[Tensor, Tensor]  # token ids and labels of a whole text, [tokens] each
 PYDOC = "pydoc_data.topics"
 IGNORED = -100  # label of a token that no loss counts
-QUESTIONS, ANSWERS = ("instruction", "prompt", "question"), ("output", "completion", "response", "answer")
+BATCH = 1000  # texts that are tokenised at once
+DROPPED = 0.1  # the share of rows that may be unusable, unasked
 
 
 def check_sizes(**sizes: int | None) -> None:
@@ -29,6 +37,12 @@ def check_sizes(**sizes: int | None) -> None:
     for name, size in sizes.items():
         if size is not None and size < 1:
             raise ValueError(f"{name} is {size}, but must be at least 1")
+
+
+def check_share(max_dropped: float) -> None:
+    """Raises ValueError for a share of rows that cannot be."""
+    if not 0 <= max_dropped <= 1:
+        raise ValueError(f"max_dropped is {max_dropped}, but it is a share of rows in [0, 1]")
 
 
 def check_source(source: str | None) -> None:
@@ -42,8 +56,8 @@ def check_source(source: str | None) -> None:
         raise ValueError(f"{source} does not exist: give a {', '.join(READERS)} file, {PYDOC}, or ORG/NAME of a hub")
 
 
-def read(source: str, limit: int | None = None) -> Iterator[Record]:
-    """The rows of a text, `limit` of them at most.
+def read(source: str, limit: int | None = None) -> Iterator[Placed]:
+    """The rows of a text, `limit` of them at most, each with its place there.
 
     Raises:
         ValueError: The text is not there, empty, not UTF-8, or has a broken line.
@@ -57,14 +71,71 @@ def read(source: str, limit: int | None = None) -> Iterator[Record]:
     yield from rows
 
 
+@dataclass(frozen=True)
+class Document:
+    """A row as a text.
+
+    Args:
+        text: All of it.
+        answers: The characters that the loss counts; all if None.
+        ends: Whether the end-of-text token follows, of a tokenizer that has one.
+    """
+
+    text: str
+    answers: list[range] | None = None
+    ends: bool = True
+
+
+@dataclass
+class Tally:
+    """How many rows of a text were used, and why not the others.
+
+    Args:
+        source: The text.
+        endless: Whether nothing stands between its documents.
+    """
+
+    source: str
+    endless: bool = False
+    rows: int = 0
+    empty: int = 0
+    dropped: dict[str, list[str]] = field(default_factory=dict)  # the places, by the reason
+
+    def check(self, max_dropped: float) -> None:
+        """Raises ValueError if more than a share of the rows was dropped, or nothing is left."""
+        lost = sum(map(len, self.dropped.values()))
+        if lost + self.empty == self.rows:
+            raise ValueError(f"{self.source}: none of its {self.rows:,} rows can be used: {self._why()}")
+        if lost > max_dropped * self.rows:
+            raise ValueError(
+                f"{self.source}: {lost:,} of its {self.rows:,} rows cannot be used, and max_dropped is {max_dropped}: "
+                f"{self._why()}"
+            )
+
+    def report(self, tokens: int, counted: int) -> None:
+        """Says what was used."""
+        used = self.rows - self.empty - sum(map(len, self.dropped.values()))
+        said = f"{self.source}: {self.rows:,} rows read, {used:,} used; {tokens:,} tokens, {counted:,} counted"
+        said += "; documents run together, as the tokenizer has no end-of-text token" * (self.endless and used > 1)
+        log.log(logging.WARNING if self.dropped else logging.INFO, "%s", f"{said}; {self._why()}".removesuffix("; "))
+
+    def _why(self) -> str:
+        reasons = sorted(self.dropped.items(), key=lambda item: -len(item[1]))
+        parts = [f"{len(places):,} dropped, as {reason} (first at {places[0]})" for reason, places in reasons[:3]]
+        if others := sum(len(places) for _, places in reasons[3:]):
+            parts.append(f"{others:,} dropped for other reasons")
+        return "; ".join([f"{self.empty:,} empty"] * bool(self.empty) + parts)
+
+
 def tokenised(
     source: str,
     tokenizer: PreTrainedTokenizerBase,
     join: str | None = None,
     limit: int | None = None,
     seed: int | None = None,
+    max_dropped: float = DROPPED,
 ) -> Stream:
-    """A text as one stream of tokens.
+    """A text as one stream of tokens; how much of it was used is logged.
 
     Args:
         source: As for :class:`RecoveryData`.
@@ -72,125 +143,149 @@ def tokenised(
         join: Put between the rows, which are then one document.
         limit: At most this many rows are read.
         seed: Of the order of the rows; as they come if not given. Rows that are joined keep their order.
+        max_dropped: The share of rows that may be unusable.
 
     Raises:
-        ValueError: The text cannot be read, or a row holds no text.
+        ValueError: The text cannot be read, or too many rows cannot be used.
     """
-    records = list(read(source, limit))
-    try:
-        if join is not None:
-            join = join.replace("\\n", "\n")  # as a shell passes it on
-            records = [{"text": join.join(to_text(record) for record in records)}]
-        elif seed is not None:
-            order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
-            records = [records[i] for i in order]
-        return encode(records, tokenizer)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+    rows = list(read(source, limit))
+    if join is None and seed is not None:
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+        rows = [rows[i] for i in order]
+    tally = Tally(source, join is None and not _end(tokenizer))
+    used = list(documents(rows, tokenizer, tally, join))
+    tally.check(max_dropped)
+    ids, labels = encode(used, tokenizer)
+    tally.report(len(ids), int((labels != IGNORED).sum()))
+    return ids, labels
 
 
 def documents(
-    source: str, tokenizer: PreTrainedTokenizerBase, join: str | None = None
-) -> Iterator[tuple[str, list[int]]]:
-    """What :func:`tokenised` puts one after the other: the text of each document, and the tokens that end it.
+    rows: Iterable[Placed], tokenizer: PreTrainedTokenizerBase, tally: Tally, join: str | None = None
+) -> Iterator[Document]:
+    """The rows that can be used, as documents; the tally has the others.
 
     Args:
-        source: As for :class:`RecoveryData`.
+        rows: With their places.
         tokenizer: Its tokenizer.
+        tally: Is kept on.
         join: Put between the rows, which are then one document.
+    """
+    texts: list[str] = []
+    for place, record in rows:
+        tally.rows += 1
+        try:
+            made = document(record, tokenizer) if join is None else _checked(Document(to_text(record)))
+        except Unusable as reason:
+            tally.dropped.setdefault(str(reason), []).append(place)
+            continue
+        if join is not None:
+            texts.append(made.text)
+        elif made.text.strip():
+            yield made
+        else:
+            tally.empty += 1
+    if join is not None and texts:
+        yield Document(join.replace("\\n", "\n").join(texts))  # as a shell passes it on
+
+
+def document(record: Record, tokenizer: PreTrainedTokenizerBase) -> Document:
+    """A row as a document.
 
     Raises:
-        ValueError: The text cannot be read, or a row holds no text.
+        Unusable: It cannot be one.
     """
-    records = list(read(source))
-    try:
-        if join is not None:
-            records = [{"text": join.replace("\\n", "\n").join(to_text(record) for record in records)}]
-        for record in records:
-            if (messages := to_messages(record)) is None:
-                yield to_text(record), _end(tokenizer)
-            else:
-                yield _render(messages, tokenizer), [] if tokenizer.chat_template else _end(tokenizer)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+    chat = to_chat(record)
+    if chat is None:
+        return _checked(Document(to_text(record)))
+    made = _checked(Document(*conversation(chat, tokenizer), ends=tokenizer.chat_template is None))
+    if not tokenizer.is_fast:
+        _counted(made, _ids(made.text, tokenizer), None, tokenizer)
+    return made
 
 
-def encode(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase) -> Stream:
-    """Documents as one stream of tokens, each ended by the end-of-text token; labels of prompts are ignored."""
-    documents: list[Stream] = []
-    for is_chat, rows in groupby(records, lambda record: to_messages(record) is not None):
-        if is_chat:
-            documents += [encode_chat(cast(list, to_messages(row)), tokenizer) for row in rows]
-        else:
-            documents += _encode_texts([to_text(row) for row in rows], tokenizer)
-    ids, labels = zip(*documents, strict=True)
+def encode(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Stream:
+    """Documents as one stream of tokens; labels of what the loss does not count are ignored."""
+    parts: list[Stream] = []
+    for partly, run in groupby(documents, lambda each: each.answers is not None):
+        told = partly and bool(tokenizer.is_fast)
+        while batch := list(islice(run, BATCH)):  # ids as Python numbers take tens of bytes each
+            texts = [each.text for each in batch]
+            encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=told, verbose=False)
+            offsets = cast(list[Any], encoded["offset_mapping"] if told else [None] * len(batch))
+            for each, own, places in zip(batch, cast(list[list[int]], encoded["input_ids"]), offsets, strict=True):
+                ids = torch.tensor(own + ending(each, tokenizer), dtype=torch.long)
+                labels = ids
+                if partly:
+                    labels = ids.clone()
+                    labels[: len(own)][~_counted(each, own, places, tokenizer)] = IGNORED
+                parts.append((ids, labels))
+    ids, labels = zip(*parts, strict=True)
     return torch.cat(ids), torch.cat(labels)
+
+
+def ending(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a document."""
+    return _end(tokenizer) if document.ends else []
 
 
 def to_text(record: Record) -> str:
     """The plain text of a row.
 
     Raises:
-        ValueError: None of the known columns holds text.
+        Unusable: None of the known columns holds text.
     """
-    text = record.get("text", record.get("content"))
-    if not isinstance(text, str):
-        raise ValueError(
+    text = next((record[key] for key in ("text", "content") if isinstance(record.get(key), str)), None)
+    if text is None:
+        raise Unusable(
             f"a row with the columns {sorted(record)} has no text: it is needed in text, in messages, in instruction "
             "and output, or in prompt and completion"
         )
     return text
 
 
-def to_messages(record: Record) -> list[dict[str, str]] | None:
-    """A chat or instruction row as messages; None for plain text.
+def bos_token(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) -> int | None:
+    """The BOS token, if windows are to begin with it; None if not.
 
-    Example:
-        >>> to_messages({"instruction": "Add.", "input": "1 1", "output": "2"})
-        [{'role': 'user', 'content': 'Add.\\n\\n1 1'}, {'role': 'assistant', 'content': '2'}]
+    Args:
+        tokenizer: The model's.
+        bos: Whether they are to; None for what the tokenizer itself does with a text.
 
     Raises:
-        ValueError: A message has no role, or no text as its content.
+        ValueError: It is wanted, and there is none.
     """
-    if isinstance(messages := record.get("messages"), list):
-        if not all(isinstance(m, dict) and {str} == {type(m.get("role")), type(m.get("content"))} for m in messages):
-            raise ValueError("a row has messages without role or content: each needs both, as text")
-        return messages
-    question, answer = (
-        next((record[key] for key in keys if isinstance(record.get(key), str)), None) for keys in (QUESTIONS, ANSWERS)
-    )
-    if question is None or answer is None:
-        return None
-    if isinstance(more := record.get("input"), str) and more:
-        question = f"{question}\n\n{more}"
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    token = cast(int | None, tokenizer.bos_token_id)
+    if bos and token is None:
+        raise ValueError("the tokenizer has no BOS token: leave out bos")
+    own = token is not None and list(tokenizer("a").input_ids)[:1] == [token]
+    return token if (own if bos is None else bos) else None
 
 
-def encode_chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Stream:
-    """Token ids of a conversation, and labels that count in the assistant's turns only, their end included.
-
-    Without a chat template the turns are put below each other, and the end-of-text token ends the last one. Of a turn
-    that the template changes once others follow it (the reasoning of some models), only what stays as it was counts.
-    """
-    text = _render(messages, tokenizer)
-    encoded = cast(Any, tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False))
-    turns = _answers(messages, text, tokenizer)
-    answered = [any(start in turn for turn in turns) for start, _ in encoded["offset_mapping"]]
-    labels = [token if a else IGNORED for token, a in zip(encoded["input_ids"], answered, strict=True)]
-    end = [] if tokenizer.chat_template else _end(tokenizer)
-    return torch.tensor(encoded["input_ids"] + end, dtype=torch.long), torch.tensor(labels + end, dtype=torch.long)
+def put(ids: Tensor, start: int, bos: int | None) -> bool:
+    """Whether the BOS token is put before a window: not where the text has it, as chat templates write it."""
+    return bos is not None and int(ids[start]) != bos
 
 
-def pack(stream: Stream, seq_len: int, what: str) -> TensorDataset:
+def cut(ids: Tensor, seq_len: int, bos: int | None = None) -> list[slice]:
+    """Where full windows are in a text, one after the other; each has the BOS token before it, if there is one."""
+    found, start = [], 0
+    while start < len(ids) and (stop := start + seq_len - put(ids, start, bos)) <= len(ids):
+        found.append(slice(start, stop))
+        start = stop
+    return found
+
+
+def pack(stream: Stream, seq_len: int, what: str, bos: int | None = None) -> TensorDataset:
     """A stream cut into windows [n, seq_len]; those without a token to predict and the rest at the end are dropped.
 
     Raises:
         ValueError: There is not even one window.
     """
-    count = len(stream[0]) // seq_len
-    if not count:
-        raise ValueError(f"the {what} text has {len(stream[0])} tokens, but a window needs {seq_len}: give more text")
-    ids, labels = (part[: count * seq_len].view(count, seq_len) for part in stream)
+    ids, labels = stream
+    places = cut(ids, seq_len, bos)
+    if not places:
+        raise ValueError(f"the {what} text has {len(ids)} tokens, but a window needs {seq_len}: give more text")
+    ids, labels = _stacked(ids, places, seq_len, bos), _stacked(labels, places, seq_len, IGNORED)
     useful = (labels[:, 1:] != IGNORED).any(1)  # the mean loss over no token is NaN
     if not useful.any():
         raise ValueError(f"no window of the {what} text has an answer to predict: raise seq_len, or give other text")
@@ -203,30 +298,32 @@ def split(stream: Stream, held_out: float) -> tuple[Stream, Stream]:
     return (stream[0][:cut], stream[1][:cut]), (stream[0][cut:], stream[1][cut:])
 
 
-def draw(ids: Tensor, num_samples: int, seq_len: int, seed: int) -> Tensor:  # [tokens] -> [num_samples, seq_len]
-    """Windows drawn without replacement.
+def draw(
+    ids: Tensor, num_samples: int, seq_len: int, seed: int, bos: int | None = None
+) -> Tensor:  # [tokens] -> [num_samples, seq_len]
+    """Windows drawn without replacement, each with the BOS token before it, if it is given.
 
     Raises:
         ValueError: The text is shorter than that.
     """
-    count = len(ids) // seq_len
-    if count < num_samples:
+    places = cut(ids, seq_len, bos)
+    if len(places) < num_samples:
         raise ValueError(
-            f"the calibration text has {count} windows of {seq_len} tokens, but num_samples is {num_samples}: "
+            f"the calibration text has {len(places)} windows of {seq_len} tokens, but num_samples is {num_samples}: "
             "give more text, or lower num_samples"
         )
-    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:num_samples]
-    return ids[: count * seq_len].view(count, seq_len)[chosen]
+    chosen = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))[:num_samples].tolist()
+    return _stacked(ids, [places[i] for i in chosen], seq_len, bos)
 
 
-def _encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[Stream]:
-    documents: list[Stream] = []
-    for start in range(0, len(texts), 1000):  # ids as Python numbers take tens of bytes each
-        encoded = tokenizer(texts[start : start + 1000], add_special_tokens=False, verbose=False)["input_ids"]
-        for ids in cast(list[list[int]], encoded):
-            tensor = torch.tensor(ids + _end(tokenizer), dtype=torch.long)
-            documents.append((tensor, tensor))
-    return documents
+def _stacked(values: Tensor, places: list[slice], seq_len: int, first: int | None) -> Tensor:  # [n, seq_len]
+    """Windows of a stream, with another value before those that have room for it."""
+    before = values.new_tensor([] if first is None else [first])
+    return torch.stack([torch.cat([before, values[place]])[-seq_len:] for place in places])
+
+
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return cast(list[int], tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -234,68 +331,84 @@ def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [] if end is None else [end]
 
 
-def _answers(messages: list[dict[str, str]], text: str, tokenizer: PreTrainedTokenizerBase) -> list[range]:
-    """Where the assistant's turns are in the text of a conversation."""
-    turns = []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = _render(messages[:i], tokenizer, True) if i else text.partition(message["content"])[0]
-            upto = text[: _common(text, _render(messages[: i + 1], tokenizer))]
-            turns.append(range(_common(text, before), len(upto.rstrip())))
-    return turns
-
-
-def _common(a: str, b: str) -> int:
-    """How many characters two texts begin with in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, prompt: bool = False) -> str:
-    """The text of a conversation; as a prompt it goes up to where the assistant begins to speak."""
-    if tokenizer.chat_template is None:
-        return "\n\n".join(message["content"] for message in messages) + ("\n\n" if prompt else "")
+def _checked(document: Document) -> Document:
     try:
-        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses a row ({error}): mend or leave out the row") from error
+        document.text.encode()
+    except UnicodeEncodeError as error:
+        raise Unusable("its text has half of a surrogate pair") from error
+    return document
 
 
-def _rows(source: str, limit: int | None) -> Iterator[Record]:
-    if source == PYDOC:
-        return ({"text": text} for text in import_module(PYDOC).topics.values())
+def _counted(
+    document: Document, ids: list[int], offsets: Any, tokenizer: PreTrainedTokenizerBase
+) -> Tensor:  # [tokens]
+    """Which tokens begin within an answer; without offsets, by how many tokens the text before has."""
+    counted = torch.zeros(len(ids), dtype=torch.bool)
+    starts = None if offsets is None else torch.tensor(offsets, dtype=torch.long).view(-1, 2)[:, 0]
+    for answer in document.answers or []:
+        if starts is not None:
+            counted |= (starts >= answer.start) & (starts < answer.stop)
+            continue
+        before, upto = (_ids(document.text[:place], tokenizer) for place in (answer.start, answer.stop))
+        if ids[: len(before)] != before or ids[: len(upto)] != upto:
+            raise Unusable("its tokens reach from one turn into another, and the tokenizer does not say how far")
+        counted[len(before) : len(upto)] = True
+    return counted
+
+
+def _rows(source: str, limit: int | None) -> Iterator[Placed]:
     path = Path(source)
-    return READERS[path.suffix](path) if path.is_file() else _read_hub(source, limit)
+    if source != PYDOC and path.is_file():
+        return READERS[path.suffix](path)
+    topics = ({"text": text} for text in import_module(PYDOC).topics.values()) if source == PYDOC else None
+    return _numbered(topics or _read_hub(source, limit))
 
 
-def _read_txt(path: Path) -> Iterator[Record]:
+def _numbered(rows: Iterable[Record]) -> Iterator[Placed]:
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _read_txt(path: Path) -> Iterator[Placed]:
     text = _decode(path)
     if text.strip():
-        yield {"text": text}
+        yield "line 1", {"text": text}
 
 
-def _read_jsonl(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(_decode(path).split("\n"), 1):  # JSON strings may hold what splitlines splits at
+def _read_json(path: Path) -> Iterator[Placed]:
+    """A row on every line, or an array of rows."""
+    text = _decode(path)
+    if text.lstrip().startswith("["):
+        rows = _parsed(text, str(path))
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"{path} is an array of something else than JSON objects: one object per row is needed")
+        yield from _numbered(rows)
+        return
+    for number, line in enumerate(text.split("\n"), 1):  # JSON strings may hold what splitlines splits at
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            reason = f"{error.msg} at column {error.colno}"
-            raise ValueError(f"{path}, line {number}, is not JSON ({reason}): mend or delete the line") from error
+        row = _parsed(line, f"{path}, line {number},")
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}, is not a JSON object: one object per line is needed")
-        yield row
+        yield f"line {number}", row
 
 
-def _read_parquet(path: Path) -> Iterator[Record]:
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        raise ValueError(f"{where} is not JSON ({reason}): mend or delete the line") from error
+
+
+def _read_parquet(path: Path) -> Iterator[Placed]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
+        rows = pq.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{path} is no Parquet file ({error}): write it again") from error
-    yield from table.to_pylist()
+    yield from _numbered(rows)
 
 
 def _read_hub(source: str, limit: int | None) -> Iterator[Record]:
@@ -318,8 +431,9 @@ def _decode(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}): convert it, for example with iconv") from error
 
 
-READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+READERS: dict[str, Callable[[Path], Iterator[Placed]]] = {
     ".txt": _read_txt,
-    ".jsonl": _read_jsonl,
+    ".jsonl": _read_json,
+    ".json": _read_json,
     ".parquet": _read_parquet,
 }

@@ -17,6 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from plprune.checkpoint import load_tokenizer
 from plprune.cli import main
 from tests.builders import save_tiny
 
@@ -237,7 +238,20 @@ def test_a_broken_configuration(complain: Complain, here: Path) -> None:
         ("a.txt", b"", "a.txt is empty"),
         ("a.txt", b"caf\xe9", "a.txt is not UTF-8 (byte 3): convert it"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, line 2, is not JSON"),
-        ("a.jsonl", b'{"body": "a"}\n', "a.jsonl: a row with the columns ['body'] has no text"),
+        (
+            "a.jsonl",
+            b'{"body": "a"}\n',
+            "none of its 1 rows can be used: 1 dropped, as a row with the columns ['body']",
+        ),
+        ("a.jsonl", b'{"text": "\\ud83d"}\n', "as its text has half of a surrogate pair (first at line 1)"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl is not JSON"),
+        ("a.jsonl", b'{"a": ' + b"[" * 100_000, "a.jsonl, line 1, is not JSON"),
+        ("a.jsonl", b'{"a": ' + b"1" * 5000 + b"}", "a.jsonl, line 1, is not JSON (Exceeds the limit"),
+        ("a.jsonl", b"\x1f\x8b\x08\x00", "a.jsonl is not UTF-8 (byte 1)"),
+        ("a.json", b"[1, 2]", "a.json is an array of something else than JSON objects"),
+        ("a.json", b"[]", "a.json is empty"),
+        ("a.json", b'{\n "data": []\n}', "a.json, line 1, is not JSON"),
+        ("a.jsonl.gz", b"\x1f\x8b", "a.jsonl.gz is of no known kind"),
         ("a.parquet", b"PAR1", "a.parquet is no Parquet file"),
         ("a.csv", b"a", "a.csv is of no known kind"),
     ],
@@ -245,6 +259,25 @@ def test_a_broken_configuration(complain: Complain, here: Path) -> None:
 def test_bad_texts(complain_of_pruning: Complain, here: Path, name: str, content: bytes, said: str) -> None:
     (here / name).write_bytes(content)
     assert said in complain_of_pruning(f"--text={name}")
+
+
+@pytest.mark.parametrize("command", ["prune", "evaluate", "sensitivity", "export", "fit"])
+def test_tokens_that_the_embedding_lacks(complain: Complain, model: Path, here: Path, command: str) -> None:
+    words = load_tokenizer(str(model))
+    words.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|tool|>"]})  # type: ignore[arg-type]
+    larger = shutil.copytree(model, here / "larger")
+    words.save_pretrained(larger)
+    (here / "a.txt").write_text("<|user|>So it goes. " * 100)
+    options = {
+        "prune": ["--method=CFSP", "--output=out", *CALIBRATION],
+        "sensitivity": ["--output=out", *CALIBRATION],
+        "export": ["--output=out", "--seq_len=16"],
+    }
+    given = [larger, "--text=a.txt", *options.get(command, ["--seq_len=16"])]
+    if command == "fit":
+        given = ["--config", fit_config(here, larger, data__train="a.txt")]
+    said = complain(command, *given)
+    assert said.startswith("the text has tokens that the embedding, of 300 rows, has none for: <|user|> (300); use the")
 
 
 def test_evaluation_of_a_text_that_is_too_short(complain: Complain, model: Path, here: Path) -> None:
@@ -409,6 +442,7 @@ def test_a_real_process(tmp_path: Path, model: Path) -> None:
 
 FULL = """
 import os, resource, sys
+from plprune.checkpoint import load_tokenizer
 from plprune.cli import main
 
 def written():

@@ -1,14 +1,18 @@
 """Windows of a text as the Trainer sees them."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
 
 from plprune import RecoveryData
 from plprune.data import ResumableSampler
+from plprune.evaluation import Protocol, passage
 from plprune.text import IGNORED, tokenised
 from tests.builders import decode, jsonl, numbers, tokenizer
 
@@ -99,6 +103,24 @@ def test_every_part_may_have_a_text_of_its_own(tmp_path: Path) -> None:
     letters = [set(decode([token for row in rows_of(loader) for token in row]).replace("</s>", "")) for loader in seen]
     assert letters == [{"a"}, {"b"}, {"c"}]
     assert set(decode(torch.cat(own.calibration().batches).flatten()).replace("</s>", "")) == {"d"}
+
+
+@pytest.mark.parametrize("bos", [None, True, False])
+def test_all_windows_follow_the_tokenizers_rule_for_bos_and_are_those_of_evaluate(
+    tmp_path: Path, bos: bool | None
+) -> None:
+    backend, source = copy.deepcopy(tokenizer().backend_tokenizer), numbers(tmp_path / "text.txt")
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    own = RecoveryData(source, validation=source, seq_len=16, num_samples=4, bos=bos)
+    own.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    own.setup()
+    judged = passage(source, own.tokenizer, Protocol(16, bos=bos)).windows
+    assert torch.cat(own.held_out_windows()).equal(torch.cat(judged))
+    windows = [torch.cat(judged), own._parts["train"].tensors[0], torch.cat(own.calibration().batches)]
+    for each in windows:
+        assert (each[:, 0] == 1).all() == (bos is not False)
+        assert not (each[:, 1:] == 1).any()
+        assert each.shape[1] == 16
 
 
 def test_limits(tmp_path: Path) -> None:
@@ -229,7 +251,14 @@ def test_a_tokenizer_is_named_or_that_of_the_module(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"held_out": 0}, {"held_out": 1.0}, {"train": "no.txt"}, {"test": "no.txt"}]
+    [
+        {"held_out": 0},
+        {"held_out": 1.0},
+        {"max_dropped": -0.1},
+        {"max_dropped": 1.1},
+        {"train": "no.txt"},
+        {"test": "no.txt"},
+    ]
     + [{name: 0} for name in ("seq_len", "batch_size", "num_samples", "max_windows", "max_documents")]
     + [{name: -1} for name in ("calibration_seq_len", "calibration_batch_size")],
 )

@@ -1,5 +1,6 @@
 """Perplexity, bits per byte and counts against plain loops, and the command that prints them."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -180,6 +181,20 @@ def test_windows_that_do_not_overlap_are_those_of_training(text: str) -> None:
     )
 
 
+@pytest.mark.parametrize("stride", [None, 5])
+def test_a_bos_token_that_the_text_has_is_not_put_twice(tmp_path: Path, stride: int | None) -> None:
+    own, rows = copy.deepcopy(tokenizer()), [{"prompt": f"Is it {i}?", "completion": "So it goes."} for i in range(5)]
+    own.chat_template = "{% for m in messages %}{{ bos_token if loop.first }}{{ m['content'] }}{% endfor %}"
+    source, how = jsonl(tmp_path / "chats.jsonl", rows), Protocol(12, stride, True)
+    cut, (ids, _) = passage(source, own, how), tokenised(source, own)
+    assert cut.windows[0][0].equal(ids[:12])
+    assert all(window[0, 0] == 1 and window[0, 1] != 1 for window in cut.windows)
+    if stride is None:
+        assert torch.cat(cut.windows).equal(pack((ids, ids), 12, "test", 1).tensors[0])
+    else:
+        assert cut.tokens == len(ids) - 1  # all but the first are in a window that began before them
+
+
 def test_chats_are_read_as_in_training(tmp_path: Path) -> None:
     chat = {"instruction": "Say it so that it is heard.", "output": "It goes as it goes, and so on and on."}
     source = jsonl(tmp_path / "chat.jsonl", [chat, {"text": TEXTS[0]}])
@@ -273,7 +288,8 @@ def test_the_bos_rule_is_the_tokenizers_own_unless_said(text: str) -> None:
     cut = passage(text, own, Protocol(8, bos=None))
     assert cut.protocol.bos is True
     assert all(window[0, 0] == 1 for window in cut.windows)
-    assert passage(text, own, Protocol(8)).protocol.bos is False
+    assert passage(text, own, Protocol(8)).protocol.bos is True
+    assert passage(text, own, Protocol(8, bos=False)).protocol.bos is False
 
 
 def test_a_passage_says_what_it_is(text: str) -> None:

@@ -1,5 +1,6 @@
 """GGUF files: the same model in llama.cpp, or a refusal that says what to do."""
 
+import copy
 import functools
 import itertools
 import os
@@ -15,7 +16,7 @@ import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
 from peft import LoraConfig, inject_adapter_in_model
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -453,6 +454,27 @@ TEXTS = [
 DIGITS = pre_tokenizers.Sequence(
     [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
 )
+
+
+@pytest.mark.parametrize(
+    ("token", "normalizer", "said"),
+    [
+        ({"rstrip": True}, None, True),
+        ({"lstrip": True, "special": True}, None, True),
+        ({"single_word": True}, None, True),
+        ({"normalized": True}, normalizers.Lowercase(), True),
+        ({"normalized": True}, None, False),
+        ({"special": True}, normalizers.Lowercase(), False),
+    ],
+)
+def test_tokens_that_llama_cpp_finds_elsewhere_are_named(
+    caplog: pytest.LogCaptureFixture, token: dict[str, bool], normalizer: Any, said: bool
+) -> None:
+    words = copy.deepcopy(tokenizer())
+    words.backend_tokenizer.normalizer = normalizer
+    words.add_tokens([AddedToken("<|user|>", **{"normalized": False} | token)])
+    vocabulary.fields(words, 310)
+    assert ("llama.cpp may divide text otherwise around the tokens <|user|>:" in caplog.text) == said
 
 
 @needs_llama_cpp

@@ -37,6 +37,7 @@ TIERS = [
         "card",
         "evaluation",
         "text",
+        "chats",
         "export",
         "report",
         "charts",

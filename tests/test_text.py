@@ -9,25 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from plprune.text import (
-    IGNORED,
-    PYDOC,
-    Record,
-    check_source,
-    draw,
-    encode,
-    pack,
-    read,
-    split,
-    to_messages,
-    tokenised,
-)
+from plprune import chats, text
+from plprune.chats import Record, to_chat
+from plprune.text import IGNORED, PYDOC, Stream, bos_token, check_source, document, draw, pack, read, split, tokenised
 from tests.builders import decode, jsonl, tokenizer
 
-END = "</s>"
+BOS, END = 1, "</s>"
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -46,40 +37,46 @@ TALK = [
 ]
 
 
+def encode(rows: list[Record], words: PreTrainedTokenizerFast) -> Stream:
+    return text.encode([document(row, words) for row in rows], words)
+
+
 def with_template(template: str) -> PreTrainedTokenizerFast:
     own = copy.deepcopy(tokenizer())
     own.chat_template = template
     return own
 
 
-@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "json", "parquet"])
 def test_all_kinds_of_files_give_the_same_text(tmp_path: Path, suffix: str) -> None:
     text, path = "Zwölf Boxkämpfer\njagen Viktor. ", tmp_path / f"text.{suffix}"
     if suffix == "txt":
         path.write_text(text, encoding="utf-8")
     elif suffix == "jsonl":
         path.write_text(json.dumps({"text": text}))
+    elif suffix == "json":
+        path.write_text(json.dumps([{"text": text}], indent=1))
     else:
         pq.write_table(pa.table({"text": [text]}), path)
-    assert list(read(str(path))) == [{"text": text}]
+    assert [row for _, row in read(str(path))] == [{"text": text}]
     assert decode(tokenised(str(path), tokenizer())[0]) == text + END
 
 
 def test_the_text_of_python_is_there_without_any_file() -> None:
     rows = list(read(PYDOC, limit=3))
     assert len(rows) == 3
-    assert all(len(row["text"]) > 100 for row in rows)
+    assert all(len(row["text"]) > 100 for _, row in rows)
 
 
 def test_what_separates_lines_elsewhere_may_stand_inside_a_json_string(tmp_path: Path) -> None:
     text = "a\u2028b\u0085c\x1cd"
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert [row["text"] for row in read(str(tmp_path / "rows.jsonl"))] == [text]
+    assert [row["text"] for _, row in read(str(tmp_path / "rows.jsonl"))] == [text]
 
 
 def test_files_from_windows_are_read(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}\r\n')
-    assert [row["text"] for row in read(str(tmp_path / "rows.jsonl"))] == ["a", "b"]
+    assert [row["text"] for _, row in read(str(tmp_path / "rows.jsonl"))] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +101,7 @@ def test_a_damaged_file_is_named_with_the_place(tmp_path: Path, name: str, conte
 
 @pytest.mark.parametrize("source", ["no.txt", "no", "a/b.jsonl", "/no/where", "./no/where", "a/b/c", "~/text.txt"])
 def test_a_text_that_cannot_be_there_is_refused_before_anything_is_loaded(source: str) -> None:
-    with pytest.raises(ValueError, match=r"does not exist: give a \.txt, \.jsonl, \.parquet file"):
+    with pytest.raises(ValueError, match=r"does not exist: give a \.txt, \.jsonl, \.json, \.parquet file"):
         check_source(source)
 
 
@@ -138,8 +135,8 @@ def test_a_dataset_is_named_by_configuration_and_split(hub: Path, limit: int | N
     sources = {"org/plain": "p", "org/name": "a", "org/name:other": "b", "org/name:other:test": "c"}
     for source, letter in sources.items():
         expected = [f"{letter}{i}" for i in range(5)][:limit]
-        assert [row["text"] for row in read(source, limit)] == expected
-        assert [row["text"] for row in read(f"{hub}/{source}", limit)] == expected
+        assert [row["text"] for _, row in read(source, limit)] == expected
+        assert [row["text"] for _, row in read(f"{hub}/{source}", limit)] == expected
 
 
 @pytest.mark.parametrize("source", ["org/name:no", "org/name:other:no", "org/other"])
@@ -195,7 +192,8 @@ def test_the_seed_orders_documents_and_the_limit_counts_rows(tmp_path: Path) -> 
     ],
 )
 def test_instructions_are_conversations(record: Record, question: str, answer: str) -> None:
-    assert to_messages(record) == [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    assert to_chat(record) == chats.Chat(messages)
     ids, labels = encode([record], with_template(CHATML))
     start = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
     assert decode(ids) == f"{start}{answer}<|im_end|>\n"
@@ -204,7 +202,7 @@ def test_instructions_are_conversations(record: Record, question: str, answer: s
 
 @pytest.mark.parametrize("record", [{"text": "a"}, {"prompt": "a"}, {"answer": "a"}, {"messages": None, "text": "a"}])
 def test_what_has_no_question_and_answer_is_plain_text(record: Record) -> None:
-    assert to_messages(record) is None
+    assert to_chat(record) is None
 
 
 def counted(ids: Tensor, labels: Tensor) -> list[str]:
@@ -252,9 +250,9 @@ def test_chats_and_texts_keep_their_order() -> None:
     [
         ({"title": "a", "body": "b"}, r"columns \['body', 'title'\] has no text"),
         ({"text": None}, "has no text"),
-        ({"messages": [{"role": "user"}]}, "without role or content"),
-        ({"messages": ["hello"]}, "without role or content"),
-        ({"messages": TALK}, "refuses a row .*no system here"),
+        ({"messages": [{"role": "user"}]}, "the content of a message is missing"),
+        ({"messages": ["hello"]}, "neither role nor content"),
+        ({"messages": TALK}, r"the chat template refuses it \(no system here\)"),
     ],
 )
 def test_a_row_without_text_is_named_with_its_source(tmp_path: Path, row: Record, said: str) -> None:
@@ -262,6 +260,48 @@ def test_a_row_without_text_is_named_with_its_source(tmp_path: Path, row: Record
     with pytest.raises(ValueError, match=said) as raised:
         tokenised(source, with_template(STRICT))
     assert source in str(raised.value)
+
+
+# ---- what is not used
+
+
+def test_rows_that_cannot_be_used_are_counted_with_the_first_place(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"text": "one"}, {"text": ""}, {"body": "a"}, {"text": None}, {"text": "two"}, {"text": " \n"}]
+    rows += [{"text": "so \ud83d it goes"}, {"body": "b"}]
+    source = jsonl(tmp_path / "rows.jsonl", rows)
+    for seed in (None, 0):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            ids, _ = tokenised(source, tokenizer(), seed=seed, max_dropped=0.5)
+        assert sorted(decode(ids).split(END)) == ["", "one", "two"]
+        said = caplog.messages[0]
+        assert f"{source}: 8 rows read, 2 used; {len(ids)} tokens, {len(ids)} counted; 2 empty" in said
+        assert "2 dropped, as a row with the columns ['body'] has no text" in said
+        assert "1 dropped, as its text has half of a surrogate pair (first at line 7)" in said
+    assert "(first at line 3)" in said or "(first at line 8)" in said
+    with pytest.raises(ValueError, match=r"4 of its 8 rows cannot be used, and max_dropped is 0.1: 2 empty; 2 dropped"):
+        tokenised(source, tokenizer())
+
+
+@pytest.mark.parametrize("rows", [[{"text": ""}, {"text": " "}], [{"body": ""}], [{"text": ""}, {}]])
+def test_a_text_of_which_nothing_is_left_is_refused(tmp_path: Path, rows: list[Record]) -> None:
+    source = jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match=f"rows.jsonl: none of its {len(rows)} rows can be used: "):
+        tokenised(source, tokenizer(), max_dropped=1.0)
+
+
+def test_a_tokenizer_that_does_not_end_documents_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source, endless = jsonl(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": "b"}]), copy.deepcopy(tokenizer())
+    endless.eos_token = None
+    with caplog.at_level("INFO"):
+        assert decode(tokenised(source, endless)[0]) == "ab"
+        assert "documents run together, as the tokenizer has no end-of-text token" in caplog.text
+        caplog.clear()
+        tokenised(source, tokenizer())
+        tokenised(source, endless, join="\n")
+        assert "run together" not in caplog.text
 
 
 # ---- windows
@@ -313,4 +353,43 @@ def test_calibration_windows_are_drawn_without_replacement() -> None:
         draw(ids, 11, 10, seed=0)
 
 
-# ---- the sampler
+@pytest.fixture
+def with_bos() -> PreTrainedTokenizerFast:
+    """A tokenizer that begins texts with a BOS token, with a template that does so too, like Gemma's."""
+    backend = copy.deepcopy(tokenizer().backend_tokenizer)
+    backend.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)])
+    own = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    own.chat_template = "{{ bos_token }}" + CHATML
+    return own
+
+
+def test_the_bos_token_is_the_tokenizers_own_unless_said(with_bos: PreTrainedTokenizerFast) -> None:
+    assert [bos_token(tokenizer(), bos) for bos in (None, False, True)] == [None, None, BOS]
+    assert [bos_token(with_bos, bos) for bos in (None, False, True)] == [BOS, None, BOS]
+    ending = copy.deepcopy(with_bos)  # its own rule is to end texts, by the token that others begin them with
+    ending.backend_tokenizer.post_processor = TemplateProcessing(single="$A <s>", special_tokens=[("<s>", BOS)])
+    assert bos_token(ending) is None
+
+
+def test_every_window_begins_with_the_bos_token_and_no_token_is_lost() -> None:
+    ids = torch.arange(3, 53)
+    windows, labels = pack((ids, ids), 8, "training", BOS).tensors
+    assert windows.shape == labels.shape == (7, 8)
+    assert (windows[:, 0] == BOS).all()
+    assert windows[:, 1:].flatten().equal(ids[:49])
+    assert labels[:, 1:].equal(windows[:, 1:])
+    drawn = draw(ids, 7, 8, 0, BOS)
+    assert drawn[drawn[:, 1].argsort()].equal(windows)
+
+
+def test_a_bos_token_that_is_there_is_not_put_twice(with_bos: PreTrainedTokenizerFast) -> None:
+    ids, _ = encode([{"messages": TALK[1:3]}] * 5, with_bos)
+    stream = ids, ids
+    assert int((ids == BOS).sum()) == 5
+    windows = pack(stream, 16, "training", BOS).tensors[0]
+    assert (windows[:, 0] == BOS).all()
+    assert not (windows[:, 1] == BOS).any()
+    assert windows[0].equal(ids[:16])
+    assert windows[1, 1:].equal(ids[16:31])
+    each = len(ids) // 5
+    assert pack(stream, each, "training", BOS).tensors[0].equal(ids.view(5, each))

@@ -9,7 +9,7 @@ from plprune.evaluation import Protocol
 from plprune.methods import PruningMethod
 from plprune.processes import device_called
 from plprune.tasks import named
-from plprune.text import PYDOC
+from plprune.text import DROPPED, PYDOC
 
 
 def compare(
@@ -27,6 +27,7 @@ def compare(
     stride: int | None = None,
     bos: bool | None = None,
     max_windows: int | None = None,
+    max_dropped: float = DROPPED,
     recover: list[Training] | Training | None = None,
     tasks: str = "",
     task_data: str | None = None,
@@ -43,8 +44,8 @@ def compare(
             (`class_path`, `init_args`).
         output: Folder of the results: `report.html`, `report.json`, and what was computed, by its content; what is
             there is not computed again.
-        text: What perplexity is measured on: a `.txt`, `.jsonl` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the
-            hub, or `pydoc_data.topics`. Of a list, on each: the first is the one that is plotted.
+        text: What perplexity is measured on: a `.txt`, `.jsonl`, `.json` or `.parquet` file, `pydoc_data.topics`, or
+            `ORG/NAME[:CONFIG[:SPLIT]]` of the hub. Of a list, on each: the first is the one that is plotted.
         sparsities: Fractions of the blocks' parameters to remove, at which each method is taken.
         seeds: Of the choice of calibration windows and of recovery; every pruning is done with each.
         calibration: Calibration text, likewise; not a text that is measured on. Or a list of `text`, `num_samples`,
@@ -54,8 +55,9 @@ def compare(
         calibration_seq_len: Tokens of a calibration window, likewise.
         seq_len: Tokens of a window that perplexity is measured on.
         stride: Tokens from the start of one such window to that of the next; they do not overlap if not given.
-        bos: Whether the BOS token is put before each window; as the tokenizer does if not given.
+        bos: Whether the BOS token is put before each window of every text; as the tokenizer does if not given.
         max_windows: At most this many such windows from the start of the text; all if not given.
+        max_dropped: The share of a text's rows that may be dropped, as they cannot be used: in [0, 1].
         recover: How every pruned model is recovered: `text` to train on, `steps`, `seq_len`, `batch_size`,
             `learning_rate`, `lora`, `train`, `distill`, `rounds`; none is if not given. Of a list, each with a `name`,
             in all ways.
@@ -77,6 +79,7 @@ def compare(
         num_samples=num_samples,
         calibration_seq_len=calibration_seq_len,
         protocol=Protocol(seq_len, stride, bos, max_windows),
+        max_dropped=max_dropped,
         recover=recover,
         tasks=named(tasks),
         task_data=task_data,

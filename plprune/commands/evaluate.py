@@ -17,9 +17,10 @@ from plprune.checkpoint import Dtype, load_model, load_skeleton, load_tokenizer,
 from plprune.evaluation import Measurement, Passage, Protocol, measure, passage
 from plprune.plan import FILE, PruningPlan
 from plprune.processes import device_called
+from plprune.running import check_ids
 from plprune.speed import Speed
 from plprune.tasks import Figure, TaskResult
-from plprune.text import PYDOC, check_sizes, check_source
+from plprune.text import DROPPED, PYDOC, check_share, check_sizes, check_source
 
 OWN, NONE = "auto", "none"
 
@@ -32,6 +33,7 @@ def evaluate(
     stride: int | None = None,
     bos: bool | None = None,
     max_windows: int | None = None,
+    max_dropped: float = DROPPED,
     dense: str = OWN,
     tasks: str | None = None,
     task_data: str | None = None,
@@ -47,7 +49,7 @@ def evaluate(
 
     Args:
         model: A folder, a name on the hub, a `.gguf` file, or `package://PACKAGE/FILE.gguf`.
-        text: What to read: a `.txt`, `.jsonl` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the hub, or
+        text: What to read: a `.txt`, `.jsonl`, `.json` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the hub, or
             `pydoc_data.topics`.
         join: Put between the rows of the text, which are then one document: "\\n\\n" is usual for WikiText.
         seq_len: Tokens that the model sees at once, a BOS token included.
@@ -55,6 +57,7 @@ def evaluate(
             it in the first window that holds it. Windows do not overlap if not given.
         bos: Whether the BOS token is put before each window: true or false; as the tokenizer itself does if not given.
         max_windows: At most this many windows from the start of the text; all if not given.
+        max_dropped: The share of a text's rows that may be dropped, as they cannot be used: in [0, 1].
         dense: The model to judge beside it by the same protocol; `auto` for the one that it was pruned from, where
             that is on this machine, `none` for none.
         tasks: Names of lm-eval tasks, groups and tags, separated by commas. A group has a score of its own, and those
@@ -72,16 +75,20 @@ def evaluate(
     check_sizes(limit=limit, batch_size=batch_size)
     protocol, place = Protocol(seq_len, stride, bos, max_windows), device_called(device)
     check_source(text)
+    check_share(max_dropped)
     if output:
         check_free(output, overwrite)
     names = benchmarks.named(tasks)
     stages, plan = _stages(model, dense)
-    passages = {stage: passage(text, load_tokenizer(name), protocol, join) for stage, name in stages.items()}
+    passages = {
+        stage: passage(text, load_tokenizer(name), protocol, join, max_dropped) for stage, name in stages.items()
+    }
     if names:
         benchmarks.check_tasks(names, task_data)
     judged = {}
     for stage, name in stages.items():
         network: Any = load_model(name, dtype).to(place)  # type: ignore[arg-type]
+        check_ids(network, passages[stage].windows, load_tokenizer(name))
         found = _Judged(passages[stage], measure(network, passages[stage]), {}, None)
         if names:
             found.tasks = benchmarks.run_tasks(network, load_tokenizer(name), names, limit, task_data, batch_size)

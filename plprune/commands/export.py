@@ -1,12 +1,12 @@
 """`plprune export`: a model in the formats of other programs, with proof."""
 
 import functools
-from typing import cast
 
 from plprune.atomic import check_free
-from plprune.checkpoint import Dtype, load_as_stored, load_tokenizer
+from plprune.checkpoint import Dtype, load_as_stored, load_skeleton, load_tokenizer
 from plprune.export import formats, parity
-from plprune.text import PYDOC, check_sizes, check_source, pack, tokenised
+from plprune.running import check_ids
+from plprune.text import DROPPED, PYDOC, bos_token, check_share, check_sizes, check_source, pack, tokenised
 
 
 def export(
@@ -20,6 +20,8 @@ def export(
     text: str = PYDOC,
     seq_len: int = 128,
     max_windows: int = 2,
+    bos: bool | None = None,
+    max_dropped: float = DROPPED,
     overwrite: bool = False,
 ) -> None:
     """Writes a model in the formats of other programs, loads it again there, and compares.
@@ -34,10 +36,12 @@ def export(
         widen: Whether value channels that FASP removed are put back as zeros, where a format cannot do without them:
             the same function in a larger model.
         pad_to: FFN widths are padded with zeros up to a multiple of this: the same function in a larger model.
-        text: What to compare by: a `.txt`, `.jsonl` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the hub, or
-            `pydoc_data.topics`.
+        text: What to compare by: a `.txt`, `.jsonl`, `.json` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the
+            hub, or `pydoc_data.topics`.
         seq_len: Tokens of a window to compare by.
         max_windows: How many windows to compare by.
+        bos: Whether the BOS token is put before each window: true or false; as the tokenizer does if not given.
+        max_dropped: The share of a text's rows that may be dropped, as they cannot be used: in [0, 1].
         overwrite: Whether to replace what is in the output folder.
     """
     check_sizes(seq_len=seq_len, max_windows=max_windows)
@@ -45,10 +49,11 @@ def export(
     formats.check_formats(wanted)
     check_free(output, overwrite)
     check_source(text)
+    check_share(max_dropped)
     tokenizer = load_tokenizer(model)
-    windows = pack(tokenised(text, tokenizer), seq_len, "comparison").tensors[0][:max_windows].clone()
-    if list(tokenizer("").input_ids) == [tokenizer.bos_token_id]:  # it begins every text so, and the model needs it
-        windows[:, 0] = cast(int, tokenizer.bos_token_id)
+    stream = tokenised(text, tokenizer, max_dropped=max_dropped)
+    windows = pack(stream, seq_len, "comparison", bos_token(tokenizer, bos)).tensors[0][:max_windows].clone()
+    check_ids(load_skeleton(model), [windows], tokenizer)
     load = functools.partial(load_as_stored, model, dtype)
     rows = formats.export(model, load, tokenizer, output, wanted, windows, how, overwrite)
     print(f"{parity.table(rows)}\n\nsaved to {output}; the text: {windows.numel()} tokens of {text}")

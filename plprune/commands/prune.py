@@ -9,7 +9,8 @@ from plprune.calibration import Calibration
 from plprune.checkpoint import Dtype, load_model, load_skeleton, load_tokenizer, save_pruned
 from plprune.methods import PruningMethod
 from plprune.processes import device_called
-from plprune.text import PYDOC, check_sizes, check_source, draw, tokenised
+from plprune.running import check_ids
+from plprune.text import DROPPED, PYDOC, bos_token, check_share, check_sizes, check_source, draw, tokenised
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ def prune(
     device: str = "cpu",
     offload: Literal["cpu", "disk"] | None = None,
     seed: int = 0,
+    bos: bool | None = None,
+    max_dropped: float = DROPPED,
     stream: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -38,9 +41,9 @@ def prune(
         method: How to prune: FLAP, FASP, CFSP, TwoSSP, LearnedGates or the dotted path of another; `--method.help
             NAME` lists its settings.
         output: Folder to write.
-        text: Calibration text: a `.txt`, `.jsonl` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the hub, or
-            `pydoc_data.topics`, which is there without a hub, but about Python only: give text like what the model is
-            for, or general text.
+        text: Calibration text: a `.txt`, `.jsonl`, `.json` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the hub,
+            or `pydoc_data.topics`, which is there without a hub, but about Python only: give text like what the model
+            is for, or general text.
         join: Put between the rows of the text, which are then one document; every row is one if not given.
         num_samples: Calibration windows.
         seq_len: Tokens of a window.
@@ -50,6 +53,8 @@ def prune(
         offload: Where hidden states wait, to save memory on the device: in the CPU's memory, or, with `stream`, on
             disk.
         seed: Of the choice of windows.
+        bos: Whether the BOS token is put before each window: true or false; as the tokenizer does if not given.
+        max_dropped: The share of a text's rows that may be dropped, as they cannot be used: in [0, 1].
         stream: Whether the model stays on disk, where it must be in safetensors, and one block at a time is loaded,
             pruned and written: for models that are larger than memory.
         resume: Whether to go on where an earlier streaming run of the same command was stopped, if there is one.
@@ -58,14 +63,17 @@ def prune(
     check_sizes(num_samples=num_samples, seq_len=seq_len, batch_size=batch_size)
     streaming.check_output(output, stream, resume, overwrite)
     check_source(text)
+    check_share(max_dropped)
     if text == PYDOC and not processes.local_rank():
         log.warning("calibrating on %s, which is about Python only: give --text what the model is for", text)
     place = device_called(device)
     tokenizer = load_tokenizer(model)
-    windows = draw(tokenised(text, tokenizer, join, seed=seed)[0], num_samples, seq_len, seed)
+    ids, _ = tokenised(text, tokenizer, join, seed=seed, max_dropped=max_dropped)
+    windows = draw(ids, num_samples, seq_len, seed, bos_token(tokenizer, bos))
     load = streaming.open_streamed if stream else load_skeleton if processes.local_rank() else load_model
     methods.preflight(method, lambda: load_skeleton(model, dtype))
     network = load(model, dtype)
+    check_ids(network, [windows], tokenizer)
     with processes.launched(place) as group:
         calibration = Calibration(list(windows.split(batch_size)), place, offload, group)
         if not stream:

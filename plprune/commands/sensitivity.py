@@ -9,9 +9,10 @@ from plprune.cache import Cache
 from plprune.calibration import Calibration
 from plprune.checkpoint import Dtype, load_model, load_tokenizer
 from plprune.processes import device_called
+from plprune.running import check_ids
 from plprune.sensitivity import as_record, check_fractions, table
 from plprune.sensitivity import sensitivity as found_by
-from plprune.text import PYDOC, check_sizes, check_source, draw, pack, tokenised
+from plprune.text import DROPPED, PYDOC, bos_token, check_share, check_sizes, check_source, draw, pack, tokenised
 
 
 def sensitivity(
@@ -26,6 +27,8 @@ def sensitivity(
     dtype: Dtype = "float32",
     device: str = "cpu",
     seed: int = 0,
+    bos: bool | None = None,
+    max_dropped: float = DROPPED,
 ) -> None:
     """Measures what each block's FFN and attention are worth, by pruning it alone.
 
@@ -36,33 +39,41 @@ def sensitivity(
         model: A folder, pruned or dense, a name on the hub, a `.gguf` file, or `package://PACKAGE/FILE.gguf`.
         output: Folder to write: `sensitivity.html`, `sensitivity.json`, and every single result under `cells`; what is
             there is gone on with.
-        text: What to read: a `.txt`, `.jsonl` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the hub, or
+        text: What to read: a `.txt`, `.jsonl`, `.json` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the hub, or
             `pydoc_data.topics`.
         join: Put between the rows of the text, which are then one document: "\\n\\n" is usual for WikiText.
-        seq_len: Tokens of a window; the first of each is given, and no token is put before it.
+        seq_len: Tokens of a window, a BOS token included; the first of each is given.
         max_windows: How many windows, from the start of the text, are measured on.
         num_samples: Windows of the rest of the text that choose the channels and kv heads that go.
         fractions: Of a part's channels or kv heads, separated by commas; 1 is the whole part.
         dtype: Of the weights.
         device: Where to compute: cpu, cuda, cuda:1.
         seed: Of the choice of windows.
+        bos: Whether the BOS token is put before each window: true or false; as the tokenizer does if not given.
+        max_dropped: The share of a text's rows that may be dropped, as they cannot be used: in [0, 1].
     """
     check_sizes(seq_len=seq_len, max_windows=max_windows, num_samples=num_samples)
     wanted = _numbers(fractions)
     check_source(text)
+    check_share(max_dropped)
     place, page = device_called(device), Path(output) / "sensitivity.html"
     report.check_ours(page)
-    stream = tokenised(text, load_tokenizer(model), join)
-    windows = pack(stream, seq_len, "evaluation").tensors[0][:max_windows]
-    chosen_by = draw(stream[0][windows.numel() :], num_samples, seq_len, seed)
+    tokenizer = load_tokenizer(model)
+    ids, first = tokenised(text, tokenizer, join, max_dropped=max_dropped)[0], bos_token(tokenizer, bos)
+    read, rest = ids[: max_windows * seq_len], ids[max_windows * seq_len :]
+    windows = pack((read, read), seq_len, "evaluation", first).tensors[0][:max_windows]
+    chosen_by = draw(rest, num_samples, seq_len, seed, first)
     network = load_model(model, dtype).to(place)  # type: ignore[arg-type]
+    check_ids(network, [ids], tokenizer)
     calibration = Calibration(list(chosen_by.split(1)))
     found = found_by(network, list(windows.split(1)), calibration, Cache(page.parent / "cells"), wanted)
-    sizes = {"seq_len": seq_len, "stride": None, "bos": False, "max_windows": max_windows, "num_samples": num_samples}
+    sizes = {"seq_len": seq_len, "stride": None, "max_windows": max_windows, "num_samples": num_samples}
     protocol = sizes | {"text": text, "join": join, "tokens": windows[:, 1:].numel(), "dtype": dtype, "seed": seed}
+    protocol |= {"bos": first is not None}
     record = as_record(found, model, wanted, protocol | {"torch": torch.__version__})
     report.write(record, page, overwrite=True)
-    print(f"{table(found)}\n\nperplexity over {len(windows)} windows of {seq_len} tokens of {text}, no BOS")
+    bos_too = "no BOS" if first is None else "BOS"
+    print(f"{table(found)}\n\nperplexity over {len(windows)} windows of {seq_len} tokens of {text}, {bos_too}")
     print(f"saved to {page} and {page.with_suffix('.json')}")
 
 

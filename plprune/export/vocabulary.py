@@ -58,8 +58,24 @@ def fields(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, Any]:
             f"tokenizers of type {state['model']['type']} are not written to GGUF: byte-level BPE and "
             "SentencePiece's BPE are"
         )
+    if apart := _apart(state):
+        log.warning(
+            "llama.cpp may divide text otherwise around the tokens %s: this tokenizer takes the spaces beside them "
+            "into them, or looks for them in what its normalizer has made of the text",
+            ", ".join(apart[:5]) + (f" and {len(apart) - 5} more" if len(apart) > 5 else ""),
+        )
     own = _sentence_piece(state) if state["model"].get("byte_fallback") else _byte_level(state)
     return own | _tokens(tokenizer, state, rows) | _special(tokenizer)
+
+
+def _apart(state: dict[str, Any]) -> list[str]:
+    """The added tokens that llama.cpp does not find in a text just where the tokenizer does."""
+    return [
+        token["content"]
+        for token in state["added_tokens"]
+        if any(token[how] for how in ("lstrip", "rstrip", "single_word"))
+        or (token["normalized"] and state["normalizer"])
+    ]
 
 
 def _byte_level(state: dict[str, Any]) -> dict[str, Any]:

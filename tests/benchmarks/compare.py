@@ -15,7 +15,7 @@ from plprune import CFSP, FASP, FLAP, Calibration, TwoSSP, prune
 from plprune.checkpoint import load_model, load_tokenizer
 from plprune.compare import Bench, Study
 from plprune.evaluation import Protocol, judge, passage
-from plprune.text import PYDOC, draw, tokenised
+from plprune.text import PYDOC, bos_token, draw, tokenised
 from tests.shared import SMOLLM2
 
 METHODS = (FLAP(), FASP(), CFSP(), TwoSSP())
@@ -34,7 +34,9 @@ def together(study: Study) -> float:
 def one_by_one(study: Study) -> float:
     tokenizer, total = load_tokenizer(SMOLLM2), 0.0
     text = passage(PYDOC, tokenizer, study.protocol)
-    windows = draw(tokenised(PYDOC, tokenizer)[0], study.num_samples, study.calibration_seq_len, 0)
+    windows = draw(
+        tokenised(PYDOC, tokenizer)[0], study.num_samples, study.calibration_seq_len, 0, bos_token(tokenizer)
+    )
     for method in [None, *(method for *_, method in study.prunings())]:
         model = load_model(SMOLLM2)
         start = time.perf_counter()
