@@ -76,6 +76,9 @@ class Prune(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         model = model_of(pl_module, self.attribute)
+        listed = cast(Any, trainer).callbacks
+        if any(isinstance(each, Evaluate) for each in listed[listed.index(self) :]):
+            raise ValueError("Evaluate is listed after Prune, and would not see the dense model: list it before")
         if self.plan is not None and plan_of(model) is self.plan:
             return
         loaded = plan_of(model)
@@ -83,6 +86,11 @@ class Prune(pl.Callback):
             log.info("the model is already pruned by %s with these settings", loaded.method)
             self.plan = loaded
             return
+        if getattr(pl_module, "begun", False):
+            raise ValueError(
+                "the model was fitted before, and a trained model cannot be pruned by other settings: export it, and "
+                "make a new Recovery of that folder"
+            )
         self.plan = self._prune(trainer, model)
         log.info("%s", summary(self.plan))
 
@@ -155,12 +163,24 @@ class Export(pl.Callback):
 
     def __init__(self, output: str, overwrite: bool = False, attribute: str = "model") -> None:
         self.output, self.overwrite, self.attribute = output, overwrite, attribute
+        self._due = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             check_free(self.output, self.overwrite)
+            self._due = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer, pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lightning calls no `on_train_end` where there is nothing to train."""
+        if self._due:
+            with on_device(pl_module, trainer.strategy.root_device):
+                self._save(trainer, pl_module)
+
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._due = False
         model, state = model_of(pl_module, self.attribute), {}
         if trainer.is_global_zero or shards(trainer.strategy):
             for name, value in merged_state(model, whole):
@@ -190,8 +210,10 @@ class Evaluate(pl.Callback):
         self.attribute = attribute
         self.rows: dict[str, Measurement] = {}
         self._windows: str | None = None
+        self._due = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._due = stage == "fit"
         if stage != "fit":
             return
         model, windows = model_of(pl_module, self.attribute), self._held_out(trainer)
@@ -208,6 +230,18 @@ class Evaluate(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._measure("recovered", trainer, model_of(pl_module, self.attribute), shards(trainer.strategy))
+        self._show(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lightning calls no `on_train_end` where there is nothing to train, or nothing more."""
+        if self._due and not trainer.global_step:
+            self._show(trainer)
+        elif self._due:
+            with on_device(pl_module, trainer.strategy.root_device):
+                self.on_train_end(trainer, pl_module)
+
+    def _show(self, trainer: pl.Trainer) -> None:
+        self._due = False
         if trainer.is_global_zero:
             print(f"\n{table(self.rows)}\n")
 
@@ -314,6 +348,9 @@ class Report(pl.Callback):
         self._write(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.record["status"] == "running":  # there was nothing to train
+            self.on_train_start(trainer, pl_module)
+            self.record["status"] = "finished"
         self._write(trainer)  # with what callbacks that are listed later have found
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -164,6 +164,10 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuses a pruning whose result could not be served, or would miss its targets, before the model is loaded."""
         config = self.config[cast(str, self.subcommand)]
+        listed = [each.class_path.rpartition(".")[2] for each in config.trainer.callbacks or []]
+        for name in ("Prune", "Evaluate", "Report", "Checkpoint"):
+            if listed.count(name) > 1:
+                raise ValueError(f"trainer.callbacks has {name} {listed.count(name)} times: list it once")
         for each in config.trainer.callbacks or []:
             if each.class_path.endswith("Prune"):
                 parser = LightningArgumentParser(exit_on_error=False)
@@ -193,7 +197,8 @@ class CLI(LightningCLI):
         """What a fit leaves behind, and where."""
         root, own = self.trainer.default_root_dir, cast(Any, self.trainer).callbacks
         pages = [report.page_of(each.output or root) for each in own if isinstance(each, callbacks.Report)]
-        return {"model": [each.output for each in self._exports()], "report": [str(page) for page in pages]}
+        places = {"model": [each.output for each in self._exports()], "report": [str(page) for page in pages]}
+        return {what: [path for path in paths if os.path.exists(path)] for what, paths in places.items()}
 
     def _exports(self) -> list[callbacks.Export]:
         return [each for each in cast(Any, self.trainer).callbacks if isinstance(each, callbacks.Export)]

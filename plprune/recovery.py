@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -29,11 +30,15 @@ from plprune.evaluation import next_token_loss
 from plprune.lora import LoRA
 from plprune.plan import fingerprint
 from plprune.progress import Progress
-from plprune.strategies import check_strategy, description, shards, split
+from plprune.strategies import check_strategy, description, frozen_in_half, held, shards, split
 from plprune.surgery import plan_of
 from plprune.text import IGNORED
 
 log = logging.getLogger(__name__)
+REMEDY = (
+    ": training stops, and nothing is saved over what was good; lower model.learning_rate, or compute in more than "
+    "float16 (trainer.precision bf16-mixed or 32-true)"
+)
 LEAST = 1e-30  # that losses are divided by, where nothing counts
 
 
@@ -51,7 +56,7 @@ class Recovery(pl.LightningModule):
     Args:
         name_or_path: A name on the hub, a folder (a pruned one too), a `.gguf` file, or `package://PACKAGE/FILE.gguf`
             for a file inside an installed Python package.
-        dtype: Of the frozen weights; what is trained is float32.
+        dtype: Of the frozen weights, unless `trainer.precision` is bf16-true or 16-true; what is trained is float32.
         lora: The adapters.
         learning_rate: Peak of AdamW's learning rate.
         weight_decay: AdamW's.
@@ -90,9 +95,33 @@ class Recovery(pl.LightningModule):
         self._random_states: dict[str, Tensor] = {}  # of each process, by device
         self._tokens, self._since = 0, 0.0
         self._sizes: list[Tensor] = []  # up to each batch of a step that is still to come
+        self._fault = torch.tensor(-1)  # the first step whose loss was not finite
         self._teacher: Teacher | None = None
         if distill is not None:
             check_teacher(distill, self.model)
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is something to train: adapters, or freed consumers."""
+        return bool(self._base)
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Adds none; it is the first hook that all processes have, and what cannot work is refused in it."""
+        callbacks: list[pl.Callback] = cast(Any, self.trainer).callbacks
+        for each in callbacks:
+            if isinstance(each, WeightAveraging | StochasticWeightAveraging):
+                raise ValueError(
+                    f"{type(each).__name__} copies the model before it is pruned and has adapters: "
+                    "leave it out of trainer.callbacks"
+                )
+        foreign = [type(c) for c in callbacks if not type(c).__module__.startswith(("lightning.", "plprune."))]
+        for each in callbacks if type(self) is Recovery and not foreign else ():  # others may log what they like
+            name = getattr(each, "monitor", None)
+            if isinstance(each, EarlyStopping) and each.strict and name not in self._logged():
+                raise ValueError(
+                    f"EarlyStopping monitors {name}, which is not logged: monitor one of {', '.join(self._logged())}"
+                )
+        return []
 
     def prepare_data(self) -> None:
         """Says how the processes share the run; this is the first hook of it."""
@@ -110,6 +139,8 @@ class Recovery(pl.LightningModule):
             )
         if not sharded:
             processes.receive(self.model, processes.world())
+        frozen = [p for p in self.model.parameters() if not (self._base and p.requires_grad)]
+        frozen_in_half(frozen, self.trainer.strategy)
         if not self._base:
             self._begin()
         self.strict_loading = not (sharded or isinstance(self.trainer.strategy, DeepSpeedStrategy))
@@ -143,6 +174,10 @@ class Recovery(pl.LightningModule):
         shown = self.trainer.strategy.reduce(self._shares.clone(), reduce_op="sum") * (self._step[0] / so_far[0])
         for name, value in zip(shares, shown, strict=True):
             self.log(name, value, prog_bar=name == "train_loss")
+        first = (self._fault < 0) & ~shown[0].isfinite()
+        self._fault = torch.where(first, self.trainer.global_step + 1, self._fault)
+        if self.device.type == "cpu":  # elsewhere a look would wait for the device
+            self._check_losses()
         self._tokens += batch["input_ids"].numel() * self.trainer.world_size
         # Lightning divides by the one, and gradients are averaged over the other.
         return shares["train_loss"] * (times * self.trainer.world_size)
@@ -155,6 +190,7 @@ class Recovery(pl.LightningModule):
 
     def on_train_start(self) -> None:
         self._agree_on(self.trainer.num_training_batches)
+        self._fault = torch.tensor(-1, device=self.device)
         if self._teacher is not None:
             self._teacher.prepare(self._coming_windows(), quiet=not self.trainer.is_global_zero)
         self._restore_random_state()
@@ -172,10 +208,13 @@ class Recovery(pl.LightningModule):
         if not due or isinstance(self.trainer.strategy, DeepSpeedStrategy):
             return
         norms = gradient_norms(self._by_block).cpu()  # once, where each value would be fetched by itself
+        if not norms.isfinite().all() and getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            raise ValueError(f"the gradient of step {self.trainer.global_step + 1} is not finite{REMEDY}")
         names = [f"grad_norm/block_{i:02}" for i in range(len(norms))]
         self.log_dict(dict(zip(names, norms.unbind(), strict=True)) | {"grad_norm/total": norms.norm()})
 
     def on_train_epoch_end(self) -> None:
+        self._check_weights()
         if self._teacher is not None:
             self._teacher.free()
 
@@ -191,6 +230,8 @@ class Recovery(pl.LightningModule):
         self._agree_on(self.trainer.num_test_batches)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step % (self.trainer.log_every_n_steps or 1) == 0:
+            self._check_losses()
         now = time.perf_counter()
         self.log("tokens_per_second", self._tokens / (now - self._since), prog_bar=True)
         self._tokens, self._since = 0, now
@@ -210,6 +251,7 @@ class Recovery(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._check_weights()
         trained = self._trained()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         own = {"base": self._base, "trained": trained, "run": self._run}
@@ -327,6 +369,12 @@ class Recovery(pl.LightningModule):
         loss = (1 - settings.weight) * own + settings.weight * distilled
         return {"train_loss": loss, "next_token_loss": own, "distillation_loss": distilled}
 
+    def _logged(self) -> list[str]:
+        """The metrics that a callback can monitor."""
+        distilled = ["next_token_loss", "distillation_loss"] if self.distill and self.distill.weight else []
+        judged = ["val_perplexity"] if self.trainer.limit_val_batches else []
+        return ["train_loss", *distilled, *judged, "tokens_per_second"]
+
     def _log_ranks(self) -> None:
         ranks = {f"rank/block_{i:02}": rank for i, rank in enumerate(self.ranks)}
         for logger in self.trainer.loggers if ranks else ():
@@ -343,6 +391,26 @@ class Recovery(pl.LightningModule):
     def _agree_on(self, batches: Any) -> None:
         """Refuses what would otherwise hang: a process that has run out of batches waits for nobody."""
         processes.agree(str(batches), "the number of batches", processes.world())
+
+    def _check_losses(self) -> None:
+        """Ends the run, in all processes, once a loss was not finite.
+
+        Raises:
+            ValueError: One was not.
+        """
+        if (step := int(self._fault)) >= 0:
+            raise ValueError(f"the loss of step {step} is not finite{REMEDY}")
+
+    def _check_weights(self) -> None:
+        """The same for what is trained, before it is saved or judged.
+
+        Raises:
+            ValueError: A loss or a weight is not finite.
+        """
+        self._check_losses()
+        finite = all(held(p).isfinite().all() for p in self.parameters() if p.requires_grad)
+        if not self.trainer.strategy.reduce_boolean_decision(finite):
+            raise ValueError(f"a weight is not finite after step {self.trainer.global_step}{REMEDY}")
 
     def _trained(self) -> dict[str, list[int]]:
         """The shapes of all that is trained, by name."""

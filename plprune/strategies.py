@@ -7,6 +7,7 @@ weights goes straight into shards.
 
 import importlib.util
 import os
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.accelerators import CUDAAccelerator
-from lightning.pytorch.plugins.precision import DeepSpeedPrecision
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -32,6 +33,17 @@ class AsLoaded(DeepSpeedPrecision):
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         return module
+
+
+class FrozenInHalf(Precision):
+    """Leaves what is trained in float32, where Lightning's bf16-true and 16-true would round it.
+
+    Args:
+        precision: Which of the two.
+    """
+
+    def __init__(self, precision: Any) -> None:
+        self.precision = precision
 
 
 class DeepSpeed(DeepSpeedStrategy):
@@ -171,6 +183,31 @@ def check_strategy(strategy: Strategy) -> None:
             "Lightning's ModelParallelStrategy gives all processes of a node the same data: take "
             "plprune.strategies.FSDP2, as configs/strategy/fsdp2.yaml does"
         )
+
+
+def frozen_in_half(parameters: Iterable[nn.Parameter], strategy: Strategy) -> None:
+    """Gives weights the dtype that bf16-true and 16-true ask for, and leaves all others as they are.
+
+    Raises:
+        ValueError: The strategy would round what is trained.
+    """
+    plugin = strategy.precision_plugin
+    if plugin.precision not in ("bf16-true", "16-true"):
+        return
+    if isinstance(strategy, DeepSpeedStrategy):
+        raise ValueError(
+            f"under DeepSpeed trainer.precision {plugin.precision} would round what is trained: "
+            "take bf16-mixed, or 32-true with model.dtype bfloat16"
+        )
+    strategy.precision_plugin = FrozenInHalf(plugin.precision)
+    dtype = torch.bfloat16 if plugin.precision == "bf16-true" else torch.float16
+    for parameter in parameters:
+        parameter.data = parameter.data.to(dtype)
+
+
+def held(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter, which may be in shards."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else getattr(parameter, "ds_tensor", parameter)
 
 
 def whole(parameter: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import json
 import logging
 import math
 import re
@@ -13,13 +14,32 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from plprune import CFSP, FLAP, Evaluate, Export, LoRA, Prune, Recovery, RecoveryData, load_pruned, perplexity
+from plprune import (
+    CFSP,
+    FLAP,
+    Checkpoint,
+    Evaluate,
+    Export,
+    LoRA,
+    Prune,
+    Recovery,
+    RecoveryData,
+    Report,
+    load_pruned,
+    perplexity,
+)
 from plprune.anatomy import blocks_of
+from plprune.checkpointing import checkpoints
 from plprune.data import collate
 from plprune.evaluation import next_token_loss
 from plprune.lora import adapters
@@ -301,6 +321,82 @@ def test_bfloat16_weights_with_float32_adapters(folder: str, text: str, tmp_path
     trainer(tmp_path, Prune(CFSP(0.3)), Export(str(tmp_path / "out")), steps=3).fit(module, datamodule=data(text))
     assert {p.dtype for p in losses(module).values()} == {torch.float32}
     assert load_pruned(tmp_path / "out").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("train", ["lora", "consumers"])
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), ("16-true", torch.float16)])
+def test_what_is_trained_stays_float32_in_half_precision(
+    folder: str, text: str, tmp_path: Path, train: Any, precision: Any, dtype: torch.dtype
+) -> None:
+    module = recovery(folder, train=train, dtype="float32")
+    run = trainer(tmp_path, Prune(CFSP(0.3)), Export(str(tmp_path / "out")), steps=2, precision=precision)
+    run.fit(module, datamodule=data(text))
+    assert {p.dtype for p in losses(module).values()} == {torch.float32}
+    assert {p.dtype for p in module.model.parameters() if not p.requires_grad} == {dtype}
+    assert load_pruned(tmp_path / "out").dtype == dtype
+
+
+@pytest.mark.parametrize("where", ["loss", "weight"])
+def test_what_is_not_finite_ends_the_run_and_is_not_saved(folder: str, text: str, tmp_path: Path, where: str) -> None:
+    class Spoil(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+            if trainer.global_step == 3:
+                next(p for p in pl_module.parameters() if p.requires_grad).data[0, 0] = torch.nan
+
+    keep = Checkpoint(every_n_train_steps=2, dirpath=str(tmp_path / "kept"))
+    run = trainer(
+        tmp_path,
+        keep,
+        Spoil(),
+        Export(str(tmp_path / "out")),
+        steps=3 if where == "weight" else 6,
+        enable_checkpointing=True,
+    )
+    expected = "weight is not finite after step 3" if where == "weight" else "loss of step 4 is not finite"
+    with pytest.raises(ValueError, match=expected):
+        run.fit(recovery(folder), datamodule=data(text))
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in checkpoints(tmp_path / "kept")] == ["step=000002.ckpt"]
+    assert torch.load(tmp_path / "kept" / "step=000002.ckpt", weights_only=True)["global_step"] == 2
+
+
+@pytest.mark.parametrize("settings", [{"steps": 0}, {"limit_train_batches": 0}, {"steps": -1, "max_epochs": 0}])
+def test_without_training_the_pruned_model_is_judged_and_exported(
+    folder: str, text: str, tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate, report = Evaluate(), Report(str(tmp_path / "report"), prompts=["the"])
+    run = trainer(tmp_path, evaluate, report, Prune(CFSP(0.3)), Export(str(tmp_path / "out")), **settings)
+    run.fit(recovery(folder), datamodule=data(text))
+    assert list(evaluate.rows) == ["dense", "pruned"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if line][1:] == ["dense", "pruned"]
+    held_out = data(text, tokenizer=folder).held_out_windows()
+    found = perplexity(load_pruned(tmp_path / "out"), held_out)
+    assert found == pytest.approx(evaluate.rows["pruned"].perplexity, rel=1e-6)
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: [Prune(CFSP()), Evaluate()], "Evaluate is listed after Prune"),
+        (lambda: [EMAWeightAveraging()], "EMAWeightAveraging copies the model before it is pruned"),
+        (lambda: [StochasticWeightAveraging(1e-2)], "StochasticWeightAveraging copies the model before it is pruned"),
+        (lambda: [EarlyStopping("val_loss")], "monitors val_loss, which is not logged: monitor one of train_loss"),
+    ],
+)
+def test_callbacks_that_cannot_work_are_refused_before_pruning(
+    folder: str, text: str, tmp_path: Path, make: Any, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("plprune.callbacks.prune", lambda *_: pytest.fail("pruned"))
+    with pytest.raises(ValueError, match=expected):
+        trainer(tmp_path, *make()).fit(recovery(folder), datamodule=data(text))
+
+
+def test_a_fitted_module_is_not_pruned_again(folder: str, text: str, tmp_path: Path) -> None:
+    module = recovery(folder)
+    trainer(tmp_path, Prune(CFSP(0.2)), steps=1).fit(module, datamodule=data(text))
+    with pytest.raises(ValueError, match="the model was fitted before"):
+        trainer(tmp_path, Prune(CFSP(0.3)), steps=1).fit(module, datamodule=data(text))
 
 
 def test_a_run_without_an_end_is_refused(folder: str, text: str, tmp_path: Path) -> None:
