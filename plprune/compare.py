@@ -370,7 +370,7 @@ class Bench:
             file = self.folder / "observations" / name
             if not file.exists():
                 save(survey(self.dense, calibration), file)
-            calibration = dataclasses.replace(calibration, known=load(file))
+            calibration = dataclasses.replace(calibration, known=load(file, self.study.device))
             self._calibration[text, seed] = calibration
         return calibration
 

@@ -385,6 +385,7 @@ class Recovery(pl.LightningModule):
             log.info("gradient norms are not logged, as DeepSpeed keeps the gradients to itself")
 
     def _judge(self, batch: dict[str, Tensor], name: str) -> None:
+        self.val_perplexity.to(self.device)  # ZeRO-3 leaves what is no parameter on the CPU
         self.val_perplexity(self(batch["input_ids"])[:, :-1].float(), batch["labels"][:, 1:])
         self.log(name, self.val_perplexity, prog_bar=True, batch_size=len(batch["labels"]))
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from plprune.atomic import staged
@@ -34,9 +35,9 @@ def save(known: Observations, file: Path) -> None:
         write_state(vars(known), temporary)
 
 
-def load(file: Path) -> Observations:
-    """Observations that :func:`save` has written."""
-    state = read_state(file)
+def load(file: Path, device: torch.device) -> Observations:
+    """Observations that :func:`save` has written; those that an accelerator has made go to `device`."""
+    state = read_state(file, device)
     return Observations(state["weights"], state["text"], [_block(block) for block in state["blocks"]])
 
 

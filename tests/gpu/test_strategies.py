@@ -14,7 +14,7 @@ import yaml
 from plprune import load_pruned
 from plprune.plan import PruningPlan
 from tests.builders import logits, numbers, windows
-from tests.gpu.models import save
+from tests.gpu.models import save, unlike
 from tests.ranks import free_port
 
 pytestmark = pytest.mark.gpu
@@ -133,11 +133,14 @@ def test_every_strategy_ends_where_one_process_does(runs: Callable[[str], Run], 
     (expected,), found = runs("one-process").ended(), runs(name).ended()
     for rank in found:
         assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-3)
-        assert rank["plan"] == expected["plan"]
+        assert rank["plan"] == found[0]["plan"]
         for path, value in rank["adapters"].items():
             torch.testing.assert_close(value, expected["adapters"][path], rtol=0, atol=1e-3)
     one, other = (load_pruned(runs(each).folder / "out") for each in ("one-process", name))
-    assert PruningPlan.load(runs(name).folder / "out").digest == expected["plan"]
+    plan, wanted = (PruningPlan.load(runs(each).folder / "out") for each in (name, "one-process"))
+    assert plan.digest == found[0]["plan"]
+    assert unlike(plan, wanted) == 0  # two processes add up in another order, which the plan's figures show
+    assert (plan.digest == wanted.digest) or len(found) > 1
     ids = windows(2, 32, seed=7)
     torch.testing.assert_close(logits(other, ids), logits(one, ids), rtol=0, atol=0.02)
     assert [line.split()[0] for line in runs(name).output().splitlines() if line.startswith(("dense ", "recovered "))]
