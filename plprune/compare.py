@@ -31,7 +31,7 @@ from plprune.anatomy import blocks_of
 from plprune.atomic import staged
 from plprune.cache import Cache, digest, sources
 from plprune.calibration import Calibration
-from plprune.checkpoint import Dtype, load_model, load_tokenizer, rebuilt, save_pruned
+from plprune.checkpoint import load_model, load_tokenizer, rebuilt, save_pruned
 from plprune.data import RecoveryData
 from plprune.distillation import Distillation
 from plprune.evaluation import Passage, Protocol, judge, parameters, passage
@@ -47,6 +47,7 @@ from plprune.report.found import of_process
 from plprune.report.page import at
 from plprune.running import check_ids
 from plprune.speed import measure_speed
+from plprune.stored import Dtype
 from plprune.survey import load, save, survey
 from plprune.tasks import TaskResult, average, check_tasks, counted, paired, run_tasks
 from plprune.text import DROPPED, READERS, bos_token, check_share, check_sizes, check_source, draw, tokenised
@@ -130,7 +131,7 @@ class Study:
         task_data: Folder with the tasks' data.
         limit: Examples of each task.
         max_batch: The largest batch that speed is measured at; it is not measured if not given.
-        dtype: Of the weights.
+        dtype: Of the weights; as each model is stored if not given, and float32 for a `.gguf` file.
         device: Where to compute.
     """
 
@@ -150,7 +151,7 @@ class Study:
     task_data: str | None = None
     limit: int | None = None
     max_batch: int | None = None
-    dtype: Dtype = "float32"
+    dtype: Dtype | None = None
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
 
     def check(self) -> None:
@@ -291,7 +292,8 @@ class Bench:
 
     def cells(self) -> Iterator[Cell]:
         """The dense model, then every pruning, and every recovery, one after another."""
-        common = {"weights": self.weights, "dtype": self.study.dtype, "device": self.study.device.type}
+        dtype = str(self.dense.dtype).removeprefix("torch.")
+        common = {"weights": self.weights, "dtype": dtype, "device": self.study.device.type}
         common |= {name: version(name) for name in ("plprune", "torch", "transformers")}
         common |= {"source": digest({"bench": inspect.getsource(Bench), "models": sources("plprune.checkpoint")})}
         dense = self._judged(common, lambda: self.dense)
@@ -574,7 +576,7 @@ def record(study: Study, cells: list[Cell], status: str, seconds: float) -> dict
         "calibration": {each.name: dataclasses.asdict(each) for each in study.calibrations},
         "recovery": {each.name: dataclasses.asdict(each) for each in study.recoveries},
         "tasks_limit": study.limit,
-        "dtype": study.dtype,
+        "dtype": study.dtype or "as stored",
         "seeds": list(study.seeds),
     }
     return {

@@ -51,7 +51,12 @@ def consumers(block: Block, plan: PruningPlan | None) -> list[str]:
 
 def as_stored(module: nn.Module, value: Tensor) -> Tensor:
     """A parameter's value in the dtype in which it is saved."""
-    return value.to(getattr(module, STORED, value.dtype))
+    return value.to(saved_dtype(module, value))
+
+
+def saved_dtype(module: nn.Module, value: Tensor) -> torch.dtype:
+    """The dtype in which a parameter of a module is saved."""
+    return getattr(module, STORED, value.dtype)
 
 
 @contextlib.contextmanager

@@ -44,9 +44,10 @@ from transformers import PreTrainedModel
 from plprune.anatomy import blocks_of
 from plprune.atomic import staged
 from plprune.cache import digest
-from plprune.checkpoint import Dtype, load_model, load_skeleton
+from plprune.checkpoint import load_model, load_skeleton
 from plprune.plan import PruningPlan, fingerprint
 from plprune.progress import Progress
+from plprune.stored import Dtype
 from plprune.text import IGNORED, check_sizes
 
 log = logging.getLogger(__name__)

@@ -25,6 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plprune import processes
 from plprune.anatomy import blocks_of
+from plprune.consumers import saved_dtype
+from plprune.hf import described
 from plprune.lora import base_parameters
 from plprune.progress import Progress
 from plprune.running import check_ids, evaluating
@@ -238,6 +240,17 @@ def parameters(model: PreTrainedModel) -> tuple[int, int]:
     return sum(_count(block.module) for block in blocks_of(model)), _count(model)
 
 
+def saved_bytes(model: PreTrainedModel) -> int:
+    """What the weights that :func:`plprune.save_pruned` writes take, adapters merged: tied ones once, buffers too."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    others = [value for name, value in model.state_dict().items() if name not in names]
+    size = sum(value.numel() * value.element_size() for value in (*others, *described(model)[1].values()))
+    for name, parameter in base_parameters(model):
+        owner = model.get_submodule(name.rpartition(".")[0])
+        size += _numel(parameter) * saved_dtype(owner, parameter).itemsize
+    return size
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One row of the table.
@@ -246,7 +259,7 @@ class Measurement:
         perplexity: On held-out windows.
         block_parameters: Parameters in the decoder blocks.
         parameters: All parameters.
-        bytes: Size of the weights on disk.
+        bytes: Size of the weights on disk, where the model is saved as it stands: in the dtype that it has.
         tokens_per_second: Reading speed, batch 1; None if it was not measured.
         bits_per_byte: On the same text; None if it was not measured.
     """
@@ -274,7 +287,6 @@ def measure(
         speed: Whether the first of them measures the speed; one that holds a part of the model cannot.
     """
     in_blocks, in_all = parameters(model)
-    size = sum(_numel(p) * p.element_size() for _, p in base_parameters(model))
     if isinstance(text, Passage):
         quality, first = judge(model, text, group), text.windows[0]
         found, bits = quality.perplexity, quality.bits_per_byte
@@ -282,7 +294,7 @@ def measure(
         found, bits, first = perplexity(model, text, group), None, text[0][:1]
     alone = speed and processes.rank(group) == 0
     rate = processes.same(tokens_per_second(model, first) if alone else None, group)
-    return Measurement(found, in_blocks, in_all, size, rate, bits)
+    return Measurement(found, in_blocks, in_all, saved_bytes(model), rate, bits)
 
 
 def table(rows: dict[str, Measurement]) -> str:

@@ -23,13 +23,14 @@ from typing_extensions import Self
 from plprune import consumers, processes, resuming
 from plprune import lora as adapters
 from plprune.anatomy import blocks_of
-from plprune.checkpoint import Dtype, load_model, load_skeleton, load_tokenizer
+from plprune.checkpoint import load_model, load_skeleton, load_tokenizer
 from plprune.data import Ahead
 from plprune.distillation import Distillation, Teacher, check_teacher, recorded, sizes, source
 from plprune.evaluation import next_token_loss
 from plprune.lora import LoRA
 from plprune.plan import fingerprint
 from plprune.progress import Progress
+from plprune.stored import Dtype
 from plprune.strategies import check_strategy, description, frozen_in_half, held, shards, split
 from plprune.surgery import plan_of
 from plprune.text import IGNORED
@@ -56,7 +57,8 @@ class Recovery(pl.LightningModule):
     Args:
         name_or_path: A name on the hub, a folder (a pruned one too), a `.gguf` file, or `package://PACKAGE/FILE.gguf`
             for a file inside an installed Python package.
-        dtype: Of the frozen weights, unless `trainer.precision` is bf16-true or 16-true; what is trained is float32.
+        dtype: Of the frozen weights, unless `trainer.precision` is bf16-true or 16-true; as stored if not given, and
+            float32 for a `.gguf` file. What is trained is float32.
         lora: The adapters.
         learning_rate: Peak of AdamW's learning rate.
         weight_decay: AdamW's.
@@ -70,7 +72,7 @@ class Recovery(pl.LightningModule):
     def __init__(
         self,
         name_or_path: str,
-        dtype: Dtype = "float32",
+        dtype: Dtype | None = None,
         lora: LoRA = LoRA(),
         learning_rate: float = 2e-4,
         weight_decay: float = 0.0,
@@ -84,7 +86,7 @@ class Recovery(pl.LightningModule):
         load = load_skeleton if processes.local_rank() else load_model
         self.model = load(name_or_path, dtype)
         self.name_or_path = name_or_path
-        self._loaded_in: Dtype = dtype
+        self._loaded_in: Dtype = cast(Dtype, str(self.model.dtype).removeprefix("torch."))
         self.lora, self.trains, self.distill = lora, train, distill
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.gradient_checkpointing = gradient_checkpointing

@@ -17,42 +17,43 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plprune import processes
 from plprune.anatomy import Block, blocks_of, put
 from plprune.atomic import check_free
 from plprune.calibration import Calibration
-from plprune.checkpoint import Dtype, load_skeleton, locate, write
+from plprune.checkpoint import chosen, load_skeleton, read_generation_config, stored_at, write
 from plprune.journal import ASKED, SHARD, Decision, Journal, writing
 from plprune.methods.base import PruningMethod, origin, prune, source_of
 from plprune.plan import FILE, PruningPlan, fingerprint
 from plprune.running import same_values, summary
-from plprune.weights import INDEX, SINGLE, check_saved, check_values, contents, key_of, mapped, renamings, write_index
+from plprune.stored import Dtype, Source
+from plprune.weights import SINGLE, check_saved, check_values, mapped, write_index
 
 MMAP_THRESHOLD, LARGE = -3, 1 << 17  # of malloc.h, and its initial value
 
 
-def open_streamed(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedModel:
+def open_streamed(name_or_path: str, dtype: Dtype | None = None) -> PreTrainedModel:
     """Opens a model, dense or pruned, without loading its blocks.
 
     Args:
         name_or_path: A folder with safetensors, in one file or sharded, or a name on the hub.
-        dtype: Of the weights when they are in memory.
+        dtype: Of the weights when they are in memory; as stored if not given.
 
     Raises:
         ValueError: There is no model of a supported family there, or its weights are in another format, missing,
             damaged or of other shapes.
     """
-    if locate(name_or_path).endswith(".gguf"):
+    stored = stored_at(name_or_path)
+    if stored.folder is None or not stored.in_safetensors:
         raise _other_format(name_or_path)
     _keep_nothing_freed()
-    folder = _folder(name_or_path)
+    dtype = chosen(stored, dtype)
     model = load_skeleton(name_or_path, dtype)
-    source = Source(folder, model, getattr(torch, dtype))
+    source = Source(stored, model, getattr(torch, dtype))
     cast(Any, model).weights_fingerprint = fingerprint(
         (name, source.mapped(name)) for name, _ in model.named_parameters()
     )
@@ -63,8 +64,7 @@ def open_streamed(name_or_path: str, dtype: Dtype = "float32") -> PreTrainedMode
     model.tie_weights()
     for block in blocks_of(model):
         cast(Any, block.module).home = DiskHome(block, source)
-    if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    read_generation_config(model, stored.folder)
     model.config.dtype = model.dtype
     return model.eval()
 
@@ -175,41 +175,6 @@ def keep_in(model: PreTrainedModel, journal: Journal) -> None:
     cast(Any, model).journal = journal
     for block in blocks_of(model):
         cast(DiskHome, block.home).journal = journal
-
-
-class Source:
-    """The weights of a model in the safetensors files of a folder, by the names that the model gives them.
-
-    Args:
-        folder: The folder.
-        model: Its parameters say which weights there must be, and of what shape.
-        dtype: As which they are read.
-
-    Raises:
-        ValueError: The files are missing or damaged, or do not hold the model.
-    """
-
-    def __init__(self, folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
-        self.dtype, there = dtype, contents(folder)
-        self._places: dict[str, tuple[Path, str]] = {}
-        others = renamings(model)
-        for name, parameter in model.named_parameters():
-            key = key_of(name, there, model, others)
-            file, shape = there.get(key, (folder, None))
-            if shape != tuple(parameter.shape):
-                raise ValueError(
-                    f"{folder} does not hold the model of its config.json: {name} is {shape or 'absent'} there and "
-                    f"{tuple(parameter.shape)} in the model; get it again, a pruned one together with its {FILE}"
-                )
-            self._places[name] = file, key
-
-    def stored(self, name: str) -> Tensor:
-        """A weight as it is on disk, memory-mapped."""
-        return mapped(*self._places[name])
-
-    def mapped(self, name: str) -> Tensor:
-        """A weight of the dtype that is asked for; memory-mapped if it is so on disk."""
-        return self.stored(name).to(self.dtype)
 
 
 class DiskHome:
@@ -332,20 +297,6 @@ def _save_block(block: Block, journal: Journal, file: Path) -> None:
         os.link(written, file)
     except OSError:  # not every file system has hard links
         shutil.copyfile(written, file)
-
-
-def _folder(name_or_path: str) -> Path:
-    """The folder with a model's files, fetched from the hub if it is a name there."""
-    path = Path(locate(name_or_path))
-    if not path.exists():
-        try:
-            wanted = ["*.safetensors", "*.json"]
-            path = Path(snapshot_download(name_or_path, allow_patterns=wanted))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cannot get {name_or_path} from the hub: {' '.join(str(error).split())}") from error
-    if not (path / INDEX).exists() and not (path / SINGLE).exists():
-        raise _other_format(name_or_path)
-    return path
 
 
 def _other_format(name_or_path: str) -> ValueError:

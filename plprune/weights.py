@@ -66,8 +66,8 @@ def opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as reader:
             yield reader
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"{file} is missing, truncated or corrupted ({error}): get the model again") from error
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is missing, truncated or corrupted ({error}): get or save the model again") from error
 
 
 def mapped(file: Path, key: str) -> Tensor:

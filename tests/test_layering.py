@@ -46,6 +46,7 @@ TIERS = [
         "estimate",
         "sensitivity",
         "streaming",
+        "stored",
     },
     {"calibration", "running", "survey", "surgery", "repair"},
     {

@@ -25,13 +25,15 @@ from plprune import PruningMethod, PruningPlan, TwoSSP, load_pruned, prune, save
 from plprune.allocation import top_k
 from plprune.anatomy import FAMILIES, blocks_of
 from plprune.calibration import Calibration, observe, stream
-from plprune.checkpoint import Dtype, load_model
+from plprune.checkpoint import load_model
 from plprune.cli import main
 from plprune.methods.two_ssp import SecondStage
 from plprune.running import run_block
 from plprune.stats import Norms
-from plprune.streaming import INDEX, open_streamed, place_of_journal, prune_streamed
+from plprune.stored import Dtype
+from plprune.streaming import open_streamed, place_of_journal, prune_streamed
 from plprune.surgery import Surgery
+from plprune.weights import INDEX, SINGLE
 from tests.builders import METHODS, REPAIRED, logits, method, numbers, save_tiny, tiny, tokenizer, windows
 from tests.runs import KILLS
 
@@ -465,10 +467,12 @@ def other_format(folder: Path) -> None:
 
 
 def damage_index(folder: Path) -> None:
+    (folder / SINGLE).unlink()
     (folder / INDEX).write_text("{}")
 
 
 def lose_a_shard(folder: Path) -> None:
+    (folder / SINGLE).unlink()
     (folder / INDEX).write_text('{"weight_map": {"a": "gone.safetensors"}}')
 
 
@@ -477,7 +481,7 @@ def lose_a_shard(folder: Path) -> None:
     [
         (remove_one, r"model\.layers\.1\.mlp\.up_proj\.weight is absent there and \(48, 32\) in the model"),
         (misshape_one, r"model\.layers\.1\.mlp\.up_proj\.weight is \(3, 3\) there and \(48, 32\) in the model"),
-        (truncate, r"model\.safetensors is missing, truncated or corrupted \(.*\): get the model again"),
+        (truncate, r"model\.safetensors is missing, truncated or corrupted \(.*\): get or save the model again"),
         (other_format, r"is not in safetensors, .*: save it so first, .*save_pruned\(load_model\(NAME\), FOLDER"),
         (damage_index, r"index\.json is damaged: get the model again"),
         (lose_a_shard, r"gone\.safetensors is missing, truncated or corrupted"),

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from plprune import compare as comparison
-from plprune.checkpoint import Dtype
 from plprune.compare import CalibrationText, Study, Training
 from plprune.evaluation import Protocol
 from plprune.methods import PruningMethod
 from plprune.processes import device_called
+from plprune.stored import Dtype
 from plprune.tasks import named
 from plprune.text import DROPPED, PYDOC
 
@@ -33,7 +33,7 @@ def compare(
     task_data: str | None = None,
     limit: int | None = None,
     max_batch: int | None = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype | None = None,
     device: str = "cpu",
 ) -> None:
     """Compares methods, sparsities, models, texts, recoveries and seeds under one protocol.
@@ -65,7 +65,7 @@ def compare(
         task_data: Folder with the tasks' data sets as ORG/NAME; from the hub if not given.
         limit: At most this many examples of each task; all if not given.
         max_batch: The largest batch that speed is measured at; it is not measured if not given.
-        dtype: Of the weights.
+        dtype: Of the weights; as each model is stored if not given, and float32 for a `.gguf` file.
         device: Where to compute: cpu, cuda, cuda:1.
     """
     study = Study(

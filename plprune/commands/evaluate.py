@@ -13,12 +13,13 @@ from plprune import callbacks, evaluation
 from plprune import speed as speeds
 from plprune import tasks as benchmarks
 from plprune.atomic import check_free, staged
-from plprune.checkpoint import Dtype, load_model, load_skeleton, load_tokenizer, locate
+from plprune.checkpoint import load_model, load_skeleton, load_tokenizer, locate
 from plprune.evaluation import Measurement, Passage, Protocol, measure, passage
 from plprune.plan import FILE, PruningPlan
 from plprune.processes import device_called
 from plprune.running import check_ids
 from plprune.speed import Speed
+from plprune.stored import Dtype
 from plprune.tasks import Figure, TaskResult
 from plprune.text import DROPPED, PYDOC, check_share, check_sizes, check_source
 
@@ -40,7 +41,7 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 8,
     speed: bool = False,
-    dtype: Dtype = "float32",
+    dtype: Dtype | None = None,
     device: str = "cpu",
     output: str | None = None,
     overwrite: bool = False,
@@ -67,7 +68,7 @@ def evaluate(
         limit: At most this many examples of each task; all if not given.
         batch_size: Requests of tasks that are run at once.
         speed: Whether to measure how fast the model writes, alone and in batches, and how much memory that takes.
-        dtype: Of the weights.
+        dtype: Of the weights; as each model is stored if not given, and float32 for a `.gguf` file.
         device: Where to compute: cpu, cuda, cuda:1.
         output: JSON file to write, with the same numbers.
         overwrite: Whether to replace it.

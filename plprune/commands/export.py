@@ -3,9 +3,10 @@
 import functools
 
 from plprune.atomic import check_free
-from plprune.checkpoint import Dtype, load_as_stored, load_skeleton, load_tokenizer
+from plprune.checkpoint import load_model, load_skeleton, load_tokenizer
 from plprune.export import formats, parity
 from plprune.running import check_ids
+from plprune.stored import Dtype
 from plprune.text import DROPPED, PYDOC, bos_token, check_share, check_sizes, check_source, pack, tokenised
 
 
@@ -31,7 +32,7 @@ def export(
         output: Folder to write: the formats, `parity.json`, and a model card with the same table.
         to: Formats, separated by commas: hf, for transformers; gguf, for llama.cpp; decilm, for vLLM, SGLang,
             TensorRT-LLM and mlx-lm.
-        dtype: Of the weights; as on disk if not given, and float32 for a `.gguf` file.
+        dtype: Of the weights; as stored if not given, and float32 for a `.gguf` file.
         gguf: Of the matrices in a GGUF file; as `dtype` if not given.
         widen: Whether value channels that FASP removed are put back as zeros, where a format cannot do without them:
             the same function in a larger model.
@@ -54,6 +55,6 @@ def export(
     stream = tokenised(text, tokenizer, max_dropped=max_dropped)
     windows = pack(stream, seq_len, "comparison", bos_token(tokenizer, bos)).tensors[0][:max_windows].clone()
     check_ids(load_skeleton(model), [windows], tokenizer)
-    load = functools.partial(load_as_stored, model, dtype)
+    load = functools.partial(load_model, model, dtype)
     rows = formats.export(model, load, tokenizer, output, wanted, windows, how, overwrite)
     print(f"{parity.table(rows)}\n\nsaved to {output}; the text: {windows.numel()} tokens of {text}")

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from plprune import estimate
 from plprune.anatomy import blocks_of
 from plprune.atomic import check_free, staged
-from plprune.checkpoint import Dtype, load_skeleton
+from plprune.checkpoint import chosen, load_skeleton, stored_at
 from plprune.estimate import Machine, Need, shown
 from plprune.methods import PruningMethod
+from plprune.stored import Dtype
 from plprune.text import check_sizes
 
 Record = dict[str, Any]
@@ -25,7 +26,7 @@ def plan(
     model: str,
     method: PruningMethod,
     context: int | None = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype | None = None,
     device: str = "cpu",
     num_samples: int = 128,
     seq_len: int = 512,
@@ -47,7 +48,7 @@ def plan(
         method: How to prune: FLAP, FASP, CFSP, TwoSSP, LearnedGates or the dotted path of another; `--method.help
             NAME` lists its settings.
         context: Tokens of a sequence, for operations and cache; the method's `target_context` if not given.
-        dtype: Of the weights.
+        dtype: Of the weights; as stored if not given, and float32 for a `.gguf` file.
         device: Where to calibrate and to recover: T4, L4, A10, RTX-3090, RTX-4090, L40S, A100-40GB, A100-80GB, H100,
             H200, B200 or MI300X; or cpu or cuda, this machine's, whose speed is measured for two seconds.
         num_samples: Calibration windows.
@@ -66,6 +67,7 @@ def plan(
     check_sizes(train_seq_len=train_seq_len, train_batch_size=train_batch_size, rank=rank)
     if output:
         check_free(output, overwrite)
+    dtype = chosen(stored_at(model, fetch=False), dtype)
     network, where = load_skeleton(model, dtype), estimate.machine(device)
     aimed = method.aimed(network)
     record, rehearsed = foreseen(network, method, aimed, context or method.target_context)

@@ -6,10 +6,11 @@ from typing import Literal
 from plprune import callbacks, methods, processes, streaming
 from plprune.atomic import check_free
 from plprune.calibration import Calibration
-from plprune.checkpoint import Dtype, load_model, load_skeleton, load_tokenizer, save_pruned
+from plprune.checkpoint import load_model, load_skeleton, load_tokenizer, save_pruned
 from plprune.methods import PruningMethod
 from plprune.processes import device_called
 from plprune.running import check_ids
+from plprune.stored import Dtype
 from plprune.text import DROPPED, PYDOC, bos_token, check_share, check_sizes, check_source, draw, tokenised
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ def prune(
     num_samples: int = 128,
     seq_len: int = 512,
     batch_size: int = 8,
-    dtype: Dtype = "float32",
+    dtype: Dtype | None = None,
     device: str = "cpu",
     offload: Literal["cpu", "disk"] | None = None,
     seed: int = 0,
@@ -48,7 +49,7 @@ def prune(
         num_samples: Calibration windows.
         seq_len: Tokens of a window.
         batch_size: Windows that are run at once; the result does not depend on it.
-        dtype: Of the weights.
+        dtype: Of the weights; as stored if not given, and float32 for a `.gguf` file.
         device: Where the current block is calibrated: cpu, cuda, cuda:1; under torchrun, `cuda` is each process's own.
         offload: Where hidden states wait, to save memory on the device: in the CPU's memory, or, with `stream`, on
             disk.

@@ -7,11 +7,12 @@ import torch
 from plprune import report
 from plprune.cache import Cache
 from plprune.calibration import Calibration
-from plprune.checkpoint import Dtype, load_model, load_tokenizer
+from plprune.checkpoint import load_model, load_tokenizer
 from plprune.processes import device_called
 from plprune.running import check_ids
 from plprune.sensitivity import as_record, check_fractions, table
 from plprune.sensitivity import sensitivity as found_by
+from plprune.stored import Dtype
 from plprune.text import DROPPED, PYDOC, bos_token, check_share, check_sizes, check_source, draw, pack, tokenised
 
 
@@ -24,7 +25,7 @@ def sensitivity(
     max_windows: int = 8,
     num_samples: int = 32,
     fractions: str = "0.25,0.5,1",
-    dtype: Dtype = "float32",
+    dtype: Dtype | None = None,
     device: str = "cpu",
     seed: int = 0,
     bos: bool | None = None,
@@ -46,7 +47,7 @@ def sensitivity(
         max_windows: How many windows, from the start of the text, are measured on.
         num_samples: Windows of the rest of the text that choose the channels and kv heads that go.
         fractions: Of a part's channels or kv heads, separated by commas; 1 is the whole part.
-        dtype: Of the weights.
+        dtype: Of the weights; as stored if not given, and float32 for a `.gguf` file.
         device: Where to compute: cpu, cuda, cuda:1.
         seed: Of the choice of windows.
         bos: Whether the BOS token is put before each window: true or false; as the tokenizer does if not given.
@@ -68,8 +69,8 @@ def sensitivity(
     calibration = Calibration(list(chosen_by.split(1)))
     found = found_by(network, list(windows.split(1)), calibration, Cache(page.parent / "cells"), wanted)
     sizes = {"seq_len": seq_len, "stride": None, "max_windows": max_windows, "num_samples": num_samples}
-    protocol = sizes | {"text": text, "join": join, "tokens": windows[:, 1:].numel(), "dtype": dtype, "seed": seed}
-    protocol |= {"bos": first is not None}
+    protocol = sizes | {"text": text, "join": join, "tokens": windows[:, 1:].numel(), "seed": seed}
+    protocol |= {"bos": first is not None, "dtype": str(network.dtype).removeprefix("torch.")}
     record = as_record(found, model, wanted, protocol | {"torch": torch.__version__})
     report.write(record, page, overwrite=True)
     bos_too = "no BOS" if first is None else "BOS"

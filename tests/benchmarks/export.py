@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from plprune.atomic import flush
-from plprune.checkpoint import load_as_stored, load_tokenizer, save_pruned
+from plprune.checkpoint import load_model, load_tokenizer, save_pruned
 from plprune.cli import main as plprune
 from plprune.export import gguf
 from tests.benchmarks.pruning import resident
@@ -42,7 +42,7 @@ def recovered(method: str, steps: int, work: Path) -> Path:
 
 def costs(folder: Path) -> dict[str, tuple[float, float]]:
     """For each format: seconds over those of safetensors alone, and peak memory over the model's."""
-    model, tokenizer, found = load_as_stored(str(folder)), load_tokenizer(str(folder)), {}
+    model, tokenizer, found = load_model(str(folder)), load_tokenizer(str(folder)), {}
     state = {name: p.detach() for name, p in model.named_parameters()}
     weights = sum(p.numel() * p.element_size() for p in state.values()) / 2**20
     with TemporaryDirectory(dir=folder.parent) as room:
