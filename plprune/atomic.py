@@ -24,17 +24,30 @@ OLD = "old"  # in a room: what was there before
 SUFFIX = ".partial"
 
 
+def resolved(path: str | os.PathLike[str]) -> Path:
+    """Where a path leads, `~` and symbolic links followed: a link stays, and what it names is written or replaced.
+
+    Raises:
+        OSError: A link leads nowhere.
+    """
+    path = Path(os.path.abspath(os.path.expanduser(path)))
+    for each in (path, *path.parents):
+        if each.is_symlink() and not each.exists():
+            raise OSError(f"{each} is a link to {os.readlink(each)}, which is not there: make that, or remove the link")
+    return Path(os.path.realpath(path))
+
+
 def check_free(path: str | os.PathLike[str], overwrite: bool = False) -> None:
     """Makes sure, before hours of work, that :func:`staged` will be able to write to `path`.
 
     Raises:
         FileExistsError: Something would be lost, an empty folder aside, and `overwrite` is not set.
-        OSError: The place cannot be renamed, or nothing can be written beside it.
+        OSError: The place cannot be renamed, nothing can be written beside it, or it is a link that leads nowhere.
     """
-    path = Path(os.path.abspath(path))
+    path = resolved(path)
     if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not empty: choose another output, or pass --overwrite")
-    if path.is_mount() or Path.cwd().is_relative_to(path.resolve()):
+    if path.is_mount() or Path.cwd().is_relative_to(path):
         raise OSError(f"{path} cannot be replaced as a whole: name a folder inside it")
     parent = next(folder for folder in path.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -50,7 +63,7 @@ def staged(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Pa
         OSError: It could not be written, for want of space for example; nothing is left behind.
     """
     check_free(path, overwrite)
-    path = Path(os.path.abspath(path))
+    path = resolved(path)
     created = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     clear(path.parent, glob.escape(path.name))

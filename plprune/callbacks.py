@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from plprune import processes, report, surgery
 from plprune.anatomy import on_device
-from plprune.atomic import check_free, rehearsed
+from plprune.atomic import check_free, rehearsed, resolved
 from plprune.calibration import Calibration
 from plprune.checkpoint import load_stage, rebuilt, save_pruned, save_stage
 from plprune.checkpointing import is_dry
@@ -107,9 +107,11 @@ class Prune(pl.Callback):
     def _prune(self, trainer: pl.Trainer, model: PreTrainedModel) -> PruningPlan:
         group, batches = processes.world(), self._batches(trainer)
         key = None if processes.rank(group) else self._key(model, batches)
-        folder = Path(self.folder or trainer.default_root_dir) / "plans" / cast(str, processes.same(key, group))
+        folder = resolved(self.folder or trainer.default_root_dir) / "plans" / cast(str, processes.same(key, group))
         if processes.same((folder / FILE).exists(), group):
             return self._reload(trainer, model, folder, group)
+        if not processes.rank(group):
+            check_free(folder)
         plan = prune(model, self.method, batches, getattr(trainer_data(trainer), "seed", None))
         if not processes.rank(group):
             save_stage(model, plan, folder)

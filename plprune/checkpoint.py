@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from plprune import modeling_plprune, surgery
 from plprune.anatomy import family_of, put, tie, tied
@@ -196,6 +197,7 @@ def load_pruned(folder: str | os.PathLike[str], dtype: Dtype | None = None) -> P
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder with a pruned model")
+    check_no_adapter(folder)
     plan = PruningPlan.load(folder)
     model = pruned_skeleton(plan)
     with _loading(f"a model from {folder}"):
@@ -397,6 +399,7 @@ def _loading(what: str, remedy: str = "") -> Iterator[None]:
 def _present(name_or_path: str) -> Path:
     """The path of a model or a tokenizer that is there; the name of one that a hub may have, as a path."""
     path = Path(locate(name_or_path))
+    check_no_adapter(path.parent if path.suffix == ".gguf" else path)
     if path.is_dir() and not any((path / file).exists() for file in ("config.json", "tokenizer_config.json", FILE)):
         raise ValueError(f"{path} is not a model: it has no config.json")
     if path.is_file() and path.suffix != ".gguf":
@@ -407,6 +410,26 @@ def _present(name_or_path: str) -> Path:
     if local and not path.exists():
         raise ValueError(f"{name_or_path} does not exist: give a folder, a .gguf file, or ORG/NAME of a hub")
     return path
+
+
+def check_no_adapter(path: Path) -> None:
+    """Makes sure that no adapter lies beside a model: some programs would attach it, and others not see it.
+
+    Raises:
+        ValueError: One does.
+    """
+    found = None
+    with contextlib.suppress(OSError, ValueError):  # there is no such model, which is for others to say
+        found = find_adapter_config_file(str(path))
+    if found is None:
+        return
+    alone = path.is_dir() and not (path / "config.json").exists() and not any(path.glob("*.gguf"))
+    what = "and no model: merge it into its own" if alone else "beside the weights: move adapter_* to another folder, "
+    raise ValueError(
+        f"{path} holds an adapter {what}{'' if alone else 'and go on without it, or merge it'} by python -c 'from peft "
+        "import PeftModel; from plprune.checkpoint import *; save_pruned(PeftModel.from_pretrained(load_model(MODEL), "
+        "ADAPTER).merge_and_unload(), MERGED, load_tokenizer(MODEL))', with folders in quotes for the names"
+    )
 
 
 def _load_gguf(name: str, path: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -438,7 +461,7 @@ def _cached(name: Path) -> Path | None:
 
 
 def _config_at(name_or_path: str) -> PreTrainedConfig:
-    path = Path(locate(name_or_path))
+    path = _present(name_or_path)
     with _loading(f"a model from {name_or_path}"):
         if path.suffix == ".gguf":
             config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)

@@ -39,7 +39,7 @@ from lightning.pytorch.strategies import (
 )
 
 from plprune import resuming
-from plprune.atomic import clear, remove, staged
+from plprune.atomic import clear, remove, resolved, staged
 from plprune.processes import local_rank
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class Checkpoint(LightningCheckpoint):
 
     def folder(self, trainer: pl.Trainer) -> Path:
         """Where a trainer's checkpoints are."""
-        return Path(self.dirpath or Path(trainer.default_root_dir) / "checkpoints")
+        return resolved(self.dirpath or Path(trainer.default_root_dir) / "checkpoints")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":

@@ -11,7 +11,6 @@ import sys
 import time
 import warnings
 from argparse import ArgumentError
-from pathlib import Path
 from typing import Any, cast
 
 import docstring_parser
@@ -25,7 +24,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 import plprune
 from plprune import callbacks, checkpointing, live, report, resuming, rounds
-from plprune.atomic import check_free, clear
+from plprune.atomic import check_free, clear, resolved
 from plprune.checkpoint import load_skeleton
 from plprune.commands import COMMANDS
 from plprune.data import RecoveryData
@@ -163,13 +162,19 @@ class CLI(LightningCLI):
         return asked if asked > 1 else 0
 
     def before_instantiate_classes(self) -> None:
-        """Refuses a pruning whose result could not be served, or would miss its targets, before the model is loaded."""
+        """Refuses a pruning whose result could not be served, or would miss its targets, before the model is loaded.
+
+        Outputs that are links to nothing are refused as well.
+        """
         config = self.config[cast(str, self.subcommand)]
         listed = [each.class_path.rpartition(".")[2] for each in config.trainer.callbacks or []]
         for name in ("Prune", "Evaluate", "Report", "Checkpoint"):
             if listed.count(name) > 1:
                 raise ValueError(f"trainer.callbacks has {name} {listed.count(name)} times: list it once")
+        resolved(config.trainer.default_root_dir or ".")
         for each in config.trainer.callbacks or []:
+            for output in ("output", "folder", "dirpath"):
+                resolved(each.get("init_args", {}).get(output) or ".")
             if each.class_path.endswith("Prune"):
                 parser = LightningArgumentParser(exit_on_error=False)
                 parser.add_argument("--method", type=PruningMethod)
@@ -183,13 +188,13 @@ class CLI(LightningCLI):
             if isinstance(each, checkpointing.Checkpoint):
                 clear(each.folder(self.trainer))
             elif isinstance(each, callbacks.Export):
-                clear(Path(each.output).absolute().parent, glob.escape(Path(each.output).name))
+                clear(resolved(each.output).parent, glob.escape(resolved(each.output).name))
             elif isinstance(each, callbacks.Prune):
-                clear(Path(each.folder or self.trainer.default_root_dir) / "plans")
+                clear(resolved(each.folder or self.trainer.default_root_dir) / "plans")
 
     def _nothing_left(self, run: resuming.Run) -> bool:
         outputs = [export.output for export in self._exports()]
-        done = checkpointing.is_finished(self.trainer, run) and all(map(os.path.exists, outputs))
+        done = checkpointing.is_finished(self.trainer, run) and all(resolved(output).exists() for output in outputs)
         if done and rank_zero_only.rank == 0:
             print(f"this run is finished{''.join(f'; its model is in {output}' for output in outputs)}")
         return done

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from plprune.allocation import largest_remainder, next_sparsity
 from plprune.anatomy import blocks_of
-from plprune.atomic import staged
+from plprune.atomic import resolved, staged
 from plprune.cache import Cache, digest, sources
 from plprune.calibration import Calibration
 from plprune.checkpoint import load_model, load_tokenizer, rebuilt, save_pruned
@@ -250,7 +250,8 @@ def compare(study: Study, output: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: A model, text or task is not there, or a setting is out of range.
     """
     study.check()
-    check_ours(Path(output) / NAME)
+    output = resolved(output)
+    check_ours(output / NAME)
     cells, start = [], time.perf_counter()
     with Progress(study.size, "comparing", "cell") as bar:
         for name in study.models:
@@ -261,7 +262,7 @@ def compare(study: Study, output: str | os.PathLike[str]) -> dict[str, Any]:
     done = completed(record(study, cells, "finished", time.perf_counter() - start))
     write(done, output, overwrite=True)
     for name, svg in plots(done).items():
-        with staged(Path(output) / f"{name}.svg", overwrite=True) as temporary:
+        with staged(output / f"{name}.svg", overwrite=True) as temporary:
             temporary.write_text(svg, encoding="utf-8")
     return done
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plprune import processes
 from plprune.anatomy import Block, blocks_of, put
-from plprune.atomic import check_free
+from plprune.atomic import check_free, resolved
 from plprune.calibration import Calibration
 from plprune.checkpoint import chosen, load_skeleton, read_generation_config, stored_at, write
 from plprune.journal import ASKED, SHARD, Decision, Journal, writing
@@ -106,7 +106,7 @@ def prune_streamed(
         journal.blocks = len(blocks_of(model))
         keep_in(model, journal)
         plan = prune(model, method, calibration, seed)
-        _save(model, journal, Path(os.path.abspath(output)), tokenizer, overwrite)
+        _save(model, journal, resolved(output), tokenizer, overwrite)
         journal.remove()
     return plan
 
@@ -128,9 +128,9 @@ def asked(
 
 def finished(output: str | os.PathLike[str], asked: dict[str, Any]) -> PruningPlan | None:
     """The plan in the output folder, if it is the one that is asked for; what is left of its journal is removed."""
-    if not (Path(output) / FILE).exists():
+    if not (resolved(output) / FILE).exists():
         return None
-    plan = PruningPlan.load(output)
+    plan = PruningPlan.load(resolved(output))
     there = {"method": plan.method, "settings": plan.settings, **plan.origin}
     keys = ("method", "settings", "weights", "calibration", "seed")
     if any(json.dumps(there.get(key)) != json.dumps(asked[key]) for key in keys):
@@ -166,7 +166,7 @@ def unfinished(output: str | os.PathLike[str]) -> bool:
 
 def place_of_journal(output: str | os.PathLike[str]) -> Path:
     """Where the journal of a run is: beside the output, so that what is in it need only be renamed."""
-    path = Path(os.path.abspath(output))
+    path = resolved(output)
     return path.with_name(f".{path.name}.progress")
 
 

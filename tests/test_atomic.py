@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from plprune.atomic import check_free, clear, remove, staged
+from plprune.atomic import check_free, clear, remove, resolved, staged
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -208,3 +208,35 @@ def test_all_is_flushed_before_it_takes_its_name(
         write(temporary)
     assert {Path(name).name for name in flushed} >= {"out", tmp_path.name}
     assert len(flushed) == (3 if write is write_folder else 2)
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_link_stays_and_what_it_names_is_replaced(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    (tmp_path / "disk").mkdir()
+    write_folder(tmp_path / "disk" / "there")
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "there")
+    (tmp_path / "inside").symlink_to(tmp_path / "disk")
+    for path, target in (("link", "there"), ("inside/other", "other")):
+        with staged(tmp_path / path, overwrite=True) as temporary:
+            assert temporary.parent.parent == tmp_path / "disk"
+            write(temporary)
+        write(alone := tmp_path / f"alone {target}")
+        assert tree(tmp_path / "disk" / target) == tree(alone)
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["other", "there"]
+
+
+@pytest.mark.parametrize("path", ["link", "link/inside"])
+def test_a_link_to_nothing_is_refused_before_any_work(tmp_path: Path, path: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(OSError, match=r"link is a link to .*gone, which is not there"):
+        check_free(tmp_path / path, overwrite=True)
+    assert not (tmp_path / "gone").exists()
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolved("~/out") == tmp_path / "out"
+    with staged("~/out") as temporary:
+        write_file(temporary)
+    assert tree(tmp_path) == {"out": "new"}

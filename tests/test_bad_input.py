@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from plprune.checkpoint import load_tokenizer
+from plprune.checkpoint import load_model, load_pruned, load_skeleton, load_tokenizer
 from plprune.cli import main
-from tests.builders import save_tiny
+from plprune.streaming import open_streamed
+from tests.builders import logits, save_tiny
 
 CALIBRATION = ["--num_samples=4", "--seq_len=16"]
 METHODS = ("CFSP", "FASP", "FLAP", "LearnedGates", "TwoSSP")
@@ -442,7 +444,6 @@ def test_a_real_process(tmp_path: Path, model: Path) -> None:
 
 FULL = """
 import os, resource, sys
-from plprune.checkpoint import load_tokenizer
 from plprune.cli import main
 
 def written():
@@ -540,3 +541,50 @@ def test_interrupt(interrupted: dict[str, tuple[Path, Any]], name: str) -> None:
     assert "KeyboardInterrupt" not in err
     left = {path for path in tree(here) if not path.startswith("run")}
     assert left - {"fit.yaml"} == {"text.txt", "slow.py", "reached"}
+
+
+# ---- an adapter beside a model
+
+
+@pytest.fixture(params=["beside", "alone"])
+def adapted(request: pytest.FixtureRequest, model: Path, tmp_path: Path) -> Path:
+    """A folder with an adapter, and with or without the weights that it is for."""
+    folder = tmp_path / "adapted"
+    get_peft_model(load_model(str(model)), LoraConfig(target_modules=["up_proj"])).save_pretrained(str(folder))
+    if request.param == "beside":
+        shutil.copytree(model, folder, dirs_exist_ok=True)
+    return folder
+
+
+def test_an_adapter_is_refused_by_whoever_opens_a_model(adapted: Path) -> None:
+    said = "beside the weights: move" if (adapted / "config.json").exists() else "and no model: merge it"
+    for load in (load_model, load_skeleton, load_pruned, load_tokenizer, open_streamed):
+        with pytest.raises(ValueError, match=f"holds an adapter {said}.*merge_and_unload"):
+            load(str(adapted))
+
+
+def test_the_command_that_merges_an_adapter(model: Path, adapted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="python -c") as refused:
+        load_model(str(adapted))
+    (adapted / "config.json").unlink(missing_ok=True)
+    monkeypatch.chdir(adapted.parent)
+    names = {"MODEL": str(model), "ADAPTER": "adapted", "MERGED": "merged"}
+    exec(str(refused.value).split("'")[1], names)
+    assert torch.equal(logits(load_model("merged")), logits(load_model(str(model))))
+
+
+# ---- outputs that are links to nothing
+
+
+def test_a_link_to_nothing_is_refused_before_a_model_is_loaded(complain: Complain, model: Path, here: Path) -> None:
+    (here / "link").symlink_to(here / "gone")
+    more = [str(model), "--text=text.txt", "--output=link"]
+    for command in (
+        ["prune", *more, "--method=CFSP"],
+        ["prune", *more, "--method=CFSP", "--stream"],
+        ["evaluate", *more],
+        ["export", *more],
+        ["sensitivity", *more],
+        ["plan", str(model), "--method=CFSP", "--output=link"],
+    ):
+        assert "link is a link to" in complain(*command)

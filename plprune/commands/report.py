@@ -18,7 +18,7 @@ def report(folder: str, output: str | None = None, overwrite: bool = False) -> N
         overwrite: Whether to replace the output.
     """
     record = found(folder)
-    page = Path(output) if output else _beside(Path(folder))
+    page = Path(output).expanduser() if output else _beside(Path(folder))
     if page.suffix != ".html":
         raise ValueError(f"the output is {page}, but a report is a file whose name ends in .html")
     if output:

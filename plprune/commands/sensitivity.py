@@ -1,10 +1,9 @@
 """`plprune sensitivity`: what each block's FFN and attention are worth."""
 
-from pathlib import Path
-
 import torch
 
 from plprune import report
+from plprune.atomic import resolved
 from plprune.cache import Cache
 from plprune.calibration import Calibration
 from plprune.checkpoint import load_model, load_tokenizer
@@ -57,7 +56,7 @@ def sensitivity(
     wanted = _numbers(fractions)
     check_source(text)
     check_share(max_dropped)
-    place, page = device_called(device), Path(output) / "sensitivity.html"
+    place, page = device_called(device), resolved(output) / "sensitivity.html"
     report.check_ours(page)
     tokenizer = load_tokenizer(model)
     ids, first = tokenised(text, tokenizer, join, max_dropped=max_dropped)[0], bos_token(tokenizer, bos)

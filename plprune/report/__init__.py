@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from plprune.atomic import check_free, staged
+from plprune.atomic import check_free, resolved, staged
 from plprune.report import comparison, run, sensitivity
 from plprune.report.comparison import summarised
 from plprune.report.page import MARK, readable
@@ -52,7 +52,8 @@ def write(record: dict[str, Any], path: str | os.PathLike[str], overwrite: bool 
 
 def page_of(path: str | os.PathLike[str]) -> Path:
     """The page of a report that is asked for as a folder or as a file."""
-    return Path(path) if Path(path).suffix == ".html" else Path(path) / NAME
+    path = Path(path).expanduser()
+    return path if path.suffix == ".html" else resolved(path) / NAME
 
 
 def check_ours(page: str | os.PathLike[str]) -> None:
