@@ -268,6 +268,10 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(_complain(f"{there} To need less, {less}", 1, error))
     except (ValueError, OSError, ImportError, MisconfigurationException) as error:
         sys.exit(_complain(_helpful(str(error)) or type(error).__name__, 1, error))
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        what = f"{type(error).__name__}{': ' * bool(first)}{first}"
+        sys.exit(_complain(f"not foreseen: {what} (PLPRUNE_DEBUG=1 shows where)", 1, error))
 
 
 def explained(message: str, command: str) -> str:

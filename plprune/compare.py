@@ -50,7 +50,17 @@ from plprune.speed import measure_speed
 from plprune.stored import Dtype
 from plprune.survey import load, save, survey
 from plprune.tasks import TaskResult, average, check_tasks, counted, paired, run_tasks
-from plprune.text import DROPPED, READERS, bos_token, check_share, check_sizes, check_source, draw, tokenised
+from plprune.text import (
+    DROPPED,
+    READERS,
+    bos_token,
+    check_seed,
+    check_share,
+    check_sizes,
+    check_source,
+    draw,
+    tokenised,
+)
 
 log = logging.getLogger(__name__)
 Cell = dict[str, Any]
@@ -172,6 +182,8 @@ class Study:
                 raise ValueError(f"{each.rounds} rounds share steps, of which there are {each.steps}: give more")
         check_sizes(limit=self.limit, max_batch=self.max_batch)
         check_share(self.max_dropped)
+        for seed in self.seeds:
+            check_seed(seed)
         for source in (*self.sources, *(each.text for each in (*self.calibrations, *self.recoveries))):
             check_source(source)
         check_distinct("models", self.models)

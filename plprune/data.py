@@ -22,6 +22,7 @@ from plprune.text import (
     PYDOC,
     Stream,
     bos_token,
+    check_seed,
     check_share,
     check_sizes,
     check_source,
@@ -95,6 +96,7 @@ class RecoveryData(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         check_share(max_dropped)
+        check_seed(seed)
         if not 0 < held_out < 1:
             raise ValueError(f"held_out is {held_out}, but it is a fraction in (0, 1): 0.1 holds out a tenth")
         check_sizes(seq_len=seq_len, batch_size=batch_size, num_samples=num_samples, max_windows=max_windows)

@@ -39,6 +39,12 @@ def check_sizes(**sizes: int | None) -> None:
             raise ValueError(f"{name} is {size}, but must be at least 1")
 
 
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a seed that not every generator takes."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}, but must be at least 0 and less than 2**32")
+
+
 def check_share(max_dropped: float) -> None:
     """Raises ValueError for a share of rows that cannot be."""
     if not 0 <= max_dropped <= 1:
@@ -47,6 +53,8 @@ def check_share(max_dropped: float) -> None:
 
 def check_source(source: str | None) -> None:
     """Raises ValueError for a text that cannot be there, as far as that shows without reading it."""
+    if source is not None and not source.split(":")[0]:
+        raise ValueError(f"a text has no name: give a {', '.join(READERS)} file, {PYDOC}, or ORG/NAME of a hub")
     if source is None or source == PYDOC or Path(source.split(":")[0]).is_dir():
         return
     if Path(source).exists():

@@ -71,6 +71,7 @@ def complain(here: Path, capsys: pytest.CaptureFixture[str]) -> Complain:
         lines = [line for line in captured.err.splitlines() if line.startswith("plprune: error: ")]
         assert stopped.value.code not in (None, 0)
         assert len(lines) == 1
+        assert "not foreseen" not in lines[0]
         assert captured.err.rstrip().endswith(lines[0])  # nothing follows on it
         assert "Traceback" not in captured.err + captured.out
         assert {path for path in tree(here) if not path.startswith("run")} == before  # a fit keeps its plan in run
@@ -147,6 +148,14 @@ def test_sparsity_out_of_reach(complain_of_pruning: Complain, method: str) -> No
         ("--dtpe=float16", "unrecognized arguments: --dtpe=float16; did you mean --dtype?"),
         ("--sparsity=0.1", "unrecognized arguments: --sparsity=0.1; did you mean --method.sparsity?"),
         ("--seed=none", "seed: expected int. Got value: none"),
+        ("--seed=-1", "seed is -1, but must be at least 0"),
+        ("--seed=99999999999999999999", "seed is 99999999999999999999, but must be at least 0 and less than 2**32"),
+        ("--text=", "a text has no name"),
+        ("--method.sparsity=null", "sparsity has no value"),
+        ("--method.target_batch=null", "target_batch has no value"),
+        ("--method.damping=null", "damping has no value"),
+        ("--method.sparsity=.nan", "sparsity is nan, but it is a fraction"),
+        ("--method.serve_on=null", "serve_on has no value"),
         ("--batch_size=0", "batch_size is 0, but must be at least 1"),
         ("--device=gpu", "there is no device 'gpu' here"),
     ],
@@ -180,6 +189,8 @@ def test_unknown_command(complain: Complain, given: str, meant: str) -> None:
         ({"data__num_samples": 10_000}, "but num_samples is 10000: give more text, or lower num_samples"),
         ({"data__seq_len": 10_000}, "but a window needs 10000: give more text"),
         ({"data__train": "no.txt"}, "no.txt does not exist"),
+        ({"data__train": ""}, "a text has no name"),
+        ({"data__seed": -1}, "seed is -1, but must be at least 0"),
         ({"data__held_out": 1.5}, "held_out is 1.5, but it is a fraction in (0, 1)"),
         ({"model__name_or_path": "no/where"}, "no/where"),
         ({"plprune.Export__output": "text.txt"}, "is not empty: choose another output, or pass --overwrite"),
@@ -223,6 +234,23 @@ def test_deepspeed_that_is_not_installed(
 )
 def test_command_lines(complain: Complain, args: list[str], said: str) -> None:
     assert said in complain(*args)
+
+
+def test_what_nobody_foresaw_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError("a\nb")
+
+    monkeypatch.setattr("plprune.cli._run", fail)
+    with pytest.raises(SystemExit) as stopped:
+        main(["prune"])
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err
+    assert said == "plprune: error: not foreseen: KeyError: 'a\\nb' (PLPRUNE_DEBUG=1 shows where)\n"
+    monkeypatch.setenv("PLPRUNE_DEBUG", "1")
+    with pytest.raises(KeyError):
+        main(["prune"])
 
 
 def test_a_broken_configuration(complain: Complain, here: Path) -> None:

@@ -11,7 +11,7 @@ from plprune.methods import PruningMethod
 from plprune.processes import device_called
 from plprune.running import check_ids
 from plprune.stored import Dtype
-from plprune.text import DROPPED, PYDOC, bos_token, check_share, check_sizes, check_source, draw, tokenised
+from plprune.text import DROPPED, PYDOC, bos_token, check_seed, check_share, check_sizes, check_source, draw, tokenised
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ def prune(
     check_sizes(num_samples=num_samples, seq_len=seq_len, batch_size=batch_size)
     streaming.check_output(output, stream, resume, overwrite)
     check_source(text)
+    check_seed(seed)
     check_share(max_dropped)
     if text == PYDOC and not processes.local_rank():
         log.warning("calibrating on %s, which is about Python only: give --text what the model is for", text)

@@ -12,7 +12,18 @@ from plprune.running import check_ids
 from plprune.sensitivity import as_record, check_fractions, table
 from plprune.sensitivity import sensitivity as found_by
 from plprune.stored import Dtype
-from plprune.text import DROPPED, PYDOC, bos_token, check_share, check_sizes, check_source, draw, pack, tokenised
+from plprune.text import (
+    DROPPED,
+    PYDOC,
+    bos_token,
+    check_seed,
+    check_share,
+    check_sizes,
+    check_source,
+    draw,
+    pack,
+    tokenised,
+)
 
 
 def sensitivity(
@@ -55,6 +66,7 @@ def sensitivity(
     check_sizes(seq_len=seq_len, max_windows=max_windows, num_samples=num_samples)
     wanted = _numbers(fractions)
     check_source(text)
+    check_seed(seed)
     check_share(max_dropped)
     place, page = device_called(device), resolved(output) / "sensitivity.html"
     report.check_ours(page)

@@ -60,6 +60,9 @@ class PruningMethod(ABC):
     tensor_parallel: int = dataclasses.field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):  # parsers let null through to a setting of any type
+            if getattr(self, each.name) is None and "None" not in str(each.type) and "Optional" not in str(each.type):
+                raise ValueError(f"{each.name} has no value: give one, or leave it out if it has a default")
         check_sparsity(self.sparsity)
         object.__setattr__(self, "serve_on", list(self.serve_on))  # as in a plan that was read
         if self.target_batch < 1 or self.target_context < 1:
@@ -228,11 +231,11 @@ class Repairing(PruningMethod):
     bias: bool = dataclasses.field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.repair == "compensate" and not self.bias:
             raise ValueError("compensation is a bias: set `bias` to true, or `repair` to none or restore")
         if self.damping != "auto" and not self.damping >= 0:
             raise ValueError(f"`damping` is {self.damping}, but it is auto, or a number that is not negative like 0.01")
-        super().__post_init__()
 
     @property
     def biased(self) -> bool:

@@ -82,7 +82,7 @@ class TwoSSP(Repairing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.alpha <= 0 or self.stage2_samples < 1:
+        if not self.alpha > 0 or self.stage2_samples < 1:
             raise ValueError("2SSP needs a positive `alpha`, and at least one window to judge by (`stage2_samples`)")
 
     def prune(self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor]) -> PruningPlan:
