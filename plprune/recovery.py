@@ -170,7 +170,7 @@ class Recovery(pl.LightningModule):
         progress, times = self.trainer.fit_loop.epoch_loop.batch_progress, self.trainer.accumulate_grad_batches
         done = progress.current.ready
         if not self._sizes or (done - 1) % times == 0:
-            self._begin_step(batch, min(-done % times, self.trainer.num_training_batches - done))
+            self._begin_step(batch, int(min(-done % times, self.trainer.num_training_batches - done)))
         so_far, shares = self._sizes.pop(0), self._shares_of(batch)
         self._shares += torch.stack(list(shares.values())).detach()
         shown = self.trainer.strategy.reduce(self._shares.clone(), reduce_op="sum") * (self._step[0] / so_far[0])
@@ -232,7 +232,7 @@ class Recovery(pl.LightningModule):
         self._agree_on(self.trainer.num_test_batches)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.trainer.global_step % (self.trainer.log_every_n_steps or 1) == 0:
+        if self.trainer.global_step % (getattr(self.trainer, "log_every_n_steps", 1) or 1) == 0:
             self._check_losses()
         now = time.perf_counter()
         self.log("tokens_per_second", self._tokens / (now - self._since), prog_bar=True)

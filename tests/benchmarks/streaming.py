@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from plprune import CFSP, FASP, FLAP, Calibration, PruningMethod, TwoSSP
 from plprune.anatomy import blocks_of
-from plprune.streaming import INDEX, open_streamed, prune_streamed
+from plprune.streaming import open_streamed, prune_streamed
+from plprune.weights import INDEX
 
 METHODS: dict[str, PruningMethod] = {
     "FLAP": FLAP(0.2),
