@@ -82,6 +82,9 @@ class Recovery(pl.LightningModule):
         distill: Distillation | None = None,
     ) -> None:
         super().__init__()
+        for name, value in {"learning_rate": learning_rate, "weight_decay": weight_decay, "warmup": warmup}.items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value}, but must be a number that is not negative")
         self.tokenizer = load_tokenizer(name_or_path)
         load = load_skeleton if processes.local_rank() else load_model
         self.model = load(name_or_path, dtype)

@@ -33,6 +33,7 @@ as all that is trained are known from IA3 (https://arxiv.org/abs/2205.05638).
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -134,7 +135,7 @@ class LearnedGates(Repairing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.passes < 1 or self.learning_rate <= 0 or self.gain_rate < 0:
+        if self.passes < 1 or not 0 < self.learning_rate < math.inf or not 0 <= self.gain_rate < math.inf:
             raise ValueError(
                 "gates are trained in at least one of `passes`, with a positive `learning_rate`, and gains with a "
                 "`gain_rate` that is not negative"
