@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from plprune.allocation import largest_remainder, next_sparsity
-from plprune.atomic import check_free, resolved
+from plprune.atomic import check_free
 from plprune.checkpointing import AGAIN
 from plprune.plan import PruningPlan
 
@@ -98,7 +98,7 @@ def config_of(config: Config, i: int, rounds: int, sparsity: float, steps: int) 
 
 def exported(config: Config, number: int) -> Path:
     """Where the model of a round is, counted from 1, that is not the last."""
-    return resolved(config["trainer"]["default_root_dir"] or ".") / f"round-{number}" / "model"
+    return Path(config["trainer"]["default_root_dir"] or ".").expanduser() / f"round-{number}" / "model"
 
 
 def fit(config: Config) -> int:

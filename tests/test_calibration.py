@@ -219,8 +219,15 @@ def error_in_a_statistic(model: PreTrainedModel) -> None:
 
 
 def error_in_the_model(model: PreTrainedModel) -> None:
-    for _ in stream(model, [torch.full((1, 4), 10**6)]):  # no such token
-        pass
+    def fail(*_: Any) -> None:
+        raise RuntimeError("in the model")
+
+    handle = model.get_input_embeddings().register_forward_pre_hook(fail)
+    try:
+        for _ in stream(model, [windows(2)]):
+            pass
+    finally:
+        handle.remove()
 
 
 def error_while_finishing(model: PreTrainedModel) -> None:
@@ -234,7 +241,7 @@ def error_while_finishing(model: PreTrainedModel) -> None:
         (early_break, contextlib.nullcontext()),
         (error_in_the_loop, pytest.raises(RuntimeError, match="in the loop")),
         (error_in_a_statistic, pytest.raises(RuntimeError, match="in a statistic")),
-        (error_in_the_model, pytest.raises(IndexError)),
+        (error_in_the_model, pytest.raises(RuntimeError, match="in the model")),
         (error_while_finishing, pytest.raises(RuntimeError)),
     ],
 )
