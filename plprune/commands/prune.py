@@ -75,7 +75,7 @@ def prune(
     load = streaming.open_streamed if stream else load_skeleton if processes.local_rank() else load_model
     methods.preflight(method, lambda: load_skeleton(model, dtype))
     network = load(model, dtype)
-    check_ids(network, [windows], tokenizer)
+    check_ids(network, [ids], tokenizer)
     with processes.launched(place) as group:
         calibration = Calibration(list(windows.split(batch_size)), place, offload, group)
         if not stream:
