@@ -4,7 +4,6 @@ FP8 with its scales is multiplied out, wherever the model is to be. Every other 
 are not the weights is refused: what would be pruned is unknown, or as good as.
 """
 
-import json
 import math
 import pickle
 import zipfile
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune.weights import INDEX, SINGLE, key_of, mapped, opened, renamings
+from plprune.weights import INDEX, SINGLE, key_of, listed, mapped, opened, renamings
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 PICKLES = "pytorch_model.bin"
@@ -146,11 +145,7 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / single).exists():
             return [folder / single]
         if (folder / index).exists():
-            try:
-                names = set(json.loads((folder / index).read_text())["weight_map"].values())
-                return [folder / name for name in sorted(names)]
-            except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-                raise ValueError(f"{folder / index} is damaged: get the model again") from error
+            return listed(folder / index)
     return []
 
 

@@ -34,12 +34,19 @@ def files(folder: Path) -> list[Path]:
     Raises:
         ValueError: The index is damaged.
     """
-    if not (folder / INDEX).exists():
-        return [folder / SINGLE]
+    return listed(folder / INDEX) if (folder / INDEX).exists() else [folder / SINGLE]
+
+
+def listed(index: Path) -> list[Path]:
+    """The files that an index lists, which are beside it.
+
+    Raises:
+        ValueError: It is damaged.
+    """
     try:
-        return [folder / name for name in sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))]
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / INDEX} is damaged: get the model again") from error
+        return [index.parent / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ValueError(f"{index} is damaged: get the model again") from error
 
 
 def contents(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
