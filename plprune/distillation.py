@@ -45,6 +45,7 @@ from plprune.anatomy import blocks_of
 from plprune.atomic import staged
 from plprune.cache import digest
 from plprune.checkpoint import load_model, load_skeleton
+from plprune.losses import Loss
 from plprune.plan import PruningPlan, fingerprint
 from plprune.progress import Progress
 from plprune.stored import Dtype
@@ -103,25 +104,12 @@ class Distillation:
         n = 0 if self.of == "logits" else min(BLOCKS, count)
         return [(i + 1) * count // n - 1 for i in range(n)]
 
-    def loss(
-        self, logits: Tensor, states: Sequence[Tensor], labels: Tensor, answers: Answers, of: Tensor | None = None
-    ) -> Tensor:
-        """How far a model is from the teacher.
-
-        Args:
-            logits: The model's, [b, s, v].
-            states: What left its blocks, [b, s, d] each.
-            labels: Of which those of -100 do not count, [b, s].
-            answers: The teacher's, to the same windows.
-            of: The :func:`sizes` of all windows that these are a part of, to whose loss theirs is a summand; their own
-                if not given.
-        """
-        found, of = [], sizes(labels, answers) if of is None else of
-        if self.events:
-            found.append(divergence(logits, labels, answers["values"], answers["tokens"], self.temperature) / of[0])
-        if states:
-            found.append((distances(states, labels, answers["hidden"]) / of[1:]).mean())
-        return torch.stack(found).sum()
+    def loss(self, answers: Answers, positions: Tensor) -> Loss:  # [n]
+        """How far a model's distributions are from the teacher's, at positions of the windows that it answered for."""
+        values, tokens = (answers[name] for name in ("values", "tokens"))
+        of = positions - positions // (values.shape[1] + 1)  # there is no answer to a window's last token
+        values, tokens = values.flatten(0, 1)[of], tokens.flatten(0, 1)[of]
+        return lambda logits, where: divergence(logits, values[where], tokens[where], self.temperature)
 
 
 def sizes(labels: Tensor, answers: Answers) -> Tensor:  # [1 + n]
@@ -132,7 +120,7 @@ def sizes(labels: Tensor, answers: Answers) -> Tensor:  # [1 + n]
         tensor([ 2., 16.])
     """
     counts, hidden = labels[:, 1:] != IGNORED, answers.get("hidden")
-    norms = [] if hidden is None else [theirs[counts].float().square().sum() for theirs in hidden.unbind(1)]
+    norms = [] if hidden is None else [_squares(theirs.float(), counts) for theirs in hidden.unbind(1)]
     return torch.stack([counts.sum().float(), *norms])
 
 
@@ -155,20 +143,19 @@ def events(
 
 
 def divergence(
-    logits: Tensor,  # [b, s, v]
-    labels: Tensor,  # [b, s]
-    values: Tensor,  # [b, s - 1, k + 1], or [..., k] if that is the vocabulary
-    tokens: Tensor,  # [b, s - 1, k]
+    logits: Tensor,  # [n, v]
+    values: Tensor,  # [n, k + 1], or [n, k] if that is the vocabulary
+    tokens: Tensor,  # [n, k]
     temperature: float,
 ) -> Tensor:
     """The divergences of a model's distributions from a teacher's :func:`events`, summed, times temperature squared."""
-    counts, index = labels[:, 1:] != IGNORED, tokens.long()
-    own = logits[:, :-1].gather(-1, index)[counts].float() / temperature  # [n, k]
+    index = tokens.long()
+    own = logits.gather(-1, index).float() / temperature
     if values.shape[-1] > index.shape[-1]:
-        # A copy, changed in place: the vocabulary is wide, and this is the only tensor that is made as large.
-        others = logits[:, :-1][counts].float().div_(temperature).scatter_(-1, index[counts], -torch.inf)
+        # A new tensor, changed in place: the vocabulary is wide, and this is the only one that is made as large.
+        others = (logits.float() / temperature).scatter_(-1, index, -torch.inf)
         own = torch.cat([own, others.logsumexp(-1, keepdim=True)], -1)
-    theirs = values[counts].float().log_softmax(-1)  # they were rounded
+    theirs = values.float().log_softmax(-1)  # they were rounded
     divergence = nn.functional.kl_div(own.log_softmax(-1), theirs, log_target=True, reduction="sum")
     return temperature**2 * divergence
 
@@ -178,11 +165,13 @@ def distances(
 ) -> Tensor:  # [b, s, d] each, [b, n, s - 1, d] -> [n]
     """The squared distances of what leaves blocks from a teacher's, summed."""
     counts = labels[:, 1:] != IGNORED
-    found = [
-        (own[:, :-1][counts].float() - theirs[counts].float()).square().sum()
-        for own, theirs in zip(states, hidden.unbind(1), strict=True)
-    ]
-    return torch.stack(found)
+    both = zip(states, hidden.unbind(1), strict=True)
+    return torch.stack([_squares(own[:, :-1].float() - theirs.float(), counts) for own, theirs in both])
+
+
+def _squares(values: Tensor, counts: Tensor) -> Tensor:  # [b, t, d], [b, t]
+    """Summed where they count, without having a GPU waited for."""
+    return (values.square().sum(-1) * counts).sum()
 
 
 @contextlib.contextmanager

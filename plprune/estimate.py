@@ -38,6 +38,7 @@ from plprune import hf
 from plprune.anatomy import Block, blocks_of, innermost, matrix
 from plprune.export import decilm
 from plprune.export.formats import FORMATS
+from plprune.losses import rows_at_a_time
 from plprune.surgery import Surgery
 
 Counts = Mapping[str, int]
@@ -495,8 +496,10 @@ def recovery_need(
     trained = sum(rank * (m.weight.numel() // len(m.weight) + len(m.weight)) for b in blocks for m in _linear(b.module))
     each = [_kept_for_backward(block, size) for block in blocks]
     kept = len(blocks) * model.config.hidden_size * size + max(each) if checkpointing else sum(each)
-    logits = getattr(model.config, "vocab_size", 0) * (2 * size + 12)  # float32: logits, their logarithms, gradients
-    memory = weights + 16 * trained + tokens * (kept + logits)
+    vocabulary = model.config.vocab_size
+    rows = min(tokens, rows_at_a_time(vocabulary, on_cpu=not where.separate))
+    logits = rows * vocabulary * (2 * size + 12)  # float32: logits, their logarithms, gradients
+    memory = weights + 16 * trained + tokens * kept + logits
     flops = structure(model, length).reading_flops
     inside = sum(block_flops(block, length, window) for block, window in zip(blocks, windows(model), strict=True))
     once = 2 * flops + (inside if checkpointing else 0)  # backward: only what leads to inputs

@@ -25,9 +25,9 @@ from plprune import lora as adapters
 from plprune.anatomy import blocks_of
 from plprune.checkpoint import load_model, load_skeleton, load_tokenizer
 from plprune.data import Ahead
-from plprune.distillation import Distillation, Teacher, check_teacher, recorded, sizes, source
-from plprune.evaluation import next_token_loss
+from plprune.distillation import Distillation, Teacher, check_teacher, distances, recorded, sizes, source
 from plprune.lora import LoRA
+from plprune.losses import States, counting, next_token, states, summed
 from plprune.plan import fingerprint
 from plprune.progress import Progress
 from plprune.stored import Dtype
@@ -180,7 +180,7 @@ class Recovery(pl.LightningModule):
         for name, value in zip(shares, shown, strict=True):
             self.log(name, value, prog_bar=name == "train_loss")
         first = (self._fault < 0) & ~shown[0].isfinite()
-        self._fault = torch.where(first, self.trainer.global_step + 1, self._fault)
+        self._fault = self._fault.masked_fill(first, self.trainer.global_step + 1)
         if self.device.type == "cpu":  # elsewhere a look would wait for the device
             self._check_losses()
         self._tokens += batch["input_ids"].numel() * self.trainer.world_size
@@ -352,7 +352,9 @@ class Recovery(pl.LightningModule):
             fetcher.iterator = Ahead(fetcher.iterator)
         fetched = fetcher.batches  # it may have looked ahead itself
         coming = [*fetched, *fetcher.iterator.coming(more - len(fetched))][:more] if more else []
-        own = torch.stack([self._size(each).to(self.device) for each in (batch, *(batch for batch, *_ in coming))])
+        own = torch.stack(
+            [self._size(each).to(self.device, non_blocking=True) for each in (batch, *(batch for batch, *_ in coming))]
+        )
         of_all = self.trainer.strategy.reduce(own, reduce_op="sum").cumsum(0).clamp(min=LEAST)
         self._sizes, self._step = list(of_all), of_all[-1]
         self._shares = torch.zeros(3 if self._teacher else 1, device=self.device, dtype=torch.float32)
@@ -364,15 +366,22 @@ class Recovery(pl.LightningModule):
 
     def _shares_of(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """What a batch adds to the losses of its step."""
-        ids, labels, settings = batch["input_ids"], batch["labels"], self.distill
+        ids, labels, settings, positions = batch["input_ids"], batch["labels"], self.distill, counting(batch["labels"])
+        own, tokens = next_token(labels, positions), self._step[0]
         if self._teacher is None or settings is None:
-            return {"train_loss": next_token_loss(self(ids), labels, "sum") / self._step[0]}
-        with recorded(self.model, settings.blocks(len(blocks_of(self.model)))) as states:
-            logits = self(ids)
-        own = next_token_loss(logits, labels, "sum") / self._step[0]
-        distilled = settings.loss(logits, states, labels, self._teacher.answers(ids), self._step)
-        loss = (1 - settings.weight) * own + settings.weight * distilled
-        return {"train_loss": loss, "next_token_loss": own, "distillation_loss": distilled}
+            return {"train_loss": summed(self._states(ids, positions), [own], [1.0])[0] / tokens}
+        weight, answers = settings.weight, self._teacher.answers(ids)
+        losses = [own, settings.loss(answers, positions)] if settings.events else [own]
+        with recorded(self.model, settings.blocks(len(blocks_of(self.model)))) as hidden:
+            loss, sums = summed(self._states(ids, positions), losses, [1 - weight, weight][: len(losses)])
+        loss, distilled = loss / tokens, sums[1:].sum() / tokens
+        if hidden:
+            apart = (distances(hidden, labels, answers["hidden"]) / self._step[1:]).mean()
+            loss, distilled = loss + weight * apart, distilled + apart
+        return {"train_loss": loss, "next_token_loss": sums[0] / tokens, "distillation_loss": distilled}
+
+    def _states(self, ids: Tensor, positions: Tensor) -> States:
+        return states(self.model, ids, positions, whole=not shards(self.trainer.strategy))
 
     def _logged(self) -> list[str]:
         """The metrics that a callback can monitor."""
@@ -391,7 +400,10 @@ class Recovery(pl.LightningModule):
 
     def _judge(self, batch: dict[str, Tensor], name: str) -> None:
         self.val_perplexity.to(self.device)  # ZeRO-3 leaves what is no parameter on the CPU
-        self.val_perplexity(self(batch["input_ids"])[:, :-1].float(), batch["labels"][:, 1:])
+        positions = counting(batch["labels"])
+        following = batch["labels"].flatten()[positions + 1]
+        for logits, where in self._states(batch["input_ids"], positions).logits():
+            self.val_perplexity.update(logits[None].float(), following[None, where])
         self.log(name, self.val_perplexity, prog_bar=True, batch_size=len(batch["labels"]))
 
     def _agree_on(self, batches: Any) -> None:

@@ -133,7 +133,7 @@ def record(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:  #
             raise _Enough
         return hidden
 
-    with _standing_in(blocks, [transparent] * len(blocks)), contextlib.suppress(_Enough):
+    with standing_in([b.module for b in blocks], [transparent] * len(blocks)), contextlib.suppress(_Enough):
         model(input_ids=ids.to(model.device), use_cache=False)
     return first[0], calls
 
@@ -143,7 +143,7 @@ def finish(model: PreTrainedModel, ids: Tensor, hidden: Tensor) -> Tensor:  # [b
     """The logits that the model makes of the last block's output."""
     blocks = blocks_of(model)
     forwards = [lambda *a, **k: split_call(a, k)[0]] * (len(blocks) - 1) + [lambda *_, **__: hidden]
-    with _standing_in(blocks, forwards):
+    with standing_in([block.module for block in blocks], forwards):
         return model(input_ids=ids.to(model.device), use_cache=False).logits
 
 
@@ -197,18 +197,18 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, C
 
 
 @contextlib.contextmanager
-def _standing_in(blocks: list[Block], forwards: list[Callable[..., Any]]) -> Iterator[None]:
-    """Other forward functions in the place of the blocks' own, for the time of the context."""
-    own = [block.module.__dict__.get("forward") for block in blocks]
-    for block, forward in zip(blocks, forwards, strict=True):
-        cast(Any, block.module).forward = forward
+def standing_in(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Other forward functions in the place of the modules' own, for the time of the context."""
+    own = [module.__dict__.get("forward") for module in modules]
+    for module, forward in zip(modules, forwards, strict=True):
+        cast(Any, module).forward = forward
     try:
         yield
     finally:
-        for block, forward in zip(blocks, own, strict=True):
-            del block.module.forward
+        for module, forward in zip(modules, own, strict=True):
+            del module.forward
             if forward is not None:
-                cast(Any, block.module).forward = forward
+                cast(Any, module).forward = forward
 
 
 def _move(value: Any, device: torch.device) -> Any:

@@ -16,7 +16,7 @@ from plprune import CFSP, FLAP, Export, LoRA, Prune, Recovery, RecoveryData
 from plprune.cli import main
 from plprune.compare import Study, Training, compare
 from plprune.data import collate
-from plprune.distillation import Distillation, Source, Teacher, divergence, events, recorded, sizes
+from plprune.distillation import Distillation, Source, Teacher, distances, divergence, events, recorded, sizes
 from plprune.evaluation import Protocol, next_token_loss
 from plprune.plan import fingerprint
 from plprune.text import IGNORED
@@ -75,6 +75,12 @@ def labelled(ids: Tensor) -> Tensor:
     return labels
 
 
+def rows(values: Tensor, labels: Tensor) -> Tensor:
+    """What is at the positions whose next token counts."""
+    counts = labels[:, 1:] != IGNORED
+    return values[:, : counts.shape[1]][counts]
+
+
 # ---- the loss
 
 
@@ -88,7 +94,8 @@ def test_with_all_tokens_it_is_the_divergence_of_the_whole_distributions(tempera
         expected += (q * (q.log() - p.log())).sum().item()
         count += 1
     assert count == 2 * 15 - 4 - 2
-    found = divergence(ours, labels, *events(theirs[:, :-1], VOCABULARY, temperature), temperature)
+    said = rows(ours, labels), *events(rows(theirs, labels), VOCABULARY, temperature)
+    found = divergence(*said, temperature)
     assert found.item() == pytest.approx(temperature**2 * expected, rel=1e-4)
 
 
@@ -101,7 +108,7 @@ def test_what_is_left_of_the_vocabulary_is_one_event() -> None:
         q, p = (torch.cat([each[best], (1 - each[best].sum())[None]]) for each in (q, p))
         terms.append((q * (q / p).log()).sum())
     ours.requires_grad_()
-    found = divergence(ours, labels, *events(theirs[:, :-1], 5, 1.0), 1.0)
+    found = divergence(rows(ours, labels), *events(rows(theirs, labels), 5, 1.0), 1.0)
     assert found.item() == pytest.approx(torch.stack(terms).sum().item(), rel=1e-4)
     found.backward()
     grad = cast(Tensor, ours.grad)
@@ -111,9 +118,8 @@ def test_what_is_left_of_the_vocabulary_is_one_event() -> None:
 
 
 def test_it_is_zero_for_the_teacher_itself_and_its_gradient_that_of_the_formula() -> None:
-    z = torch.randn(1, 3, 7, dtype=torch.float64).float().requires_grad_()
-    labels, values = torch.tensor([[0, 1, 2]]), events(z.detach()[:, :-1], 3, 2.0)
-    loss = divergence(z, labels, *values, 2.0)
+    z = torch.randn(2, 7, dtype=torch.float64).float().requires_grad_()
+    loss = divergence(z, *events(z.detach(), 3, 2.0), 2.0)
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-6)
     torch.testing.assert_close(cast(Tensor, z.grad), torch.zeros_like(z), atol=1e-6, rtol=0.0)
@@ -126,8 +132,8 @@ def test_hidden_states_are_compared_relative_to_the_teachers() -> None:
     for i in range(3):
         rows = [(ours[i, b, t], theirs[b, i, t]) for b, t in (labels[:, 1:] != IGNORED).nonzero().tolist()]
         expected.append(sum((a - b).square().sum() for a, b in rows) / sum(b.square().sum() for _, b in rows))
-    found = Distillation("hidden").loss(torch.empty(0), list(ours), labels, {"hidden": theirs})
-    assert found.item() == pytest.approx(sum(expected).item() / 3, rel=1e-5)  # type: ignore[union-attr]
+    found = distances(list(ours), labels, theirs) / sizes(labels, {"hidden": theirs})[1:]
+    torch.testing.assert_close(found, torch.stack(expected), atol=0.0, rtol=1e-5)
 
 
 def test_what_is_recorded_is_what_leaves_the_blocks() -> None:
@@ -216,8 +222,9 @@ def test_the_loss_is_shared_between_text_and_teacher(folder: str, tmp_path: Path
     with torch.no_grad(), recorded(dense, [0, 1, 2]) as theirs:
         values, tokens = events(dense(ids).logits[:, :-1], 5, 1.0)
     answers = {"values": values, "tokens": tokens, "hidden": torch.stack(theirs, 1)[:, :, :-1]}
-    expected = settings.loss(own, ours, labels, answers)
     module._step = sizes(labels, answers)
+    expected = (distances(ours, labels, answers["hidden"]) / module._step[1:]).mean()
+    expected += divergence(rows(own, labels), rows(values, labels), rows(tokens, labels), 1.0) / module._step[0]
     assert module._shares_of(batch)["train_loss"].item() == pytest.approx(
         (0.7 * next_token_loss(own, labels) + 0.3 * expected).item(), rel=2e-3
     )

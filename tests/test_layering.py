@@ -31,6 +31,7 @@ TIERS = [
         "lora",
         "consumers",
         "distillation",
+        "losses",
         "checkpoint",
         "hf",
         "weights",

@@ -90,8 +90,7 @@ class Lesson:
 
     def divergence(self, logits: Tensor) -> Tensor:  # [1, s, v]
         """From what the dense model says of the next tokens."""
-        total = divergence(logits, self.ids, self.values, self.tokens, temperature=1.0)
-        return total / (self.ids.numel() - len(self.ids))
+        return divergence(logits[0, :-1], self.values[0], self.tokens[0], temperature=1.0) / (self.ids.numel() - 1)
 
     def loss(self, logits: Tensor) -> Tensor:  # [1, s, v]
         """This and what the text says next, in equal parts."""

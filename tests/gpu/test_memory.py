@@ -98,7 +98,7 @@ def test_in_learned_gates(here: Path, limit: Limit, capsys: Any, device: torch.d
 
 
 def test_in_training(here: Path, limit: Limit, capsys: Any, device: torch.device) -> None:
-    limit(96 << 20, recovery, "next_token_loss")
+    limit(96 << 20, recovery, "summed")
     prune = {"class_path": "Prune", "init_args": {"method": {"class_path": "CFSP", "init_args": {"sparsity": 0.1}}}}
     export = {"class_path": "Export", "init_args": {"output": "out"}}
     checkpoint = {"class_path": "plprune.Checkpoint", "init_args": {"every_n_train_steps": 1}}
