@@ -29,7 +29,10 @@ def resolved(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         OSError: A link leads nowhere.
+        ValueError: The path is empty.
     """
+    if not os.fspath(path):
+        raise ValueError("an output has no name: give one, or leave the option out if it has a default")
     path = Path(os.path.abspath(os.path.expanduser(path)))
     for each in (path, *path.parents):
         if each.is_symlink() and not each.exists():
@@ -52,6 +55,17 @@ def check_free(path: str | os.PathLike[str], overwrite: bool = False) -> None:
     parent = next(folder for folder in path.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OSError(f"cannot write to {parent}: choose another output")
+
+
+def check_file(path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """As :func:`check_free`, of what is to be a file: no folder is replaced by one, not even an empty one.
+
+    Raises:
+        OSError: There is a folder, or as above.
+    """
+    if resolved(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file, as one inside it")
+    check_free(path, overwrite)
 
 
 @contextlib.contextmanager

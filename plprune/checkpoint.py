@@ -56,8 +56,10 @@ def locate(name_or_path: str) -> str:
     The package is found but not imported.
 
     Raises:
-        ValueError: The package or the file is not there.
+        ValueError: The package or the file is not there, or the name is empty.
     """
+    if not name_or_path:
+        raise ValueError("a model has no name: give a folder, a .gguf file, or ORG/NAME of a hub")
     if not name_or_path.startswith(PACKAGE):
         return name_or_path
     package, _, file = name_or_path.removeprefix(PACKAGE).partition("/")
@@ -176,10 +178,9 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         config = config_from(PruningPlan.load(path).config) if (path / FILE).exists() else None
         return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name_or_path, config=config)
     except Exception as error:  # of whatever kind, the files are damaged
-        raise ValueError(
-            f"cannot load a tokenizer from {name_or_path}: {_first_line(error)}; save the base model's there, by "
-            "AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)"
-        ) from error
+        own = "save the base model's there, by AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)"
+        remedy = own if path.exists() else "give a folder, a .gguf file, or ORG/NAME of a hub that can be reached"
+        raise ValueError(f"cannot load a tokenizer from {name_or_path}: {_first_line(error)}; {remedy}") from error
 
 
 def load_pruned(folder: str | os.PathLike[str], dtype: Dtype | None = None) -> PreTrainedModel:

@@ -11,13 +11,16 @@ import sys
 import time
 import warnings
 from argparse import ArgumentError
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, is_dataclass
+from typing import Any, cast, get_args, get_type_hints
 
 import docstring_parser
 import lightning.pytorch as pl
 import torch
 import transformers
 import yaml
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -60,7 +63,7 @@ REWORDED = {  # what jsonargparse says, and what of it helps
     r"Expected a dot import path string: (\S+)": r"no class '\1'",
     r"Option '(\S+)' is not accepted|Subcommand '\w+' does not accept option '(\S+)'": r"no option '\1\2'",
     r"Problem with given class_path '(\S+)':|Parser key \"(\S+)\":": r"\1\2:",
-    r"Expected a (?:typing\.Literal\[(.*?)\]|<class '(\w+)'>)": r"expected \1\2",
+    r"Expected a (?:typing\.Literal\[(.*?)\]|<class '(?:[\w.]+\.)?(\w+)'>)": r"expected \1\2",
     r"\s*- (expected .*)\s+- expected NoneType\s+but got\s+": r" \1. Got value: ",
 }
 FAULTS = {  # what Lightning and jsonargparse say of a machine, and what helps
@@ -164,9 +167,11 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuses a pruning whose result could not be served, or would miss its targets, before the model is loaded.
 
-        Outputs that are links to nothing are refused as well.
+        Options without a value and outputs that are links to nothing are refused as well.
         """
         config = self.config[cast(str, self.subcommand)]
+        check_given(Recovery, vars(config.model), "model.")
+        check_given(RecoveryData, vars(config.data), "data.")
         listed = [each.class_path.rpartition(".")[2] for each in config.trainer.callbacks or []]
         for name in ("Prune", "Evaluate", "Report", "Checkpoint"):
             if listed.count(name) > 1:
@@ -174,7 +179,8 @@ class CLI(LightningCLI):
         resolved(config.trainer.default_root_dir or ".")
         for each in config.trainer.callbacks or []:
             for output in ("output", "folder", "dirpath"):
-                resolved(each.get("init_args", {}).get(output) or ".")
+                if (place := each.get("init_args", {}).get(output)) is not None:
+                    resolved(place)
             if each.class_path.endswith("Prune"):
                 parser = LightningArgumentParser(exit_on_error=False)
                 parser.add_argument("--method", type=PruningMethod)
@@ -274,6 +280,35 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(_complain(f"not foreseen: {what} (PLPRUNE_DEBUG=1 shows where)", 1, error))
 
 
+def check_given(owner: Callable[..., Any], values: Mapping[str, Any], within: str = "") -> None:
+    """Makes sure that what needs a value has one: a parser takes null for any option that is in a file.
+
+    Args:
+        owner: A function, or a class, whose parameters are the options.
+        values: What was given, as it was parsed.
+        within: What the names in a message begin with.
+
+    Raises:
+        ValueError: An option has none.
+    """
+    of = owner.__init__ if isinstance(owner, type) else owner
+    for name, kind in get_type_hints(of).items():
+        value, kinds = values.get(name, MISSING), [*_kinds(kind)]
+        if value is None and type(None) not in kinds:
+            raise ValueError(f"{within}{name} has no value: give one, or leave it out if it has a default")
+        for part in [each for each in kinds if is_dataclass(each)]:
+            for each in value if isinstance(value, list) else [value]:
+                if isinstance(each, Namespace):
+                    check_given(cast(Any, part), vars(each.get("init_args") or each), f"{within}{name}.")
+
+
+def _kinds(kind: Any) -> Iterator[Any]:
+    """A type, and those that it is made of."""
+    yield kind
+    for part in get_args(kind):
+        yield from _kinds(part)
+
+
 def explained(message: str, command: str) -> str:
     """A parser's message cut to what helps, with the name that was probably meant.
 
@@ -318,7 +353,9 @@ def _run(given: list[str], args: list[str] | None) -> None:
         print(f"plprune {plprune.__version__}")
     elif name in COMMANDS:
         parser = command_parser(name)
-        given_options = vars(parser.instantiate_classes(parser.parse_args(rest)))
+        parsed = parser.parse_args(rest)
+        check_given(COMMANDS[name], vars(parsed))
+        given_options = vars(parser.instantiate_classes(parsed))
         COMMANDS[name](**{option: value for option, value in given_options.items() if option != "config"})
     elif name in STAGES or name.startswith("-"):
         with checkpointing.preemptible() if name == "fit" else contextlib.nullcontext():

@@ -40,7 +40,7 @@ from plprune.methods import PruningMethod, prune
 from plprune.methods.base import source_of
 from plprune.plan import PruningPlan, fingerprint
 from plprune.progress import Progress
-from plprune.recovery import Recovery
+from plprune.recovery import Recovery, check_rates
 from plprune.report import NAME, check_ours, completed, write
 from plprune.report.comparison import name_of, plots, summarised
 from plprune.report.found import of_process
@@ -177,7 +177,8 @@ class Study:
         for each in self.calibrations:
             check_sizes(num_samples=each.num_samples, calibration_seq_len=each.seq_len)
         for each in self.recoveries:
-            check_sizes(steps=each.steps, rounds=each.rounds)
+            check_sizes(steps=each.steps, rounds=each.rounds, seq_len=each.seq_len, batch_size=each.batch_size)
+            check_rates(learning_rate=each.learning_rate)
             if each.rounds > each.steps:
                 raise ValueError(f"{each.rounds} rounds share steps, of which there are {each.steps}: give more")
         check_sizes(limit=self.limit, max_batch=self.max_batch)
@@ -263,16 +264,17 @@ def compare(study: Study, output: str | os.PathLike[str]) -> dict[str, Any]:
     """
     study.check()
     output = resolved(output)
-    check_ours(output / NAME)
+    page = output / NAME
+    check_ours(page)
     cells, start = [], time.perf_counter()
     with Progress(study.size, "comparing", "cell") as bar:
         for name in study.models:
             for cell in Bench(study, name, output).cells():
                 cells.append(cell)
                 bar.update()
-                write(record(study, cells, "running", time.perf_counter() - start), output, overwrite=True)
+                write(record(study, cells, "running", time.perf_counter() - start), page, overwrite=True)
     done = completed(record(study, cells, "finished", time.perf_counter() - start))
-    write(done, output, overwrite=True)
+    write(done, page, overwrite=True)
     for name, svg in plots(done).items():
         with staged(output / f"{name}.svg", overwrite=True) as temporary:
             temporary.write_text(svg, encoding="utf-8")
@@ -432,8 +434,8 @@ class Bench:
             cell["texts"] = dict(zip(list(self.passages)[1:], others, strict=True))
         if study.tasks:
             data = study.task_data and str(Path(study.task_data).resolve())
-            limited = of | {"limit": study.limit, "lm_eval": version("lm_eval"), "data": data}
-            limited |= {"by": sources("plprune.tasks")}
+            limited = of | {"limit": study.limit, "bos": study.protocol.bos, "data": data}
+            limited |= {"lm_eval": version("lm_eval"), "by": sources("plprune.tasks")}
             cell["tasks"] = {}
             for name in study.tasks:
                 cell["tasks"] |= self.cache.get(limited | {"tasks": name}, lambda name=name: self._tasks(model(), name))
@@ -469,7 +471,8 @@ class Bench:
 
     def _tasks(self, model: PreTrainedModel, name: str) -> Cell:
         study = self.study
-        results = run_tasks(self._placed(model), self.tokenizer, [name], study.limit, study.task_data)
+        placed, bos = self._placed(model), study.protocol.bos
+        results = run_tasks(placed, self.tokenizer, [name], study.limit, study.task_data, bos=bos)
         return {task: dataclasses.asdict(result) for task, result in results.items()}
 
     def _placed(self, model: PreTrainedModel) -> PreTrainedModel:

@@ -30,6 +30,7 @@ from plprune.hf import described
 from plprune.lora import base_parameters
 from plprune.progress import Progress
 from plprune.running import check_ids, evaluating
+from plprune.tables import aligned
 from plprune.text import DROPPED, Tally, bos_token, check_sizes, documents, ending, put, read
 
 BYTE = re.compile("<0x[0-9A-F]{2}>")  # what SentencePiece calls a byte of a character that it has no token for
@@ -306,16 +307,14 @@ def table(rows: dict[str, Measurement]) -> str:
         dense            20.00         100         150  600.0 MB       10.0
     """
     bits = any(row.bits_per_byte is not None for row in rows.values())
-    more = f"{'bits/byte':>11}" if bits else ""
-    lines = [f"{'model':<11}{'perplexity':>11}{more}{'in blocks':>12}{'parameters':>12}{'on disk':>10}{'tokens/s':>11}"]
+    lines = [["model", "perplexity", *["bits/byte"] * bits, "in blocks", "parameters", "on disk", "tokens/s"]]
     for name, row in rows.items():
+        quality = [f"{row.perplexity:.2f}"]
+        quality += ["-" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"] * bits
+        size = [f"{row.block_parameters:,}", f"{row.parameters:,}", f"{row.bytes / 1e6:.1f} MB"]
         speed = "-" if row.tokens_per_second is None else f"{row.tokens_per_second:.1f}"
-        more = f"{'-' if row.bits_per_byte is None else f'{row.bits_per_byte:.4f}':>11}" if bits else ""
-        lines.append(
-            f"{name:<11}{row.perplexity:>11.2f}{more}{row.block_parameters:>12,}{row.parameters:>12,}"
-            f"{row.bytes / 1e6:>7.1f} MB{speed:>11}"
-        )
-    return "\n".join(lines)
+        lines.append([name, *quality, *size, speed])
+    return aligned(lines, [11, 11, *[11] * bits, 12, 12, 10, 11])
 
 
 def as_dict(rows: dict[str, Measurement]) -> dict[str, dict[str, float]]:

@@ -104,9 +104,10 @@ class Journal:
     def __enter__(self) -> "Journal":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if not any((self.folder / kind).exists() for kind in ("walks", "blocks", "notes")):
-            self.remove()  # nothing was done
+    def __exit__(self, raised: type[BaseException] | None, *_: object) -> None:
+        started = any((self.folder / kind).exists() for kind in ("walks", "blocks", "notes"))
+        if not started or issubclass(raised or object, NotFinite):  # a run that goes on would come to the same
+            self.remove()
         self.close()
 
     def close(self) -> None:
@@ -292,6 +293,10 @@ class Filed(Sequence[Tensor]):
 
     def _file(self, index: int) -> Path:
         return self.folder / f"{index:05}.safetensors"
+
+
+class NotFinite(ValueError):
+    """There is NaN or infinity among what was computed."""
 
 
 class CannotWrite(OSError):

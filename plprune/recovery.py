@@ -43,6 +43,13 @@ REMEDY = (
 LEAST = 1e-30  # that losses are divided by, where nothing counts
 
 
+def check_rates(**rates: float) -> None:
+    """Raises ValueError for a rate that cannot be."""
+    for name, value in rates.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}, but must be a number that is not negative")
+
+
 class Recovery(pl.LightningModule):
     """Trains a causal language model back by LoRA, with ranks that follow the importance of its blocks.
 
@@ -82,9 +89,7 @@ class Recovery(pl.LightningModule):
         distill: Distillation | None = None,
     ) -> None:
         super().__init__()
-        for name, value in {"learning_rate": learning_rate, "weight_decay": weight_decay, "warmup": warmup}.items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} is {value}, but must be a number that is not negative")
+        check_rates(learning_rate=learning_rate, weight_decay=weight_decay, warmup=warmup)
         self.tokenizer = load_tokenizer(name_or_path)
         load = load_skeleton if processes.local_rank() else load_model
         self.model = load(name_or_path, dtype)

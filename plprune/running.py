@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plprune import processes
 from plprune.anatomy import Block, blocks_of
-from plprune.journal import Filed
+from plprune.journal import Filed, NotFinite
 from plprune.stats import BlockInfluence
 
 
@@ -85,7 +85,7 @@ class BlockInputs:
             x = hidden.to(self.device)
             y = run_block(self.block, x, call.to(self.device))
             if not torch.isfinite(y.sum(dtype=torch.float32)):
-                raise ValueError(
+                raise NotFinite(
                     f"NaN or infinity in the activations of block {self.block.index}: load the model in float32 or "
                     "bfloat16, and check its weights"
                 )
@@ -115,6 +115,16 @@ def check_ids(
             f"the text has tokens that the embedding, of {rows} rows, has none for: {', '.join(some)}{more}; use the "
             "model's own tokenizer, or make the embedding larger by model.resize_token_embeddings"
         )
+
+
+@contextlib.contextmanager
+def checking_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Has :func:`check_ids` judge whatever the model is called with, for the time of the context."""
+    look = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: check_ids(model, args[:1], tokenizer))
+    try:
+        yield
+    finally:
+        look.remove()
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ from plprune.progress import Progress
 from plprune.running import evaluating, finish, record, run_block
 from plprune.stats import Norms
 from plprune.surgery import drop_attention, shrink
+from plprune.tables import aligned
 
 FRACTIONS = (0.25, 0.5, 1.0)
 SHOWN = 5  # sub-blocks at each end of the table
@@ -188,14 +189,15 @@ def table(found: Sensitivity) -> str:
     order = sorted(rows, key=lambda part: -_or_infinite(rows[part][fractions[-1]]))
     left_out = len(order) - 2 * SHOWN
     heads = [f"{100 * fraction:.3g}%" for fraction in fractions]
-    lines = [f"{'part':<20}" + "".join(f"{head:>10}" for head in heads)]
+    lines = [["part", *heads]]
     for i, (block, kind) in enumerate(order):
         if left_out <= 0 or i < SHOWN or i >= SHOWN + left_out:
             values = [_or_infinite(rows[block, kind][fraction]) for fraction in fractions]
-            lines.append(f"{f'block {block}':<10}{kind:<10}" + "".join(f"{value:>10.2f}" for value in values))
+            lines.append([f"{f'block {block}':<10}{kind}", *(f"{value:.2f}" for value in values)])
         elif i == SHOWN:
-            lines.append(f"... {left_out} more ...")
-    return "\n".join([*lines, f"{'dense':<20}" + f"{found.dense:>10.2f}" * len(fractions)])
+            lines.append([f"... {left_out} more ..."])
+    lines.append(["dense", *[f"{found.dense:.2f}"] * len(fractions)])
+    return aligned(lines, [20, *[10] * len(fractions)])
 
 
 def _measure(

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune.weights import INDEX, SINGLE, key_of, listed, mapped, opened, renamings
+from plprune.weights import files, key_of, mapped, opened, renamings
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 PICKLES = "pytorch_model.bin"
-FILES = [(SINGLE, INDEX), (PICKLES, f"{PICKLES}.index.json")]  # the first that is there holds the weights
 NUMBERS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 SCALES = "_scale_inv", "_scale"  # both are multiplied by
@@ -136,17 +135,12 @@ class Source:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with a folder's weights, those that transformers reads; none if there are none.
+    """The files with a folder's weights, in safetensors or else pickled; none if there are none.
 
     Raises:
         ValueError: What lists them is damaged.
     """
-    for single, index in FILES:
-        if (folder / single).exists():
-            return [folder / single]
-        if (folder / index).exists():
-            return listed(folder / index)
-    return []
+    return files(folder) or files(folder, PICKLES)
 
 
 def _listed(file: Path) -> Iterator[tuple[str, Entry]]:

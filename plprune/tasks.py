@@ -13,6 +13,7 @@ task goes without.
 """
 
 import contextlib
+import copy
 import difflib
 import functools
 import hashlib
@@ -32,9 +33,11 @@ from unittest import mock
 
 import numpy as np
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plprune.running import evaluating
+from plprune.running import checking_ids, evaluating
+from plprune.text import bos_token
 
 log = logging.getLogger(__name__)
 METRICS = ("acc", "exact_match")  # the first of them that a task has is its result; else its own first
@@ -121,6 +124,7 @@ def run_tasks(
     limit: int | None = None,
     folder: str | None = None,
     batch_size: int = 8,
+    bos: bool | None = None,
 ) -> dict[str, TaskResult]:
     """Runs tasks on a model where it is.
 
@@ -131,21 +135,23 @@ def run_tasks(
         limit: At most this many examples of each task; all if not given.
         folder: The folder of task files; data sets come from the hub or its cache if not given.
         batch_size: Requests that are run at once.
+        bos: Whether prompts begin with the BOS token; as the tokenizer itself does if not given.
 
     Returns:
         The result of each task and of each group that has one, by name; a group comes before what is in it.
 
     Raises:
-        ValueError: As :func:`check_tasks`.
+        ValueError: As :func:`check_tasks`, or prompts have tokens that the model or the tokenizer has not.
     """
     loaded = _loaded(tuple(names), folder)
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     log.info("running %s%s", ", ".join(loaded["tasks"]), f", {limit} examples of each" if limit else "")
-    with _undisturbed(), evaluating(model):
+    with _undisturbed(), evaluating(model), checking_ids(model, tokenizer):
         wrap, run = cast(Any, HFLM), cast(Any, lm_eval.simple_evaluate)
-        wrapped = wrap(model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        own = _beginning(tokenizer) if bos and bos_token(tokenizer) is None else tokenizer
+        wrapped = wrap(model, tokenizer=own, backend="causal", batch_size=batch_size, add_bos_token=bos)
         found = run(wrapped, tasks=loaded["asked"], limit=limit, task_manager=loaded["manager"])
     return _results(found, loaded)
 
@@ -261,13 +267,41 @@ def _loaded(names: tuple[str, ...], folder: str | None) -> dict[str, Any]:
                 raise ValueError(f"no task {name!r}; {meant}")
         with _data_from(folder) if folder else contextlib.nullcontext():
             try:
-                loaded = manager.load(list(names))
+                found = {name: manager.load(name) for name in names}
             except (OSError, ValueError, ImportError, RuntimeError) as error:
                 raise ValueError(_missing(names, folder, error)) from error
-    tasks, groups = loaded["tasks"], loaded["groups"]
+    _check_apart(found)
+    tasks, groups = ({k: v for each in found.values() for k, v in each[kind].items()} for kind in ("tasks", "groups"))
     within = {child: name for name, group in groups.items() for child in group.child_names}
     asked = [each for name, each in (groups | tasks).items() if name not in within]
     return {"manager": manager, "tasks": tasks, "groups": groups, "within": within, "asked": asked}
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer like another, but that texts begin with the BOS token.
+
+    Raises:
+        ValueError: There is no such token, or the tokenizer cannot be made to.
+    """
+    token = bos_token(tokenizer, True)
+    if not tokenizer.is_fast:
+        raise ValueError("bos does not reach tasks, as the tokenizer is not a fast one: leave out bos or tasks")
+    made: Any = copy.deepcopy(tokenizer)
+    parts = {"single": f"{tokenizer.bos_token} $A", "pair": f"{tokenizer.bos_token} $A $B:1"}
+    made.backend_tokenizer.post_processor = TemplateProcessing(**parts, special_tokens=[(tokenizer.bos_token, token)])
+    return made
+
+
+def _check_apart(loaded: dict[str, dict[str, Any]]) -> None:
+    """Raises ValueError if a task is in two of what is asked for, which lm-eval does not run; tags are no matter."""
+    for one, other in itertools.combinations(loaded, 2):
+        a, b = (set(loaded[name]["tasks"]) for name in (one, other))
+        if not a & b or not (loaded[one]["groups"] or loaded[other]["groups"]):
+            continue
+        if not (a <= b or b <= a):
+            raise ValueError(f"{one} and {other} both contain {min(a & b)}: run them one after the other")
+        within, whole = sorted((one, other), key=lambda name: [len(loaded[name][kind]) for kind in ("tasks", "groups")])
+        raise ValueError(f"{within} is in {whole}: leave it out, as {whole} is shown with all that is in it")
 
 
 def _missing(names: Sequence[str], folder: str | None, error: Exception) -> str:

@@ -33,10 +33,10 @@ DROPPED = 0.1  # the share of rows that may be unusable, unasked
 
 
 def check_sizes(**sizes: int | None) -> None:
-    """Raises ValueError for a size below 1."""
+    """Raises ValueError for a size that cannot be."""
     for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise ValueError(f"{name} is {size}, but must be at least 1")
+        if size is not None and not 1 <= size < 2**31:
+            raise ValueError(f"{name} is {size}, but must be at least 1 and less than 2**31")
 
 
 def check_seed(seed: int) -> None:
@@ -421,14 +421,13 @@ def _read_parquet(path: Path) -> Iterator[Placed]:
 
 def _read_hub(source: str, limit: int | None) -> Iterator[Record]:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
 
     name, config, part = [*source.split(":"), "", ""][:3]
     try:
         rows = load_dataset(name, config or None, split=part or "train", streaming=limit is not None)
         yield from cast(Iterable[Record], rows)
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = str(error).partition("\n")[0]
+    except Exception as error:  # of whatever kind, it is not there, or is no data set
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"cannot load {source} ({reason}): check its name, configuration and split") from error
 
 

@@ -20,31 +20,33 @@ from transformers.core_model_loading import WeightRenaming, WeightTransform
 
 from plprune.anatomy import tie, tied
 from plprune.hf import config_from, pruned_skeleton, skeleton
+from plprune.journal import NotFinite
 from plprune.plan import FILE, PruningPlan
 
 log = logging.getLogger(__name__)
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SINGLE = "model.safetensors"
+INDEX = f"{SINGLE}.index.json"
 LONG = 1 << 30  # bytes: reading them back takes a while
 
 
-def files(folder: Path) -> list[Path]:
-    """The files with a folder's weights: those of its index, if it has one.
+def files(folder: Path, single: str = SINGLE) -> list[Path]:
+    """The files with a folder's weights, those that transformers reads; none if there are none.
+
+    Args:
+        folder: The folder.
+        single: The name of a file that holds all of them; where it is not, an index lists those that do.
 
     Raises:
         ValueError: The index is damaged.
     """
-    return listed(folder / INDEX) if (folder / INDEX).exists() else [folder / SINGLE]
-
-
-def listed(index: Path) -> list[Path]:
-    """The files that an index lists, which are beside it.
-
-    Raises:
-        ValueError: It is damaged.
-    """
+    index = folder / f"{single}.index.json"
+    if (folder / single).exists():
+        return [folder / single]
     try:
-        return [index.parent / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except FileNotFoundError:
+        return []
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ValueError(f"{index} is damaged: get the model again") from error
 
@@ -175,10 +177,10 @@ def check_finite(name: str, tensor: Tensor) -> None:
     """Makes sure that there is no NaN and no infinity in what is to be saved.
 
     Raises:
-        ValueError: There is.
+        NotFinite: There is.
     """
     if tensor.is_floating_point() and not tensor.isfinite().all():
-        raise ValueError(
+        raise NotFinite(
             f"{name} is not finite, it holds NaN or infinity: nothing was saved; prune or train again in float32 or "
             "bfloat16, or at a lower learning rate"
         )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from plprune.atomic import check_free, clear, remove, resolved, staged
+from plprune.atomic import check_file, check_free, clear, remove, resolved, staged
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -240,3 +240,16 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with staged("~/out") as temporary:
         write_file(temporary)
     assert tree(tmp_path) == {"out": "new"}
+
+
+def test_a_file_takes_the_place_of_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    check_free(tmp_path / "there")
+    with pytest.raises(IsADirectoryError, match="there is a folder: name a file"):
+        check_file(tmp_path / "there", overwrite=True)
+    check_file(tmp_path / "there" / "file")
+
+
+def test_an_output_without_a_name() -> None:
+    with pytest.raises(ValueError, match="an output has no name"):
+        resolved("")

@@ -189,6 +189,8 @@ def test_unknown_command(complain: Complain, given: str, meant: str) -> None:
         ({"data__num_samples": 10_000}, "but num_samples is 10000: give more text, or lower num_samples"),
         ({"data__seq_len": 10_000}, "but a window needs 10000: give more text"),
         ({"data__train": "no.txt"}, "no.txt does not exist"),
+        ({"data__seq_len": None}, "data.seq_len has no value: give one, or leave it out if it has a default"),
+        ({"model__lora": {"rank": None}}, "model.lora.rank has no value"),
         ({"data__train": ""}, "a text has no name"),
         ({"data__seed": -1}, "seed is -1, but must be at least 0"),
         ({"data__held_out": 1.5}, "held_out is 1.5, but it is a fraction in (0, 1)"),
@@ -198,6 +200,22 @@ def test_unknown_command(complain: Complain, given: str, meant: str) -> None:
 )
 def test_configurations_of_fit(complain: Complain, model: Path, here: Path, changes: dict[str, Any], said: str) -> None:
     assert said in complain("fit", "--config", fit_config(here, model, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seq_len": None}, "seq_len has no value"),
+        ({"max_dropped": None}, "max_dropped has no value"),
+        ({"calibration": [{"text": "text.txt", "num_samples": None}]}, "calibration.num_samples has no value"),
+        ({"recover": {"text": "text.txt", "distill": {"weight": None}}}, "recover.distill.weight has no value"),
+        ({"sparsities": "many"}, "sparsities: expected Sequence. Got value: many"),
+    ],
+)
+def test_configurations_of_compare(complain: Complain, here: Path, changes: dict[str, Any], said: str) -> None:
+    config = {"models": ["no"], "methods": [{"class_path": "CFSP"}], "output": "out", "text": "text.txt"}
+    (here / "compare.yaml").write_text(yaml.safe_dump(config | changes))
+    assert said in complain("compare", "--config=compare.yaml")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -229,7 +247,10 @@ def test_deepspeed_that_is_not_installed(
         (["evaluate"], "required: model"),
         (["prune", "a", "--output=b"], "required: method"),
         (["evaluate", "a", "--maxwindows=3"], "did you mean --max_windows?"),
-        (["evaluate", "a", "--max_windows=0"], "max_windows is 0, but must be at least 1"),
+        (["evaluate", "a", "--max_windows=0"], "max_windows is 0, but must be at least 1 and less than 2**31"),
+        (["plan", "a", "--method=CFSP", "--context=9999999999"], "context is 9999999999, but must be at least 1 and"),
+        (["evaluate", ""], "a model has no name"),
+        (["evaluate", "absent"], "; give a folder, a .gguf file, or ORG/NAME of a hub that can be reached"),
     ],
 )
 def test_command_lines(complain: Complain, args: list[str], said: str) -> None:
@@ -439,6 +460,17 @@ def test_an_output_that_is_not_empty(complain_of_pruning: Complain, model: Path,
 @pytest.mark.parametrize("output", [".", "text.txt", "text.txt/out"])
 def test_an_output_that_cannot_be(complain_of_pruning: Complain, output: str) -> None:
     assert complain_of_pruning(f"--output={output}")
+
+
+@pytest.mark.parametrize("given", [["plan", "--method=CFSP"], ["evaluate"], ["report"]])
+@pytest.mark.parametrize(("output", "said"), [("folder.html", "folder.html is a folder"), ("", "html")])
+def test_an_output_that_is_a_file(
+    complain: Complain, pruned: Path, here: Path, given: list[str], output: str, said: str
+) -> None:
+    (here / "folder.html").mkdir()
+    command, *more = given
+    said = said if output or command == "report" else "an output has no name"
+    assert said in complain(command, pruned, f"--output={output}", *more)
 
 
 # ---- real processes

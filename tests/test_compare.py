@@ -335,6 +335,8 @@ def test_variants_of_a_method_are_told_apart(study: Study, tmp_path: Path) -> No
         ),
         ({"recover": [Training("pydoc_data.topics")] * 2}, "`recover` has 'recovered' twice"),
         ({"recover": Training("pydoc_data.topics", steps=1, rounds=2)}, "2 rounds share steps, of which there are 1"),
+        ({"recover": Training("pydoc_data.topics", seq_len=0)}, "seq_len is 0, but must be at least 1"),
+        ({"recover": Training("pydoc_data.topics", learning_rate=float("nan"))}, "learning_rate is nan"),
         ({"recover": Training("pydoc_data.topics", name="pruned")}, "`recover` has 'pruned' twice"),
         ({"tasks": ["arc_easy"], "task_data": "nowhere"}, "no benchmark files: nowhere"),
     ],

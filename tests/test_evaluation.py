@@ -452,3 +452,10 @@ def test_measurements_are_json() -> None:
     values = json.loads(json.dumps(as_dict({"dense": ROWS["dense"]})))
     assert values["dense"]["perplexity"] == 26.984
     assert set(values["dense"]) == {"perplexity", "block_parameters", "parameters", "bytes", "tokens_per_second"}
+
+
+def test_large_numbers_stay_apart() -> None:
+    lines = table({"dense": Measurement(12345678901.25, 6_476_271_616, 16_738_415_616, 133_476_831_232, 12.5)})
+    large = "dense 12345678901.25 6,476,271,616 16,738,415,616 133476.8 MB 12.5"
+    assert lines.splitlines()[1].split() == large.split()
+    assert len({len(line) for line in lines.splitlines()}) == 1

@@ -62,6 +62,7 @@ TIERS = [
         "progress",
         "modeling_plprune",
         "serving",
+        "tables",
     },
 ]
 TREES = {path.relative_to(ROOT): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}

@@ -441,6 +441,11 @@ def test_texts_are_continued_greedily() -> None:
     assert len(said) == 2
 
 
+def test_prompts_with_tokens_that_the_embedding_lacks() -> None:
+    with pytest.raises(ValueError, match="the text has tokens that the embedding, of 200 rows, has none for"):
+        continued(tiny(vocab_size=200), tokenizer(), ["if the"])
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     return save_tiny(tmp_path_factory.mktemp("model"))

@@ -417,6 +417,15 @@ def test_a_run_that_could_do_nothing_leaves_nothing(here: Path, capsys: pytest.C
     assert set(here.iterdir()) == before
 
 
+def test_a_run_whose_numbers_are_not_finite_leaves_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = load_file("model/model.safetensors")
+    weights["model.layers.2.mlp.down_proj.weight"][0, 0] = torch.inf
+    save_file(weights, "model/model.safetensors", {"format": "pt"})
+    before = set(here.iterdir())
+    assert "NaN or infinity" in complaint(capsys, *command("CFSP", "--stream"))
+    assert set(here.iterdir()) == before
+
+
 @contextlib.contextmanager
 def no_file_larger_than(size: int) -> Iterator[None]:
     """The system's own limit: what is written beyond it fails, as on a disk that is full."""

@@ -1,5 +1,6 @@
 """lm-eval's tasks on a model in memory, against plain loops and lm-eval's own command line."""
 
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from plprune import tasks
@@ -226,6 +228,25 @@ def test_one_example_has_no_standard_error() -> None:
     assert average([]) is None
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("bos", [None, False, True])
+def test_prompts_begin_with_bos_where_it_is_asked_for_or_the_tokenizer_does(
+    folder: str, monkeypatch: pytest.MonkeyPatch, bos: bool | None, own: bool
+) -> None:
+    words, firsts, model = copy.deepcopy(tokenizer()), set(), tiny()
+    if own:
+        parts: Any = {"single": "<s> $A", "special_tokens": [("<s>", 1)]}
+        words.backend_tokenizer.post_processor = TemplateProcessing(**parts)  # type: ignore[assignment]
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: firsts.update(args[0][:, 0].tolist()))
+    run_tasks(model, words, ["toy"], folder=folder, limit=2, bos=bos)
+    assert (firsts == {1}) == (own if bos is None else bos)
+
+
+def test_prompts_with_tokens_that_the_embedding_lacks(folder: str) -> None:
+    with pytest.raises(ValueError, match="the text has tokens that the embedding, of 200 rows, has none for"):
+        run_tasks(tiny(vocab_size=200), tokenizer(), ["toy"], folder=folder, limit=2)
+
+
 # ---- faults, before any model is loaded
 
 
@@ -249,6 +270,21 @@ def test_tasks_that_cannot_be_run(folder: str, monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(ValueError, match=said) as fault:
         check_tasks([name], folder)
     assert name != "lost" or f"{folder}/own/lost does not exist" in str(fault.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["outer", "inner"], "inner is in outer: leave it out"),
+        (["inner", "outer"], "inner is in outer: leave it out"),
+        (["toy", "inner"], "toy is in inner: leave it out"),
+        (["inner", "toys"], "inner and toys both contain toy: run them one after the other"),
+    ],
+)
+def test_groups_that_overlap(groups: str, monkeypatch: pytest.MonkeyPatch, names: list[str], said: str) -> None:
+    monkeypatch.setattr(tasks, "_manager", lambda names, folder: index_of(folder))
+    with pytest.raises(ValueError, match=said):
+        check_tasks(names, groups)
 
 
 def test_folders_that_are_not_there() -> None:

@@ -20,9 +20,10 @@ from plprune.export import decilm, gguf
 from plprune.lora import merged_state
 from plprune.modeling_plprune import Pruned
 from plprune.plan import FILE, PruningPlan
+from plprune.stored import weight_files
 from plprune.streaming import open_streamed, prune_streamed
 from plprune.surgery import plan_of
-from plprune.weights import INDEX, SINGLE, check_saved, once
+from plprune.weights import INDEX, SINGLE, check_saved, files, once
 from tests.builders import logits, save_tiny, tiny, tokenizer, windows
 
 BATCHES = Calibration([windows()])
@@ -264,3 +265,11 @@ def test_the_plan_is_not_taken_for_weights(method: PruningMethod, tmp_path: Path
         again = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
         assert torch.equal(logits(again), logits(load_pruned(out)))
     assert plan_of(model)
+
+
+def test_a_single_file_goes_before_an_index(tmp_path: Path) -> None:
+    assert files(tmp_path) == weight_files(tmp_path) == []
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "2.safetensors", "b": "1.safetensors"}}))
+    assert files(tmp_path) == weight_files(tmp_path) == [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
+    (tmp_path / SINGLE).touch()
+    assert files(tmp_path) == weight_files(tmp_path) == [tmp_path / SINGLE]

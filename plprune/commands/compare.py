@@ -55,7 +55,8 @@ def compare(
         calibration_seq_len: Tokens of a calibration window, likewise.
         seq_len: Tokens of a window that perplexity is measured on.
         stride: Tokens from the start of one such window to that of the next; they do not overlap if not given.
-        bos: Whether the BOS token is put before each window of every text; as the tokenizer does if not given.
+        bos: Whether the BOS token is put before each window of every text and each prompt of a task; as the tokenizer
+            does if not given.
         max_windows: At most this many such windows from the start of the text; all if not given.
         max_dropped: The share of a text's rows that may be dropped, as they cannot be used: in [0, 1].
         recover: How every pruned model is recovered: `text` to train on, `steps`, `seq_len`, `batch_size`,

@@ -12,7 +12,7 @@ import torch
 from plprune import callbacks, evaluation
 from plprune import speed as speeds
 from plprune import tasks as benchmarks
-from plprune.atomic import check_free, staged
+from plprune.atomic import check_file, staged
 from plprune.checkpoint import load_model, load_skeleton, load_tokenizer, locate
 from plprune.evaluation import Measurement, Passage, Protocol, measure, passage
 from plprune.plan import FILE, PruningPlan
@@ -56,7 +56,8 @@ def evaluate(
         seq_len: Tokens that the model sees at once, a BOS token included.
         stride: Tokens from the start of one window to that of the next; each token is counted once, given those before
             it in the first window that holds it. Windows do not overlap if not given.
-        bos: Whether the BOS token is put before each window: true or false; as the tokenizer itself does if not given.
+        bos: Whether the BOS token is put before each window and each prompt of a task: true or false; as the tokenizer
+            itself does if not given.
         max_windows: At most this many windows from the start of the text; all if not given.
         max_dropped: The share of a text's rows that may be dropped, as they cannot be used: in [0, 1].
         dense: The model to judge beside it by the same protocol; `auto` for the one that it was pruned from, where
@@ -77,8 +78,8 @@ def evaluate(
     protocol, place = Protocol(seq_len, stride, bos, max_windows), device_called(device)
     check_source(text)
     check_share(max_dropped)
-    if output:
-        check_free(output, overwrite)
+    if output is not None:
+        check_file(output, overwrite)
     names = benchmarks.named(tasks)
     stages, plan = _stages(model, dense)
     passages = {
@@ -92,7 +93,7 @@ def evaluate(
         check_ids(network, passages[stage].windows, load_tokenizer(name))
         found = _Judged(passages[stage], measure(network, passages[stage]), {}, None)
         if names:
-            found.tasks = benchmarks.run_tasks(network, load_tokenizer(name), names, limit, task_data, batch_size)
+            found.tasks = benchmarks.run_tasks(network, load_tokenizer(name), names, limit, task_data, batch_size, bos)
         if speed:
             found.speed = speeds.measure_speed(network)
         judged[stage] = found

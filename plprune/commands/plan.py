@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from plprune import estimate
 from plprune.anatomy import blocks_of
-from plprune.atomic import check_free, staged
+from plprune.atomic import check_file, staged
 from plprune.checkpoint import chosen, load_skeleton, stored_at
 from plprune.estimate import Machine, Need, shown
 from plprune.methods import PruningMethod
@@ -65,8 +65,8 @@ def plan(
     """
     check_sizes(num_samples=num_samples, seq_len=seq_len, batch_size=batch_size, context=context, steps=steps)
     check_sizes(train_seq_len=train_seq_len, train_batch_size=train_batch_size, rank=rank)
-    if output:
-        check_free(output, overwrite)
+    if output is not None:
+        check_file(output, overwrite)
     dtype = chosen(stored_at(model, fetch=False), dtype)
     network, where = load_skeleton(model, dtype), estimate.machine(device)
     aimed = method.aimed(network)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from plprune.atomic import check_free
+from plprune.atomic import check_file
 from plprune.report import NAME, check_ours, write
 from plprune.report.found import found
 from plprune.report.page import at
@@ -18,14 +18,14 @@ def report(folder: str, output: str | None = None, overwrite: bool = False) -> N
         overwrite: Whether to replace the output.
     """
     record = found(folder)
-    page = Path(output).expanduser() if output else _beside(Path(folder))
+    page = Path(output).expanduser() if output is not None else _beside(Path(folder))
     if page.suffix != ".html":
         raise ValueError(f"the output is {page}, but a report is a file whose name ends in .html")
-    if output:
-        check_free(page, overwrite)
+    if output is not None:
+        check_file(page, overwrite)
     else:
         check_ours(page)
-    write(record, page, overwrite=overwrite or not output)
+    write(record, page, overwrite=overwrite or output is None)
     print(f"{told(record)}saved to {page}")
 
 

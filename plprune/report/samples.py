@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plprune.running import evaluating
+from plprune.running import checking_ids, evaluating
 
 PROMPTS = ("The capital of France is", "To make bread, you need", "Once upon a time, there was")
 
@@ -24,7 +24,7 @@ def continued(
         new_tokens: At most so many are added.
     """
     texts = []
-    with evaluating(model):
+    with evaluating(model), checking_ids(model, tokenizer):
         for prompt in prompts:
             ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
             own: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True}
