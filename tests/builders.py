@@ -1,6 +1,7 @@
 """Tiny random models of every family, a tiny tokenizer, and text: nothing is downloaded."""
 
 import functools
+import itertools
 import json
 from collections.abc import Iterable
 from importlib import import_module
@@ -89,6 +90,11 @@ REPAIRED: dict[str, Any] = {  # not as the papers have it: restored in a walk of
 }
 REPAIRED_ON = ("llama", "opt", "phi3")  # plain, with biases, and fused
 DEFAULTS = ("FLAP AL-AM", "FASP value_channels", "CFSP activation", "TwoSSP")
+UNLIKE = ("llama", "opt", "gpt2", "phi3", "gemma2")  # gated; with biases; transposed; fused; windows and norms behind
+# Every method on every family, its further settings on families that are unlike, and two methods on each variant.
+PAIRS = [(each, name) for each in FAMILIES for name in METHODS if name in (*DEFAULTS, "LearnedGates") or each in UNLIKE]
+PAIRS += [(each, DEFAULTS[(i + j) % 4]) for i, each in enumerate(VARIANTS) for j in (0, 2)]
+PAIRS += itertools.product(REPAIRED_ON, REPAIRED)
 OWN: list[str] = []  # of the option --method: the contract battery then judges these and no others
 
 

@@ -25,6 +25,10 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"--method: {error}") from error
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups when it is told of the items
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:  # a file stays in one process, with its fixtures; a file about families is shared out by them
+        family = getattr(getattr(item, "callspec", None), "params", {}).get("family", "")
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {str(family).partition('/')[0]}"))
     if config.getoption("--method"):  # what is not about a method says nothing of this one
         items[:] = [item for item in items if "name" in getattr(getattr(item, "callspec", None), "params", ())]

@@ -6,7 +6,7 @@ the variants of the families where caches and checkpoints are concerned, with on
 A method of your own is judged, on every family and variant, by `pytest tests/test_contract.py --method MODULE.CLASS`.
 """
 
-import copy
+import functools
 import itertools
 from typing import Any
 
@@ -17,9 +17,9 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from plprune import PruningPlan, load_pruned, perplexity, prune, save_pruned, surgery
 from plprune.anatomy import FAMILIES, Block, Group, blocks_of, innermost, matrix
-from tests.builders import DEFAULTS, METHODS, OWN, REPAIRED, REPAIRED_ON, VARIANTS, logits, method, tiny, windows
+from tests.builders import DEFAULTS, OWN, PAIRS, VARIANTS, logits, method, tiny, windows
 
-JUDGED, JUDGED_EVERYWHERE = (OWN, OWN) if OWN else (METHODS, DEFAULTS)
+EVERY = [*itertools.product([*FAMILIES, *VARIANTS], OWN)] if OWN else PAIRS
 
 
 def pairs(quick_variants: bool) -> pytest.MarkDecorator:
@@ -27,14 +27,11 @@ def pairs(quick_variants: bool) -> pytest.MarkDecorator:
 
     def quick(family: str, name: str) -> bool:
         if family in VARIANTS:
-            own = JUDGED_EVERYWHERE[list(VARIANTS).index(family) % len(JUDGED_EVERYWHERE)]
-            return quick_variants and name == own
-        return name in JUDGED_EVERYWHERE or family == "llama"
+            first = OWN[0] if OWN else DEFAULTS[list(VARIANTS).index(family) % len(DEFAULTS)]
+            return quick_variants and name == first
+        return family == "llama" or name in (OWN or DEFAULTS)
 
-    everything = itertools.product([*FAMILIES, *VARIANTS], JUDGED)
-    cases = [(family, name) for family, name in everything if family in FAMILIES or name in JUDGED_EVERYWHERE]
-    cases += [] if OWN else itertools.product(REPAIRED_ON, REPAIRED)
-    marked = [pytest.param(*case, marks=[] if quick(*case) else pytest.mark.slow) for case in cases]
+    marked = [pytest.param(*pair, marks=[] if quick(*pair) else pytest.mark.slow) for pair in EVERY]
     return pytest.mark.parametrize(("family", "name"), marked)
 
 
@@ -43,7 +40,9 @@ every_method_and_variant = pairs(quick_variants=True)
 every_family = pytest.mark.parametrize("family", [*FAMILIES, *VARIANTS])
 
 
+@functools.cache
 def pruned(family: str, name: str, sparsity: float = 0.25, **settings: Any) -> tuple[PreTrainedModel, PruningPlan]:
+    """A pruned model, which other tests look at too: none changes it."""
     model = tiny(family, **settings)
     return model, prune(model, method(name, sparsity), list(windows().split(2)))
 
@@ -122,7 +121,7 @@ def test_the_plan_alone_rebuilds_the_shapes(family: str, name: str, tmp_path) ->
 
 @every_method
 def test_a_pruned_model_can_be_pruned_again_and_saved(family: str, name: str, tmp_path) -> None:
-    model, first = pruned(family, name, 0.15)
+    model, first = pruned(family, name)
     save_pruned(model, tmp_path / "first")
     model = load_pruned(tmp_path / "first")
     second = prune(model, method("FASP kv_heads", 0.15), list(windows().split(2)))
@@ -182,7 +181,8 @@ def test_sparsity_0_is_the_identity(family: str, name: str) -> None:
 
 @every_method
 def test_the_same_text_gives_the_same_plan_whatever_the_batch_size(family: str, name: str) -> None:
-    twos, again, ones, fours = (prune(tiny(family), method(name), list(windows().split(n))) for n in (2, 2, 1, 4))
+    _, twos = pruned(family, name)
+    again, ones, fours = (prune(tiny(family), method(name, 0.25), list(windows().split(n))) for n in (2, 1, 4))
     for plan in (ones, fours):
         assert plan.keep.keys() == twos.keep.keys()
         assert all(torch.equal(plan.keep[g], twos.keep[g]) for g in plan.keep)
@@ -199,19 +199,17 @@ def test_importance_is_one_positive_number_a_block(family: str, name: str) -> No
 
 @every_method
 def test_permuting_the_units_permutes_the_plan_and_not_the_function(family: str, name: str) -> None:
-    ids = windows()
-    model = tiny(family)
-    other = copy.deepcopy(model)
-    orders = {}
+    model, plan = pruned(family, name)
+    other, orders = tiny(family), {}
     for block in blocks_of(other):
         for group in block.groups():
             orders[group.name] = permute(block, group)
-    torch.testing.assert_close(logits(other), logits(model), rtol=1e-4, atol=1e-4)
-    plan, moved = prune(model, method(name), [ids]), prune(other, method(name), [ids])
+    torch.testing.assert_close(logits(other), logits(tiny(family)), rtol=1e-4, atol=1e-4)
+    moved = prune(other, method(name, 0.25), list(windows().split(2)))
     for group, order in orders.items():
         if group in plan.keep:
             assert set(order[moved.keep[group]].tolist()) == set(plan.keep[group].tolist())
-    assert perplexity(other, [ids]) == pytest.approx(perplexity(model, [ids]), rel=1e-3)
+    assert perplexity(other, [windows()]) == pytest.approx(perplexity(model, [windows()]), rel=1e-3)
 
 
 def decoded(model: PreTrainedModel, ids: Tensor, cache: Any, steps: list[int]) -> Tensor:  # [b, s, vocabulary]

@@ -41,7 +41,11 @@ def exported(folder: Path, *options: str) -> dict[str, Any]:
 # ---- the command
 
 
-@pytest.mark.parametrize("method", [FLAP(0.25), FASP(0.25, attention="kv_heads")], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "method",
+    [FLAP(0.25), pytest.param(FASP(0.25, attention="kv_heads"), marks=pytest.mark.slow)],
+    ids=lambda m: type(m).__name__,
+)
 def test_what_is_written_is_loaded_again_and_compared(method: Any, tmp_path: Path, capsys: Any) -> None:
     saved(tmp_path / "model", method)
     rows = exported(tmp_path / "model")

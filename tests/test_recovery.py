@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -47,8 +48,7 @@ from plprune.plan import PruningPlan
 from plprune.recovery import gradient_norms
 from plprune.surgery import apply, plan_of
 from plprune.text import IGNORED
-from tests.builders import METHODS, logits, method, save_tiny, tiny, windows
-from tests.probes import StopAfter, Stopped
+from tests.builders import DEFAULTS, logits, method, save_tiny, tiny, windows
 from tests.runs import Run, make_source, new_folder
 
 STEPS = 9
@@ -84,7 +84,7 @@ def losses(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*DEFAULTS, "LearnedGates"])
 def test_recovery_lowers_the_loss_of_every_method(folder: str, text: str, tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
     module = recovery(folder)
@@ -130,31 +130,30 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+def way_of(root: Path, folder: str, text: str, way: str, **settings: Any) -> tuple[dict[str, torch.Tensor], float]:
+    pl.seed_everything(0)
+    module = recovery(folder, **WAYS[way])
+    save = ModelCheckpoint(root / "ckpt", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    run = trainer(root, Prune(FLAP(0.3)), save, enable_checkpointing=True)
+    run.fit(module, datamodule=data(text, seq_len=24, batch_size=18), **settings)
+    assert run.num_training_batches == 4
+    return losses(module), float(run.callback_metrics["train_loss"])
+
+
 @pytest.mark.parametrize(
-    ("way", "stop"),
-    [*((way, stop) for way in ("lora", "dropout") for stop in (3, 4, 7)), ("dora", 3), ("consumers", 3)],
+    ("way", "stops"), [("lora", (3, 4, 7)), ("dropout", (3, 4, 7)), ("dora", (3,)), ("consumers", (3,))]
 )
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
-    folder: str, text: str, tmp_path: Path, way: str, stop: int, monkeypatch
+    folder: str, text: str, tmp_path: Path, way: str, stops: tuple[int, ...], monkeypatch
 ) -> None:
     """An epoch has 4 batches: stops within one, at the last batch of one, and in a later one."""
-
-    def run(root: Path, *extra: pl.Callback, ckpt_path: Path | None = None) -> tuple[dict[str, torch.Tensor], float]:
-        pl.seed_everything(0)
-        module = recovery(folder, **WAYS[way])
-        save = ModelCheckpoint(root / "ckpt", filename="{step}", every_n_train_steps=stop, save_top_k=-1)
-        run = trainer(root, Prune(FLAP(0.3)), save, *extra, enable_checkpointing=True)
-        run.fit(module, datamodule=data(text, seq_len=24, batch_size=18), ckpt_path=ckpt_path)
-        assert run.num_training_batches == 4
-        return losses(module), float(run.callback_metrics["train_loss"])
-
-    whole, loss = run(tmp_path / "whole")
-    with pytest.raises(Stopped):
-        run(tmp_path / "parts", StopAfter(stop))
+    whole, loss = way_of(tmp_path / "whole", folder, text, way)
     monkeypatch.setattr("plprune.callbacks.prune", lambda *_: pytest.fail("calibrated again"))
-    resumed, resumed_loss = run(tmp_path / "parts", ckpt_path=tmp_path / "parts" / "ckpt" / f"step={stop}.ckpt")
-    assert resumed_loss == loss
-    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    for stop in stops:
+        parts = shutil.copytree(tmp_path / "whole", tmp_path / str(stop))
+        resumed, resumed_loss = way_of(parts, folder, text, way, ckpt_path=parts / "ckpt" / f"step={stop}.ckpt")
+        assert resumed_loss == loss
+        assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
 def test_checkpoints_hold_the_adapters_only(folder: str, text: str, tmp_path: Path) -> None:

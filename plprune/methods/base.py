@@ -2,13 +2,14 @@
 
 import bisect
 import dataclasses
+import functools
 import logging
 import math
 import operator
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import version
+from importlib import metadata
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +29,7 @@ from plprune.surgery import attach, plan_of
 
 Rows = Sequence[tuple[Block, Group]]
 log = logging.getLogger(__name__)
+version = functools.cache(metadata.version)  # which reads and parses a file
 
 
 @dataclasses.dataclass(frozen=True)
