@@ -1,9 +1,12 @@
 """Tests run side by side, one process a core: each of them, and what it starts, computes on one thread."""
 
 import os
+import re
+from typing import Any
 
 import pytest
 import torch
+from xdist.scheduler import LoadFileScheduling
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -25,10 +28,20 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"--method: {error}") from error
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups when it is told of the items
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:  # a file stays in one process, with its fixtures; a file about families is shared out by them
-        family = getattr(getattr(item, "callspec", None), "params", {}).get("family", "")
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {str(family).partition('/')[0]}"))
     if config.getoption("--method"):  # what is not about a method says nothing of this one
         items[:] = [item for item in items if "name" in getattr(getattr(item, "callspec", None), "params", ())]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> "Shares":
+    return Shares(config, log)
+
+
+class Shares(LoadFileScheduling):
+    """A file stays in one process, with its fixtures; one about pairs of families and methods is shared out."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file, _, case = nodeid.partition("[")
+        file = file.partition("::")[0]
+        return f"{file} {re.split('[-/]', case)[0]}" if file.endswith(("contract.py", "estimate.py")) else file
