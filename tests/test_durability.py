@@ -32,6 +32,12 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[
     return uninterrupted(source, tmp_path_factory.mktemp("whole"), 1)
 
 
+@pytest.fixture(scope="module")
+def whole_of_two(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, float]]:
+    """Likewise, of two processes."""
+    return uninterrupted(source, tmp_path_factory.mktemp("whole of two"), 2)
+
+
 @pytest.fixture
 def moments() -> random.Random:
     seed = int(os.environ.get("PLPRUNE_SEED", time.time_ns() % 10**6))
@@ -75,20 +81,29 @@ PHASES = ["loading", "pruning", "training", "checkpoint", "export"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
-def test_kills_at_any_moment_change_nothing(source: Path, tmp_path: Path, moments: random.Random, phase: str) -> None:
-    kill_often(source, tmp_path, moments, [phase], 1)
+def test_kills_at_any_moment_change_nothing(
+    source: Path, whole: tuple[dict[str, Any], dict[str, float]], tmp_path: Path, moments: random.Random, phase: str
+) -> None:
+    kill_often(source, whole, tmp_path, moments, [phase], 1)
 
 
 @pytest.mark.slow
-def test_kills_of_one_of_two_ranks_change_nothing(source: Path, tmp_path: Path, moments: random.Random) -> None:
-    kill_often(source, tmp_path, moments, PHASES, 2)
+def test_kills_of_one_of_two_ranks_change_nothing(
+    source: Path, whole_of_two: tuple[dict[str, Any], dict[str, float]], tmp_path: Path, moments: random.Random
+) -> None:
+    kill_often(source, whole_of_two, tmp_path, moments, PHASES, 2)
 
 
-def kill_often(source: Path, root: Path, moments: random.Random, phases: list[str], ranks: int) -> None:
+def kill_often(
+    source: Path,
+    whole: tuple[dict[str, Any], dict[str, float]],
+    root: Path,
+    moments: random.Random,
+    phases: list[str],
+    ranks: int,
+) -> None:
     """Kills runs in drawn phases at drawn moments, five times each before it may end, until enough kills have hit."""
-    (root / "whole").mkdir()
-    expected, durations = uninterrupted(source, root / "whole", ranks)
-    hits, folders = 0, 0
+    (expected, durations), hits, folders = whole, 0, 0
     while hits < KILLS:
         folders += 1
         assert folders <= KILLS, "too few kills hit"
@@ -119,9 +134,10 @@ def test_sigterm_stops_a_run_that_then_goes_on(
 @pytest.mark.slow
 @pytest.mark.parametrize("told", [0, 1])
 @pytest.mark.parametrize("phase", ["pruning", "after training"])
-def test_sigterm_to_one_of_two_ranks_stops_both(source: Path, tmp_path: Path, phase: str, told: int) -> None:
-    (tmp_path / "whole").mkdir()
-    expected, _ = uninterrupted(source, tmp_path / "whole", ranks=2)
+def test_sigterm_to_one_of_two_ranks_stops_both(
+    source: Path, whole_of_two: tuple[dict[str, Any], dict[str, float]], tmp_path: Path, phase: str, told: int
+) -> None:
+    expected, _ = whole_of_two
     run = Run(new_folder(source, tmp_path / "run"), ranks=2)
     run.until(phase)
     run.kill(told, number=signal.SIGTERM)
@@ -198,9 +214,10 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_run_again_when_a_rank_is_killed(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "whole").mkdir()
-    expected, _ = uninterrupted(source, tmp_path / "whole", ranks=2)
+def test_torchrun_starts_a_run_again_when_a_rank_is_killed(
+    source: Path, whole_of_two: tuple[dict[str, Any], dict[str, float]], tmp_path: Path
+) -> None:
+    expected, _ = whole_of_two
     folder = new_folder(source, tmp_path / "run")
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1")
     words = command("--trainer.devices=2", "--trainer.max_steps=24", "--resume", by=torchrun)
