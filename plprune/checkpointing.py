@@ -37,6 +37,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
+from lightning.pytorch.trainer.call import _call_callback_hooks
 
 from plprune import resuming
 from plprune.atomic import clear, remove, resolved, staged
@@ -94,6 +95,7 @@ class Checkpoint(LightningCheckpoint):
         self._origin: dict[str, Any] = {}
         self._run: resuming.Run = {}
         self._step, self._steps = 0, 0.0
+        self._owed: dict[str, Any] = {}  # what comes after a step, and after the checkpoint of it
         self._noted: int | None = None  # the signal that came in training
         self._requeue: tuple[int, Any] | None = None  # SLURM's signal, and what Lightning does at it
 
@@ -105,7 +107,7 @@ class Checkpoint(LightningCheckpoint):
         if stage != "fit":
             return
         self._run = resuming.asked(trainer, pl_module, getattr(trainer, "datamodule", None))
-        self._origin, self._noted = _origin(trainer), None
+        self._origin, self._noted, self._owed = _origin(trainer), None, {}
         if trainer.is_global_zero and not is_dry(trainer):
             clear(self.folder(trainer), PATTERN)
 
@@ -124,6 +126,9 @@ class Checkpoint(LightningCheckpoint):
         self._step, self._steps = trainer.global_step, trainer.estimated_stepping_batches
         if trainer.is_global_zero and not is_dry(trainer):
             set_aside(self.folder(trainer), self._step)
+        if self._owed:
+            _catch_up(trainer, **self._owed)
+        self._owed = {}
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step == self._step:  # gradients are being accumulated
@@ -135,20 +140,26 @@ class Checkpoint(LightningCheckpoint):
         stop = trainer.strategy.reduce_boolean_decision(self._noted is not None or (late and left >= 1), all=False)
         due = stop or left == 1 or self._step % self.every_n_train_steps == 0
         if left >= 1 and due and not is_dry(trainer):
+            self._owed = _owed(trainer)
             self._save(trainer)
+            self._owed = {}
         if stop:
             self._leave(trainer)
         if left < 1:
             _on_sigterm(partial(_leave_now, trainer.strategy.launcher))
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lightning calls this one last, so that all is done that is done at the end."""
         if trainer.is_global_zero and not is_dry(trainer):
+            run = getattr(pl_module, "run", self._run)  # it knows what the texts hold
             with staged(self.folder(trainer) / FINISHED, overwrite=True) as file:
-                file.write_text(json.dumps({"end": _end(trainer), "run": self._run}))
+                file.write_text(json.dumps({"end": _end(trainer), "run": run}))
 
     def state_dict(self) -> dict[str, Any]:
-        return self._origin | {"run": self._run}
+        return self._origin | {"run": self._run, "owed": self._owed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._owed = state_dict.get("owed", {})
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -346,6 +357,24 @@ def is_finished(trainer: pl.Trainer, run: resuming.Run | None = None) -> bool:
     if done and run is not None:
         resuming.check(ended.get("run", {}), run)
     return done
+
+
+def _owed(trainer: pl.Trainer) -> dict[str, Any]:
+    """What Lightning does after a step, but not when a run goes on from a checkpoint of it."""
+    loop, fetcher = trainer.fit_loop.epoch_loop, cast(Any, trainer.fit_loop._data_fetcher)
+    owed = {"validation": loop._should_check_val_fx(fetcher), "epoch": loop._num_ready_batches_reached()}
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return owed | {"metrics": metrics} if any(owed.values()) else {}
+
+
+def _catch_up(trainer: pl.Trainer, validation: bool, epoch: bool, metrics: dict[str, float]) -> None:
+    trainer._logger_connector._callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+    if validation:
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+    if epoch:  # by which `EarlyStopping` decides
+        _call_callback_hooks(trainer, "on_train_epoch_end", monitoring_callbacks=True)
 
 
 def _end(trainer: pl.Trainer) -> dict[str, Any]:

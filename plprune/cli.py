@@ -24,6 +24,7 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning_utilities.core.enums import StrEnum
 
 import plprune
 from plprune import callbacks, checkpointing, live, report, resuming, rounds
@@ -72,6 +73,8 @@ FAULTS = {  # what Lightning and jsonargparse say of a machine, and what helps
     "No supported gpu backend found!": "there is no GPU here: give --trainer.accelerator cpu, or use another machine",
     r"(?s)Does not validate .*(the strategy DeepSpeed needs .*?)\s+Given value type.*": r"\1",
 }
+# What is a word to Lightning, like the interval of its Timer, is one in a file too.
+yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, word: dumper.represent_str(word.value))
 LESS = {  # memory on an accelerator, by command
     "prune": "lower --batch_size or --seq_len, give --offload cpu or --dtype bfloat16, or take a method that needs "
     "room for one block: all but LearnedGates",
@@ -118,7 +121,7 @@ class CLI(LightningCLI):
         if rank_zero_only.rank == 0 and not dry:
             self._tidy()
         with checkpointing.preemptible(trainer.strategy.launcher):
-            if resume and self._nothing_left(run):
+            if resume and self._nothing_left():
                 return
             if resume and (path := checkpointing.resume_from(trainer, run)):
                 kwargs["ckpt_path"] = str(path)
@@ -167,11 +170,14 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuses a pruning whose result could not be served, or would miss its targets, before the model is loaded.
 
-        Options without a value and outputs that are links to nothing are refused as well.
+        Options without a value, outputs that are links to nothing, and training without an end are refused as well.
         """
         config = self.config[cast(str, self.subcommand)]
+        given = config.trainer
         check_given(Recovery, vars(config.model), "model.")
         check_given(RecoveryData, vars(config.data), "data.")
+        if self.subcommand == "fit" and given.max_steps == -1 and given.max_epochs is None and not given.fast_dev_run:
+            raise ValueError("the learning rate needs an end of training: set trainer.max_steps or trainer.max_epochs")
         listed = [each.class_path.rpartition(".")[2] for each in config.trainer.callbacks or []]
         for name in ("Prune", "Evaluate", "Report", "Checkpoint"):
             if listed.count(name) > 1:
@@ -198,12 +204,16 @@ class CLI(LightningCLI):
             elif isinstance(each, callbacks.Prune):
                 clear(resolved(each.folder or self.trainer.default_root_dir) / "plans")
 
-    def _nothing_left(self, run: resuming.Run) -> bool:
+    def _nothing_left(self) -> bool:
         outputs = [export.output for export in self._exports()]
-        done = checkpointing.is_finished(self.trainer, run) and all(resolved(output).exists() for output in outputs)
-        if done and rank_zero_only.rank == 0:
+        if not checkpointing.is_finished(self.trainer) or not all(resolved(output).exists() for output in outputs):
+            return False
+        model, data = cast(Recovery, self.model), cast(RecoveryData, self.datamodule)
+        data.tokenizer = data.tokenizer or model.tokenizer  # it asks its trainer, which knows no model yet
+        checkpointing.is_finished(self.trainer, resuming.asked(self.trainer, model, data, model.contents(data)))
+        if rank_zero_only.rank == 0:
             print(f"this run is finished{''.join(f'; its model is in {output}' for output in outputs)}")
-        return done
+        return True
 
     def _outputs(self) -> dict[str, list[str]]:
         """What a fit leaves behind, and where."""

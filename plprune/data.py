@@ -178,6 +178,12 @@ class RecoveryData(pl.LightningDataModule):
         return {"epoch": self.trainer.current_epoch, "samples": batches * self.batch_size * self._replicas()[0]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        run: Any = self.trainer
+        if run is not None and run.overfit_batches and run.state.fn == "fit":
+            raise ValueError(
+                "trainer.overfit_batches has every epoch begin with the same batch, also one that is gone on with: "
+                "start without a checkpoint (without --resume)"
+            )
         self._done = (state_dict["epoch"], state_dict["samples"])
         if self._sampler is not None:  # some strategies make the loader first
             self._sampler.begin(*self._done)

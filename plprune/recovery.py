@@ -10,7 +10,18 @@ from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+    SpikeDetection,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -41,6 +52,18 @@ REMEDY = (
     "float16 (trainer.precision bf16-mixed or 32-true)"
 )
 LEAST = 1e-30  # that losses are divided by, where nothing counts
+COPIES = "copies the model before it is pruned and has adapters"
+REFUSED: dict[type[pl.Callback], str] = {  # callbacks of Lightning that would be wrong here without a word, or late
+    WeightAveraging: COPIES,
+    StochasticWeightAveraging: COPIES,
+    BaseFinetuning: "chooses what is trained, as model.lora and model.train do",
+    ModelPruning: "only masks weights, and those of adapters too, where Prune removes them",
+    BatchSizeFinder: "changes data.batch_size after the steps were counted by it: set it yourself",
+    LearningRateFinder: "finds a rate that the schedule does not follow: set model.learning_rate",
+    GradientAccumulationScheduler: "changes the number of steps, which the learning rate and a run that goes on need: "
+    "set trainer.accumulate_grad_batches",
+    SpikeDetection: "takes a batch's share in the loss of a step for a loss, and cannot go on after a stop",
+}
 
 
 def check_rates(**rates: float) -> None:
@@ -100,6 +123,8 @@ class Recovery(pl.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.val_perplexity = Perplexity(ignore_index=IGNORED)
         self.ranks: list[int] = []
+        lacking = processes.lacks_weights(self.model)
+        self._content = None if lacking else fingerprint(self.model.named_parameters())  # of the model as it was loaded
         self._base: dict[str, str | None] = {}  # what a checkpoint must have been trained on
         self._run: resuming.Run = {}  # which a checkpoint must be of
         self._random_states: dict[str, Tensor] = {}  # of each process, by device
@@ -115,22 +140,31 @@ class Recovery(pl.LightningModule):
         """Whether there is something to train: adapters, or freed consumers."""
         return bool(self._base)
 
+    @property
+    def run(self) -> resuming.Run:
+        """Which run this is, once it is set up."""
+        return self._run
+
+    def contents(self, data: Any) -> dict[str, str | None]:
+        """Hashes of what the model and the texts of a data module hold, by the names of their options."""
+        texts = data.fingerprint() if hasattr(data, "fingerprint") else {}
+        model = processes.same(self._content, processes.world())
+        return {"model.name_or_path": model} | {f"data.{part}": content for part, content in texts.items()}
+
     def configure_callbacks(self) -> list[pl.Callback]:
         """Adds none; it is the first hook that all processes have, and what cannot work is refused in it."""
         callbacks: list[pl.Callback] = cast(Any, self.trainer).callbacks
         for each in callbacks:
-            if isinstance(each, WeightAveraging | StochasticWeightAveraging):
-                raise ValueError(
-                    f"{type(each).__name__} copies the model before it is pruned and has adapters: "
-                    "leave it out of trainer.callbacks"
-                )
+            why = next((why for kind, why in REFUSED.items() if isinstance(each, kind)), None)
+            if why and not getattr(each, "_early_exit", False):  # a Tuner's run ends before there is a fit
+                raise ValueError(f"{type(each).__name__} {why}; leave it out of trainer.callbacks")
         foreign = [type(c) for c in callbacks if not type(c).__module__.startswith(("lightning.", "plprune."))]
         for each in callbacks if type(self) is Recovery and not foreign else ():  # others may log what they like
-            name = getattr(each, "monitor", None)
-            if isinstance(each, EarlyStopping) and each.strict and name not in self._logged():
-                raise ValueError(
-                    f"EarlyStopping monitors {name}, which is not logged: monitor one of {', '.join(self._logged())}"
-                )
+            name, known = getattr(each, "monitor", None), ", ".join(self._logged())
+            judged = isinstance(each, EarlyStopping) and each.strict
+            judged |= isinstance(each, ModelCheckpoint) and name not in (None, "step", "epoch")
+            if judged and name not in self._logged():
+                raise ValueError(f"{type(each).__name__} monitors {name}, which is not logged: monitor one of {known}")
         return []
 
     def prepare_data(self) -> None:
@@ -316,9 +350,7 @@ class Recovery(pl.LightningModule):
     def _asked(self, stage: str) -> resuming.Run:
         """The run that is asked for."""
         data: Any = getattr(self.trainer, "datamodule", None)
-        contents = dict(data.fingerprint()) if stage == "fit" and hasattr(data, "fingerprint") else {}
-        contents = {f"data.{part}": content for part, content in contents.items()}
-        contents["model.name_or_path"] = self._base["weights"]
+        contents = self.contents(data if stage == "fit" else None)
         if self._teacher is not None:
             contents["model.distill.teacher"] = self._teacher.folder.name
         return resuming.asked(self.trainer, self, data, contents)

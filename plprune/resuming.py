@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
 
 from plprune.methods.base import PruningMethod
 
@@ -37,10 +36,11 @@ FREE = {  # what may be another when a run goes on; a data module's texts and a 
     | {"limit_val_batches", "limit_test_batches", "limit_predict_batches", "num_sanity_val_steps"}
     | {"val_check_interval", "check_val_every_n_epoch", "inference_mode", "reload_dataloaders_every_n_epochs"}
     | {"deterministic", "benchmark", "detect_anomaly", "profiler", "barebones"}
-    | {"default_root_dir", "enable_autolog_hparams", "model_registry"},
+    | {"default_root_dir", "enable_autolog_hparams", "model_registry"}
+    | {"callbacks"},  # which only watch: `Recovery` refuses those that train
 }
 COUNTED = ("precision", "gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches", "overfit_batches")
-TRAINING = (GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging)  # others only watch
+COUNTED += ("accumulate_grad_batches",)
 LENGTH = ("trainer.max_steps", "trainer.max_epochs")  # which decides on the learning rate
 JUDGED = ("model.lora", "model.train")  # what a model that is only measured depends on
 
@@ -60,9 +60,6 @@ def asked(trainer: pl.Trainer, module: Any, data: Any, contents: Mapping[str, st
     run |= {f"trainer.{name}": value for name, value in length(trainer).items()}
     run |= {f"trainer.{name}": _plain(getattr(trainer, name)) for name in COUNTED}
     own: list[Any] = list(getattr(trainer, "callbacks", []))
-    schedules = [each.scheduling for each in own if isinstance(each, GradientAccumulationScheduler)]
-    run["trainer.accumulate_grad_batches"] = str(schedules[0]) if schedules else trainer.accumulate_grad_batches
-    run["trainer.callbacks"] = " ".join(sorted(type(each).__name__ for each in own if isinstance(each, TRAINING)))
     methods = [each.method for each in own if isinstance(getattr(each, "method", None), PruningMethod)]
     run |= _setting("method", methods[0] if methods else None)
     named = dict(getattr(data, "sources", {}))
@@ -134,7 +131,8 @@ def _plain(value: Any) -> Any:
 def _alike(there: Any, here: Any) -> bool:
     if not isinstance(here, dict):
         return there == here
-    return there["content"] == here["content"] if here["content"] else there["at"] == here["at"]
+    by = "content" if there["content"] and here["content"] else "at"
+    return there[by] == here[by]
 
 
 def _shown(value: Any) -> str:

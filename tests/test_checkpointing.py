@@ -5,12 +5,12 @@ import signal
 import threading
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -49,6 +49,18 @@ class Plain(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=1e-8)
+
+
+class Judged(Plain):
+    """The same, with metrics."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val_loss", self.layer(batch.float()).square().mean())
 
 
 class At(pl.Callback):
@@ -119,6 +131,28 @@ def test_a_resumed_run_always_comes_to_its_end(tmp_path: Path) -> None:
         run = fit(trainer(tmp_path, every_n_train_steps=5), resume=True)
         assert run.lightning_module.ends == 1  # type: ignore[union-attr]
         assert is_finished(run)
+
+
+@pytest.mark.parametrize("monitor", ["train_loss", "val_loss"])
+@pytest.mark.parametrize(("rows", "interval"), [(8, 1.0), (80, 4)])  # validations at the end of an epoch, and within
+def test_what_comes_after_a_step_comes_after_a_checkpoint_of_it(
+    tmp_path: Path, monitor: str, rows: int, interval: float
+) -> None:
+    """Every fourth step is saved and judged, and the third judgement ends the run; all before have been lost."""
+
+    def run(resume: bool) -> tuple[int, int]:
+        stopping = EarlyStopping(monitor, min_delta=1e9, patience=2)
+        run = trainer(tmp_path, stopping, steps=40, every_n_train_steps=4, keep=9)
+        run.val_check_interval = interval
+        train, judged = (cast(Any, DataLoader(windows(count), batch_size=2)) for count in (rows, 2))  # type: ignore[arg-type]
+        run.fit(Judged(), train, judged, ckpt_path=resume_from(run) if resume else None)
+        return run.global_step, stopping.wait_count
+
+    whole = run(resume=False)
+    assert whole == (12, 2)
+    for step in (12, 8, 4):
+        set_aside(tmp_path / "checkpoints", step)
+        assert run(resume=True) == whole
 
 
 def test_the_folder_may_be_another(tmp_path: Path) -> None:
@@ -236,6 +270,12 @@ def test_a_run_that_a_callback_ended_is_finished_until_it_is_given_more(tmp_path
     timed = trainer(tmp_path)
     timed.callbacks.append(Timer("00:01:00:00"))  # type: ignore[attr-defined]
     assert not is_finished(timed)
+
+
+def test_a_run_with_nothing_to_train_is_finished(tmp_path: Path) -> None:
+    fit(trainer(tmp_path, steps=0))
+    assert is_finished(trainer(tmp_path, steps=0))
+    assert not is_finished(trainer(tmp_path))
 
 
 def test_a_dry_run_leaves_all_checkpoints_where_they_are(tmp_path: Path) -> None:

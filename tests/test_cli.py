@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks.timer import Interval
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import plprune
@@ -215,6 +216,11 @@ def test_resuming_a_finished_run_writes_what_is_missing(resumable: Path, capsys:
     shutil.rmtree(resumable / "out")
     assert "recovered" in printed(capsys, "fit", "--config=fit.yaml", "--resume")
     assert (resumable / "out" / "model.safetensors").read_bytes() == first
+    save_tiny(resumable / "model", seed=1)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config=fit.yaml", "--resume"])
+    assert stop.value.code == 1
+    assert re.search(r"this run's model\.name_or_path is model \(\w+\), that of the", capsys.readouterr().err)
 
 
 def test_resuming_a_run_that_was_stopped_after_its_export_writes_it_again(
@@ -261,7 +267,7 @@ def test_the_checkpoints_of_another_run_are_left_alone(resumable: Path, capsys: 
     for options, said in {
         ("--model.learning_rate=0.5",): "this run's model.learning_rate is 0.5, that of the checkpoint is 0.0002: give",
         ("--model.learning_rate=0.5", "--trainer.max_steps=4"): "this run's model.learning_rate is 0.5",
-        ("--data.train=pydoc_data.topics",): "this run's data.train is pydoc_data.topics, that of the checkpoint is",
+        ("--data.train=pydoc_data.topics",): "this run's data.train is pydoc_data.topics (",
     }.items():
         with pytest.raises(SystemExit) as stop:
             main(["fit", "--config=fit.yaml", "--resume", *options])
@@ -290,6 +296,10 @@ def test_resuming_needs_checkpoints(here: Path, capsys: pytest.CaptureFixture[st
         main(["fit", "--config=fit.yaml", "--resume"])
     assert stop.value.code == 1
     assert "add plprune.Checkpoint to trainer.callbacks" in capsys.readouterr().err
+
+
+def test_a_word_of_lightnings_can_be_written_to_a_file() -> None:
+    assert yaml.safe_dump({"interval": Interval.step}) == "interval: step\n"
 
 
 def test_the_help_says_what_resuming_is(capsys: pytest.CaptureFixture[str]) -> None:

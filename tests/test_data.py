@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,6 +149,15 @@ def test_training_goes_on_with_the_next_batch(tmp_path: Path) -> None:
     loader.sampler.set_epoch(1)  # type: ignore[attr-defined]
     resumed.load_state_dict({"epoch": 1, "samples": 12})
     assert rows_of(resumed.train_dataloader()) == rows_of(loader)[12:]
+
+
+def test_the_same_batches_in_every_epoch_cannot_be_gone_on_with(tmp_path: Path) -> None:
+    own: Any = data(numbers(tmp_path / "text.txt"))
+    own.trainer = SimpleNamespace(overfit_batches=2, state=SimpleNamespace(fn="validate"))
+    own.load_state_dict({"epoch": 0, "samples": 3})
+    own.trainer.state.fn = "fit"
+    with pytest.raises(ValueError, match=r"trainer\.overfit_batches has every epoch begin with the same batch"):
+        own.load_state_dict({"epoch": 0, "samples": 3})
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -16,9 +16,15 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
     EarlyStopping,
     EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
     ModelCheckpoint,
+    ModelPruning,
+    SpikeDetection,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
@@ -380,7 +386,14 @@ def test_without_training_the_pruned_model_is_judged_and_exported(
         (lambda: [Prune(CFSP()), Evaluate()], "Evaluate is listed after Prune"),
         (lambda: [EMAWeightAveraging()], "EMAWeightAveraging copies the model before it is pruned"),
         (lambda: [StochasticWeightAveraging(1e-2)], "StochasticWeightAveraging copies the model before it is pruned"),
+        (lambda: [BackboneFinetuning()], "BackboneFinetuning chooses what is trained, as model.lora and model.train"),
+        (lambda: [ModelPruning("l1_unstructured")], "ModelPruning only masks weights"),
+        (lambda: [BatchSizeFinder()], r"BatchSizeFinder changes data\.batch_size after the steps were counted"),
+        (lambda: [LearningRateFinder()], "LearningRateFinder finds a rate that the schedule does not follow"),
+        (lambda: [GradientAccumulationScheduler({0: 2})], r"set trainer\.accumulate_grad_batches; leave it out"),
+        (lambda: [SpikeDetection()], "SpikeDetection takes a batch's share"),
         (lambda: [EarlyStopping("val_loss")], "monitors val_loss, which is not logged: monitor one of train_loss"),
+        (lambda: [ModelCheckpoint(monitor="loss")], "ModelCheckpoint monitors loss, which is not logged: monitor one"),
     ],
 )
 def test_callbacks_that_cannot_work_are_refused_before_pruning(
@@ -388,7 +401,7 @@ def test_callbacks_that_cannot_work_are_refused_before_pruning(
 ) -> None:
     monkeypatch.setattr("plprune.callbacks.prune", lambda *_: pytest.fail("pruned"))
     with pytest.raises(ValueError, match=expected):
-        trainer(tmp_path, *make()).fit(recovery(folder), datamodule=data(text))
+        trainer(tmp_path, *make(), enable_checkpointing=None).fit(recovery(folder), datamodule=data(text))
 
 
 def test_a_fitted_module_is_not_pruned_again(folder: str, text: str, tmp_path: Path) -> None:
