@@ -12,7 +12,7 @@ import time
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, cast, get_args, get_type_hints
 
 import docstring_parser
@@ -62,6 +62,10 @@ REWORDED = {  # what jsonargparse says, and what of it helps
     r"(?s)Does not validate .*?Errors:(.*)Given value type:.*?Given value:": r"\1 but got",
     r'Parser key "(?:\S*\.)?method":\s+Expected a dot import path string: (\S+)': rf"no method '\1'; {METHODS}",
     r"Expected a dot import path string: (\S+)": r"no class '\1'",
+    r"(?s)Not a valid subclass of (\w+)\. Got value: (.*?)\s+Subclass types expect.*": r"expected the name of a \1, or "
+    r"class_path and init_args. Got value: \2",
+    r":\s+'\w+' object has no attribute 'keys'": ": init_args are no settings by name",
+    r"(?s)Unexpected config: (.{0,40}).*": r"a configuration holds options by name, but this one: '\1'",
     r"Option '(\S+)' is not accepted|Subcommand '\w+' does not accept option '(\S+)'": r"no option '\1\2'",
     r"Problem with given class_path '(\S+)':|Parser key \"(\S+)\":": r"\1\2:",
     r"Expected a (?:typing\.Literal\[(.*?)\]|<class '(?:[\w.]+\.)?(\w+)'>)": r"expected \1\2",
@@ -299,7 +303,7 @@ def check_given(owner: Callable[..., Any], values: Mapping[str, Any], within: st
         within: What the names in a message begin with.
 
     Raises:
-        ValueError: An option has none.
+        ValueError: An option has none, or one where it has settings of its own.
     """
     of = owner.__init__ if isinstance(owner, type) else owner
     for name, kind in get_type_hints(of).items():
@@ -309,10 +313,13 @@ def check_given(owner: Callable[..., Any], values: Mapping[str, Any], within: st
         for part in [each for each in kinds if is_dataclass(each)]:
             for each in value if isinstance(value, list) else [value]:
                 if isinstance(each, Namespace):
-                    check_given(cast(Any, part), vars(each.get("init_args") or each), f"{within}{name}.")
+                    check_given(part, vars(each.get("init_args") or each), f"{within}{name}.")
+                elif kind is part and each is not MISSING and not isinstance(each, part):
+                    settings = ", ".join(field.name for field in fields(part))
+                    raise ValueError(f"{within}{name} is {each}, but it has settings by name: {settings}")
 
 
-def _kinds(kind: Any) -> Iterator[Any]:
+def _kinds(kind: Any) -> Iterator[type]:
     """A type, and those that it is made of."""
     yield kind
     for part in get_args(kind):

@@ -30,6 +30,7 @@ b windows of a batch, s tokens of a window, d model width, k tokens, n blocks th
 import contextlib
 import gc
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,8 +87,8 @@ class Distillation:
         check_sizes(top_k=self.top_k)
         if not 0 <= self.weight <= 1:
             raise ValueError(f"the weight of distillation is {self.weight}, but it is a share in [0, 1]")
-        if self.temperature <= 0:
-            raise ValueError(f"the temperature of distillation is {self.temperature}, but must be above 0")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"the temperature of distillation is {self.temperature}, but must be a number above 0")
 
     @property
     def events(self) -> bool:

@@ -37,6 +37,7 @@ from plprune.allocation import largest_remainder
 from plprune.anatomy import blocks_of, family_of, is_transposed
 from plprune.consumers import as_stored, rounded
 from plprune.plan import PruningPlan
+from plprune.text import check_sizes
 
 OWN = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.")  # in the names of adapters' parameters
 
@@ -47,7 +48,7 @@ class LoRA:
 
     Args:
         rank: Mean rank over the blocks; the ranks sum to `rank` times the number of blocks exactly.
-        alpha: Scale: adapters are multiplied by alpha / rank, in every block alike.
+        alpha: Scale, above 0: adapters are multiplied by alpha / rank, in every block alike.
         dropout: Dropout of the adapters' inputs, in [0, 1).
         by: What a block's rank is proportional to: its importance, the share of it that was removed (damage), or the
             same for all (uniform).
@@ -66,8 +67,13 @@ class LoRA:
     rslora: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"LoRA rank is {self.rank}, but at least 1 is needed")
+        check_sizes(rank=self.rank)
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha is {self.alpha}, but adapters are multiplied by it: give a number above 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, but it is a share in [0, 1)")
+        if self.targets == []:
+            raise ValueError("targets is empty: name linear layers, or leave it out for all")
 
 
 def weights(lora: LoRA, plan: PruningPlan | None, blocks: int) -> Tensor:  # [blocks]

@@ -234,3 +234,12 @@ def test_gradients_reach_the_adapters_through_gathers_and_scatters(family: str) 
     cast(Any, model(input_ids=windows(2), labels=windows(2))).loss.backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None and bool(parameter.grad.any())) == (".lora_" in name), name
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"rank": 0}, {"rank": 2**40}, {"alpha": 0.0}, {"alpha": math.nan}, {"dropout": 1.0}, {"targets": []}],
+)
+def test_settings_that_cannot_be(setting: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(setting))} is "):
+        LoRA(**setting)

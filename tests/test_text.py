@@ -382,6 +382,12 @@ def test_every_window_begins_with_the_bos_token_and_no_token_is_lost() -> None:
     assert drawn[drawn[:, 1].argsort()].equal(windows)
 
 
+@pytest.mark.parametrize(("name", "row"), [("a.txt", "So\nit\n"), ("a.jsonl", '{"text": "So\\nit\\n"}')])
+def test_a_byte_order_mark_and_carriage_returns_are_no_text(tmp_path: Path, name: str, row: str) -> None:
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + row.replace("\n", "\r\n").encode() + b"\r\n" * (name != "a.txt"))
+    assert list(read(str(tmp_path / name))) == [("line 1", {"text": "So\nit\n"})]
+
+
 def test_a_bos_token_that_is_there_is_not_put_twice(with_bos: PreTrainedTokenizerFast) -> None:
     ids, _ = encode([{"messages": TALK[1:3]}] * 5, with_bos)
     stream = ids, ids
