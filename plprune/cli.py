@@ -235,7 +235,10 @@ class CLI(LightningCLI):
             self.save_config_kwargs |= {"config_filename": f"{self.subcommand}.yaml"}
         if not given["barebones"]:
             kwargs |= live.shown(given, str(self.subcommand))
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except TypeError as error:  # which Lightning raises for settings
+            raise ValueError(f"the trainer does not take this: {error}") from error
         cast(Any, trainer).callbacks[:0] = [Watch(), live.BarsFirst()]
         self._log(trainer)
         return trainer

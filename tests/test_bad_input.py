@@ -185,6 +185,7 @@ def test_unknown_command(complain: Complain, given: str, meant: str) -> None:
     [
         ({"data__seqlen": 16}, "no option 'data.seqlen'; did you mean data.seq_len?"),
         ({"trainer__max_steps": -1}, "needs an end of training: set trainer.max_steps or trainer.max_epochs"),
+        ({"trainer__devices": -1}, "the trainer does not take this: `devices` selected with `CPUAccelerator`"),
         ({"trainer__max_step": 1}, "no option 'trainer.max_step'; did you mean trainer.max_steps?"),
         ({"model__dtype": "float8"}, "model.dtype: expected 'float32', 'bfloat16', 'float16'. Got value: float8"),
         ({"data__max_windows": "all"}, "data.max_windows: expected int. Got value: all"),

@@ -134,7 +134,7 @@ class LearnedGates(Repairing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.passes < 1 or not 0 < self.learning_rate < math.inf or not 0 <= self.gain_rate < math.inf:
+        if not 1 <= self.passes < 2**31 or not 0 < self.learning_rate < math.inf or not 0 <= self.gain_rate < math.inf:
             raise ValueError(
                 "gates are trained in at least one of `passes`, with a positive `learning_rate`, and gains with a "
                 "`gain_rate` that is not negative"
