@@ -29,7 +29,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -275,6 +275,8 @@ def named(path: str, trainer: pl.Trainer, train: bool) -> str:
     own = [each.folder(trainer) for each in cast(Any, trainer).callbacks if isinstance(each, Checkpoint)]
     if path == "last" and own and (found := newest(own[0])):
         return str(found)
+    if path == "last" and not own and not train and not _last_of_lightning(trainer):
+        raise ValueError("there is no last checkpoint: name a file, or leave out --ckpt_path for the model as it is")
     if "://" in path or path == "hpc" or Path(path).is_dir() or (path in ("best", "last") and not own):
         return path  # which Lightning knows, or has something to say about
     if not Path(path).exists():
@@ -291,6 +293,12 @@ def named(path: str, trainer: pl.Trainer, train: bool) -> str:
     if train and "lr_schedulers" not in content:
         raise ValueError(f"{path} holds weights only, which cannot be trained on: name another by --ckpt_path")
     return path
+
+
+def _last_of_lightning(trainer: pl.Trainer) -> bool:
+    """Whether Lightning's own callbacks find a last checkpoint; without one it would only warn, and judge the model."""
+    own = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+    return any(each._find_last_checkpoints(trainer) for each in own)
 
 
 def checkpoint_of(trainer: pl.Trainer) -> Checkpoint:

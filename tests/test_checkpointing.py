@@ -469,3 +469,12 @@ def test_the_exit_code_of_a_process_depends_on_who_started_it(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert Preempted().code == code
+
+
+def test_the_last_checkpoint_is_judged_or_none(tmp_path: Path) -> None:
+    trainer = pl.Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False)
+    with pytest.raises(ValueError, match="there is no last checkpoint"):
+        named("last", trainer, train=False)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    assert named("last", trainer, train=False) == "last"
