@@ -74,6 +74,8 @@ REWORDED = {  # what jsonargparse says, and what of it helps
 FAULTS = {  # what Lightning and jsonargparse say of a machine, and what helps
     r"(?s)Does not validate .*class_path '[\w.]*?(\w+)':\s+Requirement '([\w-]+)[^']*' not met.*": r"\1 needs \2, "
     r"which is not installed: pip install \2",
+    ".*`enable_checkpointing=False` but found `ModelCheckpoint` in callbacks list.": "there is a Checkpoint in "
+    "trainer.callbacks, and trainer.enable_checkpointing or barebones is against it: leave out one of them",
     "No supported gpu backend found!": "there is no GPU here: give --trainer.accelerator cpu, or use another machine",
     r"(?s)Does not validate .*(the strategy DeepSpeed needs .*?)\s+Given value type.*": r"\1",
 }

@@ -204,6 +204,7 @@ def test_unknown_command(complain: Complain, given: str, meant: str) -> None:
         ({"data__seed": -1}, "seed is -1, but must be at least 0"),
         ({"data__held_out": 1.5}, "held_out is 1.5, but it is a fraction in (0, 1)"),
         ({"model__name_or_path": "no/where"}, "no/where"),
+        ({"plprune.Checkpoint__keep": 1}, "there is a Checkpoint in trainer.callbacks, and trainer.enable"),
         ({"plprune.Export__output": "text.txt"}, "is not empty: choose another output, or pass --overwrite"),
     ],
 )
