@@ -180,6 +180,11 @@ class CLI(LightningCLI):
         """
         config = self.config[cast(str, self.subcommand)]
         given = config.trainer
+        for section in ("trainer", "model", "data"):
+            if not isinstance(config[section], Namespace):
+                raise ValueError(
+                    f"{section} is {config[section]}, but holds options by name: give some, or leave it out"
+                )
         check_given(Recovery, vars(config.model), "model.")
         check_given(RecoveryData, vars(config.data), "data.")
         if self.subcommand == "fit" and given.max_steps == -1 and given.max_epochs is None and not given.fast_dev_run:

@@ -212,6 +212,13 @@ def test_configurations_of_fit(complain: Complain, model: Path, here: Path, chan
     assert said in complain("fit", "--config", fit_config(here, model, **changes))
 
 
+@pytest.mark.parametrize("section", ["trainer", "data"])
+def test_a_section_without_options(complain: Complain, model: Path, here: Path, section: str) -> None:
+    config = yaml.safe_load(Path(fit_config(here, model)).read_text()) | {section: None}
+    (here / "none.yaml").write_text(yaml.safe_dump(config))
+    assert f"{section} is None, but holds options by name" in complain("validate", "--config=none.yaml")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
