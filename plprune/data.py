@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.accelerators import CUDAAccelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -233,6 +234,7 @@ class RecoveryData(pl.LightningDataModule):
             collate_fn=collate,
             num_workers=self.num_workers,
             generator=torch.Generator().manual_seed(self.seed),
+            pin_memory=isinstance(getattr(self.trainer, "accelerator", None), CUDAAccelerator),
             **kwargs,
         )
 

@@ -28,6 +28,7 @@ from plprune.text import IGNORED
 
 # Bytes of logits in float32 at a time. On a CPU, malloc keeps no more than 32 MB at hand, and new pages are slow.
 ROOM, ROOM_ON_CPU = 1 << 28, 3 << 23
+LEAST = 64  # positions, as the head is read anew for each part
 Loss = Callable[[Tensor, slice], Tensor]  # logits [r, v], and which of all positions they are of: their sum
 
 
@@ -59,7 +60,7 @@ class States:
 
 def rows_at_a_time(vocabulary: int, on_cpu: bool) -> int:
     """Of how many positions there are logits at a time."""
-    return max(1, (ROOM_ON_CPU if on_cpu else ROOM) // (4 * vocabulary))
+    return max(LEAST, (ROOM_ON_CPU if on_cpu else ROOM) // (4 * vocabulary))
 
 
 def counting(labels: Tensor) -> Tensor:  # [b, s] -> [n]
@@ -112,7 +113,29 @@ def summed(states: States, losses: Sequence[Loss], weights: Sequence[float]) -> 
 def next_token(labels: Tensor, positions: Tensor) -> Loss:  # [b, s], [n]
     """The cross-entropy of the next tokens."""
     following = labels.flatten()[positions + 1]
-    return lambda logits, where: nn.functional.cross_entropy(logits.float(), following[where], reduction="sum")
+    return lambda logits, where: _NextToken.apply(logits, following[where, None])  # type: ignore[no-any-return]
+
+
+class _NextToken(torch.autograd.Function):
+    """The cross-entropy of logits [r, v] and labels [r, 1] in float32, summed.
+
+    Its gradient, the softmax, but for -1 at the label, is made in the place of the logarithms; torch makes two more
+    tensors as large.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        logs = logits.log_softmax(1, dtype=torch.float32)
+        ctx.save_for_backward(logs, labels)
+        ctx.dtype = logits.dtype
+        return -logs.gather(1, labels).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None]:
+        logs, labels = ctx.saved_tensors
+        shares = logs.exp_().mul_(scale).scatter_add_(1, labels, -scale.expand(labels.shape))
+        return shares.to(ctx.dtype), None
 
 
 class _Summed(torch.autograd.Function):

@@ -42,7 +42,7 @@ from plprune.losses import States, counting, next_token, states, summed
 from plprune.plan import fingerprint
 from plprune.progress import Progress
 from plprune.stored import Dtype
-from plprune.strategies import check_strategy, description, frozen_in_half, held, shards, split
+from plprune.strategies import check_strategy, description, frozen_in_half, fusable, held, shards, split
 from plprune.surgery import plan_of
 from plprune.text import IGNORED
 
@@ -277,17 +277,21 @@ class Recovery(pl.LightningModule):
         if self.trainer.global_step % (getattr(self.trainer, "log_every_n_steps", 1) or 1) == 0:
             self._check_losses()
         now = time.perf_counter()
-        self.log("tokens_per_second", self._tokens / (now - self._since), prog_bar=True)
+        # As tensors on the CPU: Lightning would put numbers on the GPU, and wait for it.
+        self.log("tokens_per_second", torch.tensor(self._tokens / (now - self._since)), prog_bar=True)
         self._tokens, self._since = 0, now
         step, (first, start) = self.trainer.global_step, self._first
         if step > first:
             left = (self.trainer.estimated_stepping_batches - step) * (now - start) / (step - first) / 60
-            self.log("minutes_left", left, prog_bar=True, logger=False)
+            self.log("minutes_left", torch.tensor(left), prog_bar=True, logger=False)
         self._progress.update(step - self._progress.n)
 
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer: Optimizer = AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+        fused = fusable(self.trainer.strategy) or None  # False would also leave out what else torch makes faster
+        optimizer: Optimizer = AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=fused)
+        if fused:
+            cast(Any, optimizer)._step_supports_amp_scaling = False  # for which Lightning would refuse to clip
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise ValueError("the learning rate needs an end of training: set trainer.max_steps or trainer.max_epochs")

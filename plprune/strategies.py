@@ -167,6 +167,16 @@ def shards(strategy: Strategy) -> bool:
     return isinstance(strategy, ModelParallelStrategy) or bool(getattr(strategy, "zero_stage_3", False))
 
 
+def fusable(strategy: Strategy) -> bool:
+    """Whether AdamW takes its steps in one kernel: on a GPU, of whole parameters, and of gradients that are not scaled.
+
+    The kernel would undo the scale of float16 by itself, after the gradients were clipped and logged.
+    """
+    scaled = getattr(strategy.precision_plugin, "scaler", None) is not None
+    sharing = shards(strategy) or isinstance(strategy, DeepSpeedStrategy)
+    return not scaled and not sharing and strategy.root_device.type == "cuda"
+
+
 def check_strategy(strategy: Strategy) -> None:
     """Makes sure that a strategy is not one of Lightning's that is silently wrong here.
 

@@ -14,11 +14,21 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from plprune import CFSP, load_pruned, prune, save_pruned
 from plprune.plan import PruningPlan
-from plprune.strategies import FSDP2, CPUDeepSpeed, DeepSpeed, check_config, check_strategy, description, shards
+from plprune.strategies import (
+    FSDP2,
+    CPUDeepSpeed,
+    DeepSpeed,
+    check_config,
+    check_strategy,
+    description,
+    fusable,
+    shards,
+)
 from tests.builders import jsonl, logits, numbers, save_tiny, tiny, tokenizer, windows
 from tests.runs import Run
 
@@ -360,6 +370,15 @@ def test_what_is_silently_wrong_in_lightning_is_refused() -> None:
             check_strategy(strategy)
     for strategy in (SingleDeviceStrategy("cpu"), DDPStrategy(), CPUDeepSpeed(stage=2), FSDP2()):
         check_strategy(strategy)
+
+
+@pytest.mark.filterwarnings("ignore:torch.cuda.amp.GradScaler is enabled")
+def test_steps_are_fused_on_a_gpu_unless_gradients_are_scaled_or_parameters_shared() -> None:
+    precisions = {"32-true": Precision(), "bf16": MixedPrecision("bf16-mixed", "cuda")}
+    precisions["16"] = MixedPrecision("16-mixed", "cuda")
+    on = {name: fusable(SingleDeviceStrategy("cuda:0", precision_plugin=each)) for name, each in precisions.items()}
+    assert on == {"32-true": True, "bf16": True, "16": False}
+    assert not any(map(fusable, (SingleDeviceStrategy("cpu"), FSDP2(), CPUDeepSpeed(stage=2))))
 
 
 def test_deepspeed_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

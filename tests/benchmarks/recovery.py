@@ -1,8 +1,11 @@
-"""Recovery's tokens per second over those of a plain PEFT training loop of uniform rank.
+"""Recovery's tokens per second over those of a plain PEFT training loop, and whether both lose the same.
 
-    python -m tests.benchmarks.recovery [--steps 12] [--rounds 2]
+    python -m tests.benchmarks.recovery [--steps 12] [--batch 2] [--length 512] [--blocks 8] [--real]
 
-Both train the same pruned model on the same batches, in turn in one run; the first two steps of each do not count.
+Both train the same model from the same adapters on the same batches, step by step in turn in one process, so that what
+else a shared machine does meets both alike. Medians, over all steps but the first two, of the time that went by and of
+the time that processors worked, which tells more where the machine is never quiet. The model is random, as wide as
+SmolLM2-135M and with as large a vocabulary, or, by --real, SmolLM2-135M itself, pruned.
 """
 
 import argparse
@@ -10,87 +13,123 @@ import copy
 import statistics
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from plprune import CFSP, LoRA, Recovery, prune
 from plprune.checkpoint import load_model
 from plprune.data import collate
+from plprune.recovery import warmup_cosine
+from tests.builders import save_tiny
 from tests.shared import SMOLLM2
 
 WARM = 2
+LORA = LoRA(rank=16, alpha=32, by="uniform")
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CLOSE = 1e-5  # of two losses in float32
 
 
-def text(steps: int) -> TensorDataset:
-    ids = torch.randint(5, 49000, (4 * steps, 256), generator=torch.Generator().manual_seed(0))
-    return TensorDataset(ids, ids)
+class Plain:
+    """The loop that anyone would write."""
 
+    def __init__(self, model: PreTrainedModel, steps: int) -> None:
+        config = LoraConfig(r=LORA.rank, lora_alpha=int(LORA.alpha), target_modules=TARGETS)
+        self.model = get_peft_model(model, config).train()  # type: ignore[arg-type]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0)
+        self.schedule = LambdaLR(self.optimizer, lambda step: warmup_cosine(step, steps, 0.05))
 
-class Clock(pl.Callback):
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._start = 0.0
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self._start = time.perf_counter()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._start)
-
-
-def ours(module: Recovery, data: TensorDataset) -> float:
-    """Tokens per second of `Trainer.fit`."""
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as root:
-        trainer = pl.Trainer(
-            accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, callbacks=[clock],
-            enable_progress_bar=False, enable_model_summary=False, default_root_dir=root,
-        )  # fmt: skip
-        trainer.fit(module, DataLoader(data, batch_size=4, collate_fn=collate))
-    return 4 * 256 / statistics.median(clock.seconds[WARM:])
-
-
-def plain(model: PreTrainedModel, data: TensorDataset, targets: list[str]) -> float:
-    """Tokens per second of the loop that anyone would write."""
-    peft = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets))  # type: ignore[arg-type]
-    peft.train()
-    optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=2e-4)
-    seconds = []
-    for batch in DataLoader(data, batch_size=4, collate_fn=collate):
-        start = time.perf_counter()
-        optimizer.zero_grad()
-        loss: Tensor = peft(**batch, use_cache=False).loss
+    def step(self, batch: dict[str, Tensor]) -> float:
+        self.optimizer.zero_grad()
+        loss: Tensor = self.model(**batch, use_cache=False).loss
         loss.backward()
-        optimizer.step()
-        seconds.append(time.perf_counter() - start)
-    return 4 * 256 / statistics.median(seconds[WARM:])
+        self.optimizer.step()
+        self.schedule.step()
+        return loss.item()
+
+
+class Turns(pl.Callback):
+    """Has the plain loop take each step after Recovery has, on the same batch.
+
+    Args:
+        plain: The loop.
+    """
+
+    def __init__(self, plain: Plain) -> None:
+        self.plain = plain
+        self.seconds: dict[str, list[float]] = {"Recovery": [], "plain PEFT": []}
+        self.losses: dict[str, list[float]] = {"Recovery": [], "plain PEFT": []}
+        self.worked: dict[str, list[float]] = {"Recovery": [], "plain PEFT": []}
+        self._since = 0.0, 0.0
+
+    def on_train_start(self, *_: Any) -> None:
+        self._since = time.perf_counter(), time.process_time()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, *_: Any):
+        self._note("Recovery", trainer.callback_metrics["train_loss"].item())
+        self._note("plain PEFT", self.plain.step(batch))
+
+    def _note(self, name: str, loss: float) -> None:
+        now = time.perf_counter(), time.process_time()
+        self.seconds[name].append(now[0] - self._since[0])
+        self.worked[name].append(now[1] - self._since[1])
+        self.losses[name].append(loss)
+        self._since = now
+
+
+def made(blocks: int, length: int) -> PreTrainedModel:
+    sizes: dict[str, Any] = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    }
+    sizes |= {"vocab_size": 49152, "num_hidden_layers": blocks, "max_position_embeddings": length}
+    return AutoModelForCausalLM.from_config(LlamaConfig(**sizes, tie_word_embeddings=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--real", action="store_true")
     args = parser.parse_args()
-    data = text(args.steps)
-    model = load_model(SMOLLM2)
-    prune(model, CFSP(0.2), [data.tensors[0][:8]])
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    rates: dict[str, list[float]] = {"Recovery": [], "plain PEFT": []}
-    for _ in range(args.rounds):
-        module = Recovery(SMOLLM2, lora=LoRA(rank=16, alpha=32))
+    torch.manual_seed(0)
+    ids = torch.randint(5, 49000, (args.batch * args.steps, args.length))
+    model = load_model(SMOLLM2) if args.real else made(args.blocks, args.length)
+    if args.real:
+        prune(model, CFSP(0.2), [ids[:2, :256]])
+    with tempfile.TemporaryDirectory() as root:
+        module = Recovery(SMOLLM2 if args.real else save_tiny(Path(root) / "tiny"), lora=LORA)
         module.model = copy.deepcopy(model)
-        rates["Recovery"].append(ours(module, data))
-        rates["plain PEFT"].append(plain(copy.deepcopy(model), data, targets))
-    medians = {name: statistics.median(rate) for name, rate in rates.items()}
-    for name, rate in medians.items():
-        print(f"{name:<12}{rate:>8.1f} tokens/s")
-    print(f"ratio       {medians['Recovery'] / medians['plain PEFT']:>8.2f}")
+        torch.manual_seed(0)  # both draw the same adapters
+        turns = Turns(Plain(model, args.steps))
+        trainer = pl.Trainer(
+            accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, callbacks=[turns],
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=root,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        trainer.fit(module, DataLoader(TensorDataset(ids, ids), batch_size=args.batch, collate_fn=collate))
+    for name, losses in turns.losses.items():
+        rate = args.batch * args.length / statistics.median(turns.seconds[name][WARM:])
+        print(f"{name:<12}{rate:>8.1f} tokens/s, last loss {losses[-1]:.7f}")
+    for what, found in (("time", turns.seconds), ("processor time", turns.worked)):
+        ours, theirs = (statistics.median(seconds[WARM:]) for seconds in found.values())
+        print(f"Recovery over plain PEFT, by {what}: {theirs / ours:.2f} ({ours:.3f} s and {theirs:.3f} s a step)")
+    apart = max(abs(a / b - 1) for a, b in zip(*turns.losses.values(), strict=True))
+    print(f"losses at most {apart:.0e} apart")
+    if apart > CLOSE:
+        raise SystemExit(f"the losses are more than {CLOSE:.0e} apart")
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=1,
+        gradient_clip_val=1.0,
     )
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return module, losses
