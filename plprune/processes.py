@@ -5,6 +5,7 @@ gives back what it was given.
 """
 
 import contextlib
+import logging
 import math
 import os
 import platform
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from plprune.anatomy import put, tie, tied
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 Group = dist.ProcessGroup | None
 
@@ -33,12 +35,21 @@ def launched_count() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def device_called(name: str) -> torch.device:
-    """The device of that name.
+def device_here() -> str:
+    """A GPU if there is one, and the CPU otherwise."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_called(name: str | None) -> torch.device:
+    """The device of that name; a GPU if none is given and there is one, and the CPU otherwise, which the log then says.
 
     Raises:
         ValueError: It is not there.
     """
+    if name is None:
+        name = device_here()
+        if not local_rank():
+            log.info("computing on %s", torch.cuda.get_device_name() if name == "cuda" else "the CPU")
     own = f"cuda:{local_rank()}" if name == "cuda" and launched_count() > 1 else name
     try:
         return torch.empty(0, device=own).device

@@ -4,6 +4,7 @@ import dataclasses
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -216,6 +217,18 @@ def test_a_model_that_nobody_has_or_not_everybody_has_alike(ranks: list[dict[str
 
 def test_other_text_in_one_process_stops_all(ranks: list[dict[str, Any]]) -> None:
     assert all(rank["faults"][-1].startswith("processes disagree on the plan") for rank in ranks)
+
+
+def test_the_device_is_a_gpu_if_there_is_one_and_the_log_says_which(monkeypatch, caplog) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert processes.device_called(None) == torch.device("cpu")
+    assert caplog.messages == ["computing on the CPU"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    monkeypatch.setattr(torch, "empty", lambda *_, device: SimpleNamespace(device=device))
+    assert processes.device_called(None) == "cuda"
+    assert caplog.messages[1:] == ["computing on H100"]
 
 
 def test_alone() -> None:

@@ -34,7 +34,7 @@ def compare(
     limit: int | None = None,
     max_batch: int | None = None,
     dtype: Dtype | None = None,
-    device: str = "cpu",
+    device: str | None = None,
 ) -> None:
     """Compares methods, sparsities, models, texts, recoveries and seeds under one protocol.
 
@@ -67,7 +67,7 @@ def compare(
         limit: At most this many examples of each task; all if not given.
         max_batch: The largest batch that speed is measured at; it is not measured if not given.
         dtype: Of the weights; as each model is stored if not given, and float32 for a `.gguf` file.
-        device: Where to compute: cpu, cuda, cuda:1.
+        device: Where to compute: cpu, cuda, cuda:1; a GPU if not given and there is one, and the CPU otherwise.
     """
     study = Study(
         models=models,

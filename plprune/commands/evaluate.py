@@ -42,7 +42,7 @@ def evaluate(
     batch_size: int = 8,
     speed: bool = False,
     dtype: Dtype | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     output: str | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -70,7 +70,7 @@ def evaluate(
         batch_size: Requests of tasks that are run at once.
         speed: Whether to measure how fast the model writes, alone and in batches, and how much memory that takes.
         dtype: Of the weights; as each model is stored if not given, and float32 for a `.gguf` file.
-        device: Where to compute: cpu, cuda, cuda:1.
+        device: Where to compute: cpu, cuda, cuda:1; a GPU if not given and there is one, and the CPU otherwise.
         output: JSON file to write, with the same numbers.
         overwrite: Whether to replace it.
     """

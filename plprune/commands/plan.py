@@ -15,6 +15,7 @@ from plprune.atomic import check_file, staged
 from plprune.checkpoint import chosen, load_skeleton, stored_at
 from plprune.estimate import Machine, Need, shown
 from plprune.methods import PruningMethod
+from plprune.processes import device_here
 from plprune.stored import Dtype
 from plprune.text import check_sizes
 
@@ -27,7 +28,7 @@ def plan(
     method: PruningMethod,
     context: int | None = None,
     dtype: Dtype | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     num_samples: int = 128,
     seq_len: int = 512,
     batch_size: int = 8,
@@ -50,7 +51,8 @@ def plan(
         context: Tokens of a sequence, for operations and cache; the method's `target_context` if not given.
         dtype: Of the weights; as stored if not given, and float32 for a `.gguf` file.
         device: Where to calibrate and to recover: T4, L4, A10, RTX-3090, RTX-4090, L40S, A100-40GB, A100-80GB, H100,
-            H200, B200 or MI300X; or cpu or cuda, this machine's, whose speed is measured for two seconds.
+            H200, B200 or MI300X; or cpu or cuda, this machine's, whose speed is measured for two seconds. If not
+            given, a GPU that is there, and the CPU otherwise.
         num_samples: Calibration windows.
         seq_len: Tokens of a calibration window.
         batch_size: Calibration windows that are run at once.
@@ -68,7 +70,7 @@ def plan(
     if output is not None:
         check_file(output, overwrite)
     dtype = chosen(stored_at(model, fetch=False), dtype)
-    network, where = load_skeleton(model, dtype), estimate.machine(device)
+    network, where = load_skeleton(model, dtype), estimate.machine(device or device_here())
     aimed = method.aimed(network)
     record, rehearsed = foreseen(network, method, aimed, context or method.target_context)
     record |= {"model": model, "dtype": dtype}

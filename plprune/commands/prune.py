@@ -26,7 +26,7 @@ def prune(
     seq_len: int = 512,
     batch_size: int = 8,
     dtype: Dtype | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     offload: Literal["cpu", "disk"] | None = None,
     seed: int = 0,
     bos: bool | None = None,
@@ -51,6 +51,7 @@ def prune(
         batch_size: Windows that are run at once; the result does not depend on it.
         dtype: Of the weights; as stored if not given, and float32 for a `.gguf` file.
         device: Where the current block is calibrated: cpu, cuda, cuda:1; under torchrun, `cuda` is each process's own.
+            A GPU if not given and there is one, and the CPU otherwise.
         offload: Where hidden states wait, to save memory on the device: in the CPU's memory, or, with `stream`, on
             disk.
         seed: Of the choice of windows.

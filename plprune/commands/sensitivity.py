@@ -36,7 +36,7 @@ def sensitivity(
     num_samples: int = 32,
     fractions: str = "0.25,0.5,1",
     dtype: Dtype | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     seed: int = 0,
     bos: bool | None = None,
     max_dropped: float = DROPPED,
@@ -58,7 +58,7 @@ def sensitivity(
         num_samples: Windows of the rest of the text that choose the channels and kv heads that go.
         fractions: Of a part's channels or kv heads, separated by commas; 1 is the whole part.
         dtype: Of the weights; as stored if not given, and float32 for a `.gguf` file.
-        device: Where to compute: cpu, cuda, cuda:1.
+        device: Where to compute: cpu, cuda, cuda:1; a GPU if not given and there is one, and the CPU otherwise.
         seed: Of the choice of windows.
         bos: Whether the BOS token is put before each window: true or false; as the tokenizer does if not given.
         max_dropped: The share of a text's rows that may be dropped, as they cannot be used: in [0, 1].
