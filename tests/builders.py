@@ -93,7 +93,7 @@ DEFAULTS = ("FLAP AL-AM", "FASP value_channels", "CFSP activation", "TwoSSP")
 UNLIKE = ("llama", "opt", "gpt2", "phi3", "gemma2")  # gated; with biases; transposed; fused; windows and norms behind
 # Every method on every family, its further settings on families that are unlike, and two methods on each variant.
 PAIRS = [(each, name) for each in FAMILIES for name in METHODS if name in (*DEFAULTS, "LearnedGates") or each in UNLIKE]
-PAIRS += [(each, DEFAULTS[(i + j) % 4]) for i, each in enumerate(VARIANTS) for j in (0, 2)]
+PAIRS += [(each, DEFAULTS[i % 4]) for start in (len(FAMILIES), 1) for i, each in enumerate(VARIANTS, start)]
 PAIRS += itertools.product(REPAIRED_ON, REPAIRED)
 OWN: list[str] = []  # of the option --method: the contract battery then judges these and no others
 

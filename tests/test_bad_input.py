@@ -604,6 +604,7 @@ def interrupted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Pruning", "Saving", "Training"])
 def test_interrupt(interrupted: dict[str, tuple[Path, Any]], name: str) -> None:
     here, process = interrupted[name]

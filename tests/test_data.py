@@ -174,7 +174,7 @@ class Share:
 
     def __init__(self, replicas: int, rank: int) -> None:
         self.distributed_sampler_kwargs = {"num_replicas": replicas, "rank": rank}
-        self.lightning_module = None
+        self.lightning_module, self.overfit_batches = None, 0
 
 
 @pytest.mark.parametrize("batch_size", [3, 7, 40])

@@ -40,6 +40,7 @@ def small_world(tmp_path: Path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_command_runs(small_world: Path) -> None:
     commands = re.findall(r"^plprune .*", "".join(blocks("bash")[2:]), re.M)
     assert len(commands) == 15
@@ -53,6 +54,7 @@ def test_every_command_runs(small_world: Path) -> None:
     assert Path("runs/two-ssp.json").exists()
 
 
+@pytest.mark.slow
 def test_every_block_of_python_runs(small_world: Path) -> None:
     names: dict = {"__name__": "readme"}
     for block in blocks("python"):

@@ -568,11 +568,6 @@ def killed_at_random(folder: Path, name: str, trials: int, seed: int) -> None:
     assert kills >= trials
 
 
-@pytest.mark.multi_process
-def test_a_killed_run_ends_as_if_nothing_had_happened(here: Path) -> None:
-    killed_at_random(here, "FASP", trials=1, seed=1)
-
-
 @pytest.mark.slow
 @pytest.mark.multi_process
 @pytest.mark.parametrize("name", ["FLAP", "FASP", "CFSP", "TwoSSP"])

@@ -86,7 +86,8 @@ def test_a_failure_is_told_to_the_others(behaviour: str, reason: str) -> None:
     assert reason in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_process_that_is_killed_or_hangs_is_named(number: signal.Signals) -> None:
     code, said = outcome(["collect", "sleep"], number=number)
     assert code == 1
