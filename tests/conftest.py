@@ -1,12 +1,10 @@
 """Tests run side by side, one process a core: each of them, and what it starts, computes on one thread."""
 
 import os
-import re
 from typing import Any
 
 import pytest
 import torch
-from xdist.scheduler import LoadFileScheduling
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -34,14 +32,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> "Shares":
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from tests.shares import Shares  # a machine that runs one process needs no xdist
+
     return Shares(config, log)
-
-
-class Shares(LoadFileScheduling):
-    """A file stays in one process, with its fixtures; one about pairs of families and methods is shared out."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file, _, case = nodeid.partition("[")
-        file = file.partition("::")[0]
-        return f"{file} {re.split('[-/]', case)[0]}" if file.endswith(("contract.py", "estimate.py")) else file
