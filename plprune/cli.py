@@ -33,7 +33,7 @@ from plprune.checkpoint import load_skeleton
 from plprune.commands import COMMANDS
 from plprune.data import RecoveryData
 from plprune.methods import CFSP, FASP, FLAP, LearnedGates, PruningMethod, TwoSSP, preflight
-from plprune.recovery import Recovery
+from plprune.recovery import ENDLESS, Recovery
 from plprune.text import check_sizes
 from plprune.watch import Watch
 
@@ -188,7 +188,7 @@ class CLI(LightningCLI):
         check_given(Recovery, vars(config.model), "model.")
         check_given(RecoveryData, vars(config.data), "data.")
         if self.subcommand == "fit" and given.max_steps == -1 and given.max_epochs is None and not given.fast_dev_run:
-            raise ValueError("the learning rate needs an end of training: set trainer.max_steps or trainer.max_epochs")
+            raise ValueError(ENDLESS)
         listed = [each.class_path.rpartition(".")[2] for each in config.trainer.callbacks or []]
         for name in ("Prune", "Evaluate", "Report", "Checkpoint"):
             if listed.count(name) > 1:

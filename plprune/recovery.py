@@ -51,6 +51,7 @@ REMEDY = (
     ": training stops, and nothing is saved over what was good; lower model.learning_rate, or compute in more than "
     "float16 (trainer.precision bf16-mixed or 32-true)"
 )
+ENDLESS = "the learning rate needs an end of training: set trainer.max_steps or trainer.max_epochs"
 LEAST = 1e-30  # that losses are divided by, where nothing counts
 COPIES = "copies the model before it is pruned and has adapters"
 REFUSED: dict[type[pl.Callback], str] = {  # callbacks of Lightning that would be wrong here without a word, or late
@@ -294,7 +295,7 @@ class Recovery(pl.LightningModule):
             cast(Any, optimizer)._step_supports_amp_scaling = False  # for which Lightning would refuse to clip
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
-            raise ValueError("the learning rate needs an end of training: set trainer.max_steps or trainer.max_epochs")
+            raise ValueError(ENDLESS)
         schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, int(steps), self.warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
