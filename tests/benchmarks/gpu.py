@@ -32,6 +32,8 @@ from tests.builders import save_tiny
 SHAPES: dict[str, dict[str, Any]] = {
     "Llama-3-8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32},
     "Llama-3.2-1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32},
+    "SmolLM2-135M": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
+    | {"num_key_value_heads": 3, "vocab_size": 49152},
 }
 METHODS: dict[str, PruningMethod] = {
     "FLAP": FLAP(0.25),

@@ -22,18 +22,17 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from plprune import CFSP, LoRA, Recovery, prune
 from plprune.checkpoint import load_model
 from plprune.data import collate
 from plprune.recovery import warmup_cosine
+from tests.benchmarks.gpu import TARGETS, WARM, made
 from tests.builders import save_tiny
 from tests.shared import SMOLLM2
 
-WARM = 2
 LORA = LoRA(rank=16, alpha=32, by="uniform")
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CLOSE = 1e-5  # of two losses in float32
 
 
@@ -85,17 +84,6 @@ class Turns(pl.Callback):
         self._since = now
 
 
-def made(blocks: int, length: int) -> PreTrainedModel:
-    sizes: dict[str, Any] = {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-    }
-    sizes |= {"vocab_size": 49152, "num_hidden_layers": blocks, "max_position_embeddings": length}
-    return AutoModelForCausalLM.from_config(LlamaConfig(**sizes, tie_word_embeddings=True))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=12)
@@ -106,7 +94,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     ids = torch.randint(5, 49000, (args.batch * args.steps, args.length))
-    model = load_model(SMOLLM2) if args.real else made(args.blocks, args.length)
+    cpu = torch.device("cpu")
+    model = load_model(SMOLLM2) if args.real else made("SmolLM2-135M", args.blocks, cpu, args.length).float()
     if args.real:
         prune(model, CFSP(0.2), [ids[:2, :256]])
     with tempfile.TemporaryDirectory() as root:
