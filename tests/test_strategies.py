@@ -35,6 +35,7 @@ from tests.runs import Run
 CONFIGS = Path(__file__).parents[1] / "configs" / "strategy"
 SHARDED = ["zero3", "fsdp2"]
 UNLIKE = ["ddp", *SHARDED]  # ZeRO-1 and 2 run the model as DDP does
+KEEPING = ["ddp", "zero2", *SHARDED]  # what they keep; ZeRO-1 does as ZeRO-2
 ZERO = ["zero1", "zero2", "zero3"]
 STRATEGIES = ["ddp", *ZERO, "fsdp2"]
 EVERY = ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES[1:])]
@@ -198,7 +199,7 @@ def test_processes_leave_one_report_and_one_log(
 
 @pytest.mark.slow
 @pytest.mark.multi_process
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", *SHARDED])
+@pytest.mark.parametrize("strategy", KEEPING)
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(source: Path, tmp_path: Path, strategy: str) -> None:
     lora = {"rank": 2, "dropout": 0.3}
     _, expected = ended(start(source, tmp_path / "run", strategy, lora=lora))
@@ -225,7 +226,7 @@ def test_a_checkpoint_with_other_adapters_is_refused(
 
 @pytest.mark.slow
 @pytest.mark.multi_process
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", *SHARDED])
+@pytest.mark.parametrize("strategy", KEEPING)
 def test_another_number_of_processes_goes_on_or_is_refused(
     runs: Callable[[str], Ended], source: Path, tmp_path: Path, strategy: str
 ) -> None:
