@@ -9,7 +9,6 @@ on where it was, and a new method costs only itself.
 import contextlib
 import dataclasses
 import functools
-import inspect
 import logging
 import os
 import platform
@@ -310,7 +309,8 @@ class Bench:
         dtype = str(self.dense.dtype).removeprefix("torch.")
         common = {"weights": self.weights, "dtype": dtype, "device": self.study.device.type}
         common |= {name: version(name) for name in ("plprune", "torch", "transformers")}
-        common |= {"source": digest({"bench": inspect.getsource(Bench), "models": sources("plprune.checkpoint")})}
+        bench = Path(__file__).read_text(encoding="utf-8")
+        common |= {"source": digest({"bench": bench, "models": sources("plprune.checkpoint")})}
         dense = self._judged(common, lambda: self.dense)
         facts = dict(zip(("block_parameters", "parameters"), parameters(self.dense), strict=True))
         yield self._cell("dense", "dense", 0.0, None) | facts | self._timed(common, lambda: self.dense) | dense
@@ -329,7 +329,8 @@ class Bench:
         facts = self._structure(of, model)
         yield self._completed(cells[0] | facts, of, lambda: model()[0], dense)
         for cell, training, made_by in zip(cells[1:], self.study.recoveries, self._trainings, strict=True):
-            by = of | {"recover": made_by, "by": sources("plprune.recovery", "plprune.data"), "peft": version("peft")}
+            by = of | {"recover": made_by, "by": sources("plprune.recovery", "plprune.data")}
+            by |= {name: version(name) for name in ("lightning", "peft")}
             if training.rounds > 1:
                 again = functools.cache(lambda training=training: self._in_rounds(method, text, seed, training))
                 own = self._structure(by, again)

@@ -107,6 +107,9 @@ def test_what_is_computed_is_not_computed_again(study: Study, tmp_path: Path, mo
     assert counts == {"prune": 0, "survey": 0, "judge": 0}
     compare(dataclasses.replace(first, methods=FOUR), tmp_path / "out")
     assert counts == {"prune": 1, "survey": 0, "judge": 1}  # a new method costs itself
+    edit("compare", monkeypatch)  # as its trainer, which is beside what uses it
+    compare(dataclasses.replace(first, methods=FOUR[:1]), tmp_path / "out")
+    assert counts == {"prune": 2, "survey": 0, "judge": 3}
 
 
 def test_the_dense_model_is_observed_once_for_each_seed(

@@ -143,7 +143,7 @@ def test_every_strategy_ends_where_one_process_does(runs: Callable[[str], Run], 
     assert (plan.digest == wanted.digest) or len(found) > 1
     ids = windows(2, 32, seed=7)
     torch.testing.assert_close(logits(other, ids), logits(one, ids), rtol=0, atol=0.02)
-    assert [line.split()[0] for line in runs(name).output().splitlines() if line.startswith(("dense ", "recovered "))]
+    assert any(line.startswith(("dense ", "recovered ")) for line in runs(name).output().splitlines())
 
 
 @pytest.mark.parametrize("name", ["ddp", "zero2", "zero3", "fsdp2"])
