@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from plprune.calibration import Calibration
 from plprune.checkpoint import load_tokenizer
 from plprune.plan import fingerprint
-from plprune.running import check_ids
+from plprune.running import check_ids, check_masking
 from plprune.text import (
     DROPPED,
     IGNORED,
@@ -51,6 +51,9 @@ class RecoveryData(pl.LightningDataModule):
     Where the tokenizer begins texts with a BOS token, every window begins with it, also those that start within a
     document; it is one of the window's tokens.
 
+    Documents are packed: they stand one after the other in a window, with the end-of-text token between them, and
+    attention reaches back over it. `intra_document_masking` keeps it within each.
+
     Args:
         train: Text to recover on: a `.txt`, `.jsonl`, `.json` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the
             hub or of a folder, or `pydoc_data.topics`.
@@ -72,6 +75,9 @@ class RecoveryData(pl.LightningDataModule):
         seed: Of the order of documents and windows.
         bos: Whether the BOS token is put before each window; as the tokenizer does with a text if not given.
         max_dropped: The share of a text's rows that may be dropped, as they cannot be used: in [0, 1].
+        intra_document_masking: Whether each token of a training window attends to its own document only, which begins
+            at position 0, with the BOS token if windows do, and whose first token is not learnt. A model that does not
+            heed it is refused. What is calibrated on and judged by is not masked: perplexities stay comparable.
     """
 
     def __init__(
@@ -94,6 +100,7 @@ class RecoveryData(pl.LightningDataModule):
         seed: int = 0,
         bos: bool | None = None,
         max_dropped: float = DROPPED,
+        intra_document_masking: bool = False,
     ) -> None:
         super().__init__()
         check_share(max_dropped)
@@ -111,6 +118,7 @@ class RecoveryData(pl.LightningDataModule):
         self.held_out, self.max_windows, self.max_documents = held_out, max_windows, max_documents
         self.join, self.num_workers, self.seed = join, num_workers, seed
         self.bos, self.max_dropped = bos, max_dropped
+        self.intra_document_masking = intra_document_masking
         self._train: Stream | None = None
         self._parts: dict[str, TensorDataset] = {}
         self._done = (0, 0)  # epoch, and samples of it that all processes together were trained on before a resume
@@ -127,7 +135,7 @@ class RecoveryData(pl.LightningDataModule):
             parts["validation"] = cut(self._read("validation"), "validation")
         else:
             train, tail = split(train, self.held_out)
-            parts["validation"] = cut(tail, "held-out")
+            parts["validation"] = cut(tail[:2], "held-out")
         parts["train"] = cut(train, "training")
         parts["test"] = cut(self._read("test"), "test") if self.sources["test"] else parts["validation"]
         self._train, self._parts = train, parts
@@ -135,7 +143,7 @@ class RecoveryData(pl.LightningDataModule):
     def calibration(self) -> Calibration:
         """The calibration windows."""
         self.setup()
-        ids, _ = self._read("calibration") if self.sources["calibration"] else cast(Stream, self._train)
+        ids, *_ = self._read("calibration") if self.sources["calibration"] else cast(Stream, self._train)
         bos = bos_token(self._tokenizer(), self.bos)
         windows = draw(ids, self.num_samples, self.calibration_seq_len, self.seed, bos)
         return Calibration(list(windows.split(self.calibration_batch_size)))
@@ -196,19 +204,19 @@ class RecoveryData(pl.LightningDataModule):
             return int(samples > 0)
         return count // replicas // self.batch_size - max(0, count - samples) // replicas // self.batch_size
 
-    def coming_windows(self, batches: int) -> list[Tensor]:  # [seq_len] each
+    def coming_windows(self, batches: int) -> list[dict[str, Tensor]]:  # [1, seq_len] each
         """What this process will be trained on in its next batches, in order; a window comes again in every epoch."""
         assert self.trainer is not None
         sampler, size = copy.copy(cast(ResumableSampler, self._sampler)), self.batch_size
         epoch, of_epoch = self.trainer.current_epoch, int(self.trainer.num_training_batches)
-        found: list[Tensor] = []
+        found: list[dict[str, Tensor]] = []
         most = of_epoch - (self.batches_done() if epoch == self._done[0] else 0)
         while batches > 0:
             sampler.set_epoch(epoch)
             rows = list(sampler)[: min(most, batches) * size]
             if len(sampler) >= size:  # the loader then drops what does not fill a batch
                 rows = rows[: len(rows) // size * size]
-            found += [self._parts["train"].tensors[0][row] for row in rows]
+            found += [collate([self._parts["train"][row]]) for row in rows]
             batches -= -(-len(rows) // size)
             epoch, most = epoch + 1, of_epoch
         return found
@@ -250,7 +258,12 @@ class RecoveryData(pl.LightningDataModule):
     def _read(self, part: str) -> Stream:
         source, join = cast(str, self.sources[part]), None if part == "train" else self.join
         tokenizer, model = self._tokenizer(), self.trainer and getattr(self.trainer.lightning_module, "model", None)
-        stream = tokenised(source, tokenizer, join, self.max_documents, self.seed, self.max_dropped)
+        begin = None
+        if part == "train" and self.intra_document_masking:
+            begin = [] if (bos := bos_token(tokenizer, self.bos)) is None else [bos]
+            if isinstance(model, PreTrainedModel):
+                check_masking(model)
+        stream = tokenised(source, tokenizer, join, self.max_documents, self.seed, self.max_dropped, begin)
         if isinstance(model, PreTrainedModel):
             check_ids(model, stream[:1], tokenizer)
         return stream
@@ -333,7 +346,7 @@ class Ahead:
         return list(self._waiting)[: max(0, count)]
 
 
-def collate(rows: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """A batch of windows."""
-    ids, labels = zip(*rows, strict=True)
-    return {"input_ids": torch.stack(ids), "labels": torch.stack(labels)}
+def collate(rows: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+    """A batch of windows: token ids, labels and, where documents are apart, positions."""
+    names = ("input_ids", "labels", "position_ids")
+    return {name: torch.stack(part) for name, part in zip(names, zip(*rows, strict=True), strict=False)}

@@ -46,7 +46,7 @@ from plprune.anatomy import blocks_of
 from plprune.atomic import staged
 from plprune.cache import digest
 from plprune.checkpoint import load_model, load_skeleton
-from plprune.losses import Loss
+from plprune.losses import Loss, inputs
 from plprune.plan import PruningPlan, fingerprint
 from plprune.progress import Progress
 from plprune.stored import Dtype
@@ -281,13 +281,13 @@ class Teacher:
         self.settings, self.source, self.dtype, self.device, self.root = settings, source, dtype, device, folder
         self._model: PreTrainedModel | None = None
 
-    def prepare(self, windows: Iterable[Tensor], quiet: bool = False) -> None:  # [s] each
+    def prepare(self, windows: Iterable[dict[str, Tensor]], quiet: bool = False) -> None:  # [1, s] each
         """Asks for all windows that have no answer yet, and frees the model."""
-        files = {self.file(ids): ids for ids in windows}
-        lacking = {file: ids for file, ids in files.items() if not file.exists()}
+        files = {self.file(given): given for given in map(inputs, windows)}
+        lacking = {file: given for file, given in files.items() if not file.exists()}
         with Progress(len(lacking), "asking the teacher", "window", quiet=quiet) as progress:
-            for i, (file, ids) in enumerate(lacking.items()):
-                self._ask(file, ids)
+            for i, (file, given) in enumerate(lacking.items()):
+                self._ask(file, given)
                 progress.update()
                 if not i and not quiet:
                     size = file.stat().st_size * len(lacking) / 1e9
@@ -297,14 +297,15 @@ class Teacher:
         self.free()
 
     @torch.autocast("cpu", enabled=False)  # in which float16 cannot be stacked
-    def answers(self, ids: Tensor) -> Answers:  # [b, s]
+    def answers(self, given: dict[str, Tensor]) -> Answers:  # [b, s] each
         """What the teacher says of each window of a batch."""
-        found = []
-        for row in ids.cpu():
+        found, device = [], given["input_ids"].device
+        for rows in zip(*(each.cpu().split(1) for each in given.values()), strict=True):
+            row = dict(zip(given, rows, strict=True))
             if not (file := self.file(row)).exists():
                 self._ask(file, row)
             found.append(load_file(file))
-        return {name: torch.stack([each[name] for each in found]).to(ids.device) for name in found[0]}
+        return {name: torch.stack([each[name] for each in found]).to(device) for name in found[0]}
 
     def free(self) -> None:
         """Removes the model from memory, if it is there."""
@@ -323,18 +324,19 @@ class Teacher:
             of |= {"top_k": self.settings.top_k, "temperature": self.settings.temperature}
         return self.root / digest(of)
 
-    def file(self, ids: Tensor) -> Path:  # [s]
+    def file(self, given: dict[str, Tensor]) -> Path:  # [1, s] each
         """Where the answer to a window is, or would be."""
-        name = fingerprint([("ids", ids)], values=1 << 30)
+        name = fingerprint(((name, each[0]) for name, each in given.items()), values=1 << 30)
         return self.folder / name[:2] / f"{name}.safetensors"  # few files a folder, as `staged` looks through it
 
     @torch.no_grad()
-    def _ask(self, file: Path, ids: Tensor) -> None:
+    def _ask(self, file: Path, given: dict[str, Tensor]) -> None:
         model, settings, answer = self._loaded(), self.settings, {}
         blocks = settings.blocks(len(blocks_of(model)))
         fewer = {} if settings.events else {"logits_to_keep": 1}  # the head costs time for each
         with recorded(model, blocks) as states:
-            logits = model(input_ids=ids[None].to(self.device), use_cache=False, **fewer).logits[0, :-1]
+            on_device = {name: each.to(self.device) for name, each in given.items()}
+            logits = model(**on_device, use_cache=False, **fewer).logits[0, :-1]
         if settings.events:
             values, tokens = events(logits, settings.top_k, settings.temperature)
             answer |= {"values": values.clamp(min=LEAST).half().cpu(), "tokens": tokens.int().cpu()}

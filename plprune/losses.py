@@ -73,27 +73,32 @@ def counting(labels: Tensor) -> Tensor:  # [b, s] -> [n]
     return nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1)).flatten().nonzero().squeeze(1)
 
 
-def states(model: PreTrainedModel, ids: Tensor, positions: Tensor, whole: bool = True) -> States:
+def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a model is given of a batch: the tokens and, where documents are apart, their positions in them."""
+    return {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+
+
+def states(model: PreTrainedModel, given: dict[str, Tensor], positions: Tensor, whole: bool = True) -> States:
     """What enters the head of a model at some positions of windows.
 
     Args:
         model: The model.
-        ids: Token ids, [b, s].
+        given: Its :func:`inputs`, [b, s] each.
         positions: As :func:`counting` has them.
         whole: Whether this process holds the whole head. Where it has a shard, the model must be called as one: its
             logits are then made at once, in its dtype, and taken for the states of a head that does nothing.
     """
-    rows = rows_at_a_time(model.config.vocab_size, ids.device.type == "cpu")
+    rows = rows_at_a_time(model.config.vocab_size, positions.device.type == "cpu")
     if not whole:
-        logits = model(input_ids=ids, use_cache=False).logits
+        logits = model(**given, use_cache=False).logits
         return States(logits.flatten(0, 1).index_select(0, positions), lambda values: values, [], rows)
     base = model.get_decoder()  # which the model calls before its head
-    output = base(input_ids=ids, use_cache=False)
+    output = base(**given, use_cache=False)
 
     def head(values: Tensor) -> Tensor:
         said = type(output)(last_hidden_state=values[None])
         with standing_in([base], [lambda *_, **__: said]):
-            return model(input_ids=ids, use_cache=False).logits[0]
+            return model(**given, use_cache=False).logits[0]
 
     trained = [p for p in cast(nn.Module, model.get_output_embeddings()).parameters() if p.requires_grad]
     return States(output.last_hidden_state.flatten(0, 1).index_select(0, positions), head, trained, rows)

@@ -38,7 +38,7 @@ from plprune.checkpoint import load_model, load_skeleton, load_tokenizer
 from plprune.data import Ahead
 from plprune.distillation import Distillation, Teacher, check_teacher, distances, recorded, sizes, source
 from plprune.lora import LoRA
-from plprune.losses import States, counting, next_token, states, summed
+from plprune.losses import States, counting, inputs, next_token, states, summed
 from plprune.plan import fingerprint
 from plprune.progress import Progress
 from plprune.stored import Dtype
@@ -381,7 +381,7 @@ class Recovery(pl.LightningModule):
         folder = Path(self.trainer.default_root_dir) / "teacher"
         self._teacher = Teacher(settings, teacher, dtype, self.trainer.strategy.root_device, folder)
 
-    def _coming_windows(self) -> Iterable[Tensor]:  # [s] each
+    def _coming_windows(self) -> Iterable[dict[str, Tensor]]:  # [1, s] each
         """What this process will be trained on, if the data module says it."""
         coming = getattr(getattr(self.trainer, "datamodule", None), "coming_windows", None)
         steps = int(self.trainer.estimated_stepping_batches) - self.trainer.global_step
@@ -403,27 +403,27 @@ class Recovery(pl.LightningModule):
 
     def _size(self, batch: dict[str, Tensor]) -> Tensor:
         hidden = self._teacher is not None and self._teacher.settings.of != "logits"
-        answers = self._teacher.answers(batch["input_ids"]) if self._teacher is not None and hidden else {}
+        answers = self._teacher.answers(inputs(batch)) if self._teacher is not None and hidden else {}
         return sizes(batch["labels"], answers)
 
     def _shares_of(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """What a batch adds to the losses of its step."""
-        ids, labels, settings, positions = batch["input_ids"], batch["labels"], self.distill, counting(batch["labels"])
+        given, labels, settings, positions = inputs(batch), batch["labels"], self.distill, counting(batch["labels"])
         own, tokens = next_token(labels, positions), self._step[0]
         if self._teacher is None or settings is None:
-            return {"train_loss": summed(self._states(ids, positions), [own], [1.0])[0] / tokens}
-        weight, answers = settings.weight, self._teacher.answers(ids)
+            return {"train_loss": summed(self._states(given, positions), [own], [1.0])[0] / tokens}
+        weight, answers = settings.weight, self._teacher.answers(given)
         losses = [own, settings.loss(answers, positions)] if settings.events else [own]
         with recorded(self.model, settings.blocks(len(blocks_of(self.model)))) as hidden:
-            loss, sums = summed(self._states(ids, positions), losses, [1 - weight, weight][: len(losses)])
+            loss, sums = summed(self._states(given, positions), losses, [1 - weight, weight][: len(losses)])
         loss, distilled = loss / tokens, sums[1:].sum() / tokens
         if hidden:
             apart = (distances(hidden, labels, answers["hidden"]) / self._step[1:]).mean()
             loss, distilled = loss + weight * apart, distilled + apart
         return {"train_loss": loss, "next_token_loss": sums[0] / tokens, "distillation_loss": distilled}
 
-    def _states(self, ids: Tensor, positions: Tensor) -> States:
-        return states(self.model, ids, positions, whole=not shards(self.trainer.strategy))
+    def _states(self, given: dict[str, Tensor], positions: Tensor) -> States:
+        return states(self.model, given, positions, whole=not shards(self.trainer.strategy))
 
     def _logged(self) -> list[str]:
         """The metrics that a callback can monitor."""
@@ -444,7 +444,7 @@ class Recovery(pl.LightningModule):
         self.val_perplexity.to(self.device)  # ZeRO-3 leaves what is no parameter on the CPU
         positions = counting(batch["labels"])
         following = batch["labels"].flatten()[positions + 1]
-        for logits, where in self._states(batch["input_ids"], positions).logits():
+        for logits, where in self._states(inputs(batch), positions).logits():
             self.val_perplexity.update(logits[None].float(), following[None, where])
         self.log(name, self.val_perplexity, prog_bar=True, batch_size=len(batch["labels"]))
 

@@ -19,6 +19,8 @@ from plprune.anatomy import Block, blocks_of
 from plprune.journal import Filed, NotFinite
 from plprune.stats import BlockInfluence
 
+PAIR = ((3, 8), (8, 16))  # token ids of two documents, of unlike length
+
 
 @dataclass(frozen=True)
 class Call:
@@ -115,6 +117,36 @@ def check_ids(
             f"the text has tokens that the embedding, of {rows} rows, has none for: {', '.join(some)}{more}; use the "
             "model's own tokenizer, or make the embedding larger by model.resize_token_embeddings"
         )
+
+
+def check_masking(model: PreTrainedModel) -> None:
+    """Makes sure that tokens attend to their own document only, where positions begin anew at each: by trying it.
+
+    Of several processes the first does, as others may not have the weights.
+
+    Raises:
+        ValueError: The logits of two documents in a window are not those of each alone.
+    """
+    gap = processes.same(None if processes.lacks_weights(model) else _crossing(model), processes.world())
+    if gap is not None and not gap <= (1e-3 if model.dtype == torch.float32 else 0.06):
+        raise ValueError(
+            f"{type(model).__name__} does not keep documents of a window apart (logits differ by {gap:.2g} of the "
+            "largest from those of each document alone): leave out data.intra_document_masking"
+        )
+
+
+@torch.no_grad()
+def _crossing(model: PreTrainedModel) -> float:
+    """How far logits of two documents in a window are from those of each alone, over the largest; in either order."""
+    first, second = (torch.arange(*each)[None].to(model.device) % cast(int, model.config.vocab_size) for each in PAIR)
+    orders = [(first, second), (second, first)]
+    ids = torch.cat([torch.cat(order, 1) for order in orders])
+    positions = torch.cat([torch.cat([torch.arange(each.shape[1]) for each in order])[None] for order in orders])
+    with evaluating(model):
+        alone = {each: model(input_ids=each, use_cache=False).logits for each in (first, second)}
+        packed = model(input_ids=ids, position_ids=positions.to(model.device), use_cache=False).logits
+    expected = torch.cat([torch.cat([alone[each] for each in order], 1) for order in orders])
+    return float((packed - expected).abs().max() / expected.abs().max())
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from plprune.chats import Record, Unusable, conversation, to_chat
 
 log = logging.getLogger(__name__)
 Placed = tuple[str, Record]  # where a row is in its text, and the row
-Stream = tuple[Tensor, Tensor]  # token ids and labels of a whole text, [tokens] each
+Stream = tuple[Tensor, ...]  # token ids and labels of a whole text, and where each document starts: [tokens] each
 PYDOC = "pydoc_data.topics"
 IGNORED = -100  # label of a token that no loss counts
 BATCH = 1000  # texts that are tokenised at once
@@ -142,6 +142,7 @@ def tokenised(
     limit: int | None = None,
     seed: int | None = None,
     max_dropped: float = DROPPED,
+    begin: list[int] | None = None,
 ) -> Stream:
     """A text as one stream of tokens; how much of it was used is logged.
 
@@ -152,6 +153,7 @@ def tokenised(
         limit: At most this many rows are read.
         seed: Of the order of the rows; as they come if not given. Rows that are joined keep their order.
         max_dropped: The share of rows that may be unusable.
+        begin: As for :func:`encode`.
 
     Raises:
         ValueError: The text cannot be read, or too many rows cannot be used.
@@ -163,9 +165,9 @@ def tokenised(
     tally = Tally(source, join is None and not _end(tokenizer))
     used = list(documents(rows, tokenizer, tally, join))
     tally.check(max_dropped)
-    ids, labels = encode(used, tokenizer)
-    tally.report(len(ids), int((labels != IGNORED).sum()))
-    return ids, labels
+    stream = encode(used, tokenizer, begin)
+    tally.report(len(stream[0]), int((stream[1] != IGNORED).sum()))
+    return stream
 
 
 def documents(
@@ -212,8 +214,15 @@ def document(record: Record, tokenizer: PreTrainedTokenizerBase) -> Document:
     return made
 
 
-def encode(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Stream:
-    """Documents as one stream of tokens; labels of what the loss does not count are ignored."""
+def encode(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, begin: list[int] | None = None) -> Stream:
+    """Documents as one stream of tokens; labels of what the loss does not count are ignored.
+
+    Args:
+        documents: The documents.
+        tokenizer: Their tokenizer.
+        begin: If each is to be read by itself, what it begins with, unless it does so already. Nothing stands before
+            its first token, which is then not learnt, and the stream has where each starts.
+    """
     parts: list[Stream] = []
     for partly, run in groupby(documents, lambda each: each.answers is not None):
         told = partly and bool(tokenizer.is_fast)
@@ -222,14 +231,18 @@ def encode(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) ->
             encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=told, verbose=False)
             offsets = cast(list[Any], encoded["offset_mapping"] if told else [None] * len(batch))
             for each, own, places in zip(batch, cast(list[list[int]], encoded["input_ids"]), offsets, strict=True):
-                ids = torch.tensor(own + ending(each, tokenizer), dtype=torch.long)
+                first = begin if begin and own[: len(begin)] != begin else []
+                ids = torch.tensor(first + own + ending(each, tokenizer), dtype=torch.long)
                 labels = ids
                 if partly:
                     labels = ids.clone()
-                    labels[: len(own)][~_counted(each, own, places, tokenizer)] = IGNORED
-                parts.append((ids, labels))
-    ids, labels = zip(*parts, strict=True)
-    return torch.cat(ids), torch.cat(labels)
+                    labels[len(first) : len(first + own)][~_counted(each, own, places, tokenizer)] = IGNORED
+                if begin is None:
+                    parts.append((ids, labels))
+                else:
+                    starts = torch.arange(len(ids)) == 0
+                    parts.append((ids, labels.masked_fill(starts, IGNORED), starts))
+    return tuple(torch.cat(each) for each in zip(*parts, strict=True))
 
 
 def ending(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -286,10 +299,13 @@ def cut(ids: Tensor, seq_len: int, bos: int | None = None) -> list[slice]:
 def pack(stream: Stream, seq_len: int, what: str, bos: int | None = None) -> TensorDataset:
     """A stream cut into windows [n, seq_len]; those without a token to predict and the rest at the end are dropped.
 
+    Where the stream has the starts of documents, each token's position in its document, or what is there of it, goes
+    with the windows.
+
     Raises:
         ValueError: There is not even one window.
     """
-    ids, labels = stream
+    ids, labels, *starts = stream
     places = cut(ids, seq_len, bos)
     if not places:
         raise ValueError(f"the {what} text has {len(ids)} tokens, but a window needs {seq_len}: give more text")
@@ -297,13 +313,25 @@ def pack(stream: Stream, seq_len: int, what: str, bos: int | None = None) -> Ten
     useful = (labels[:, 1:] != IGNORED).any(1)  # the mean loss over no token is NaN
     if not useful.any():
         raise ValueError(f"no window of the {what} text has an answer to predict: raise seq_len, or give other text")
-    return TensorDataset(ids[useful], labels[useful])
+    windows = [ids, labels, *(restarting(_stacked(each, places, seq_len, 0)) for each in starts)]
+    return TensorDataset(*(each[useful] for each in windows))
+
+
+def restarting(starts: Tensor) -> Tensor:  # [n, s]
+    """Positions that begin anew at each start.
+
+    Example:
+        >>> restarting(torch.tensor([[False, False, True, False, True]]))
+        tensor([[0, 1, 0, 1, 0]])
+    """
+    places = torch.arange(starts.shape[1]).expand_as(starts)
+    return places - (places * starts).cummax(1).values
 
 
 def split(stream: Stream, held_out: float) -> tuple[Stream, Stream]:
     """The stream without its last part, and that part."""
     cut = int(len(stream[0]) * (1 - held_out))
-    return (stream[0][:cut], stream[1][:cut]), (stream[0][cut:], stream[1][cut:])
+    return tuple(each[:cut] for each in stream), tuple(each[cut:] for each in stream)
 
 
 def draw(

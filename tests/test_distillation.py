@@ -20,7 +20,7 @@ from plprune.distillation import Distillation, Source, Teacher, distances, diver
 from plprune.evaluation import Protocol, next_token_loss
 from plprune.plan import fingerprint
 from plprune.text import IGNORED
-from tests.builders import VOCABULARY, logits, numbers, save_tiny, tiny, windows
+from tests.builders import VOCABULARY, jsonl, logits, numbers, save_tiny, tiny, windows
 from tests.probes import StopAfter, Stopped
 
 STEPS = 6
@@ -67,6 +67,10 @@ def same(a: Recovery, b: Recovery) -> bool:
 
 def teacher(settings: Distillation, name: str, root: Path) -> Teacher:
     return Teacher(settings, Source(name, None, "float32"), "float32", torch.device("cpu"), root)
+
+
+def one_by_one(count: int) -> list[dict[str, Tensor]]:
+    return [{"input_ids": row} for row in windows(count).split(1)]
 
 
 def labelled(ids: Tensor) -> Tensor:
@@ -158,8 +162,8 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("of", ["logits", "hidden", "both"])
 def test_answers_are_the_dense_models_and_do_not_depend_on_the_batch(folder: str, tmp_path: Path, of: Any) -> None:
     settings = Distillation(of, temperature=2.0, top_k=7)
-    found = teacher(settings, folder, tmp_path).answers(windows(3))
-    alone = teacher(settings, folder, tmp_path / "alone").answers(windows(3)[1:2])
+    found = teacher(settings, folder, tmp_path).answers({"input_ids": windows(3)})
+    alone = teacher(settings, folder, tmp_path / "alone").answers({"input_ids": windows(3)[1:2]})
     assert all(torch.equal(value[1:2], alone[name]) for name, value in found.items())
     assert found.keys() == {"logits": {"values", "tokens"}, "hidden": {"hidden"}}.get(
         of, {"values", "tokens", "hidden"}
@@ -179,25 +183,28 @@ def test_answers_are_the_dense_models_and_do_not_depend_on_the_batch(folder: str
 
 def test_the_model_is_loaded_for_what_is_new_only_and_freed(folder: str, tmp_path: Path, monkeypatch) -> None:
     first = teacher(Distillation(), folder, tmp_path)
-    first.prepare(windows(3))
+    first.prepare(one_by_one(3))
     assert first._model is None
     files = sorted(tmp_path.rglob("*.safetensors"))
     assert len(files) == 3
     known = Source(folder, fingerprint(tiny().named_parameters()), "float32")
     again = Teacher(Distillation(), known, "float32", torch.device("cpu"), tmp_path)
     monkeypatch.setattr(Source, "load", lambda *_: pytest.fail("loaded again"))
-    again.prepare(windows(3))
-    assert torch.equal(again.answers(windows(2))["tokens"], first.answers(windows(2))["tokens"])
+    again.prepare(one_by_one(3))
+    some = {"input_ids": windows(2)}
+    assert torch.equal(again.answers(some)["tokens"], first.answers(some)["tokens"])
     for other in (Distillation(top_k=3), Distillation(temperature=2.0), Distillation("both")):
         assert Teacher(other, known, "float32", torch.device("cpu"), tmp_path).folder != first.folder
     assert not list(tmp_path.rglob(".*"))
+    apart = some | {"position_ids": torch.arange(16).remainder(6).expand(2, -1)}
+    assert not any(again.file({name: each[:1] for name, each in apart.items()}) == file for file in files)
 
 
 def test_random_numbers_are_as_without_a_teacher(folder: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    teacher(Distillation(), folder, tmp_path).prepare(windows(1))
+    teacher(Distillation(), folder, tmp_path).prepare(one_by_one(1))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -292,11 +299,25 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
 
 
 def _known(answers: Any) -> Any:
-    def call(self: Teacher, ids: Tensor) -> Any:
-        assert all(self.file(row).exists() for row in ids), "not asked for before training"
-        return answers(self, ids)
+    def call(self: Teacher, given: dict[str, Tensor]) -> Any:
+        rows = [{name: each[i : i + 1] for name, each in given.items()} for i in range(len(given["input_ids"]))]
+        assert all(self.file(row).exists() for row in rows), "not asked for before training"
+        return answers(self, given)
 
     return call
+
+
+def test_documents_are_kept_apart_in_training_and_by_the_teacher(folder: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Teacher, "answers", _known(Teacher.answers))
+    shown = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
+    text = jsonl(tmp_path / "text.jsonl", [{"text": f"{i} and {i + 1}"} for i in range(100)])
+    data = RecoveryData(text, seq_len=16, batch_size=2, intra_document_masking=True)
+    module = Recovery(folder, distill=Distillation())
+    pl.Trainer(max_steps=2, limit_val_batches=1, default_root_dir=tmp_path, **cast(Any, shown)).fit(module, data)
+    batch = next(iter(data.train_dataloader()))
+    assert (batch["position_ids"][:, 1:] == 0).any()
+    assert module.run["data.intra_document_masking"]
+    assert "position_ids" not in next(iter(data.val_dataloader()))
 
 
 def test_other_data_is_asked_for_as_it_comes(folder: str, tmp_path: Path) -> None:

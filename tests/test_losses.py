@@ -1,5 +1,6 @@
 """Losses without all logits: what they and their gradients are, of every family, and how wide the tensors get."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from plprune.distillation import Distillation, divergence, events
 from plprune.evaluation import next_token_loss
 from plprune.lora import inject
 from plprune.losses import States, counting, next_token, states, summed
+from plprune.running import check_masking
 from plprune.text import IGNORED
 from tests.builders import VOCABULARY, logits, tiny, windows
 
@@ -55,12 +57,30 @@ def test_loss_and_gradients_are_those_of_all_logits(family: str, whole: bool) ->
     model, (ids, labels) = adapted(family), batch()
     expected = next_token_loss(model(input_ids=ids).logits, labels, "sum")
     positions = counting(labels)
-    found, sums = summed(states(model, ids, positions, whole), [next_token(labels, positions)], [1.0])
+    found, sums = summed(states(model, {"input_ids": ids}, positions, whole), [next_token(labels, positions)], [1.0])
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0.0)
     torch.testing.assert_close(sums, expected[None], rtol=1e-6, atol=0.0)
     wanted, own = gradients(model, expected / 3), gradients(model, found / 3)
     largest = max(float(each.abs().max()) for each in wanted.values())
     torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-6 * largest)
+
+
+def test_documents_that_are_apart_have_the_losses_that_they_have_alone() -> None:
+    model, ids, places = adapted(), windows(1, 24), torch.cat([torch.arange(9), torch.arange(15)])[None]
+    labels = ids.masked_fill(places == 0, IGNORED)
+    alone = [next_token_loss(model(input_ids=each).logits, each, "sum") for each in ids.split([9, 15], 1)]
+    crossing = next_token_loss(model(ids).logits, labels, "sum")
+    for given, expected in (({"position_ids": places}, sum(alone)), ({}, crossing)):
+        own = states(model, {"input_ids": ids} | given, counting(labels))
+        found, _ = summed(own, [next_token(labels, counting(labels))], [1.0])
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_that_does_not_keep_documents_apart_is_refused(family: str) -> None:
+    said = "OPTForCausalLM does not keep documents of a window apart .*: leave out data.intra_document_masking"
+    with pytest.raises(ValueError, match=said) if family == "opt" else contextlib.nullcontext():
+        assert check_masking(tiny(family)) is None
 
 
 @pytest.mark.parametrize("count", [0, 1, 20])
@@ -113,7 +133,7 @@ def test_there_are_never_more_logits_than_a_few(dtype: torch.dtype) -> None:
     made = []
     with Widest() as widest, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         positions = counting(labels)
-        own = states(model, ids, positions)
+        own = states(model, {"input_ids": ids}, positions)
         noted = States(own.values, lambda x: made.append(own.head(x)) or made[-1], [], own.rows)
         loss, _ = summed(noted, [next_token(labels, positions)], [1.0])
     loss.backward()

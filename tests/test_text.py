@@ -382,6 +382,25 @@ def test_every_window_begins_with_the_bos_token_and_no_token_is_lost() -> None:
     assert drawn[drawn[:, 1].argsort()].equal(windows)
 
 
+@pytest.mark.parametrize("begin", [[], [BOS]])
+def test_documents_that_are_read_by_themselves_start_anew(with_bos: PreTrainedTokenizerFast, begin: list[int]) -> None:
+    rows: list[Record] = [{"text": "One, two."}, {"messages": TALK[1:3]}, {"text": "Three."}]
+    ids, labels, starts = text.encode([document(row, with_bos) for row in rows], with_bos, begin)
+    plain, counted = encode(rows, with_bos)
+    put = starts & (ids == BOS) & (starts.cumsum(0) != 2)  # a template has put its own
+    assert int(starts.sum()) == 3
+    assert int(put.sum()) == 2 * len(begin)
+    assert ids[~put].equal(plain)
+    assert labels[~put].equal(torch.where(starts[~put], IGNORED, counted))
+    assert (labels[starts] == IGNORED).all()
+    windows, _, positions = pack((ids, labels, starts), 16, "training", *begin).tensors
+    inner = (windows == BOS) & (torch.arange(16) > 0)
+    assert inner.any()
+    assert (positions[inner] == 0).all()
+    assert (positions[:, 0] == 0).all()
+    assert ((positions.diff() == 1) | (positions[:, 1:] == 0)).all()
+
+
 @pytest.mark.parametrize(("name", "row"), [("a.txt", "So\nit\n"), ("a.jsonl", '{"text": "So\\nit\\n"}')])
 def test_a_byte_order_mark_and_carriage_returns_are_no_text(tmp_path: Path, name: str, row: str) -> None:
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + row.replace("\n", "\r\n").encode() + b"\r\n" * (name != "a.txt"))
