@@ -30,6 +30,7 @@ from plprune.checkpoint import load_stage, rebuilt, save_pruned, save_stage
 from plprune.checkpointing import is_dry
 from plprune.estimate import shown
 from plprune.evaluation import Measurement, as_dict, measure, table
+from plprune.live import BarsFirst
 from plprune.lora import merged, merged_state
 from plprune.methods.base import PruningMethod, equalise, prune
 from plprune.plan import FILE, PruningPlan, fingerprint
@@ -37,6 +38,7 @@ from plprune.report.found import of_plan, of_process, title_of, versions
 from plprune.report.samples import PROMPTS, continued
 from plprune.strategies import shards, whole
 from plprune.surgery import plan_of
+from plprune.watch import Watch
 
 log = logging.getLogger(__name__)
 PAUSE = 10.0  # seconds between two reports while training goes on
@@ -75,10 +77,8 @@ class Prune(pl.Callback):
         self.plan: PruningPlan | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        check_order(trainer)
         model = model_of(pl_module, self.attribute)
-        listed = cast(Any, trainer).callbacks
-        if any(isinstance(each, Evaluate) for each in listed[listed.index(self) :]):
-            raise ValueError("Evaluate is listed after Prune, and would not see the dense model: list it before")
         if self.plan is not None and plan_of(model) is self.plan:
             return
         loaded = plan_of(model)
@@ -169,6 +169,7 @@ class Export(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
+            check_order(trainer)
             check_free(self.output, self.overwrite)
             self._due = True
 
@@ -201,8 +202,8 @@ class Export(pl.Callback):
 class Evaluate(pl.Callback):
     """Measures the model dense, pruned and recovered, on the data module's held-out windows, and prints a table.
 
-    List it before `Prune`, so that it sees the dense model. Several processes share the windows; with weights in shards
-    the speed is not measured.
+    List it before `Prune`, so that it sees the dense model, and before `Report` and `Export`, which show what it finds.
+    Several processes share the windows; with weights in shards the speed is not measured.
 
     Args:
         attribute: Name of the module's attribute that holds the Hugging Face model.
@@ -218,6 +219,7 @@ class Evaluate(pl.Callback):
         self._due = stage == "fit"
         if stage != "fit":
             return
+        check_order(trainer)
         model, windows = model_of(pl_module, self.attribute), self._held_out(trainer)
         self._windows = fingerprint([("ids", ids) for ids in windows], values=1 << 30)
         if plan_of(model) is None:
@@ -295,6 +297,7 @@ class Report(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        check_order(trainer)
         model = model_of(pl_module, self.attribute)
         if trainer.is_global_zero:
             report.check_ours(report.page_of(self._place(trainer)))
@@ -413,6 +416,32 @@ class Report(pl.Callback):
                 report.write(self.record, self._place(trainer), overwrite=True)
             except (OSError, ValueError) as error:
                 log.warning("no report: %s", error)
+
+
+ORDER: tuple[tuple[type[pl.Callback], type[pl.Callback], str], ...] = (  # what is lost if the first comes second
+    (Watch, Evaluate, "would not notice a process that is gone before"),
+    (Watch, Report, "would not notice a process that is gone before"),
+    (Watch, Prune, "would not notice a process that is gone before"),
+    (BarsFirst, Evaluate, "would end the bar below the table"),
+    (Evaluate, Prune, "would not see the dense model"),
+    (Evaluate, Report, "would measure what the report then lacks"),
+    (Evaluate, Export, "would measure what the model card then lacks"),
+    (Report, Prune, "would not see the dense model"),
+)
+
+
+def check_order(trainer: pl.Trainer) -> None:
+    """Makes sure that no callback comes too late for what it is to see, or to be seen by.
+
+    Raises:
+        ValueError: One does.
+    """
+    listed: list[pl.Callback] = cast(Any, trainer).callbacks
+    for first, second, lost in ORDER:
+        places = [[i for i, each in enumerate(listed) if isinstance(each, kind)] for kind in (first, second)]
+        if all(places) and max(places[0]) > min(places[1]):
+            one, other = first.__name__, second.__name__
+            raise ValueError(f"{one} is listed after {other}, and {lost}: list {one} before {other}")
 
 
 def model_of(module: pl.LightningModule, attribute: str) -> PreTrainedModel:

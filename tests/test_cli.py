@@ -252,7 +252,8 @@ def there(root: Path) -> dict[Path, tuple[int, int]]:
 
 def test_a_dry_run_touches_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = RESUMABLE.replace("output: out", "output: out, overwrite: true")
-    (here / "fit.yaml").write_text(text.replace("  callbacks:\n", "  callbacks:\n    - class_path: plprune.Report\n"))
+    evaluate, report = (f"    - class_path: plprune.{name}\n" for name in ("Evaluate", "Report"))
+    (here / "fit.yaml").write_text(text.replace(evaluate, evaluate + report))
     printed(capsys, "fit", "--config=fit.yaml")
     before = there(here)
     out = printed(capsys, "fit", "--config=fit.yaml", "--resume", "--trainer.fast_dev_run=1", "--model.learning_rate=1")

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -46,14 +47,17 @@ from plprune import (
     perplexity,
 )
 from plprune.anatomy import blocks_of
+from plprune.callbacks import ORDER, check_order
 from plprune.checkpointing import checkpoints
 from plprune.data import collate
 from plprune.evaluation import next_token_loss
+from plprune.live import BarsFirst
 from plprune.lora import adapters
 from plprune.plan import PruningPlan
 from plprune.recovery import gradient_norms
 from plprune.surgery import apply, plan_of
 from plprune.text import IGNORED
+from plprune.watch import Watch
 from tests.builders import DEFAULTS, logits, method, save_tiny, tiny, windows
 from tests.runs import Run, make_source, new_folder
 
@@ -383,7 +387,7 @@ def test_without_training_the_pruned_model_is_judged_and_exported(
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (lambda: [Prune(CFSP()), Evaluate()], "Evaluate is listed after Prune"),
+        (lambda: [Prune(CFSP()), Evaluate()], "Evaluate is listed after Prune, and .*: list Evaluate before Prune"),
         (lambda: [EMAWeightAveraging()], "EMAWeightAveraging copies the model before it is pruned"),
         (lambda: [StochasticWeightAveraging(1e-2)], "StochasticWeightAveraging copies the model before it is pruned"),
         (lambda: [BackboneFinetuning()], "BackboneFinetuning chooses what is trained, as model.lora and model.train"),
@@ -402,6 +406,17 @@ def test_callbacks_that_cannot_work_are_refused_before_pruning(
     monkeypatch.setattr("plprune.callbacks.prune", lambda *_: pytest.fail("pruned"))
     with pytest.raises(ValueError, match=expected):
         trainer(tmp_path, *make(), enable_checkpointing=None).fit(recovery(folder), datamodule=data(text))
+
+
+def test_callbacks_in_an_order_that_loses_something_are_refused() -> None:
+    make: dict[type, Any] = {Prune: lambda: Prune(CFSP()), Export: lambda: Export("out")}
+    for first, second, lost in ORDER:
+        wrong = [make.get(kind, kind)() for kind in (second, pl.Callback, first)]
+        expected = f"{first.__name__} is listed after {second.__name__}, and {lost}: list {first.__name__} before"
+        with pytest.raises(ValueError, match=expected):
+            wrong[0].setup(SimpleNamespace(callbacks=wrong), None, "fit")
+    right = (Watch, BarsFirst, Evaluate, Report, Export, Prune)
+    check_order(cast(Any, SimpleNamespace(callbacks=[make.get(kind, kind)() for kind in right])))
 
 
 def test_a_fitted_module_is_not_pruned_again(folder: str, text: str, tmp_path: Path) -> None:
