@@ -83,17 +83,19 @@ class BlockInputs:
         if self._outputs is not None:
             self._outputs.discard()
         self._outputs, self._weights = self.states(), summary(self.block.module)
+        sums = []  # looked at once, as a look waits for a GPU
         for hidden, call in zip(self.hidden, self.calls, strict=True):
             x = hidden.to(self.device)
             y = run_block(self.block, x, call.to(self.device))
-            if not torch.isfinite(y.sum(dtype=torch.float32)):
-                raise NotFinite(
-                    f"NaN or infinity in the activations of block {self.block.index}: load the model in float32 or "
-                    "bfloat16, and check its weights"
-                )
+            sums.append(y.sum(dtype=torch.float32))
             if influence is not None:
                 influence.update(x, y)
             self._outputs.append(y)
+        if sums and not torch.stack(sums).isfinite().all():
+            raise NotFinite(
+                f"NaN or infinity in the activations of block {self.block.index}: load the model in float32 or "
+                "bfloat16, and check its weights"
+            )
 
     def outputs(self) -> "Held | Filed":
         """What leaves the block as it is now: it is run again only if its weights were changed since it last was."""

@@ -3,9 +3,10 @@ r"""What calibration remembers: running statistics, accumulated in float64, of a
 Symbols: X the inputs of one projection, b samples (sequences), s tokens of each, d features; t runs over all tokens.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
-from typing import Literal, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from plprune.processes import Group, joined, total
 
 Distance = Literal["angular", "cosine", "mse", "mae", "uniform"]
+HALF = (torch.bfloat16, torch.float16)
 
 
 class Statistic(Protocol):
@@ -62,8 +64,7 @@ class Moments:
         self._m2: list[Tensor] = []  # [b, d] each, sums of squared deviations from the sample's own mean
 
     def update(self, x: Tensor) -> None:  # [b, s, d]
-        x, s = x.float(), x.shape[1]
-        mean = x.mean(1, dtype=torch.float64)
+        s, mean = x.shape[1], x.mean(1, dtype=torch.float64)
         pivot = mean.float()  # deviations are taken in float32 from a float32 pivot, and the rest is put right here
         m2 = torch.linalg.vector_norm(x - pivot[:, None], dim=1, dtype=torch.float64).square()
         self._counts += [s] * len(x)
@@ -155,7 +156,8 @@ class Gram:
     r"""Second moments :math:`X^\top X` and mean of all features.
 
     Products are taken in float32 and summed in float64, of inputs less the mean of the first batch: features that stay
-    far from zero would otherwise cost their variance its digits.
+    far from zero would otherwise cost their variance its digits. Of inputs in bfloat16 or float16, a GPU takes them in
+    its tensor cores, by TF32: that rounds each factor to 11 bits, where the inputs themselves have come in 8 or 11.
 
     Example:
         >>> g = Gram()
@@ -174,10 +176,12 @@ class Gram:
         self._products = torch.zeros((), dtype=torch.float64)  # [d, d], upper tiles
 
     def update(self, x: Tensor) -> None:  # [b, s, d]
+        rounded = in_tf32(x.dtype, x.device.type)
         x = x.flatten(0, -2).float()
         x = x - (self._start(x.mean(0)) if self._pivot is None else self._pivot)
-        for i, tile in zip(range(0, x.shape[1], self.tile), self._tiles(), strict=True):
-            tile += x[:, i : i + self.tile].T @ x[:, i:]
+        with tf32() if rounded else contextlib.nullcontext():
+            for i, tile in zip(range(0, x.shape[1], self.tile), self._tiles(), strict=True):
+                tile += x[:, i : i + self.tile].T @ x[:, i:]
         self._sum += x.sum(0, dtype=torch.float64)
         self.count += len(x)
 
@@ -249,6 +253,24 @@ class Gram:
         return (self._products.diagonal() + self.count * (self.mean.square() - offset.square())).clamp(min=0).sqrt()
 
 
+def in_tf32(dtype: torch.dtype, device: str) -> bool:
+    """Whether products of values that were of a dtype may be taken in TF32, which loses little of them, and is fast."""
+    return dtype in HALF and device == "cuda"
+
+
+@contextlib.contextmanager
+def tf32() -> Iterator[None]:
+    """Products of float32 on CUDA in TF32, for the time of the context."""
+    matmul: Any = torch.backends.cuda.matmul
+    name, value = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
+    before = getattr(matmul, name)
+    setattr(matmul, name, value)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
+
+
 class Parted:
     r"""Second moments of all features, those of every fourth sample apart: by these is judged what the others give.
 
@@ -268,8 +290,8 @@ class Parted:
     def update(self, x: Tensor) -> None:  # [b, s, d]
         apart = torch.arange(self.next, self.next + len(x)) % 4 == 1  # of two samples already one
         for part, own in ((self.fitting, ~apart), (self.held_out, apart)):
-            if own.any():
-                part.update(x[own.to(x.device)])
+            if own.any():  # by numbers, as a mask on a GPU would have it waited for
+                part.update(x[own.nonzero().flatten().to(x.device, non_blocking=True)])
         self.next += len(x)
 
     def merge(self, group: Group) -> None:
@@ -300,7 +322,8 @@ class BlockInfluence:
 
     def __init__(self) -> None:
         self.count = 0
-        self._sums: dict[str, float] = dict.fromkeys(("angular", "cosine", "mse", "mae"), 0.0)
+        names, zero = ("angular", "cosine", "mse", "mae"), torch.zeros((), dtype=torch.float64)
+        self._sums: dict[str, Tensor] = dict.fromkeys(names, zero)  # where the states are: nobody waits
 
     def update(self, x: Tensor, y: Tensor) -> None:  # [b, s, d], [b, s, d]
         x, y = x.flatten(0, -2).float(), y.flatten(0, -2).float()
@@ -314,14 +337,14 @@ class BlockInfluence:
             "mae": change.abs().mean(-1),
         }
         for name, value in values.items():
-            self._sums[name] += value.sum(dtype=torch.float64).item()
+            self._sums[name] = self._sums[name].to(value.device) + value.sum(dtype=torch.float64)
         self.count += len(x)
 
     def merge(self, group: Group) -> None:
         """Takes in what all other processes have seen."""
-        sums = total(torch.tensor([*self._sums.values(), self.count], dtype=torch.float64), group).tolist()
+        sums = total(torch.tensor([*self._sums.values(), self.count], dtype=torch.float64), group)
         self._sums, self.count = dict(zip(self._sums, sums, strict=False)), int(sums[-1])
 
     def distance(self, name: Distance) -> float:
         """The mean distance over tokens; `uniform` is the same for every block."""
-        return 1.0 if name == "uniform" else self._sums[name] / self.count
+        return 1.0 if name == "uniform" else float(self._sums[name]) / self.count

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from plprune.stats import BlockInfluence, Gram, Moments, Norms, Parted
+from plprune.stats import BlockInfluence, Gram, Moments, Norms, Parted, in_tf32, tf32
 
 SPLITS = [(6,), (1,) * 6, (4, 2), (1, 5), (3, 3)]
 
@@ -131,6 +131,17 @@ def test_half_precision_inputs_are_summed_in_full_precision(dtype: torch.dtype) 
     close(fed(Moments(), x).variance, flat(x).var(0))
     close(fed(Norms(), x).pooled, flat(x).norm(dim=0))
     close(fed(Gram(), x).norm, flat(x).norm(dim=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_products_are_in_tf32_on_a_gpu_where_values_were_in_half_only(dtype: torch.dtype) -> None:
+    assert in_tf32(dtype, "cuda") == (dtype != torch.float32)
+    assert not in_tf32(dtype, "cpu")
+    before, matmul = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul
+    with tf32():
+        assert getattr(matmul, "fp32_precision", "tf32") == "tf32"
+    assert torch.get_float32_matmul_precision() == before
+    assert getattr(matmul, "fp32_precision", "none") != "tf32"
 
 
 @pytest.mark.parametrize("split", SPLITS)

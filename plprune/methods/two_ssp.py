@@ -330,11 +330,11 @@ class SecondStage:
 
     def _loss(self, hidden: States) -> float:
         """Mean loss per token of all windows; NaN counts as infinite."""
-        model, total = self.surgery.model, 0.0
+        model, total = self.surgery.model, torch.zeros((), dtype=torch.float64, device=self.surgery.model.device)
         for ids, x in zip(self.windows, hidden, strict=True):
             logits = finish(model, ids, x.to(model.device))
-            total += next_token_loss(logits, ids, "sum").double().item()
-        loss = total / sum(ids[:, 1:].numel() for ids in self.windows)
+            total += next_token_loss(logits, ids, "sum").double()
+        loss = float(total) / sum(ids[:, 1:].numel() for ids in self.windows)
         return loss if math.isfinite(loss) else math.inf
 
 
