@@ -37,10 +37,11 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
-from lightning.pytorch.trainer.call import _call_callback_hooks
 
+from plprune import lightning_internals as inside
 from plprune import resuming
 from plprune.atomic import clear, remove, resolved, staged
+from plprune.deepspeed_internals import COPY_SCRIPT
 from plprune.processes import local_rank
 
 log = logging.getLogger(__name__)
@@ -113,10 +114,7 @@ class Checkpoint(LightningCheckpoint):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lightning sets its own handler next, and there is no hook between that and further collective operations."""
-        connector: Any = trainer._signal_connector
-        others = connector._has_already_handler
-        connector._sigterm_notifier_fn = self._note
-        connector._has_already_handler = lambda number: number != signal.SIGTERM and others(number)
+        inside.on_sigterm(trainer, self._note)
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._listen(trainer)
@@ -175,7 +173,7 @@ class Checkpoint(LightningCheckpoint):
         _on_sigterm(self._note)
         if threading.current_thread() is not threading.main_thread():
             return
-        environment = trainer._accelerator_connector.cluster_environment  # strategies of one device have none
+        environment = inside.cluster_environment(trainer)
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and self._requeue is None:
             number = environment.requeue_signal or signal.SIGUSR1
             self._requeue = number, signal.signal(number, self._note)
@@ -215,8 +213,7 @@ class Checkpoint(LightningCheckpoint):
             if isinstance(trainer.strategy, DeepSpeedStrategy):
                 engine: Any = trainer.strategy.deepspeed_engine
                 replaced.enter_context(_replaced(engine.checkpoint_engine, "save", _save_file, faults))
-                copy = engine._copy_recovery_script
-                replaced.enter_context(_replaced(engine, "_copy_recovery_script", copy, faults))
+                replaced.enter_context(_replaced(engine, COPY_SCRIPT, getattr(engine, COPY_SCRIPT), faults))
             else:
                 replaced.enter_context(_replaced(trainer.strategy.checkpoint_io, "save_checkpoint", _save_file, faults))
             trainer.save_checkpoint(path, weights_only=False)
@@ -298,7 +295,7 @@ def named(path: str, trainer: pl.Trainer, train: bool) -> str:
 def _last_of_lightning(trainer: pl.Trainer) -> bool:
     """Whether Lightning's own callbacks find a last checkpoint; without one it would only warn, and judge the model."""
     own = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
-    return any(each._find_last_checkpoints(trainer) for each in own)
+    return any(inside.last_checkpoints(each, trainer) for each in own)
 
 
 def checkpoint_of(trainer: pl.Trainer) -> Checkpoint:
@@ -369,24 +366,23 @@ def is_finished(trainer: pl.Trainer, run: resuming.Run | None = None) -> bool:
 
 def _owed(trainer: pl.Trainer) -> dict[str, Any]:
     """What Lightning does after a step, but not when a run goes on from a checkpoint of it."""
-    loop, fetcher = trainer.fit_loop.epoch_loop, cast(Any, trainer.fit_loop._data_fetcher)
-    owed = {"validation": loop._should_check_val_fx(fetcher), "epoch": loop._num_ready_batches_reached()}
+    owed: dict[str, Any] = {**inside.due_after_step(trainer)}
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return owed | {"metrics": metrics} if any(owed.values()) else {}
 
 
 def _catch_up(trainer: pl.Trainer, validation: bool, epoch: bool, metrics: dict[str, float]) -> None:
-    trainer._logger_connector._callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+    inside.set_metrics(trainer, {name: torch.tensor(value) for name, value in metrics.items()})
     if validation:
         trainer.validating = True
         trainer.fit_loop.epoch_loop.val_loop.run()
         trainer.training = True
-    if epoch:  # by which `EarlyStopping` decides
-        _call_callback_hooks(trainer, "on_train_epoch_end", monitoring_callbacks=True)
+    if epoch:
+        inside.end_epoch_for_monitors(trainer)
 
 
 def _end(trainer: pl.Trainer) -> dict[str, Any]:
-    times = [each._duration for each in cast(Any, trainer).callbacks if isinstance(each, Timer)]
+    times = [inside.limit_of(each) for each in cast(Any, trainer).callbacks if isinstance(each, Timer)]
     return resuming.length(trainer) | {"max_time": times}
 
 

@@ -32,6 +32,7 @@ from plprune.atomic import check_free, clear, resolved
 from plprune.checkpoint import load_skeleton
 from plprune.commands import COMMANDS
 from plprune.data import RecoveryData
+from plprune.lightning_internals import OpenCLI
 from plprune.methods import CFSP, FASP, FLAP, LearnedGates, PruningMethod, TwoSSP, preflight
 from plprune.recovery import ENDLESS, Recovery
 from plprune.text import check_sizes
@@ -92,7 +93,7 @@ LESS = {  # memory on an accelerator, by command
 }
 
 
-class CLI(LightningCLI):
+class CLI(OpenCLI):
     """LightningCLI over Recovery and RecoveryData."""
 
     def __init__(self, args: list[str] | None) -> None:
@@ -112,8 +113,8 @@ class CLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         return {stage: LightningCLI.subcommands()[stage] for stage in STAGES}
 
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+    def parser_of(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super().parser_of(klass, subcommand, **kwargs)
         if subcommand == "fit":
             parser.add_argument("--resume", action="store_true", help=RESUME)
             parser.add_argument("--rounds", type=int, default=1, help=ROUNDS)
@@ -148,18 +149,14 @@ class CLI(LightningCLI):
         if not self._rounds:
             super().instantiate_classes()
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def run_subcommand(self, subcommand: str) -> None:
         if not self._rounds:
-            return super()._run_subcommand(subcommand)
-        config = yaml.safe_load(self._parser(subcommand).dump(self.config[subcommand], skip_none=False))
-        if code := rounds.run(config, self._rounds):
+            return super().run_subcommand(subcommand)
+        if code := rounds.run(yaml.safe_load(self.dumped()), self._rounds):
             sys.exit(code)
 
-    def _parse_ckpt_path(self) -> None:
-        """Lightning's own would have what a checkpoint says of hyperparameters replace what the user has said."""
-
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+    def arguments_of(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super().arguments_of(subcommand)
         if kwargs.get("ckpt_path"):
             kwargs["ckpt_path"] = checkpointing.named(str(kwargs["ckpt_path"]), self.trainer, subcommand == "fit")
             if kwargs.get("weights_only") is None:
@@ -237,7 +234,7 @@ class CLI(LightningCLI):
         return [each for each in cast(Any, self.trainer).callbacks if isinstance(each, callbacks.Export)]
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        given = self._get(self.config_init, "trainer")
+        given = self.config_init[str(self.subcommand)]["trainer"]
         if self.subcommand != "fit":  # in a folder without loggers, that of the fit stays
             self.save_config_kwargs |= {"config_filename": f"{self.subcommand}.yaml"}
         if not given["barebones"]:
@@ -252,7 +249,7 @@ class CLI(LightningCLI):
 
     def _log(self, trainer: pl.Trainer, step: int | None = None) -> None:
         """Gives a trainer our loggers, unless its user has chosen; after `step` steps those of the run that goes on."""
-        given = self._get(self.config_init, "trainer")
+        given = self.config_init[str(self.subcommand)]["trainer"]
         if given["logger"] is None and not given["fast_dev_run"] and not given["barebones"]:
             trainer.loggers = live.loggers(trainer.default_root_dir, str(self.subcommand), step)
 

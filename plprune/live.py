@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from plprune.atomic import staged
+from plprune.lightning_internals import OpenBar, OpenCSVLogger, OpenWriter
 from plprune.progress import duration
 
 FOLDER = "lightning_logs"
@@ -30,14 +30,14 @@ class BarsFirst(pl.Callback):
             bar.teardown(trainer, pl_module, "fit")
 
 
-class Bar(RichProgressBar):
+class Bar(OpenBar):
     """Lightning's, which would say `Epoch 0/-2` of a run that `max_steps` ends."""
 
-    def _get_train_description(self, current_epoch: int) -> str:
-        return f"{f'epoch {current_epoch}':<{len(self.validation_description)}}"
+    def train_description(self, epoch: int) -> str:
+        return f"{f'epoch {epoch}':<{len(self.validation_description)}}"
 
 
-class Rows(CSVLogger):
+class Rows(OpenCSVLogger):
     """Metrics in a CSV file, which goes on where an earlier run has left it.
 
     Args:
@@ -51,12 +51,8 @@ class Rows(CSVLogger):
         super().__init__(save_dir, name, version)
         self._before = before
 
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> Any:
-        if self._experiment is None:
-            self._experiment = _Writer(self.log_dir, self._before)
-        return self._experiment
+    def writer(self) -> ExperimentWriter:
+        return _Writer(self.log_dir, self._before)
 
 
 class Stderr:
@@ -118,12 +114,12 @@ def summary(trainer: pl.Trainer, outputs: dict[str, list[str]], seconds: float) 
     return "\n".join(f"{what:<11}{value}" for what, value in [*rows, ("time", duration(seconds))])
 
 
-class _Writer(ExperimentWriter):
+class _Writer(OpenWriter):
     def __init__(self, log_dir: str, before: int) -> None:
         self._before = before
         super().__init__(log_dir)
 
-    def _check_log_dir_exists(self) -> None:
+    def begin(self) -> None:
         """Lightning's own would remove what is there."""
         file = Path(self.metrics_file_path)
         if not file.exists():

@@ -32,6 +32,7 @@ from torchmetrics.text import Perplexity
 from typing_extensions import Self
 
 from plprune import consumers, processes, resuming
+from plprune import lightning_internals as inside
 from plprune import lora as adapters
 from plprune.anatomy import blocks_of
 from plprune.checkpoint import load_model, load_skeleton, load_tokenizer
@@ -157,7 +158,7 @@ class Recovery(pl.LightningModule):
         callbacks: list[pl.Callback] = cast(Any, self.trainer).callbacks
         for each in callbacks:
             why = next((why for kind, why in REFUSED.items() if isinstance(each, kind)), None)
-            if why and not getattr(each, "_early_exit", False):  # a Tuner's run ends before there is a fit
+            if why and not inside.is_tuners(each):
                 raise ValueError(f"{type(each).__name__} {why}; leave it out of trainer.callbacks")
         foreign = [type(c) for c in callbacks if not type(c).__module__.startswith(("lightning.", "plprune."))]
         for each in callbacks if type(self) is Recovery and not foreign else ():  # others may log what they like
@@ -249,8 +250,7 @@ class Recovery(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Logs how large the gradients are: all processes' and all accumulated batches', before they are clipped."""
-        due = self.trainer._logger_connector.should_update_logs and self.trainer.loggers
-        if not due or isinstance(self.trainer.strategy, DeepSpeedStrategy):
+        if not inside.logs_are_due(self.trainer) or isinstance(self.trainer.strategy, DeepSpeedStrategy):
             return
         norms = gradient_norms(self._by_block).cpu()  # once, where each value would be fetched by itself
         if not norms.isfinite().all() and getattr(self.trainer.precision_plugin, "scaler", None) is None:
@@ -292,7 +292,7 @@ class Recovery(pl.LightningModule):
         fused = fusable(self.trainer.strategy) or None  # False would also leave out what else torch makes faster
         optimizer: Optimizer = AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=fused)
         if fused:
-            cast(Any, optimizer)._step_supports_amp_scaling = False  # for which Lightning would refuse to clip
+            inside.allow_clipping(optimizer)
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise ValueError(ENDLESS)
@@ -389,7 +389,7 @@ class Recovery(pl.LightningModule):
 
     def _begin_step(self, batch: dict[str, Tensor], more: int) -> None:
         """Looks ahead to what is accumulated with this batch: all tokens are counted before there is a loss."""
-        fetcher: Any = self.trainer.fit_loop._data_fetcher
+        fetcher = inside.fetcher(self.trainer)
         if more and not isinstance(fetcher.iterator, Ahead):
             fetcher.iterator = Ahead(fetcher.iterator)
         fetched = fetcher.batches  # it may have looked ahead itself

@@ -24,6 +24,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from plprune.anatomy import blocks_of
+from plprune.deepspeed_internals import compile_nothing
+from plprune.lightning_internals import data_source, set_data_parallel_size
 
 TAG = "checkpoint"  # the folder that Lightning has DeepSpeed write to, inside of that of the checkpoint
 
@@ -119,19 +121,14 @@ class CPUDeepSpeed(DeepSpeed):
         if self.zero_stage_3:
             cast(Any, self.config)["zero_optimization"].setdefault("stage3_param_persistence_threshold", persist_below)
 
-    @property
-    def parallel_devices(self) -> list[torch.device] | None:
-        return self._parallel_devices
-
-    @parallel_devices.setter
+    @DeepSpeedStrategy.parallel_devices.setter
     def parallel_devices(self, devices: list[torch.device] | None) -> None:
         # A CPU's index is None, where DeepSpeed wants those from 0 on.
-        self._parallel_devices = devices and [torch.device("cpu", i) for i in range(len(devices))]
+        numbered = devices and [torch.device("cpu", i) for i in range(len(devices))]
+        cast(Any, DeepSpeedStrategy.parallel_devices).fset(self, numbered)
 
     def setup_environment(self) -> None:
-        import deepspeed.ops
-
-        cast(Any, deepspeed.ops).__compatible_ops__ = {}  # else an all-reduce of its own is compiled, for a minute
+        compile_nothing()
         DDPStrategy.setup_environment(self)  # DeepSpeedStrategy's is this, with a check that there is a GPU
 
 
@@ -149,7 +146,7 @@ class FSDP2(ModelParallelStrategy):
         super().__init__(1, 1, False, process_group_backend, timeout)
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        set_data_parallel_size(self, self.num_nodes * self.num_processes)
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -306,7 +303,7 @@ def check_config(config: dict[str, Any], trainer: pl.Trainer) -> None:
 
 def _said_by_trainer(trainer: pl.Trainer) -> dict[str, tuple[Any, str]]:
     """Keys of a DeepSpeed config that repeat a setting of the run: its value, and what that is called there."""
-    source = getattr(trainer, "datamodule", None) or trainer.fit_loop._data_source.instance
+    source = getattr(trainer, "datamodule", None) or data_source(trainer)
     batch, k = getattr(source, "batch_size", None), trainer.accumulate_grad_batches
     precision = str(trainer.precision)
     return {

@@ -310,4 +310,4 @@ def _other_format(name_or_path: str) -> ValueError:
 def _move_buffers(module: nn.Module, device: torch.device) -> None:
     for part in module.modules():
         for name, buffer in part.named_buffers(recurse=False):
-            part._buffers[name] = buffer.to(device)
+            setattr(part, name, buffer.to(device))

@@ -24,6 +24,7 @@ TIERS = [
         "live",
         "rounds",
         "resuming",
+        "lightning_internals",
     },
     # the Lightning line
     {
@@ -63,6 +64,7 @@ TIERS = [
         "modeling_plprune",
         "serving",
         "tables",
+        "deepspeed_internals",
     },
 ]
 TREES = {path.relative_to(ROOT): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
