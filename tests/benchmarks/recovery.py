@@ -28,7 +28,7 @@ from plprune import CFSP, LoRA, Recovery, prune
 from plprune.checkpoint import load_model
 from plprune.data import collate
 from plprune.recovery import warmup_cosine
-from tests.benchmarks.gpu import TARGETS, WARM, made
+from tests.benchmarks.gpu.models import TARGETS, WARM, made
 from tests.builders import save_tiny
 from tests.shared import SMOLLM2
 

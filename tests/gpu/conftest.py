@@ -4,6 +4,7 @@ import faulthandler
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,20 @@ import torch
 
 DRY = os.environ.get("PLPRUNE_GPU_DRY") == "1"
 SECONDS = 600 if DRY else 100  # one test at most: a GPU is paid for while it hangs
+REPEATED = ("test_real.py", "test_strategies.py")  # on the CPU these say what the slow tests do, and take minutes
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what is deterministic on CUDA needs it
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks as `dry` the first case of each test: enough to see, where there is no GPU, that the test is sound."""
+    seen = set()
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        if item.path.parent == Path(__file__).parent and item.path.name not in REPEATED and name not in seen:
+            item.add_marker("dry")
+            seen.add(name)
 
 
 @pytest.fixture(scope="session")

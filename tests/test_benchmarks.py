@@ -1,0 +1,39 @@
+"""The benchmark for GPUs, on the CPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks.gpu.__main__ import main
+from tests.benchmarks.gpu.running import SECTIONS
+from tests.builders import numbers, save_tiny
+
+SMALL = {"hidden_size": 16, "word_embed_proj_dim": 16, "intermediate_size": 32, "ffn_dim": 32, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 300}
+
+
+@pytest.mark.slow
+def test_every_section_measures_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--windows=2", "--length=64", "--steps=3", f"--small={json.dumps(SMALL)}", "--gates=2", "--tokens=512"]
+    texts = {name: numbers(tmp_path / f"{name}.txt", stop=500 + 50 * i) for i, name in enumerate(["wikitext", "books"])}
+    texts |= {"model": save_tiny(tmp_path / "model"), "train": numbers(tmp_path / "train.txt", 600, 2000)}
+    command = [f"--output={tmp_path / 'out'}", *sizes, *(f"--{name}={value}" for name, value in texts.items())]
+    main(["decode", "--limit=0.1", *command])
+    assert "decode was cut after 0.1 seconds" in capsys.readouterr().out
+    main(["plan", "--limit=100", *command])
+    assert "plan: ValueError: nothing was measured yet" in capsys.readouterr().out
+    main(["--limit=0", *command])
+    file, printed = tmp_path / "out" / "gpu.json", capsys.readouterr().out
+    record = json.loads(written := file.read_text())
+    assert record.keys() == SECTIONS.keys()
+    table = printed[printed.rindex("\n\nrecovery, cpu") :]
+    for section in record.values():
+        assert section["device"] == "cpu"
+        assert section["cells"]
+        assert not {name: cell for name, cell in section["cells"].items() if "missing" in cell}
+    assert not [name for part in ("recovery", "decode") for name in record[part]["cells"] if f"\n{name}  " not in table]
+    assert record["pruning"]["cells"]["OPT-125M: FASP"]["over a bare pass"] > 1
+    assert record["plan"]["cells"]["OPT-125M: FASP"]["foretold"] > 0
+    main(["--limit=0", *command])  # all is there
+    assert file.read_text() == written
