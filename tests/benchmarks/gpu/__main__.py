@@ -9,7 +9,8 @@ plan      what `plprune plan` foretells of the first two, beside what they took
 decode    tokens per second, dense and pruned
 
 All of them end within ten minutes: each runs in a process of its own, and is cut at its limit. What it has measured by
-then is in the file, also what it has not; the same command goes on with that. The first cells tell most.
+then is in the file, also what it has not; the same command goes on with that. The first cells tell most; the last of
+pruning, all of LLaMA-30B, needs 80 GB and `--limit 400`. Texts are looked for in the folder PLPRUNE_SHARED.
 """
 
 import argparse

@@ -17,7 +17,7 @@ from tests.benchmarks.gpu.models import Cells, called, depth, made, sheet
 from tests.benchmarks.gpu.pruning import BATCH, BLOCKS, METHODS, WHOLE
 from tests.benchmarks.gpu.recovery import BATCHES, RANK, TURNS
 
-CLOSE = 2.0  # as times as far off as an estimate may be
+CLOSE = 2.0  # times that an estimate may be off
 
 
 def plan(args: argparse.Namespace, device: torch.device, record: dict[str, Any]) -> Cells:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -77,8 +78,7 @@ def write(record: dict[str, Any], folder: Path) -> None:
 
 def within(section: str, args: argparse.Namespace, limit: float) -> None:
     """Measures a section in a process that ends in time, even if it hangs, and frees what it had of the GPU."""
-    with tempfile.TemporaryDirectory() as room:
-        os.environ["TMPDIR"] = room  # what a process leaves that is cut short
+    with tempfile.TemporaryDirectory() as room, patch.dict(os.environ, TMPDIR=room):  # what is cut leaves files
         process = multiprocessing.get_context("spawn").Process(target=measure, args=(section, args))
         process.start()
         process.join(limit)
