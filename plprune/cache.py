@@ -75,9 +75,10 @@ def sources(*names: str) -> str:
     found: dict[str, str] = {}
     for name in names:
         module, (top, *rest) = importlib.import_module(name), name.split(".")
-        if not module.__file__:
+        written = getattr(module, "__file__", None)  # which a notebook has not
+        if not written:
             raise ValueError(f"{name} is not written in a file, so no result of it can be kept: put it into a module")
-        file = Path(module.__file__)
+        file = Path(written)
         root = file.parents[len(rest) + (file.stem == "__init__")]
         installed = root.name in ("site-packages", "dist-packages")
         _collect(file, root, root / top if installed or top == "plprune" else root, found)

@@ -89,11 +89,11 @@ REPAIRED: dict[str, Any] = {  # not as the papers have it: restored in a walk of
     "TwoSSP restore": functools.partial(TwoSSP, repair="restore", bias=False),
 }
 REPAIRED_ON = ("llama", "opt", "phi3")  # plain, with biases, and fused
-DEFAULTS = ("FLAP AL-AM", "FASP value_channels", "CFSP activation", "TwoSSP")
+DEFAULTS = ("FLAP AL-AM", "FASP value_channels", "CFSP activation", "TwoSSP", "LearnedGates")
 UNLIKE = ("llama", "opt", "gpt2", "phi3", "gemma2")  # gated; with biases; transposed; fused; windows and norms behind
 # Every method on every family, its further settings on families that are unlike, and two methods on each variant.
-PAIRS = [(each, name) for each in FAMILIES for name in METHODS if name in (*DEFAULTS, "LearnedGates") or each in UNLIKE]
-PAIRS += [(each, DEFAULTS[i % 4]) for start in (len(FAMILIES), 1) for i, each in enumerate(VARIANTS, start)]
+PAIRS = [(each, name) for each in FAMILIES for name in METHODS if name in DEFAULTS or each in UNLIKE]
+PAIRS += [(each, DEFAULTS[i % len(DEFAULTS)]) for start in (len(FAMILIES), 1) for i, each in enumerate(VARIANTS, start)]
 PAIRS += itertools.product(REPAIRED_ON, REPAIRED)
 OWN: list[str] = []  # of the option --method: the contract battery then judges these and no others
 

@@ -368,7 +368,7 @@ def test_what_is_known_decides_as_what_is_observed(name: str, family: str, tmp_p
     assert torch.equal(logits(one), logits(other))
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
+@pytest.mark.parametrize("name", [name for name in DEFAULTS if name != "LearnedGates"])  # it trains
 def test_what_is_known_needs_no_forward_pass(name: str) -> None:
     model, calibration, known = surveyed()
     counts = counting(model)

@@ -94,7 +94,7 @@ def losses(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("name", [*DEFAULTS, "LearnedGates"])
+@pytest.mark.parametrize("name", DEFAULTS)
 def test_recovery_lowers_the_loss_of_every_method(folder: str, text: str, tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
     module = recovery(folder)

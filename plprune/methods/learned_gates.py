@@ -316,7 +316,8 @@ def train_gates(
     budget, consumers = keep * float(cost.sum()), [block.part(group.consumer.path) for block, group in rows]
     for done, taught in steps([scores], rate, lessons, "training gates"):
         gates = opened(scores, cost, budget, WARM * (COLD / WARM) ** done).requires_grad_()
-        factors = list(zip(consumers, gates.split([len(group) for _, group in rows]), strict=True))
+        with torch.enable_grad():  # who prunes may have it off
+            factors = list(zip(consumers, gates.split([len(group) for _, group in rows]), strict=True))
         (gradient,) = gradients(model, taught.ids, factors, taught.divergence, [gates])
         scores.grad = within_budget(gates.detach(), gradient, cost)
 

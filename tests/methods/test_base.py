@@ -10,11 +10,25 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune import CFSP, FASP, FLAP, Calibration, PruningMethod, PruningPlan, TwoSSP, load_pruned, prune, save_pruned
+from plprune import (
+    CFSP,
+    FASP,
+    FLAP,
+    Calibration,
+    LearnedGates,
+    PruningMethod,
+    PruningPlan,
+    TwoSSP,
+    load_pruned,
+    prune,
+    save_pruned,
+)
 from plprune.allocation import top_k
 from plprune.anatomy import blocks_of
 from plprune.surgery import Surgery, plan_of
 from tests.builders import tiny, windows
+
+every_method = pytest.mark.parametrize("method", [CFSP, FASP, FLAP, LearnedGates, TwoSSP])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +82,14 @@ def test_the_fingerprint_of_a_text_is_of_its_windows_and_not_of_the_batches() ->
     assert Calibration([ids.flip(0)]).fingerprint not in prints
 
 
-@pytest.mark.parametrize("method", [CFSP, FASP, FLAP, TwoSSP])
+@every_method
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 2])
 def test_every_method_refuses_a_sparsity_outside_of_0_to_1(method: Any, sparsity: float) -> None:
     with pytest.raises(ValueError, match=r"fraction in \[0, 1\)"):
         method(sparsity=sparsity)
 
 
-@pytest.mark.parametrize("method", [CFSP, FASP, FLAP, TwoSSP])
+@every_method
 def test_every_method_refuses_what_is_out_of_reach_and_leaves_the_model_alone(method: Any) -> None:
     model = tiny()
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -85,7 +99,7 @@ def test_every_method_refuses_what_is_out_of_reach_and_leaves_the_model_alone(me
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("method", [CFSP, FASP, FLAP, TwoSSP])
+@every_method
 def test_settings_are_frozen(method: Any) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         method().sparsity = 0.5
@@ -96,7 +110,7 @@ def test_a_method_must_say_how_it_prunes() -> None:
         PruningMethod()  # type: ignore[abstract]
 
 
-@pytest.mark.parametrize("method", [CFSP(0.3), FASP(0.3), FLAP(0.3), TwoSSP(0.4, drop_attentions=3)])
+@pytest.mark.parametrize("method", [CFSP(0.3), FASP(0.3), FLAP(0.3), LearnedGates(0.3), TwoSSP(0.4, drop_attentions=3)])
 def test_a_model_in_training_mode_gives_the_same_plan(method: PruningMethod) -> None:
     trained, evaluated = (tiny("opt", dropout=0.5, num_hidden_layers=6) for _ in range(2))
     plan = prune(trained.train(), method, [windows()])
