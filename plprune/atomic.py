@@ -81,9 +81,7 @@ def staged(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Pa
     created = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     clear(path.parent, glob.escape(path.name))
-    room, lock = Path(tempfile.mkdtemp(SUFFIX, f".{path.name}.", path.parent)), None
-    with contextlib.suppress(OSError):  # there are file systems without locks
-        lock = _lock(room)
+    room, lock = _new_room(path)
     try:
         yield room / path.name
         _open_to_readers(room / path.name)
@@ -129,6 +127,31 @@ def clear(folder: str | os.PathLike[str], names: str = "*") -> None:
             _unlock(lock)
 
 
+@contextlib.contextmanager
+def alone(file: str | os.PathLike[str], wait: bool = False) -> Iterator[bool]:
+    """Whether this process has what a file stands for to itself, for the time of the context.
+
+    The file is made, stays, and is empty. The lock on it, by `flock`, ends with its process, however that ends. Between
+    machines it needs a file system that passes such locks on, as NFS does. Where there are none, each process has
+    everything to itself: what they do may be done twice, and must not be harmed by it.
+
+    Args:
+        file: What all name who do the same.
+        wait: Whether to wait for whoever has it.
+    """
+    file, own = Path(file), True
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "ab") as handle:  # NFS locks nothing that cannot be written to
+        try:
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            own = False
+        except OSError:
+            pass  # there are no locks
+        yield own
+
+
 def remove(path: str | os.PathLike[str]) -> None:
     """Removes a file or a folder at once: what is killed meanwhile leaves something that :func:`clear` removes."""
     path = Path(path)
@@ -170,6 +193,21 @@ def _discard(room: Path, path: Path) -> None:
     if not path.exists() and (room / OLD).exists():
         os.replace(room / OLD, path)
     shutil.rmtree(room, ignore_errors=True)
+
+
+def _new_room(path: Path) -> tuple[Path, int | None]:
+    """A room beside a path, and its lock, if the file system has locks."""
+    while True:
+        room, lock = Path(tempfile.mkdtemp(SUFFIX, f".{path.name}.", path.parent)), None
+        try:
+            lock = _lock(room)
+        except BlockingIOError:
+            continue  # someone who clears was faster, and took it for what a killed writer has left
+        except OSError:
+            pass
+        if room.exists():
+            return room, lock
+        _unlock(lock)
 
 
 def _lock(room: Path) -> int | None:

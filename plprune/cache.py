@@ -6,10 +6,11 @@ import hashlib
 import importlib
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from plprune.atomic import staged
+from plprune.atomic import alone, staged
 
 T = TypeVar("T")
 
@@ -39,6 +40,15 @@ class Cache:
     def known(self, of: dict[str, Any]) -> bool:
         """Whether a result is here."""
         return self.file(of).exists()
+
+    def alone(self, of: dict[str, Any], wait: bool = False) -> AbstractContextManager[bool]:
+        """Whether this process alone computes something, for the time of the context: the others leave it, or wait.
+
+        Args:
+            of: What they know it by.
+            wait: Whether to wait for whoever is at it, who may have kept the result then.
+        """
+        return alone(self.folder / "locks" / digest(of), wait)
 
     def file(self, of: dict[str, Any]) -> Path:
         """Where a result is, or would be."""

@@ -34,6 +34,7 @@ from plprune.commands import COMMANDS
 from plprune.data import RecoveryData
 from plprune.lightning_internals import OpenCLI
 from plprune.methods import CFSP, FASP, FLAP, LearnedGates, PruningMethod, TwoSSP, preflight
+from plprune.progress import Progress
 from plprune.recovery import ENDLESS, Recovery
 from plprune.text import check_sizes
 from plprune.watch import Watch
@@ -401,6 +402,7 @@ def _quieten() -> None:
     """Leaves our own lines, and of others' those that a user can act on."""
     logging.basicConfig(format="%(message)s", stream=live.Stderr())
     logging.getLogger("plprune").setLevel(logging.WARNING if rank_zero_only.rank else logging.INFO)
+    Progress.silent = bool(rank_zero_only.rank)
     for handler in [each for name in LIGHTNING for each in logging.getLogger(name).handlers]:
         handler.addFilter(lambda record: not re.search("Tip:|Detected KeyboardInterrupt", record.getMessage()))
         if isinstance(handler, logging.StreamHandler):
@@ -408,7 +410,7 @@ def _quieten() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed guesses, and says so
     warnings.filterwarnings("ignore", ".*(LeafSpec|does not have many workers|dataloader is not resumable).*")
-    if not sys.stderr.isatty():
+    if rank_zero_only.rank or not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
 
 

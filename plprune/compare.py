@@ -4,6 +4,9 @@ What many of these have in common is computed once: the activations of the dense
 observed in one pass for each seed. Every result is kept under the content of what it was made from (weights, text,
 method with its settings, protocol, and the source of all that computes it), so that a comparison that was stopped goes
 on where it was, and a new method costs only itself.
+
+Any number of processes can work in one folder, those that torchrun has started or others: each takes what nobody is at.
+They send each other nothing, and may be on several machines that share the folder.
 """
 
 import contextlib
@@ -27,9 +30,9 @@ from transformers import PreTrainedModel
 
 from plprune.allocation import largest_remainder, next_sparsity
 from plprune.anatomy import blocks_of
-from plprune.atomic import resolved, staged
+from plprune.atomic import alone, resolved, staged
 from plprune.cache import Cache, digest, sources
-from plprune.calibration import Calibration
+from plprune.calibration import Calibration, Observations
 from plprune.checkpoint import load_model, load_tokenizer, rebuilt, save_pruned
 from plprune.data import RecoveryData
 from plprune.distillation import Distillation
@@ -38,6 +41,7 @@ from plprune.lora import LoRA, merged_state
 from plprune.methods import PruningMethod, prune
 from plprune.methods.base import source_of
 from plprune.plan import PruningPlan, fingerprint
+from plprune.processes import announce, apart
 from plprune.progress import Progress
 from plprune.recovery import Recovery, check_rates
 from plprune.report import NAME, check_ours, completed, write
@@ -63,6 +67,7 @@ from plprune.text import (
 
 log = logging.getLogger(__name__)
 Cell = dict[str, Any]
+Part = tuple[dict[str, Any], Callable[[], Iterator[Cell]]]  # what it depends on, and how its cells are made
 Pruned = tuple[PreTrainedModel, PruningPlan, dict[str, float]]  # with the seconds that it took
 APART = 1000  # between the seeds of two rounds, beyond those of a study
 
@@ -250,13 +255,16 @@ class Study:
 def compare(study: Study, output: str | os.PathLike[str]) -> dict[str, Any]:
     """Computes what is not in the output's cache yet, and reports after every cell.
 
+    Of processes that torchrun has started, each computes what nobody has taken, and the first reports all. What could
+    not be done is not kept, and each of them may try it.
+
     Args:
         study: What is compared.
         output: Folder of the cache, of `report.html` with `report.json`, and of the plots as SVG; what is there is
             kept, and gone on with.
 
     Returns:
-        The record, as in `report.json`.
+        The record, as in `report.json`; in other processes than the first, of the cells that they came by.
 
     Raises:
         ValueError: A model, text or task is not there, or a setting is out of range.
@@ -265,14 +273,22 @@ def compare(study: Study, output: str | os.PathLike[str]) -> dict[str, Any]:
     output = resolved(output)
     page = output / NAME
     check_ours(page)
-    cells, start = [], time.perf_counter()
-    with Progress(study.size, "comparing", "cell") as bar:
-        for name in study.models:
-            for cell in Bench(study, name, output).cells():
-                cells.append(cell)
+    found: dict[tuple[int, int], list[Cell]] = {}  # by model and part
+    start = time.perf_counter()
+
+    def so_far(status: str) -> dict[str, Any]:
+        return record(study, [cell for place in sorted(found) for cell in found[place]], status, start)
+
+    with apart() as rank, Progress(study.size, "comparing", "cell", quiet=rank > 0) as bar:
+        for i, name in enumerate(study.models):
+            for part, cell in Bench(study, name, output).cells(first=rank == 0):
+                found.setdefault((i, part), []).append(cell)
                 bar.update()
-                write(record(study, cells, "running", time.perf_counter() - start), page, overwrite=True)
-    done = completed(record(study, cells, "finished", time.perf_counter() - start))
+                if rank == 0:
+                    write(so_far("running"), page, overwrite=True)
+    done = completed(so_far("finished"))
+    if rank > 0:
+        return done
     write(done, page, overwrite=True)
     for name, svg in plots(done).items():
         with staged(output / f"{name}.svg", overwrite=True) as temporary:
@@ -302,46 +318,82 @@ class Bench:
         for each in self.passages.values():
             check_ids(self.dense, each.windows, self.tokenizer)
         self.bos = bos_token(self.tokenizer, study.protocol.bos)
-        self._calibration: dict[tuple[CalibrationText, int], Calibration] = {}  # the last one
+        self._calibrations: dict[tuple[CalibrationText, int], Calibration] = {}
+        self._seen: dict[str, Observations] = {}  # the last, by the fingerprint of the calibration
+        announce(study.device, self.dense.dtype)
 
-    def cells(self) -> Iterator[Cell]:
-        """The dense model, then every pruning, and every recovery, one after another."""
+    def cells(self, first: bool = True) -> Iterator[tuple[int, Cell]]:
+        """The dense model, every pruning and its recoveries, with the part each is of, as far as no one else is at it.
+
+        Args:
+            first: Whether to wait in the end for what others are at: it is read then, or computed if they have failed.
+        """
+        left, wait = dict(enumerate(self._parts())), False
+        while left:
+            for place, (of, cells) in left.items():
+                with self.cache.alone(of, wait) as own:
+                    if own:
+                        yield from ((place, cell) for cell in cells())
+                        break
+            else:
+                if not first:
+                    return
+                log.info("waiting for other processes, which are at what is left")
+                wait = True
+                continue
+            del left[place]
+            wait = False
+
+    def _parts(self) -> Iterator[Part]:
+        """What one process computes at once: the dense model, or a pruning with its recoveries, which share it."""
+        yield self._common, self._dense
+        for text, seed, method in self.study.prunings():
+            calibration = self._calibrated(text, seed).fingerprint
+            of = self._common | {"calibration": calibration, "seed": seed, "method": identity(method)}
+            yield of, functools.partial(self._pruned, of, text, seed, method)
+
+    @functools.cached_property
+    def _common(self) -> dict[str, Any]:
+        """What all results depend on."""
         dtype = str(self.dense.dtype).removeprefix("torch.")
         common = {"weights": self.weights, "dtype": dtype, "device": self.study.device.type}
         common |= {name: version(name) for name in ("plprune", "torch", "transformers")}
         bench = Path(__file__).read_text(encoding="utf-8")
-        common |= {"source": digest({"bench": bench, "models": sources("plprune.checkpoint")})}
-        dense = self._judged(common, lambda: self.dense)
-        facts = dict(zip(("block_parameters", "parameters"), parameters(self.dense), strict=True))
-        yield self._cell("dense", "dense", 0.0, None) | facts | self._timed(common, lambda: self.dense) | dense
-        for text, seed, method in self.study.prunings():
-            yield from self._pruned(common, text, seed, method, dense)
+        return common | {"source": digest({"bench": bench, "models": sources("plprune.checkpoint")})}
 
-    def _pruned(
-        self, common: dict[str, Any], text: CalibrationText, seed: int, method: PruningMethod, dense: Cell
-    ) -> Iterator[Cell]:
+    def _dense(self) -> Iterator[Cell]:
+        """The dense model."""
+        of, facts = self._common, dict(zip(("block_parameters", "parameters"), parameters(self.dense), strict=True))
+        timed, judged = self._timed(of, lambda: self.dense), self._judged(of, lambda: self.dense)
+        yield self._cell("dense", "dense", 0.0, None) | facts | timed | judged
+
+    @functools.cached_property
+    def _dense_tasks(self) -> dict[str, Any]:
+        """What the dense model scores, once whoever is at it is done."""
+        with self.cache.alone(self._common, wait=True):
+            return self._judged(self._common, lambda: self.dense)["tasks"]
+
+    def _pruned(self, of: dict[str, Any], text: CalibrationText, seed: int, method: PruningMethod) -> Iterator[Cell]:
         """A model pruned, and recovered in the ways that the study says."""
         known = {"calibration": text.name, "settings": dataclasses.asdict(method)}
         cells = [self._cell(type(method).__name__, stage, method.sparsity, seed) | known for stage in self.study.stages]
-        calibration = self._calibrated(text, seed).fingerprint
-        of = common | {"calibration": calibration, "seed": seed, "method": identity(method)}
         model = functools.cache(lambda: self._prune(method, text, seed))
         facts = self._structure(of, model)
-        yield self._completed(cells[0] | facts, of, lambda: model()[0], dense)
+        yield self._completed(cells[0] | facts, of, lambda: model()[0])
         for cell, training, made_by in zip(cells[1:], self.study.recoveries, self._trainings, strict=True):
             by = of | {"recover": made_by, "by": sources("plprune.recovery", "plprune.data")}
             by |= {name: version(name) for name in ("lightning", "peft")}
             if training.rounds > 1:
                 again = functools.cache(lambda training=training: self._in_rounds(method, text, seed, training))
                 own = self._structure(by, again)
-                yield self._completed(cell | own, by, lambda make=again: make()[0], dense)
+                yield self._completed(cell | own, by, lambda make=again: make()[0])
             elif "error" in facts:
                 yield cell | facts
             else:
                 recovered = functools.cache(lambda training=training: self._recover(model()[0], seed, training))
                 seconds = self.cache.get(by | {"result": "recovery"}, lambda make=recovered: {"recover": make()[1]})
                 own = facts | {"seconds": facts["seconds"] | seconds}
-                yield self._completed(cell | own, by, lambda make=recovered: make()[0], dense)
+                yield self._completed(cell | own, by, lambda make=recovered: make()[0])
 
     def _structure(self, of: dict[str, Any], make: Callable[[], Pruned]) -> Cell:
         """What a pruning came to, and how fast that is, as recovery changes no shape; or why it could not be done."""
@@ -352,13 +404,13 @@ class Bench:
             return {"error": " ".join(str(error).split())}
         return facts | self._timed(of, lambda: make()[0])
 
-    def _completed(self, cell: Cell, of: dict[str, Any], model: Callable[[], PreTrainedModel], dense: Cell) -> Cell:
+    def _completed(self, cell: Cell, of: dict[str, Any], model: Callable[[], PreTrainedModel]) -> Cell:
         """The cell with what is measured, tasks also by their differences from the dense model, example by example."""
         if "error" in cell:
             return cell
         judged = self._judged(of, model)
         for name, result in judged.get("tasks", {}).items():
-            difference = paired(TaskResult(**dense["tasks"][name]), TaskResult(**result))
+            difference = paired(TaskResult(**self._dense_tasks[name]), TaskResult(**result))
             if difference is not None:
                 result |= {"difference": difference.value, "difference_stderr": difference.stderr}
         return cell | judged | {"seconds": cell["seconds"] | judged["seconds"]}
@@ -374,23 +426,23 @@ class Bench:
 
     def _calibrated(self, text: CalibrationText, seed: int) -> Calibration:
         """The calibration windows of a seed."""
-        if (text, seed) not in self._calibration:
+        if (text, seed) not in self._calibrations:
             ids = self._ids(text.text, self.study.join, seed)
             windows = draw(ids, text.num_samples, text.seq_len, seed, self.bos)
-            self._calibration = {(text, seed): Calibration(list(windows.split(8)), self.study.device)}
-        return self._calibration[text, seed]
+            self._calibrations[text, seed] = Calibration(list(windows.split(8)), self.study.device)
+        return self._calibrations[text, seed]
 
     def _observed(self, text: CalibrationText, seed: int) -> Calibration:
         """The calibration windows with what was observed of the dense model on them, once."""
         calibration = self._calibrated(text, seed)
-        if calibration.known is None:
-            name = f"{self.weights}-{calibration.fingerprint}-{sources('plprune.survey')}.safetensors"
-            file = self.folder / "observations" / name
-            if not file.exists():
-                save(survey(self.dense, calibration), file)
-            calibration = dataclasses.replace(calibration, known=load(file, self.study.device))
-            self._calibration[text, seed] = calibration
-        return calibration
+        if calibration.fingerprint not in self._seen:
+            name = f"{self.weights}-{calibration.fingerprint}-{sources('plprune.survey')}"
+            file = self.folder / "observations" / f"{name}.safetensors"
+            with alone(file.parent / "locks" / name, wait=True):
+                if not file.exists():
+                    save(survey(self.dense, calibration), file)
+            self._seen = {calibration.fingerprint: load(file, self.study.device)}
+        return dataclasses.replace(calibration, known=self._seen[calibration.fingerprint])
 
     def _prune(
         self, method: PruningMethod, text: CalibrationText, seed: int, model: PreTrainedModel | None = None
@@ -586,7 +638,7 @@ def machine() -> dict[str, Any]:
     return {"processor": platform.machine(), "threads": torch.get_num_threads()} | gpu
 
 
-def record(study: Study, cells: list[Cell], status: str, seconds: float) -> dict[str, Any]:
+def record(study: Study, cells: list[Cell], status: str, start: float) -> dict[str, Any]:
     """What a report is made from."""
     protocol = {
         "text": ", ".join(study.sources),
@@ -605,7 +657,7 @@ def record(study: Study, cells: list[Cell], status: str, seconds: float) -> dict
         "progress": {"step": len(cells), "steps": study.size},
         "protocol": protocol | dataclasses.asdict(study.protocol),
         "machine": machine(),
-        "seconds": seconds,
+        "seconds": time.perf_counter() - start,
         "versions": {name: version(name) for name in ("plprune", "torch", "transformers", "peft", "lightning")},
         "cells": cells,
     }

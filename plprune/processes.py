@@ -11,6 +11,7 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, cast
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from plprune.anatomy import put, tie, tied
 
 log = logging.getLogger(__name__)
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")  # what torchrun sets
 T = TypeVar("T")
 Group = dist.ProcessGroup | None
 
@@ -35,26 +37,49 @@ def launched_count() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def launched_rank() -> int:
+    """Which of these this one is; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[int]:
+    """The rank; within the context all, Lightning too, take this process for the only one."""
+    with mock.patch.dict(os.environ):
+        own = launched_rank()
+        for name in LAUNCHED:
+            os.environ.pop(name, None)
+        yield own
+
+
 def device_here() -> str:
     """A GPU if there is one, and the CPU otherwise."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def device_called(name: str | None) -> torch.device:
-    """The device of that name; a GPU if none is given and there is one, and the CPU otherwise, which the log then says.
+    """The device of that name; a GPU if none is given and there is one, and the CPU otherwise.
+
+    Of several processes, each gets a GPU of its own, which is then its current device.
 
     Raises:
         ValueError: It is not there.
     """
-    if name is None:
-        name = device_here()
-        if not local_rank():
-            log.info("computing on %s", torch.cuda.get_device_name() if name == "cuda" else "the CPU")
+    name = name or device_here()
     own = f"cuda:{local_rank()}" if name == "cuda" and launched_count() > 1 else name
     try:
-        return torch.empty(0, device=own).device
+        place = torch.empty(0, device=own).device
+        if own != name:
+            torch.cuda.set_device(place)
+        return place
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"there is no device {name!r} here ({error}): give cpu, cuda or cuda:1") from error
+
+
+def announce(where: torch.device, dtype: torch.dtype) -> None:
+    """Says where is computed, and in what."""
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else "the CPU" if where.type == "cpu" else where
+    log.info("computing on %s in %s", name, str(dtype).removeprefix("torch."))
 
 
 @contextlib.contextmanager
@@ -62,11 +87,9 @@ def launched(where: torch.device) -> Iterator[Group]:
     """The processes that torchrun has started, for the time of the context; None if there is only this one.
 
     Args:
-        where: Where this one computes.
+        where: Where what they send each other goes through: a GPU must be each one's own.
     """
     if launched_count() > 1:
-        if where.type == "cuda":
-            torch.cuda.set_device(where)  # what is sent goes through the current device, which must be each one's own
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
         try:
             yield world()

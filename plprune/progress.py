@@ -29,15 +29,16 @@ class Progress:
     """
 
     seconds = 30.0  # between two lines
+    silent: ClassVar[bool] = False  # all bars of this process, where it is one of several
     _display: ClassVar[progress.Progress | None] = None  # there is one while a bar is open
     _open: ClassVar[list["Progress"]] = []
 
     def __init__(self, total: int, title: str, unit: str, done: int = 0, quiet: bool = False) -> None:
-        self.total, self.title, self.unit, self.n, self.quiet = total, title, unit, done, quiet
+        self.total, self.title, self.unit, self.n, self.quiet = total, title, unit, done, quiet or self.silent
         self._first, self._start = done, time.monotonic()
         self._said = self._start
         self._task: progress.TaskID | None = None
-        if not quiet and sys.stderr.isatty():
+        if not self.quiet and sys.stderr.isatty():
             self._task = self._shown().add_task(title, total=total, completed=done, unit=f"{unit}s")
             Progress._open.append(self)
 

@@ -11,14 +11,15 @@ Symbols: X the consumer's inputs over all tokens, W its weight, u a unit with it
 
 A candidate is a copy of one block, pruned by the same surgery as any model, so that what a family does with its norms
 and biases is as it will be. It is run on what enters that block in the dense model, which is computed once, and only
-the blocks after it are run again. Results are cached by content: a run that was stopped goes on where it was.
+the blocks after it are run again. Results are cached by content: a run that was stopped goes on where it was, and of
+several that use one cache each takes candidates that nobody is at.
 """
 
 import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -110,10 +111,13 @@ def sensitivity(
     same |= {name: version(name) for name in ("torch", "transformers")}
     chosen_by = calibration.fingerprint
     keys = [(each, _key(each, same, chosen_by)) for each in _candidates(blocks, fractions)]
-    dense = cache.get(same | {"of": "the dense model"}, lambda: perplexity(model, windows))
-    missing = [(each, key) for each, key in keys if not cache.known(key)]
-    if missing:
-        _measure(model, windows, calibration, cache, missing)
+    of_dense = same | {"of": "the dense model"}
+    with cache.alone(of_dense, wait=True):
+        dense = cache.get(of_dense, lambda: perplexity(model, windows))
+    for wait in (False, True):  # in the end for what others are at
+        missing = [(each, key) for each, key in keys if not cache.known(key)]
+        if missing:
+            _measure(model, windows, calibration, cache, missing, wait)
     return Sensitivity(dense, [_cell(each, cache.get(key, _not_there)) for each, key in keys])
 
 
@@ -206,17 +210,20 @@ def _measure(
     calibration: Calibration,
     cache: Cache,
     missing: list[tuple[_Candidate, dict[str, Any]]],
+    wait: bool,
 ) -> None:
-    """Computes what is missing, in depth order, and keeps each result at once."""
-    scores = _scores(model, calibration) if any(each.removed < len(each.group) for each, _ in missing) else {}
-    with evaluating(model):
-        front = Frontier(model, windows)
-        runs = [len(front.blocks) - each.block.index for each, _ in missing]
-        with Progress(sum(runs), "sensitivity", "block run") as bar:
-            for (each, key), count in zip(missing, runs, strict=True):
-                front.advance(each.block)
-                cache.get(key, functools.partial(front.perplexity, _pruned(each, scores)))
-                bar.update(count)
+    """Computes what is missing, in depth order, and keeps each result at once; leaves what others are at, or waits."""
+    scores = functools.cache(lambda: _scores(model, calibration))
+    front = functools.cache(lambda: Frontier(model, windows))
+    runs = [len(blocks_of(model)) - each.block.index for each, _ in missing]
+    with evaluating(model), Progress(sum(runs), "sensitivity", "block run") as bar:
+        for (each, key), count in zip(missing, runs, strict=True):
+            with cache.alone(key, wait) as own:
+                if own and not cache.known(key):
+                    block = _pruned(each, scores)
+                    front().advance(each.block)
+                    cache.get(key, functools.partial(front().perplexity, block))
+            bar.update(count)
 
 
 def _candidates(blocks: list[Block], fractions: Sequence[float]) -> list[_Candidate]:
@@ -246,12 +253,12 @@ def _scores(model: PreTrainedModel, calibration: Calibration) -> dict[str, Tenso
     return scores
 
 
-def _pruned(each: _Candidate, scores: dict[str, Tensor]) -> Block:
+def _pruned(each: _Candidate, scores: Callable[[], dict[str, Tensor]]) -> Block:
     """A copy of a candidate's block without the units that go."""
     block = Block(each.block.index, copy.deepcopy(each.block.module), each.block.family)
     stay = len(each.group) - each.removed
     if stay:
-        shrink(block, each.group, top_k(scores[each.group.name], stay))
+        shrink(block, each.group, top_k(scores()[each.group.name], stay))
     elif each.group.kind == "attention":
         drop_attention(block)
     else:

@@ -36,6 +36,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from plprune import processes
 from plprune.running import checking_ids, evaluating
 from plprune.text import bos_token
 
@@ -125,6 +126,7 @@ def run_tasks(
     folder: str | None = None,
     batch_size: int = 8,
     bos: bool | None = None,
+    group: processes.Group = None,
 ) -> dict[str, TaskResult]:
     """Runs tasks on a model where it is.
 
@@ -136,6 +138,8 @@ def run_tasks(
         folder: The folder of task files; data sets come from the hub or its cache if not given.
         batch_size: Requests that are run at once.
         bos: Whether prompts begin with the BOS token; as the tokenizer itself does if not given.
+        group: The processes among which the examples are shared, unless a task has fewer examples than there are
+            processes; each gets all results.
 
     Returns:
         The result of each task and of each group that has one, by name; a group comes before what is in it.
@@ -152,8 +156,18 @@ def run_tasks(
         wrap, run = cast(Any, HFLM), cast(Any, lm_eval.simple_evaluate)
         own = _beginning(tokenizer) if bos and bos_token(tokenizer) is None else tokenizer
         wrapped = wrap(model, tokenizer=own, backend="causal", batch_size=batch_size, add_bos_token=bos)
+        sizes = [len(task.eval_docs) for task in loaded["tasks"].values()] if group else []
+        if group and min(limit or math.inf, *sizes) >= processes.size(group):
+            _share(wrapped, group)
         found = run(wrapped, tasks=loaded["asked"], limit=limit, task_manager=loaded["manager"])
-    return _results(found, loaded)
+    return processes.same(_results(found, loaded) if not processes.rank(group) else {}, group)
+
+
+def _share(wrapped: Any, group: processes.Group) -> None:
+    """Has lm-eval share examples among processes, as it does among those that accelerate has started."""
+    wrapped._rank, wrapped._world_size = processes.rank(group), processes.size(group)
+    wrapped.all_gather = lambda tensor: processes.joined(tensor.reshape(1), group)
+    wrapped.barrier = lambda: processes.same(None, group)
 
 
 def paired(dense: TaskResult, pruned: TaskResult) -> Difference | None:

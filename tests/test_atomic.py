@@ -1,6 +1,7 @@
 import contextlib
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from plprune.atomic import check_file, check_free, clear, remove, resolved, staged
+from plprune import atomic
+from plprune.atomic import alone, check_file, check_free, clear, remove, resolved, staged
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -253,3 +255,46 @@ def test_a_file_takes_the_place_of_no_folder(tmp_path: Path) -> None:
 def test_an_output_without_a_name() -> None:
     with pytest.raises(ValueError, match="an output has no name"):
         resolved("")
+
+
+def test_what_one_has_alone_others_leave_or_wait_for(tmp_path: Path) -> None:
+    file = tmp_path / "locks" / "a"
+    with alone(file) as own, alone(file) as others, alone(tmp_path / "b") as another:
+        assert (own, others, another) == (True, False, True)
+    with alone(file, wait=True) as own:
+        assert own
+    assert file.read_bytes() == b""
+
+
+def test_what_a_killed_process_had_alone_is_free(tmp_path: Path) -> None:
+    here, there = multiprocessing.Pipe(duplex=False)
+
+    def keep() -> None:
+        with alone(tmp_path / "a"):
+            there.send(None)
+            time.sleep(60)
+
+    child = multiprocessing.get_context("fork").Process(target=keep)
+    child.start()
+    here.recv()
+    with alone(tmp_path / "a") as own:
+        assert not own
+    threading.Timer(0.05, child.kill).start()
+    with alone(tmp_path / "a", wait=True) as own:
+        assert own
+
+
+def test_a_room_that_is_cleared_as_it_begins_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, cleared = atomic._lock, []
+
+    def late(room: Path) -> int | None:
+        if not cleared:
+            cleared.append(room)
+            clear(tmp_path)
+        return lock(room)
+
+    monkeypatch.setattr(atomic, "_lock", late)
+    with staged(tmp_path / "a") as temporary:
+        write_file(temporary)
+    assert cleared
+    assert tree(tmp_path) == {"a": "new"}

@@ -8,7 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from plprune import compare as module
 from plprune.cache import sources
 from plprune.checkpoint import load_model, load_tokenizer
 from plprune.cli import main
-from plprune.compare import CalibrationText, Study, Training, compare, identity, table
+from plprune.compare import Bench, CalibrationText, Study, Training, compare, identity, table
 from plprune.evaluation import Protocol
 from plprune.lora import LoRA
 from plprune.report.found import as_it_is
@@ -110,6 +112,26 @@ def test_what_is_computed_is_not_computed_again(study: Study, tmp_path: Path, mo
     edit("compare", monkeypatch)  # as its trainer, which is beside what uses it
     compare(dataclasses.replace(first, methods=FOUR[:1]), tmp_path / "out")
     assert counts == {"prune": 2, "survey": 0, "judge": 3}
+
+
+def test_each_process_takes_what_nobody_is_at(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small, out = dataclasses.replace(study, methods=[CFSP(), FLAP()], sparsities=[0.1]), tmp_path / "out"
+    whole = timeless(compare(small, tmp_path / "whole"))
+    counts = counted(monkeypatch, "prune", "survey", "judge")
+    bench = Bench(small, small.models[0], out)
+    (_, _), (cfsp, _), _ = bench._parts()
+    monkeypatch.setenv("RANK", "1")
+    with bench.cache.alone(cfsp):
+        cells = compare(small, out)["cells"]
+    assert [cell["method"] for cell in cells] == ["dense", "FLAP"]
+    assert counts == {"prune": 1, "survey": 1, "judge": 2}
+    assert not (out / "report.json").exists()
+    monkeypatch.delenv("RANK")
+    with ExitStack() as held:
+        assert held.enter_context(bench.cache.alone(cfsp))
+        threading.Timer(0.3, held.close).start()  # the first waits for it
+        assert timeless(compare(small, out)) == whole
+    assert counts == {"prune": 2, "survey": 1, "judge": 3}
 
 
 def test_the_dense_model_is_observed_once_for_each_seed(

@@ -219,16 +219,36 @@ def test_other_text_in_one_process_stops_all(ranks: list[dict[str, Any]]) -> Non
     assert all(rank["faults"][-1].startswith("processes disagree on the plan") for rank in ranks)
 
 
-def test_the_device_is_a_gpu_if_there_is_one_and_the_log_says_which(monkeypatch, caplog) -> None:
-    caplog.set_level("INFO")
+def test_the_device_is_a_gpu_if_there_is_one_and_each_process_has_its_own(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert processes.device_called(None) == torch.device("cpu")
-    assert caplog.messages == ["computing on the CPU"]
+    current: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch, "empty", lambda *_, device: SimpleNamespace(device=device))
     assert processes.device_called(None) == "cuda"
-    assert caplog.messages[1:] == ["computing on H100"]
+    assert current == []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert processes.device_called(None) == "cuda:1"
+    assert current == ["cuda:1"]
+
+
+def test_the_log_says_where_and_in_what_is_computed(monkeypatch, caplog) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
+    for place in ("cpu", "cuda:0"):
+        processes.announce(torch.device(place), torch.bfloat16)
+    assert caplog.messages == ["computing on the CPU in bfloat16", "computing on H100 in bfloat16"]
+
+
+def test_a_process_apart_is_alone(monkeypatch) -> None:
+    for name in processes.LAUNCHED:
+        monkeypatch.setenv(name, "3")
+    with processes.apart() as rank:
+        assert rank == 3
+        assert (processes.launched_count(), processes.launched_rank(), processes.local_rank()) == (1, 0, 0)
+    assert (processes.launched_count(), processes.launched_rank(), processes.local_rank()) == (3, 3, 3)
 
 
 def test_alone() -> None:

@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from plprune import perplexity, sensitivity
 from plprune.allocation import top_k
 from plprune.anatomy import blocks_of, matrix
+from plprune.atomic import alone
 from plprune.cache import Cache
 from plprune.calibration import Calibration
 from plprune.cli import main
@@ -115,6 +118,21 @@ def test_a_stopped_run_computes_only_what_is_missing(tmp_path: Path, computed: l
     assert computed == [0] * 6 + [1] * 6 + [2] * 6
     whole = found(model, tmp_path / "b")
     assert again == whole
+
+
+def test_each_process_takes_what_nobody_is_at(tmp_path: Path, computed: list[int]) -> None:
+    whole, locks = found(tiny("llama"), tmp_path / "a"), tmp_path / "b" / "locks"
+    computed.clear()
+    with ExitStack() as held, ThreadPoolExecutor() as other:
+        for cell in [path for path in (tmp_path / "a").glob("*.json") if "removed" in path.read_text()][:4]:
+            held.enter_context(alone(locks / cell.stem))
+        result = other.submit(found, tiny("llama"), tmp_path / "b")
+        with pytest.raises(TimeoutError):  # it waits for those
+            result.result(1)
+        assert len(computed) >= 14
+        held.close()
+        assert result.result(30) == whole
+    assert len(computed) == 18
 
 
 def test_what_is_known_is_not_computed(tmp_path: Path, computed: list[int], monkeypatch) -> None:

@@ -6,7 +6,7 @@ from plprune import compare as comparison
 from plprune.compare import CalibrationText, Study, Training
 from plprune.evaluation import Protocol
 from plprune.methods import PruningMethod
-from plprune.processes import device_called
+from plprune.processes import device_called, launched_rank
 from plprune.stored import Dtype
 from plprune.tasks import named
 from plprune.text import DROPPED, PYDOC
@@ -38,6 +38,9 @@ def compare(
 ) -> None:
     """Compares methods, sparsities, models, texts, recoveries and seeds under one protocol.
 
+    Under torchrun, and in several runs with one output, each process takes what nobody is at, so that nothing is
+    computed twice. Several machines must share the folder.
+
     Args:
         models: Names on the hub, folders, `.gguf` files, or `package://PACKAGE/FILE.gguf`.
         methods: FLAP, FASP, CFSP, TwoSSP, LearnedGates or dotted paths of others, each with its settings
@@ -65,9 +68,11 @@ def compare(
         tasks: lm-eval tasks, groups and tags, separated by commas; the average is over what is named here.
         task_data: Folder with the tasks' data sets as ORG/NAME; from the hub if not given.
         limit: At most this many examples of each task; all if not given.
-        max_batch: The largest batch that speed is measured at; it is not measured if not given.
+        max_batch: The largest batch that speed is measured at; it is not measured if not given. Under torchrun the
+            other processes compute meanwhile.
         dtype: Of the weights; as each model is stored if not given, and float32 for a `.gguf` file.
-        device: Where to compute: cpu, cuda, cuda:1; a GPU if not given and there is one, and the CPU otherwise.
+        device: Where to compute: cpu, cuda, cuda:1; under torchrun, `cuda` is each process's own. A GPU if not given
+            and there is one, and the CPU otherwise.
     """
     study = Study(
         models=models,
@@ -90,4 +95,5 @@ def compare(
         device=device_called(device),
     )
     record = comparison.compare(study, output)
-    print(f"{comparison.table(record)}\n\nreport: {output}/report.html")
+    if not launched_rank():
+        print(f"{comparison.table(record)}\n\nreport: {output}/report.html")

@@ -5,11 +5,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plprune import callbacks, evaluation
+from plprune import callbacks, evaluation, processes
 from plprune import speed as speeds
 from plprune import tasks as benchmarks
 from plprune.atomic import check_file, staged
@@ -48,6 +49,9 @@ def evaluate(
 ) -> None:
     """Judges a model beside the one that it was pruned from: quality, size, speed, tasks.
 
+    Under torchrun the processes share the windows of the text and, as lm-eval does, the examples of tasks; those that
+    it draws for a prompt may then be others. The first measures speed, and the others wait.
+
     Args:
         model: A folder, a name on the hub, a `.gguf` file, or `package://PACKAGE/FILE.gguf`.
         text: What to read: a `.txt`, `.jsonl`, `.json` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the hub, or
@@ -70,7 +74,8 @@ def evaluate(
         batch_size: Requests of tasks that are run at once.
         speed: Whether to measure how fast the model writes, alone and in batches, and how much memory that takes.
         dtype: Of the weights; as each model is stored if not given, and float32 for a `.gguf` file.
-        device: Where to compute: cpu, cuda, cuda:1; a GPU if not given and there is one, and the CPU otherwise.
+        device: Where to compute: cpu, cuda, cuda:1; under torchrun, `cuda` is each process's own. A GPU if not given
+            and there is one, and the CPU otherwise.
         output: JSON file to write, with the same numbers.
         overwrite: Whether to replace it.
     """
@@ -88,17 +93,17 @@ def evaluate(
     if names:
         benchmarks.check_tasks(names, task_data)
     judged = {}
-    for stage, name in stages.items():
-        network: Any = load_model(name, dtype).to(place)  # type: ignore[arg-type]
-        check_ids(network, passages[stage].windows, load_tokenizer(name))
-        found = _Judged(passages[stage], measure(network, passages[stage]), {}, None)
-        if names:
-            found.tasks = benchmarks.run_tasks(network, load_tokenizer(name), names, limit, task_data, batch_size, bos)
-        if speed:
-            found.speed = speeds.measure_speed(network)
-        judged[stage] = found
-        del network
-        gc.collect()  # modules hold each other, and the next one's peak of memory is not to count this one
+    with processes.launched(torch.device("cpu")) as group:  # NCCL would not wait for as long as a speed may take
+        asked = {"limit": limit, "folder": task_data, "batch_size": batch_size, "bos": bos, "group": group}
+        for stage, name in stages.items():
+            network, tokenizer = _loaded(name, dtype, place, passages[stage])
+            measured = measure(network, passages[stage], group)
+            results = benchmarks.run_tasks(network, tokenizer, names, **asked) if names else {}
+            judged[stage] = _Judged(passages[stage], measured, results, _speed(network, group) if speed else None)
+            del network
+            gc.collect()  # modules hold each other, and the next one's peak of memory is not to count this one
+    if processes.launched_rank():
+        return
     print("\n\n".join(_printed(judged, stages, plan, limit)))
     if output:
         with staged(output, overwrite) as temporary:
@@ -113,6 +118,19 @@ class _Judged:
     measured: Measurement
     tasks: dict[str, TaskResult]
     speed: Speed | None
+
+
+def _loaded(name: str, dtype: Dtype | None, place: torch.device, read: Passage) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A model where it is judged, and its tokenizer."""
+    network, tokenizer = load_model(name, dtype), load_tokenizer(name)
+    check_ids(network, read.windows, tokenizer)
+    processes.announce(place, network.dtype)
+    return network.to(place), tokenizer  # type: ignore[arg-type]
+
+
+def _speed(network: PreTrainedModel, group: processes.Group) -> Speed:
+    """Measured by the first process, while the others wait."""
+    return cast(Speed, processes.same(None if processes.rank(group) else speeds.measure_speed(network), group))
 
 
 def _stages(model: str, dense: str) -> tuple[dict[str, str], PruningPlan | None]:

@@ -69,14 +69,14 @@ def prune(
     check_share(max_dropped)
     if text == PYDOC and not processes.local_rank():
         log.warning("calibrating on %s, which is about Python only: give --text what the model is for", text)
-    place = device_called(device)
-    tokenizer = load_tokenizer(model)
+    place, tokenizer = device_called(device), load_tokenizer(model)
     ids, _ = tokenised(text, tokenizer, join, seed=seed, max_dropped=max_dropped)
     windows = draw(ids, num_samples, seq_len, seed, bos_token(tokenizer, bos))
     load = streaming.open_streamed if stream else load_skeleton if processes.local_rank() else load_model
     methods.preflight(method, lambda: load_skeleton(model, dtype))
     network = load(model, dtype)
     check_ids(network, [ids], tokenizer)
+    processes.announce(place, network.dtype)
     with processes.launched(place) as group:
         calibration = Calibration(list(windows.split(batch_size)), place, offload, group)
         if not stream:

@@ -7,7 +7,7 @@ from plprune.atomic import resolved
 from plprune.cache import Cache
 from plprune.calibration import Calibration
 from plprune.checkpoint import load_model, load_tokenizer
-from plprune.processes import device_called
+from plprune.processes import announce, device_called, launched_rank
 from plprune.running import check_ids
 from plprune.sensitivity import as_record, check_fractions, table
 from plprune.sensitivity import sensitivity as found_by
@@ -44,7 +44,8 @@ def sensitivity(
     """Measures what each block's FFN and attention are worth, by pruning it alone.
 
     It prints a table of those that matter most and least, and writes a heat map of all. Each result is kept as soon as
-    it is there, and the same command goes on where it was stopped.
+    it is there, and the same command goes on where it was stopped. Under torchrun, and in several runs with one output,
+    each process takes what nobody is at; several machines must share the folder.
 
     Args:
         model: A folder, pruned or dense, a name on the hub, a `.gguf` file, or `package://PACKAGE/FILE.gguf`.
@@ -58,7 +59,8 @@ def sensitivity(
         num_samples: Windows of the rest of the text that choose the channels and kv heads that go.
         fractions: Of a part's channels or kv heads, separated by commas; 1 is the whole part.
         dtype: Of the weights; as stored if not given, and float32 for a `.gguf` file.
-        device: Where to compute: cpu, cuda, cuda:1; a GPU if not given and there is one, and the CPU otherwise.
+        device: Where to compute: cpu, cuda, cuda:1; under torchrun, `cuda` is each process's own. A GPU if not given
+            and there is one, and the CPU otherwise.
         seed: Of the choice of windows.
         bos: Whether the BOS token is put before each window: true or false; as the tokenizer does if not given.
         max_dropped: The share of a text's rows that may be dropped, as they cannot be used: in [0, 1].
@@ -77,8 +79,11 @@ def sensitivity(
     chosen_by = draw(rest, num_samples, seq_len, seed, first)
     network = load_model(model, dtype).to(place)  # type: ignore[arg-type]
     check_ids(network, [ids], tokenizer)
+    announce(place, network.dtype)
     calibration = Calibration(list(chosen_by.split(1)))
     found = found_by(network, list(windows.split(1)), calibration, Cache(page.parent / "cells"), wanted)
+    if launched_rank():
+        return
     sizes = {"seq_len": seq_len, "stride": None, "max_windows": max_windows, "num_samples": num_samples}
     protocol = sizes | {"text": text, "join": join, "tokens": windows[:, 1:].numel(), "seed": seed}
     protocol |= {"bos": first is not None, "dtype": str(network.dtype).removeprefix("torch.")}
