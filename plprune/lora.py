@@ -128,6 +128,9 @@ def inject(model: PreTrainedModel, lora: LoRA, plan: PruningPlan | None) -> list
             parameter.data = parameter.data.float()  # what is trained is kept in full precision
     if lora.dora:
         _measure(model)
+    elif not lora.dropout:  # DoRA takes norms in the dtype of the inputs, and dropout draws by it
+        for _, layer in adapters(model):
+            cast(nn.Module, layer).register_forward_pre_hook(_leave_to_autocast)
     return by_block
 
 
@@ -218,6 +221,11 @@ def _rows(layer: LoraLayer, weight: Tensor) -> Tensor:
 def _delta(layer: LoraLayer, adapter: str, whole: Callable[[Tensor], Tensor]) -> Tensor:
     a, b = (whole(cast(nn.Linear, factor[adapter]).weight) for factor in (layer.lora_A, layer.lora_B))
     return _rows(layer, b.float() @ a.float() * layer.scaling[adapter])
+
+
+def _leave_to_autocast(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+    """PEFT makes float32 of what enters adapters; autocast would round a copy of that back, and keep it for each."""
+    cast(LoraLayer, layer).cast_input_dtype_enabled = not torch.is_autocast_enabled(args[0].device.type)
 
 
 def _targeted(name: str, targets: list[str] | None) -> bool:

@@ -106,6 +106,26 @@ def test_only_adapters_are_trained_in_full_precision(family: str) -> None:
         assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
 
 
+def test_autocast_alone_rounds_what_enters_adapters_and_nothing_differs() -> None:
+    found = []
+    for as_peft in (False, True):
+        torch.manual_seed(0)
+        model, entered = tiny().bfloat16(), set()
+        inject(model, LoRA(rank=2), None)
+        for _, layer in adapters(model):
+            if as_peft:
+                cast(nn.Module, layer)._forward_pre_hooks.clear()
+            nn.init.normal_(cast(nn.Linear, layer.lora_B["default"]).weight)
+            layer.lora_A["default"].register_forward_pre_hook(lambda _, args, to=entered: to.add(args[0].dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(windows(2)).logits
+        logits.float().square().mean().backward()
+        assert entered == {torch.float32 if as_peft else torch.bfloat16}
+        found.append([logits] + [p.grad for p in model.parameters() if p.requires_grad])
+        assert model(windows(2)).logits.dtype == torch.bfloat16  # without autocast inputs are made float32 as before
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_targets_choose_by_last_name_inside_wrappers_too() -> None:
     model = adapted("llama", LoRA(rank=2, targets=["v_proj", "down_proj"]))
     names = [re.sub(r".*layers\.\d\.", "", name) for name, _ in adapters(model)]
