@@ -116,7 +116,7 @@ def test_autocast_alone_rounds_what_enters_adapters_and_nothing_differs() -> Non
             if as_peft:
                 cast(nn.Module, layer)._forward_pre_hooks.clear()
             nn.init.normal_(cast(nn.Linear, layer.lora_B["default"]).weight)
-            layer.lora_A["default"].register_forward_pre_hook(lambda _, args, to=entered: to.add(args[0].dtype))
+            layer.lora_A["default"].register_forward_pre_hook(lambda _, args: entered.add(args[0].dtype))  # noqa: B023
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(windows(2)).logits
         logits.float().square().mean().backward()
