@@ -15,18 +15,22 @@ a plain library: `prune(model, method, batches)` is all of it.
 
 from transformers import AutoConfig
 
-from plprune.calibration import Calibration
-from plprune.callbacks import Evaluate, Export, Prune, Report
-from plprune.checkpoint import load_pruned, save_pruned
-from plprune.checkpointing import Checkpoint
-from plprune.data import RecoveryData
-from plprune.distillation import Distillation
-from plprune.evaluation import perplexity
-from plprune.lora import LoRA
+from plprune.architecture.modeling_plprune import PrunedConfig
+from plprune.checkpoint.load import load_pruned
+from plprune.checkpoint.save import save_pruned
+from plprune.evaluation.perplexity import perplexity
 from plprune.methods import CFSP, FASP, FLAP, LearnedGates, PruningMethod, TwoSSP, prune
-from plprune.modeling_plprune import PrunedConfig
-from plprune.plan import PruningPlan
-from plprune.recovery import Recovery
+from plprune.pruning.plan import PruningPlan
+from plprune.pruning.stream import Calibration
+from plprune.recovery.distillation import Distillation
+from plprune.recovery.lora import LoRA
+from plprune.training.callbacks.evaluate import Evaluate
+from plprune.training.callbacks.export import Export
+from plprune.training.callbacks.prune import Prune
+from plprune.training.callbacks.report import Report
+from plprune.training.checkpointing import Checkpoint
+from plprune.training.data import RecoveryData
+from plprune.training.module import Recovery
 
 __version__ = "0.1.0"
 

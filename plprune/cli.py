@@ -27,17 +27,21 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning_utilities.core.enums import StrEnum
 
 import plprune
-from plprune import callbacks, checkpointing, live, report, resuming, rounds
-from plprune.atomic import check_free, clear, resolved
-from plprune.checkpoint import load_skeleton
+from plprune import report
+from plprune.checkpoint.load import load_skeleton
 from plprune.commands import COMMANDS
-from plprune.data import RecoveryData
-from plprune.lightning_internals import OpenCLI
+from plprune.io.atomic import check_free, clear, resolved
+from plprune.io.checks import check_sizes
+from plprune.io.progress import Progress
 from plprune.methods import CFSP, FASP, FLAP, LearnedGates, PruningMethod, TwoSSP, preflight
-from plprune.progress import Progress
-from plprune.recovery import ENDLESS, Recovery
-from plprune.text import check_sizes
-from plprune.watch import Watch
+from plprune.training import checkpointing, console, resuming, rounds
+from plprune.training.callbacks import evaluate, prune
+from plprune.training.callbacks import export as export_
+from plprune.training.callbacks import report as report_
+from plprune.training.data import RecoveryData
+from plprune.training.lightning_internals import OpenCLI
+from plprune.training.module import ENDLESS, Recovery
+from plprune.training.watchdog import Watch
 
 STAGES = {
     "fit": "Prunes a model, recovers it by LoRA, measures and exports it, as a YAML file says.",
@@ -55,7 +59,7 @@ ROUNDS = (
     "and all together end at the method's sparsity after trainer.max_steps. The model of the last is the one that is "
     "asked for; those before it are in round-1, round-2 and so on, in trainer.default_root_dir."
 )
-CLASSES = [*BUILT_IN, callbacks.Prune, callbacks.Evaluate, callbacks.Report, callbacks.Export]
+CLASSES = [*BUILT_IN, prune.Prune, evaluate.Evaluate, report_.Report, export_.Export]
 CLASSES += [checkpointing.Checkpoint]
 LIGHTNING = ("lightning", "lightning.pytorch", "lightning.fabric")  # loggers, each with a handler of its own
 METHODS = "known methods: " + ", ".join(method.__name__ for method in BUILT_IN)
@@ -143,7 +147,7 @@ class CLI(OpenCLI):
                 checkpointing.begin_anew(trainer)
             trainer.fit(**kwargs)
         if trainer.is_global_zero:
-            print(live.summary(trainer, {} if dry else self._outputs(), time.monotonic() - self._since))
+            print(console.summary(trainer, {} if dry else self._outputs(), time.monotonic() - self._since))
 
     def instantiate_classes(self) -> None:
         """Nothing is loaded here for rounds, as each is a process of its own."""
@@ -208,9 +212,9 @@ class CLI(OpenCLI):
         for each in cast(Any, self.trainer).callbacks:
             if isinstance(each, checkpointing.Checkpoint):
                 clear(each.folder(self.trainer))
-            elif isinstance(each, callbacks.Export):
+            elif isinstance(each, export_.Export):
                 clear(resolved(each.output).parent, glob.escape(resolved(each.output).name))
-            elif isinstance(each, callbacks.Prune):
+            elif isinstance(each, prune.Prune):
                 clear(resolved(each.folder or self.trainer.default_root_dir) / "plans")
 
     def _nothing_left(self) -> bool:
@@ -227,24 +231,24 @@ class CLI(OpenCLI):
     def _outputs(self) -> dict[str, list[str]]:
         """What a fit leaves behind, and where."""
         root, own = self.trainer.default_root_dir, cast(Any, self.trainer).callbacks
-        pages = [report.page_of(each.output or root) for each in own if isinstance(each, callbacks.Report)]
+        pages = [report.page_of(each.output or root) for each in own if isinstance(each, report_.Report)]
         places = {"model": [each.output for each in self._exports()], "report": [str(page) for page in pages]}
         return {what: [path for path in paths if os.path.exists(path)] for what, paths in places.items()}
 
-    def _exports(self) -> list[callbacks.Export]:
-        return [each for each in cast(Any, self.trainer).callbacks if isinstance(each, callbacks.Export)]
+    def _exports(self) -> list[export_.Export]:
+        return [each for each in cast(Any, self.trainer).callbacks if isinstance(each, export_.Export)]
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         given = self.config_init[str(self.subcommand)]["trainer"]
         if self.subcommand != "fit":  # in a folder without loggers, that of the fit stays
             self.save_config_kwargs |= {"config_filename": f"{self.subcommand}.yaml"}
         if not given["barebones"]:
-            kwargs |= live.shown(given, str(self.subcommand))
+            kwargs |= console.shown(given, str(self.subcommand))
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except TypeError as error:  # which Lightning raises for settings
             raise ValueError(f"the trainer does not take this: {error}") from error
-        cast(Any, trainer).callbacks[:0] = [Watch(), live.BarsFirst()]
+        cast(Any, trainer).callbacks[:0] = [Watch(), console.BarsFirst()]
         self._log(trainer)
         return trainer
 
@@ -252,7 +256,7 @@ class CLI(OpenCLI):
         """Gives a trainer our loggers, unless its user has chosen; after `step` steps those of the run that goes on."""
         given = self.config_init[str(self.subcommand)]["trainer"]
         if given["logger"] is None and not given["fast_dev_run"] and not given["barebones"]:
-            trainer.loggers = live.loggers(trainer.default_root_dir, str(self.subcommand), step)
+            trainer.loggers = console.loggers(trainer.default_root_dir, str(self.subcommand), step)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parser.parse_args(cast(Any, args))  # LightningCLI's own warns of args beside sys.argv
@@ -400,13 +404,13 @@ def _overview() -> str:
 
 def _quieten() -> None:
     """Leaves our own lines, and of others' those that a user can act on."""
-    logging.basicConfig(format="%(message)s", stream=live.Stderr())
+    logging.basicConfig(format="%(message)s", stream=console.Stderr())
     logging.getLogger("plprune").setLevel(logging.WARNING if rank_zero_only.rank else logging.INFO)
     Progress.silent = bool(rank_zero_only.rank)
     for handler in [each for name in LIGHTNING for each in logging.getLogger(name).handlers]:
         handler.addFilter(lambda record: not re.search("Tip:|Detected KeyboardInterrupt", record.getMessage()))
         if isinstance(handler, logging.StreamHandler):
-            handler.setStream(live.Stderr())
+            handler.setStream(console.Stderr())
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed guesses, and says so
     warnings.filterwarnings("ignore", ".*(LeafSpec|does not have many workers|dataloader is not resumable).*")

@@ -1,8 +1,8 @@
 """Pruning a model that is larger than memory: its blocks stay on disk, and one at a time is loaded, pruned and written.
 
 A streamed model is one whose blocks are on the meta device and know where their weights are; the rest (embeddings,
-head, final norm) is memory-mapped. Methods see no difference. What is done is kept in a journal (`plprune.journal`), of
-which the output is put together in the end.
+head, final norm) is memory-mapped. Methods see no difference. What is done is kept in a journal
+(`plprune.pruning.journal`), of which the output is put together in the end.
 """
 
 import contextlib
@@ -21,17 +21,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plprune import processes
-from plprune.anatomy import Block, blocks_of, put
-from plprune.atomic import check_free, resolved
-from plprune.calibration import Calibration
-from plprune.checkpoint import chosen, load_skeleton, read_generation_config, stored_at, write
-from plprune.journal import ASKED, SHARD, Decision, Journal, writing
+from plprune.architecture.blocks import Block, Decision, blocks_of
+from plprune.architecture.modules import put
+from plprune.checkpoint.load import chosen, load_skeleton, read_generation_config, stored_at
+from plprune.checkpoint.save import write
+from plprune.checkpoint.stored import Dtype, Source
+from plprune.checkpoint.weights import SINGLE, check_saved, check_values, mapped, write_index
+from plprune.io import distributed
+from plprune.io.atomic import check_free, resolved, writing
 from plprune.methods.base import PruningMethod, origin, prune, source_of
-from plprune.plan import FILE, PruningPlan, fingerprint
-from plprune.running import same_values, summary
-from plprune.stored import Dtype, Source
-from plprune.weights import SINGLE, check_saved, check_values, mapped, write_index
+from plprune.pruning.forward import same_values, summary
+from plprune.pruning.journal import ASKED, SHARD, Journal
+from plprune.pruning.plan import FILE, PruningPlan, fingerprint
+from plprune.pruning.stream import Calibration
 
 MMAP_THRESHOLD, LARGE = -3, 1 << 17  # of malloc.h, and its initial value
 
@@ -97,7 +99,7 @@ def prune_streamed(
         ValueError: An unfinished run is in the way, or was asked for something else, or the method cannot prune so.
         OSError: Something could not be written; what was done before is kept.
     """
-    if processes.launched_count() > 1:
+    if distributed.launched_count() > 1:
         raise ValueError("a model that streams from disk is pruned by one process: start it without torchrun")
     check_output(output, True, resume, overwrite)
     if not unfinished(output):

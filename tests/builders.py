@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from plprune import CFSP, FASP, FLAP, LearnedGates, PruningMethod, TwoSSP
-from plprune.anatomy import FAMILIES
+from plprune.architecture.families import FAMILIES
 
 VOCABULARY = 300
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from plprune.strategies import whole
-from plprune.surgery import plan_of
+from plprune.pruning.surgery import plan_of
+from plprune.training.strategies import whole
 
 
 class Stopped(Exception):

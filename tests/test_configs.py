@@ -8,7 +8,7 @@ import yaml
 
 from plprune import load_pruned
 from plprune.cli import main
-from plprune.surgery import plan_of
+from plprune.pruning.surgery import plan_of
 from tests.builders import save_tiny
 
 FOLDER = Path(__file__).parents[1] / "configs"

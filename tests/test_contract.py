@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from plprune import PruningPlan, load_pruned, perplexity, prune, save_pruned, surgery
-from plprune.anatomy import FAMILIES, Block, Group, blocks_of, innermost, matrix
+from plprune import PruningPlan, load_pruned, perplexity, prune, save_pruned
+from plprune.architecture.blocks import Block, Group, blocks_of
+from plprune.architecture.families import FAMILIES
+from plprune.architecture.modules import innermost, matrix
+from plprune.pruning import surgery
 from tests.builders import DEFAULTS, OWN, PAIRS, VARIANTS, logits, method, tiny, windows
 
 EVERY = [*itertools.product([*FAMILIES, *VARIANTS], OWN)] if OWN else PAIRS

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from plprune import CFSP, FLAP, PruningMethod, PruningPlan, TwoSSP, perplexity, prune
-from plprune.checkpoint import load_model, load_tokenizer
+from plprune.checkpoint.load import load_model, load_tokenizer
 from tests.shared import SHARED, SMOLLM2, needs_smollm2, wikitext
 
 pytestmark = [pytest.mark.slow, needs_smollm2]

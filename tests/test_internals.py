@@ -23,7 +23,7 @@ from lightning.pytorch.trainer import call
 from transformers import PreTrainedModel
 
 import plprune
-from plprune import deepspeed_internals
+from plprune.training import deepspeed_internals
 
 ROOT = Path(plprune.__file__).parent
 INSIDE = {  # where private parts may be used, and of which library
@@ -90,7 +90,7 @@ def test_lightning_still_has(path: str) -> None:
 
 def test_all_that_is_used_of_lightning_is_looked_for() -> None:
     looked_for = {name for path in USED for name in path.split(".") if private(name)}
-    assert set(touched(ROOT / "lightning_internals.py", own=False)) == looked_for | {READ}
+    assert set(touched(ROOT / "training/lightning_internals.py", own=False)) == looked_for | {READ}
     assert READ in inspect.getsource(amp), f"Lightning {version('lightning')} clips without {READ}"
 
 

@@ -9,76 +9,66 @@ import pytest
 import plprune
 
 ROOT = Path(plprune.__file__).parent
-TIERS = [
-    {"__init__", "__main__"},
-    {
-        "cli",
-        "commands",
-        "compare",
-        "callbacks",
-        "checkpointing",
-        "recovery",
-        "data",
-        "strategies",
-        "watch",
-        "live",
-        "rounds",
-        "resuming",
-        "lightning_internals",
-    },
+# Top to bottom. A package imports from those below it; in a package, a module from those in the lines below its own.
+ORDER = {
+    "": [["__init__", "__main__"]],
+    "cli": [],
+    "commands": [["compare", "evaluate", "export", "plan", "prune", "report", "sensitivity"]],
+    "comparison": [["engine"], ["study", "table"]],
+    "training": [
+        ["callbacks"],
+        ["rounds"],
+        ["checkpointing", "module"],
+        ["console", "data", "resuming", "strategies", "watchdog"],
+        ["deepspeed_internals", "lightning_internals"],
+    ],
     # the Lightning line
-    {
-        "methods",
-        "lora",
-        "consumers",
-        "distillation",
-        "losses",
-        "checkpoint",
-        "hf",
-        "weights",
-        "card",
-        "evaluation",
-        "text",
-        "chats",
-        "export",
-        "report",
-        "charts",
-        "tasks",
-        "speed",
-        "estimate",
-        "sensitivity",
-        "streaming",
-        "stored",
-    },
-    {"calibration", "running", "survey", "surgery", "repair"},
-    {
-        "anatomy",
-        "plan",
-        "allocation",
-        "stats",
-        "atomic",
-        "cache",
-        "processes",
-        "journal",
-        "progress",
-        "modeling_plprune",
-        "serving",
-        "tables",
-        "deepspeed_internals",
-    },
-]
+    "streaming": [],
+    "report": [["comparison", "sensitivity"], ["found", "run"], ["page"], ["charts", "samples"]],
+    "methods": [["cfsp", "fasp", "flap", "learned_gates", "two_ssp"], ["base"]],
+    "export": [["fits"], ["formats"], ["gguf", "parity"], ["alone", "decilm", "llama_cpp", "vocabulary"]],
+    "evaluation": [["lm_eval", "measurement", "sensitivity"], ["perplexity", "speed", "task_results"]],
+    "recovery": [["lora"], ["consumers", "distillation"]],
+    "checkpoint": [["save"], ["load"], ["stored"], ["weights"], ["model_card", "sharing", "stock_config"]],
+    "planning": [["needs"], ["hardware", "serving", "sizes", "targets"]],
+    "pruning": [
+        ["observations", "repair"],
+        ["stream"],
+        ["losses", "surgery"],
+        ["allocation", "forward"],
+        ["constraints", "journal", "plan", "statistics"],
+    ],
+    "architecture": [["blocks"], ["families", "modeling_plprune", "modules"]],
+    "io": [
+        ["text"],
+        ["cache", "progress", "sources"],
+        ["atomic", "chats", "checks", "distributed", "state", "tables", "units"],
+    ],
+}
+LINE = "training"  # the lowest package that knows Lightning
 TREES = {path.relative_to(ROOT): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
 every_file = pytest.mark.parametrize("path", TREES, ids=str)
 
 
+def package(path: Path) -> str:
+    """The package of a file; of one that is directly in plprune, the module's name."""
+    name = path.parts[0].removesuffix(".py")
+    return "" if name.startswith("__") else name
+
+
 def module(path: Path) -> str:
-    return path.parts[0].removesuffix(".py")
+    """The name of a file in its package; a package within it counts as one module."""
+    return path.parts[min(1, len(path.parts) - 1)].removesuffix(".py")
 
 
-def tier(name: str) -> int:
-    places = [i for i, names in enumerate(TIERS) if name in names]
-    assert places, f"{name} has no place in the order of the modules: give it one"
-    return places[0]
+def height(path: Path) -> tuple[int, int]:
+    """How far down a file is: its package, and its line in that."""
+    names, lines = list(ORDER), ORDER.get(package(path), [])
+    assert package(path) in names, f"{package(path)} has no place in the order of the packages: give it one"
+    at = [i for i, line in enumerate(lines) if module(path) in line]
+    top = module(path) == "__init__" or not lines
+    assert at or top, f"{path} has no place in the order of the modules of {package(path)}: give it one"
+    return names.index(package(path)), at[0] if at else -1
 
 
 def imports(path: Path) -> set[str]:
@@ -93,34 +83,50 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def own(path: Path) -> set[str]:
-    """The modules of plprune that a file imports."""
-    names = {name.split(".")[1] for name in imports(path) if name.startswith("plprune.")}
-    return {name for name in names if (ROOT / name).is_dir() or (ROOT / f"{name}.py").exists()} - {module(path)}
+def file_of(name: str) -> Path:
+    """The file with what a dotted name stands for."""
+    parts = name.split(".")[1:]
+    places = [Path(*parts[:n]) for n in range(len(parts), 0, -1)]
+    files = [file for place in places for file in (place.with_name(f"{place.name}.py"), place / "__init__.py")]
+    return next((file for file in files if file in TREES), Path("__init__.py"))
+
+
+def own(path: Path) -> set[Path]:
+    """The files of plprune that a file imports from."""
+    return {file_of(name) for name in imports(path) if name.startswith("plprune.")} - {path}
 
 
 @every_file
-def test_imports_point_down_or_sideways(path: Path) -> None:
-    assert all(tier(name) >= tier(module(path)) for name in own(path)), own(path)
+def test_imports_point_down(path: Path) -> None:
+    for other in own(path):
+        if package(other) != package(path):
+            assert height(other)[0] > height(path)[0], f"{path} imports from {other}"
+        elif module(other) != module(path):
+            assert height(other)[1] > height(path)[1], f"{path} imports from {other}"
 
 
 def test_there_are_no_cycles() -> None:
-    graph: dict[str, set[str]] = {}
-    for path in TREES:
-        graph.setdefault(module(path), set()).update(own(path))
+    graph = {path: own(path) for path in TREES}
     assert len(list(TopologicalSorter(graph).static_order())) == len(graph)
+
+
+def test_the_front_is_small() -> None:
+    names = {path.parts[0] for path in TREES}
+    folders = {name for name in names if not name.endswith(".py")}
+    assert len(folders) <= 14
+    assert len(names - folders) <= 6
 
 
 @every_file
 def test_nothing_below_the_line_knows_lightning(path: Path) -> None:
     lightning = {name for name in imports(path) if name.split(".")[0] in ("lightning", "pytorch_lightning")}
-    assert not lightning or tier(module(path)) < 2
+    assert not lightning or list(ORDER).index(package(path)) <= list(ORDER).index(LINE)
 
 
 @every_file
 def test_no_method_sees_another(path: Path) -> None:
     others = {name.split(".")[2] for name in imports(path) if name.startswith("plprune.methods.")} - {"base"}
-    assert not others or path.name == "__init__.py" or module(path) != "methods"
+    assert not others or path.name == "__init__.py" or package(path) != "methods"
 
 
 @every_file
@@ -134,6 +140,8 @@ def test_functions_are_short(path: Path) -> None:
 @every_file
 def test_only_the_edge_prints(path: Path) -> None:
     calls = [node.func for node in ast.walk(TREES[path]) if isinstance(node, ast.Call)]
-    assert module(path) in ("cli", "commands", "callbacks") or not any(
-        isinstance(f, ast.Name) and f.id == "print" for f in calls
+    assert (
+        package(path) in ("cli", "commands")
+        or module(path) == "callbacks"
+        or not any(isinstance(f, ast.Name) and f.id == "print" for f in calls)
     )

@@ -14,10 +14,10 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from plprune.cli import main
 from tests.builders import jsonl, numbers, save_tiny
+from tests.comparison.test_comparison import timeless
+from tests.evaluation.test_lm_eval import QUESTIONS, TASK
 from tests.ranks import free_port
 from tests.runs import context
-from tests.test_compare import timeless
-from tests.test_tasks import QUESTIONS, TASK
 
 pytestmark = [pytest.mark.slow, pytest.mark.multi_process]
 SECONDS = 180

@@ -21,19 +21,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from plprune import PruningMethod, PruningPlan, TwoSSP, load_pruned, prune, save_pruned, surgery
-from plprune.allocation import top_k
-from plprune.anatomy import FAMILIES, blocks_of
-from plprune.calibration import Calibration, observe, stream
-from plprune.checkpoint import load_model
+from plprune import PruningMethod, PruningPlan, TwoSSP, load_pruned, prune, save_pruned
+from plprune.architecture.blocks import blocks_of
+from plprune.architecture.families import FAMILIES
+from plprune.checkpoint.load import load_model
+from plprune.checkpoint.stored import Dtype
+from plprune.checkpoint.weights import INDEX, SINGLE
 from plprune.cli import main
 from plprune.methods.two_ssp import SecondStage
-from plprune.running import run_block
-from plprune.stats import Norms
-from plprune.stored import Dtype
+from plprune.pruning import surgery
+from plprune.pruning.allocation import top_k
+from plprune.pruning.forward import run_block
+from plprune.pruning.statistics import Norms
+from plprune.pruning.stream import Calibration, observe, stream
+from plprune.pruning.surgery import Surgery
 from plprune.streaming import open_streamed, place_of_journal, prune_streamed
-from plprune.surgery import Surgery
-from plprune.weights import INDEX, SINGLE
 from tests.builders import METHODS, REPAIRED, logits, method, numbers, save_tiny, tiny, tokenizer, windows
 from tests.runs import KILLS
 
@@ -302,7 +304,7 @@ def test_a_run_goes_on_wherever_it_was_stopped(name: str, offload: Any, llama: P
 
 def test_a_resumed_run_runs_no_block_again(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
-    monkeypatch.setattr("plprune.running.run_block", lambda b, *a: runs.append(b.index) or run_block(b, *a))
+    monkeypatch.setattr("plprune.pruning.forward.run_block", lambda b, *a: runs.append(b.index) or run_block(b, *a))
     for name in ("FLAP AL-AM", "FASP kv_heads"):
         output = tmp_path / name
         runs.clear()

@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 
-from plprune import compare as comparison
-from plprune.compare import CalibrationText, Study, Training
-from plprune.evaluation import Protocol
+from plprune.checkpoint.stored import Dtype
+from plprune.comparison import engine, table
+from plprune.comparison.study import CalibrationText, Study, Training
+from plprune.evaluation.lm_eval import named
+from plprune.evaluation.perplexity import Protocol
+from plprune.io.distributed import device_called, launched_rank
+from plprune.io.sources import PYDOC
+from plprune.io.text import DROPPED
 from plprune.methods import PruningMethod
-from plprune.processes import device_called, launched_rank
-from plprune.stored import Dtype
-from plprune.tasks import named
-from plprune.text import DROPPED, PYDOC
 
 
 def compare(
@@ -94,6 +95,6 @@ def compare(
         dtype=dtype,
         device=device_called(device),
     )
-    record = comparison.compare(study, output)
+    record = engine.compare(study, output)
     if not launched_rank():
-        print(f"{comparison.table(record)}\n\nreport: {output}/report.html")
+        print(f"{table.table(record)}\n\nreport: {output}/report.html")

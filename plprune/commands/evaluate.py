@@ -10,19 +10,23 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plprune import callbacks, evaluation, processes
-from plprune import speed as speeds
-from plprune import tasks as benchmarks
-from plprune.atomic import check_file, staged
-from plprune.checkpoint import load_model, load_skeleton, load_tokenizer, locate
-from plprune.evaluation import Measurement, Passage, Protocol, measure, passage
-from plprune.plan import FILE, PruningPlan
-from plprune.processes import device_called
-from plprune.running import check_ids
-from plprune.speed import Speed
-from plprune.stored import Dtype
-from plprune.tasks import Figure, TaskResult
-from plprune.text import DROPPED, PYDOC, check_share, check_sizes, check_source
+from plprune.checkpoint.load import load_model, load_skeleton, load_tokenizer, locate
+from plprune.checkpoint.stored import Dtype
+from plprune.evaluation import lm_eval, measurement, task_results
+from plprune.evaluation import speed as speeds
+from plprune.evaluation.measurement import Measurement, measure
+from plprune.evaluation.perplexity import Passage, Protocol, passage
+from plprune.evaluation.speed import Speed
+from plprune.evaluation.task_results import Figure, TaskResult
+from plprune.io import distributed
+from plprune.io.atomic import check_file, staged
+from plprune.io.checks import check_share, check_sizes
+from plprune.io.distributed import device_called
+from plprune.io.sources import PYDOC, check_source
+from plprune.io.text import DROPPED
+from plprune.pruning.forward import check_ids
+from plprune.pruning.plan import FILE, PruningPlan
+from plprune.training.callbacks import record as callbacks
 
 OWN, NONE = "auto", "none"
 
@@ -85,24 +89,24 @@ def evaluate(
     check_share(max_dropped)
     if output is not None:
         check_file(output, overwrite)
-    names = benchmarks.named(tasks)
+    names = lm_eval.named(tasks)
     stages, plan = _stages(model, dense)
     passages = {
         stage: passage(text, load_tokenizer(name), protocol, join, max_dropped) for stage, name in stages.items()
     }
     if names:
-        benchmarks.check_tasks(names, task_data)
+        lm_eval.check_tasks(names, task_data)
     judged = {}
-    with processes.launched(torch.device("cpu")) as group:  # NCCL would not wait for as long as a speed may take
+    with distributed.launched(torch.device("cpu")) as group:  # NCCL would not wait for as long as a speed may take
         asked = {"limit": limit, "folder": task_data, "batch_size": batch_size, "bos": bos, "group": group}
         for stage, name in stages.items():
             network, tokenizer = _loaded(name, dtype, place, passages[stage])
             measured = measure(network, passages[stage], group)
-            results = benchmarks.run_tasks(network, tokenizer, names, **asked) if names else {}
+            results = lm_eval.run_tasks(network, tokenizer, names, **asked) if names else {}
             judged[stage] = _Judged(passages[stage], measured, results, _speed(network, group) if speed else None)
             del network
             gc.collect()  # modules hold each other, and the next one's peak of memory is not to count this one
-    if processes.launched_rank():
+    if distributed.launched_rank():
         return
     print("\n\n".join(_printed(judged, stages, plan, limit)))
     if output:
@@ -124,13 +128,13 @@ def _loaded(name: str, dtype: Dtype | None, place: torch.device, read: Passage) 
     """A model where it is judged, and its tokenizer."""
     network, tokenizer = load_model(name, dtype), load_tokenizer(name)
     check_ids(network, read.windows, tokenizer)
-    processes.announce(place, network.dtype)
+    distributed.announce(place, network.dtype)
     return network.to(place), tokenizer  # type: ignore[arg-type]
 
 
-def _speed(network: PreTrainedModel, group: processes.Group) -> Speed:
+def _speed(network: PreTrainedModel, group: distributed.Group) -> Speed:
     """Measured by the first process, while the others wait."""
-    return cast(Speed, processes.same(None if processes.rank(group) else speeds.measure_speed(network), group))
+    return cast(Speed, distributed.same(None if distributed.rank(group) else speeds.measure_speed(network), group))
 
 
 def _stages(model: str, dense: str) -> tuple[dict[str, str], PruningPlan | None]:
@@ -150,7 +154,7 @@ def _origin(plan: PruningPlan) -> str:
     name = first.origin.get("model") or ""
     try:
         here = bool(name) and Path(locate(name)).exists()
-        _, size = evaluation.parameters(load_skeleton(name)) if here else (0, 0)
+        _, size = measurement.parameters(load_skeleton(name)) if here else (0, 0)
     except ValueError:
         return NONE
     return name if size == sum(first.before) + first.rest else NONE
@@ -160,14 +164,14 @@ def _printed(
     judged: dict[str, _Judged], stages: dict[str, str], plan: PruningPlan | None, limit: int | None
 ) -> list[str]:
     rows = {stage: found.measured for stage, found in judged.items()}
-    parts = [*([callbacks.summary(plan)] if plan else []), evaluation.table(rows) + f"\n{_protocols(judged)}"]
+    parts = [*([callbacks.summary(plan)] if plan else []), measurement.table(rows) + f"\n{_protocols(judged)}"]
     if "dense" in stages:
         parts[-1] += f"\ndense: {stages['dense']}"
     results = {stage: found.tasks for stage, found in judged.items()}
     if any(results.values()):
         some = f"the first {limit} examples of each task; " if limit else ""
         foot = f"{some}± is the standard error, of differences that of the paired examples"
-        parts.append(f"{benchmarks.table(results)}\n{foot}")
+        parts.append(f"{task_results.table(results)}\n{foot}")
     if measured := _speeds(judged):
         parts.append(speeds.table(measured))
     return parts + ["\n".join(lines) for lines in [_not_faster(measured)] if lines]
@@ -200,7 +204,7 @@ def _record(judged: dict[str, _Judged], stages: dict[str, str], plan: PruningPla
     record: dict[str, Any] = {"version": 1, "kind": "run", "status": "finished"}
     record |= {"title": f"evaluation of {[*stages.values()][-1]}", "models": stages}
     record["protocol"] = {stage: found.passage.as_dict() for stage, found in judged.items()}
-    record["stages"] = evaluation.as_dict({stage: found.measured for stage, found in judged.items()})
+    record["stages"] = measurement.as_dict({stage: found.measured for stage, found in judged.items()})
     if plan:
         record["asked"] = {"method": plan.method, "settings": plan.settings, "sparsity": plan.sparsity}
         record["reached"] = {
@@ -210,11 +214,11 @@ def _record(judged: dict[str, _Judged], stages: dict[str, str], plan: PruningPla
             "block_parameters": sum(plan.after),
         }
     if any(results.values()):
-        columns = benchmarks.columns(results)
+        columns = task_results.columns(results)
         record["tasks"] = {
             stage: {name: asdict(each) for name, each in found.items()} for stage, found in results.items()
         }
-        record["averages"] = {head: _json(column.get(benchmarks.AVERAGE)) for head, column in columns.items()}
+        record["averages"] = {head: _json(column.get(task_results.AVERAGE)) for head, column in columns.items()}
         record["differences"] = {name: _json(each) for name, each in columns.get("difference", {}).items()}
     if measured:
         record["speed"] = {stage: asdict(each) for stage, each in measured.items()}

@@ -2,12 +2,14 @@
 
 import functools
 
-from plprune.atomic import check_free
-from plprune.checkpoint import load_model, load_skeleton, load_tokenizer
+from plprune.checkpoint.load import load_model, load_skeleton, load_tokenizer
+from plprune.checkpoint.stored import Dtype
 from plprune.export import formats, parity
-from plprune.running import check_ids
-from plprune.stored import Dtype
-from plprune.text import DROPPED, PYDOC, bos_token, check_share, check_sizes, check_source, pack, tokenised
+from plprune.io.atomic import check_free
+from plprune.io.checks import check_share, check_sizes
+from plprune.io.sources import PYDOC, check_source
+from plprune.io.text import DROPPED, bos_token, pack, tokenised
+from plprune.pruning.forward import check_ids
 
 
 def export(

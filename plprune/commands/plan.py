@@ -9,15 +9,18 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from plprune import estimate
-from plprune.anatomy import blocks_of
-from plprune.atomic import check_file, staged
-from plprune.checkpoint import chosen, load_skeleton, stored_at
-from plprune.estimate import Machine, Need, shown
+from plprune.architecture.blocks import blocks_of
+from plprune.checkpoint.load import chosen, load_skeleton, stored_at
+from plprune.checkpoint.stored import Dtype
+from plprune.export import fits as fits_
+from plprune.io.atomic import check_file, staged
+from plprune.io.checks import check_sizes
+from plprune.io.distributed import device_here
+from plprune.io.units import shown
 from plprune.methods import PruningMethod
-from plprune.processes import device_here
-from plprune.stored import Dtype
-from plprune.text import check_sizes
+from plprune.planning import hardware, needs, sizes
+from plprune.planning.hardware import Machine
+from plprune.planning.needs import Need
 
 Record = dict[str, Any]
 UNITS = {"attention": "kv heads", "value": "value channels", "ffn": "FFN channels"}
@@ -70,7 +73,7 @@ def plan(
     if output is not None:
         check_file(output, overwrite)
     dtype = chosen(stored_at(model, fetch=False), dtype)
-    network, where = load_skeleton(model, dtype), estimate.machine(device or device_here())
+    network, where = load_skeleton(model, dtype), hardware.machine(device or device_here())
     aimed = method.aimed(network)
     record, rehearsed = foreseen(network, method, aimed, context or method.target_context)
     record |= {"model": model, "dtype": dtype}
@@ -78,12 +81,12 @@ def plan(
     calibrating = (num_samples, seq_len, batch_size)
     work = aimed.work(network, num_samples, seq_len)
     record["calibration"] = {"num_samples": num_samples, "seq_len": seq_len, "batch_size": batch_size} | {
-        way: dataclasses.asdict(estimate.calibration_need(network, work, where, calibrating, way == "streamed"))
+        way: dataclasses.asdict(needs.calibration_need(network, work, where, calibrating, way == "streamed"))
         for way in ("in_memory", "streamed")
     }
     training, largest = (steps, train_batch_size, train_seq_len), max(rehearsed, key=_parameters)
     record["recovery"] = {"steps": steps, "seq_len": train_seq_len, "batch_size": train_batch_size, "rank": rank} | {
-        way: dataclasses.asdict(estimate.recovery_need(largest, where, training, rank, way == "checkpointed"))
+        way: dataclasses.asdict(needs.recovery_need(largest, where, training, rank, way == "checkpointed"))
         for way in ("plain", "checkpointed")
     }
     if output:
@@ -105,8 +108,8 @@ def foreseen(
     """
     cases = aimed.foresee(network)
     name = type(method).__name__
-    models = [estimate.rehearse(network, case, aimed.biased, name, aimed.sparsity) for case in cases]
-    before, after = estimate.structure(network, context), [estimate.structure(m, context) for m in models]
+    models = [sizes.rehearse(network, case, aimed.biased, name, aimed.sparsity) for case in cases]
+    before, after = sizes.structure(network, context), [sizes.structure(m, context) for m in models]
     reached = [method.reached(m).get("targets", {}) for m in models]
     record = {
         "version": 1,
@@ -152,15 +155,15 @@ def _blocks(network: PreTrainedModel, cases: Sequence[Mapping[str, int]]) -> lis
 
 def _exports(models: Sequence[PreTrainedModel]) -> Record:
     """Of each format, whether no, some or all cases fit, and why not."""
-    reasons = [estimate.exports(m) for m in models]
+    reasons = [fits_.exports(m) for m in models]
     found: Record = {}
     for name in reasons[0]:
         fitting = [not each[name] for each in reasons]
         why = next((each[name] for each in reasons if each[name]), [])
-        unknown = name in estimate.unknown_formats()
+        unknown = name in fits_.unknown_formats()
         fits = "unknown" if unknown else "yes" if all(fitting) else "maybe" if any(fitting) else "no"
         found[name] = {"fits": fits, "reasons": why}
-    stock = [estimate.is_stock(m) for m in models]
+    stock = [fits_.is_stock(m) for m in models]
     found["hf"]["stock"] = "yes" if all(stock) else "maybe" if any(stock) else "no"
     return found
 
@@ -223,7 +226,7 @@ def _needs(record: Record, stream: bool, checkpointing: bool) -> list[str]:
     where = Machine(**record["machine"])
     calibration, recovery = record["calibration"], record["recovery"]
     at = where.rate(getattr(torch, record["dtype"]))
-    source = f"{estimate.UTILISATION:.0%} of its peak assumed" if where.name in estimate.GPUS else "measured"
+    source = f"{hardware.UTILISATION:.0%} of its peak assumed" if where.name in hardware.GPUS else "measured"
     lines = [
         f"on {where.name}: {at / 1e12:.3g} TFLOPS in {record['dtype']} ({source}), {_bytes(where.memory)} to be had"
     ]

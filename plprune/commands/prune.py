@@ -3,15 +3,21 @@
 import logging
 from typing import Literal
 
-from plprune import callbacks, methods, processes, streaming
-from plprune.atomic import check_free
-from plprune.calibration import Calibration
-from plprune.checkpoint import load_model, load_skeleton, load_tokenizer, save_pruned
+from plprune import methods, streaming
+from plprune.checkpoint import sharing
+from plprune.checkpoint.load import load_model, load_skeleton, load_tokenizer
+from plprune.checkpoint.save import save_pruned
+from plprune.checkpoint.stored import Dtype
+from plprune.io import distributed
+from plprune.io.atomic import check_free
+from plprune.io.checks import check_seed, check_share, check_sizes
+from plprune.io.distributed import device_called
+from plprune.io.sources import PYDOC, check_source
+from plprune.io.text import DROPPED, bos_token, draw, tokenised
 from plprune.methods import PruningMethod
-from plprune.processes import device_called
-from plprune.running import check_ids
-from plprune.stored import Dtype
-from plprune.text import DROPPED, PYDOC, bos_token, check_seed, check_share, check_sizes, check_source, draw, tokenised
+from plprune.pruning.forward import check_ids
+from plprune.pruning.stream import Calibration
+from plprune.training.callbacks import record
 
 log = logging.getLogger(__name__)
 
@@ -67,21 +73,21 @@ def prune(
     check_source(text)
     check_seed(seed)
     check_share(max_dropped)
-    if text == PYDOC and not processes.local_rank():
+    if text == PYDOC and not distributed.local_rank():
         log.warning("calibrating on %s, which is about Python only: give --text what the model is for", text)
     place, tokenizer = device_called(device), load_tokenizer(model)
     ids, _ = tokenised(text, tokenizer, join, seed=seed, max_dropped=max_dropped)
     windows = draw(ids, num_samples, seq_len, seed, bos_token(tokenizer, bos))
-    load = streaming.open_streamed if stream else load_skeleton if processes.local_rank() else load_model
+    load = streaming.open_streamed if stream else load_skeleton if distributed.local_rank() else load_model
     methods.preflight(method, lambda: load_skeleton(model, dtype))
     network = load(model, dtype)
     check_ids(network, [ids], tokenizer)
-    processes.announce(place, network.dtype)
-    with processes.launched(place) as group:
+    distributed.announce(place, network.dtype)
+    with distributed.launched(place) as group:
         calibration = Calibration(list(windows.split(batch_size)), place, offload, group)
         if not stream:
-            processes.receive(network, group)
-        begin, first = "", processes.rank(group) == 0
+            sharing.receive(network, group)
+        begin, first = "", distributed.rank(group) == 0
         if resume and (plan := streaming.finished(output, streaming.asked(network, method, calibration, seed))):
             begin = "this run is finished: "
         elif stream:
@@ -92,4 +98,4 @@ def prune(
             if first:
                 save_pruned(network, output, tokenizer, overwrite)
     if first:
-        print(f"{begin}{callbacks.summary(plan)}; saved to {output}")
+        print(f"{begin}{record.summary(plan)}; saved to {output}")

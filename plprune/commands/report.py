@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from plprune.atomic import check_file
+from plprune.io.atomic import check_file
 from plprune.report import NAME, check_ours, write
 from plprune.report.found import found
 from plprune.report.page import at

@@ -3,27 +3,18 @@
 import torch
 
 from plprune import report
-from plprune.atomic import resolved
-from plprune.cache import Cache
-from plprune.calibration import Calibration
-from plprune.checkpoint import load_model, load_tokenizer
-from plprune.processes import announce, device_called, launched_rank
-from plprune.running import check_ids
-from plprune.sensitivity import as_record, check_fractions, table
-from plprune.sensitivity import sensitivity as found_by
-from plprune.stored import Dtype
-from plprune.text import (
-    DROPPED,
-    PYDOC,
-    bos_token,
-    check_seed,
-    check_share,
-    check_sizes,
-    check_source,
-    draw,
-    pack,
-    tokenised,
-)
+from plprune.checkpoint.load import load_model, load_tokenizer
+from plprune.checkpoint.stored import Dtype
+from plprune.evaluation.sensitivity import as_record, check_fractions, table
+from plprune.evaluation.sensitivity import sensitivity as found_by
+from plprune.io.atomic import resolved
+from plprune.io.cache import Cache
+from plprune.io.checks import check_seed, check_share, check_sizes
+from plprune.io.distributed import announce, device_called, launched_rank
+from plprune.io.sources import PYDOC, check_source
+from plprune.io.text import DROPPED, bos_token, draw, pack, tokenised
+from plprune.pruning.forward import check_ids
+from plprune.pruning.stream import Calibration
 
 
 def sensitivity(

@@ -17,10 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plprune.anatomy import Block, blocks_of, innermost, tied
-from plprune.atomic import staged
-from plprune.modeling_plprune import Gather, Scatter
-from plprune.weights import SINGLE, check_values
+from plprune.architecture.blocks import Block, blocks_of
+from plprune.architecture.modeling_plprune import Gather, Scatter
+from plprune.architecture.modules import innermost, tied
+from plprune.checkpoint.weights import SINGLE, check_values
+from plprune.io.atomic import staged
 
 MULTIPLE = 256
 FAMILIES = ("llama",)  # whose blocks compute what DeciLM's do

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plprune import surgery
-from plprune.atomic import staged
-from plprune.card import record_of, write_card
-from plprune.checkpoint import write
+from plprune.checkpoint.model_card import record_of, write_card
+from plprune.checkpoint.save import write
+from plprune.checkpoint.weights import check_saved, once
 from plprune.export import decilm, parity
 from plprune.export.parity import Reading, Row
-from plprune.weights import check_saved, once
+from plprune.io.atomic import staged
+from plprune.pruning import surgery
 
 FORMATS = ("hf", "gguf", "decilm")
 GgufDtype = Literal["f32", "f16", "bf16", "q8_0"]

@@ -26,11 +26,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from plprune.anatomy import Block, Group, blocks_of, family_of, innermost, matrix, tied
-from plprune.atomic import staged
+from plprune.architecture.blocks import Block, Group, blocks_of
+from plprune.architecture.families import family_of
+from plprune.architecture.modeling_plprune import Gather, Scatter
+from plprune.architecture.modules import innermost, matrix, tied
+from plprune.checkpoint.weights import check_finite
 from plprune.export import vocabulary
-from plprune.modeling_plprune import Gather, Scatter
-from plprune.weights import check_finite
+from plprune.io.atomic import staged
 
 try:
     import gguf

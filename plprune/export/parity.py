@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plprune.export import alone, llama_cpp
-from plprune.running import evaluating
+from plprune.pruning.forward import evaluating
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,17 +15,24 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune import processes, serving
-from plprune.allocation import check_sparsity
-from plprune.anatomy import Attention, Block, Group, blocks_of
-from plprune.cache import sources
-from plprune.calibration import Calibration
-from plprune.estimate import Ledger, Work, amount, block_flops, shown, solve, windows
-from plprune.modeling_plprune import Written
-from plprune.plan import PruningPlan, fingerprint
-from plprune.repair import DAMPINGS, Damping, Mending, Repair
-from plprune.serving import Constraint, Place, adds_biases
-from plprune.surgery import attach, plan_of
+from plprune.architecture.blocks import Attention, Block, Group, blocks_of
+from plprune.architecture.modeling_plprune import Written
+from plprune.checkpoint import sharing
+from plprune.io import distributed
+from plprune.io.cache import sources
+from plprune.io.units import amount, shown
+from plprune.planning import serving
+from plprune.planning.needs import Work
+from plprune.planning.serving import Place, adds_biases
+from plprune.planning.sizes import Ledger, block_flops, windows
+from plprune.planning.targets import solve
+from plprune.pruning import constraints
+from plprune.pruning.allocation import check_sparsity
+from plprune.pruning.constraints import Constraint
+from plprune.pruning.plan import PruningPlan, fingerprint
+from plprune.pruning.repair import DAMPINGS, Damping, Mending, Repair
+from plprune.pruning.stream import Calibration
+from plprune.pruning.surgery import attach, plan_of
 
 Rows = Sequence[tuple[Block, Group]]
 log = logging.getLogger(__name__)
@@ -79,7 +86,7 @@ class PruningMethod(ABC):
             asked: The constraint.
             blocks: The model's; if not given, of one that has no biases.
         """
-        return [] if asked == serving.FREE else [f"{type(self).__name__} does not know how: leave out `serve_on`"]
+        return [] if asked == constraints.FREE else [f"{type(self).__name__} does not know how: leave out `serve_on`"]
 
     @property
     def targets(self) -> dict[str, int]:
@@ -208,7 +215,7 @@ class PruningMethod(ABC):
         """Prunes in place, and says what was kept.
 
         Args:
-            model: A causal language model of a family in `plprune.anatomy.FAMILIES`.
+            model: A causal language model of a family in `plprune.architecture.families.FAMILIES`.
             batches: Calibration token ids, [b, s] each, without padding.
 
         Raises:
@@ -285,10 +292,10 @@ def prune(
     if isinstance(model.config, Written) and plan_of(model) is None:
         raise ValueError("the pruned model lacks its plan: load it by plprune.load_pruned from its folder")
     calibration = Calibration.of(batches)
-    processes.receive(model, calibration.group)
+    sharing.receive(model, calibration.group)
     of = origin(model, calibration, seed)
     aimed = method.aimed(model)
-    if method.targets and not processes.rank(calibration.group):
+    if method.targets and not distributed.rank(calibration.group):
         log.info("sparsity %.4f, for %s", aimed.sparsity, " and ".join(map(method._asked, method.targets)))
     plan = dataclasses.replace(aimed.prune(model, calibration), origin=of | method.reached(model))
     if method.targets:  # as they were asked for, by which a finished pruning is recognised
@@ -357,16 +364,16 @@ def _amount(name: str, size: float) -> str:
     return shown(size, "B") if name == "memory" else f"{shown(size)} parameters"
 
 
-def equalise(model: PreTrainedModel, plan: PruningPlan, group: processes.Group) -> None:
+def equalise(model: PreTrainedModel, plan: PruningPlan, group: distributed.Group) -> None:
     """Makes sure that all processes have one plan, and gives them the first one's repaired values.
 
     Those are computed by each of them, and may differ in the last bit where the processors do.
     """
-    processes.agree(plan.digest, "the plan", group)
+    distributed.agree(plan.digest, "the plan", group)
     if group is not None:
         state = model.state_dict()
         for name in plan.repaired:
-            state[name].copy_(processes.sent(state[name], 0, group))
+            state[name].copy_(distributed.sent(state[name], 0, group))
 
 
 def source_of(method: PruningMethod) -> str:

@@ -1,7 +1,7 @@
 r"""CFSP: coarse-to-fine structured pruning (Wang et al., COLING 2025, https://arxiv.org/abs/2409.13199).
 
 How far a block moves its hidden states sets the width of its FFN; within it, activations choose the channels. One
-forward pass is enough. The same importance sets the LoRA ranks of recovery (`plprune.lora`).
+forward pass is enough. The same importance sets the LoRA ranks of recovery (`plprune.recovery.lora`).
 
 Symbols: :math:`S_l` the mean distance between input and output of block l, :math:`u_l` its importance, p the fraction
 of the FFN channels to remove, n FFN width, d model width, :math:`W^d, W^u, W^g` the weights of down, up and gate,
@@ -27,16 +27,25 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune.allocation import check_near, fit, fraction_to_remove, importance, kept_fractions, largest_remainder, top_k
-from plprune.anatomy import Block, Group, blocks_of, matrix
-from plprune.calibration import Calibration, observe, stream
-from plprune.estimate import Work
+from plprune.architecture.blocks import Block, Group, blocks_of
+from plprune.architecture.modules import matrix
 from plprune.methods.base import Repairing, distinct, thinned
-from plprune.plan import PruningPlan
-from plprune.repair import Repair
-from plprune.serving import FREE, Constraint
-from plprune.stats import Distance, Norms
-from plprune.surgery import Surgery
+from plprune.planning.needs import Work
+from plprune.pruning.allocation import (
+    check_near,
+    fit,
+    fraction_to_remove,
+    importance,
+    kept_fractions,
+    largest_remainder,
+    top_k,
+)
+from plprune.pruning.constraints import FREE, Constraint
+from plprune.pruning.plan import PruningPlan
+from plprune.pruning.repair import Repair
+from plprune.pruning.statistics import Distance, Norms
+from plprune.pruning.stream import Calibration, observe, stream
+from plprune.pruning.surgery import Surgery
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,16 +23,17 @@ from typing import Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune.allocation import check_near, fit, fraction_to_remove, importance, top_k
-from plprune.anatomy import Block, Group, blocks_of
-from plprune.calibration import Calibration, observe, stream
-from plprune.estimate import Work, block_flops
+from plprune.architecture.blocks import Block, Group, blocks_of
 from plprune.methods.base import Repairing
-from plprune.plan import PruningPlan
-from plprune.repair import Mending, Repair
-from plprune.running import BlockInputs
-from plprune.serving import FREE, Constraint
-from plprune.surgery import Surgery
+from plprune.planning.needs import Work
+from plprune.planning.sizes import block_flops
+from plprune.pruning.allocation import check_near, fit, fraction_to_remove, importance, top_k
+from plprune.pruning.constraints import FREE, Constraint
+from plprune.pruning.forward import BlockInputs
+from plprune.pruning.plan import PruningPlan
+from plprune.pruning.repair import Mending, Repair
+from plprune.pruning.stream import Calibration, observe, stream
+from plprune.pruning.surgery import Surgery
 
 
 @dataclasses.dataclass(frozen=True)

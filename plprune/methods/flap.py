@@ -28,7 +28,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune.allocation import (
+from plprune.architecture.blocks import Block, Group, blocks_of
+from plprune.methods.base import Repairing, Rows, by_window, distinct, thinned
+from plprune.planning.needs import Work
+from plprune.pruning.allocation import (
     check_best,
     check_near,
     fit,
@@ -39,15 +42,12 @@ from plprune.allocation import (
     rescale,
     top_k,
 )
-from plprune.anatomy import Block, Group, blocks_of
-from plprune.calibration import Calibration, observe, stream
-from plprune.estimate import Work
-from plprune.methods.base import Repairing, Rows, by_window, distinct, thinned
-from plprune.plan import PruningPlan
-from plprune.repair import Repair, compensation
-from plprune.serving import FREE, Constraint
-from plprune.stats import Moments
-from plprune.surgery import Surgery
+from plprune.pruning.constraints import FREE, Constraint
+from plprune.pruning.plan import PruningPlan
+from plprune.pruning.repair import Repair, compensation
+from plprune.pruning.statistics import Moments
+from plprune.pruning.stream import Calibration, observe, stream
+from plprune.pruning.surgery import Surgery
 
 Metric = Literal["WIFV", "IFV", "WIFN"]
 Structure = Literal["AL-AM", "AL-MM", "UL-MM", "UL-UM"]

@@ -7,13 +7,13 @@ block matters. A method of plprune's own; it needs gradients, hence the whole mo
 what a forward pass takes for each calibration window, twice, after one that asks the dense model.
 
 The loss is the divergence from the dense model's distributions of each next token, its likeliest tokens one by one and
-all others together, as in `plprune.distillation`. Gates that are trained by what the text says next learn the text.
+all others together, as in `plprune.recovery.distillation`. Gates that are trained by the text's next tokens learn it.
 
-What stays is repaired twice. First by least squares, toward what the FFNs did (`plprune.repair`), drawn to the weights
-as they are. Then every input of every projection of the blocks gets a gain, which starts at 1, is trained by that
-divergence and the loss on next tokens in equal parts, and ends in the columns of the weight. These are a thousandth of
-all parameters, and so few can be learned from few tokens; the other way round, least squares would undo what they
-learned.
+What stays is repaired twice. First by least squares, toward what the FFNs did (`plprune.pruning.repair`), drawn to the
+weights as they are. Then every input of every projection of the blocks gets a gain, which starts at 1, is trained by
+that divergence and the loss on next tokens in equal parts, and ends in the columns of the weight. These are a
+thousandth of all parameters, and so few can be learned from few tokens; the other way round, least squares would undo
+what they learned.
 
 Symbols: :math:`\theta_j` the score of channel j, :math:`z_j` its gate, T the temperature, :math:`c_j` the parameters of
 the channel, K those that may stay, :math:`g_j` the gradient of the loss with respect to the gate.
@@ -41,8 +41,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from plprune import processes
-from plprune.allocation import (
+from plprune.architecture.blocks import Block, blocks_of
+from plprune.architecture.modules import innermost, matrix, on_device
+from plprune.io import distributed
+from plprune.io.progress import Progress
+from plprune.methods.base import Repairing, Rows, distinct, thinned
+from plprune.planning.needs import Work
+from plprune.planning.sizes import block_flops
+from plprune.pruning.allocation import (
     check_near,
     fit,
     fraction_to_remove,
@@ -52,20 +58,15 @@ from plprune.allocation import (
     largest_remainder,
     top_k,
 )
-from plprune.anatomy import Block, blocks_of, innermost, matrix, on_device
-from plprune.calibration import Calibration, observe, stream
-from plprune.distillation import divergence, events
-from plprune.estimate import Work, block_flops
-from plprune.evaluation import next_token_loss
-from plprune.journal import journal_of
-from plprune.methods.base import Repairing, Rows, distinct, thinned
-from plprune.plan import PruningPlan
-from plprune.progress import Progress
-from plprune.repair import Damping, Repair
-from plprune.running import evaluating
-from plprune.serving import FREE, Constraint
-from plprune.stats import Norms
-from plprune.surgery import Surgery
+from plprune.pruning.constraints import FREE, Constraint
+from plprune.pruning.forward import evaluating
+from plprune.pruning.journal import journal_of
+from plprune.pruning.losses import divergence, events, next_token_loss
+from plprune.pruning.plan import PruningPlan
+from plprune.pruning.repair import Damping, Repair
+from plprune.pruning.statistics import Norms
+from plprune.pruning.stream import Calibration, observe, stream
+from plprune.pruning.surgery import Surgery
 
 Factors = list[tuple[nn.Module, Tensor]]  # projections, and what their inputs are multiplied by, [d_in] each
 
@@ -248,7 +249,7 @@ class LearnedGates(Repairing):
         theta = torch.cat(scores).to(device)
         with trainable(model, device):
             train_gates(model, rows, theta, cost.to(device), 1 - p, lessons, self.learning_rate)
-        return list(processes.sent(theta, 0, calibration.group).cpu().split([len(s) for s in scores]))
+        return list(distributed.sent(theta, 0, calibration.group).cpu().split([len(s) for s in scores]))
 
     def _learn_gains(self, surgery: Surgery, lessons: Sequence[Lesson]) -> None:
         """Gains of what stays, in the weights."""

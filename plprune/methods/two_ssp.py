@@ -28,21 +28,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune import processes
-from plprune.allocation import check_near, check_sparsity, fit, importance, top_k
-from plprune.anatomy import Block, Group, blocks_of
-from plprune.calibration import Calibration, observe, stream
-from plprune.estimate import Work, block_flops, windows
-from plprune.evaluation import next_token_loss
-from plprune.journal import Filed, journal_of
+from plprune.architecture.blocks import Block, Group, blocks_of
+from plprune.io import distributed
+from plprune.io.progress import Progress
 from plprune.methods.base import Repairing
-from plprune.plan import PruningPlan
-from plprune.progress import Progress
-from plprune.repair import Repair
-from plprune.running import evaluating, finish, record, run_block
-from plprune.serving import FREE, Constraint
-from plprune.stats import Norms
-from plprune.surgery import Surgery, without_attention
+from plprune.planning.needs import Work
+from plprune.planning.sizes import block_flops, windows
+from plprune.pruning.allocation import check_near, check_sparsity, fit, importance, top_k
+from plprune.pruning.constraints import FREE, Constraint
+from plprune.pruning.forward import evaluating, finish, record, run_block
+from plprune.pruning.journal import Filed, journal_of
+from plprune.pruning.losses import next_token_loss
+from plprune.pruning.plan import PruningPlan
+from plprune.pruning.repair import Repair
+from plprune.pruning.statistics import Norms
+from plprune.pruning.stream import Calibration, observe, stream
+from plprune.pruning.surgery import Surgery, without_attention
 
 log = logging.getLogger(__name__)
 States = list[Tensor] | Filed
@@ -236,7 +237,7 @@ class SecondStage:
     """
 
     def __init__(
-        self, surgery: Surgery, windows: list[Tensor], device: torch.device, group: processes.Group = None
+        self, surgery: Surgery, windows: list[Tensor], device: torch.device, group: distributed.Group = None
     ) -> None:
         self.surgery, self.windows, self.device, self.group = surgery, windows, device, group
         self.blocks, self.journal = surgery.blocks, journal_of(surgery.model)
@@ -253,13 +254,13 @@ class SecondStage:
         """Drops the `count` attentions that are missed least, one after another, of the blocks from `first` on."""
         plain = 0
         self._announce(count, first)
-        with Progress(count, "2SSP stage 2", "attention", quiet=processes.rank(self.group) > 0) as bar:
+        with Progress(count, "2SSP stage 2", "attention", quiet=distributed.rank(self.group) > 0) as bar:
             for step in range(count):
                 candidates = [b for b in self.blocks[first:] if b.has_attention]
                 plain += len(candidates) * len(self.blocks) * len(self.windows)
                 self._drop_one(candidates, step)
                 bar.update()
-        evaluations = int(processes.total(torch.tensor(self.evaluations), self.group))
+        evaluations = int(distributed.total(torch.tensor(self.evaluations), self.group))
         log.info(
             "2SSP stage 2: %d block evaluations, %.0f%% of the plain loop's %d",
             *(evaluations, 100 * evaluations / plain, plain),
@@ -289,23 +290,23 @@ class SecondStage:
             _forget(self.entering[best.index + 1 :])
             self.entering[best.index + 1 :] = trail or self._run(best.index)
             return
-        source = chosen % processes.size(self.group)
-        mine = trail if source == processes.rank(self.group) else self.entering[best.index + 1 :]
+        source = chosen % distributed.size(self.group)
+        mine = trail if source == distributed.rank(self.group) else self.entering[best.index + 1 :]
         self.entering[best.index + 1 :] = [
-            [processes.sent(x, source, self.group) for x in hidden] for hidden in cast(list[States], mine)
+            [distributed.sent(x, source, self.group) for x in hidden] for hidden in cast(list[States], mine)
         ]
 
     def _search(self, candidates: list[Block]) -> tuple[int, list[States] | None]:
         """The candidate that is missed least, and what leaves the blocks after it without it, if found here."""
         losses, lowest, trail = torch.zeros(len(candidates), dtype=torch.float64), math.inf, None
-        for i in range(processes.rank(self.group), len(candidates), processes.size(self.group)):
+        for i in range(distributed.rank(self.group), len(candidates), distributed.size(self.group)):
             with without_attention(candidates[i]):
                 trial = self._run(candidates[i].index)
             losses[i] = self._loss(trial[-1])
             if trail is None or losses[i] < lowest:
                 lowest, trail, trial = losses[i], trial, trail or []
             _forget(trial)
-        every = processes.total(losses, self.group).tolist()
+        every = distributed.total(losses, self.group).tolist()
         return every.index(min(every)), trail
 
     @torch.no_grad()

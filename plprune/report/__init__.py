@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from plprune.atomic import check_file, resolved, staged
+from plprune.io.atomic import check_file, resolved, staged
 from plprune.report import comparison, run, sensitivity
 from plprune.report.comparison import summarised
 from plprune.report.page import MARK, readable

@@ -10,7 +10,7 @@ from html import escape
 from statistics import mean, stdev
 from typing import Any
 
-from plprune.charts import Axis, Series, finite, heat_map, scatter
+from plprune.report.charts import Axis, Series, finite, heat_map, scatter
 from plprune.report.page import (
     at,
     document,

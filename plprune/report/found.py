@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from plprune.card import RECORD
-from plprune.plan import FILE, PruningPlan
+from plprune.checkpoint.model_card import RECORD
+from plprune.pruning.plan import FILE, PruningPlan
 from plprune.report.page import at
 
 KINDS = ("run", "comparison", "sensitivity")

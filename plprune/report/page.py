@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from plprune.charts import shown
+from plprune.report.charts import shown
 
 Record = Mapping[str, Any]
 MARK = '<meta name="generator" content="plprune">'

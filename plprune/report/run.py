@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from plprune.charts import Axis, Blocks, Series, bars, block_picture, finite, line, shown
+from plprune.report.charts import Axis, Blocks, Series, bars, block_picture, finite, line, shown
 from plprune.report.page import (
     as_yaml,
     at,

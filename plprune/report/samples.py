@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plprune.running import checking_ids, evaluating
+from plprune.pruning.forward import checking_ids, evaluating
 
 PROMPTS = ("The capital of France is", "To make bread, you need", "Once upon a time, there was")
 

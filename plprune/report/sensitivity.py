@@ -3,7 +3,7 @@
 from html import escape
 from typing import Any
 
-from plprune.charts import finite, heat_map, shown
+from plprune.report.charts import finite, heat_map, shown
 from plprune.report.page import document, facts, figure, figures, folded, number, section, table, tile
 from plprune.report.run import notice, provenance, rest
 

@@ -12,10 +12,12 @@ import tempfile
 import time
 
 from plprune import CFSP, FASP, FLAP, Calibration, TwoSSP, prune
-from plprune.checkpoint import load_model, load_tokenizer
-from plprune.compare import Bench, Study
-from plprune.evaluation import Protocol, judge, passage
-from plprune.text import PYDOC, bos_token, draw, tokenised
+from plprune.checkpoint.load import load_model, load_tokenizer
+from plprune.comparison.engine import Bench
+from plprune.comparison.study import Study
+from plprune.evaluation.perplexity import Protocol, judge, passage
+from plprune.io.sources import PYDOC
+from plprune.io.text import bos_token, draw, tokenised
 from tests.shared import SMOLLM2
 
 METHODS = (FLAP(), FASP(), CFSP(), TwoSSP())

@@ -18,10 +18,11 @@ from tempfile import TemporaryDirectory
 from safetensors.torch import save_file
 from torch import Tensor
 
-from plprune.atomic import flush
-from plprune.checkpoint import load_model, load_tokenizer, save_pruned
+from plprune.checkpoint.load import load_model, load_tokenizer
+from plprune.checkpoint.save import save_pruned
 from plprune.cli import main as plprune
 from plprune.export import gguf
+from plprune.io.atomic import flush
 from tests.benchmarks.pruning import resident
 
 EXTRA = {"FASP": ["--trainer.callbacks.method.attention", "kv_heads"]}

@@ -13,8 +13,9 @@ import time
 import torch
 import torch.distributed as dist
 
-from plprune import CFSP, FASP, FLAP, Calibration, PruningMethod, TwoSSP, processes, prune
-from plprune.checkpoint import load_model
+from plprune import CFSP, FASP, FLAP, Calibration, PruningMethod, TwoSSP, prune
+from plprune.checkpoint.load import load_model
+from plprune.io import distributed
 from tests.benchmarks.pruning import batches
 from tests.ranks import in_ranks
 from tests.shared import SMOLLM2
@@ -31,7 +32,7 @@ METHODS: dict[str, PruningMethod] = {
 def measure(samples: int, seq_len: int, repeats: int) -> dict[str, tuple[float, float]]:
     """Median seconds of each method: alone, and together."""
     torch.set_num_threads(1)
-    dense, text, world = load_model(SMOLLM2), batches(samples, seq_len), processes.world()
+    dense, text, world = load_model(SMOLLM2), batches(samples, seq_len), distributed.world()
     return {
         name: (
             statistics.median(alone for alone, _ in pairs),
@@ -42,11 +43,11 @@ def measure(samples: int, seq_len: int, repeats: int) -> dict[str, tuple[float, 
     }
 
 
-def once(dense, method: PruningMethod, text, group: processes.Group) -> float:
+def once(dense, method: PruningMethod, text, group: distributed.Group) -> float:
     model = copy.deepcopy(dense)
     dist.barrier()
     start = time.perf_counter()
-    if group is not None or processes.rank(processes.world()) == 0:
+    if group is not None or distributed.rank(distributed.world()) == 0:
         prune(model, method, Calibration(text, group=group))
     dist.barrier()
     return time.perf_counter() - start

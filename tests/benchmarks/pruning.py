@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plprune import CFSP, FASP, FLAP, Calibration, PruningMethod, TwoSSP, prune
-from plprune.checkpoint import load_model
-from plprune.running import evaluating
+from plprune.checkpoint.load import load_model
+from plprune.pruning.forward import evaluating
 from tests.shared import SMOLLM2
 
 METHODS: dict[str, PruningMethod] = {

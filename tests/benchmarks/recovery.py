@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedModel
 
 from plprune import CFSP, LoRA, Recovery, prune
-from plprune.checkpoint import load_model
-from plprune.data import collate
-from plprune.recovery import warmup_cosine
+from plprune.checkpoint.load import load_model
+from plprune.training.data import collate
+from plprune.training.module import warmup_cosine
 from tests.benchmarks.gpu.models import TARGETS, WARM, made
 from tests.builders import save_tiny
 from tests.shared import SMOLLM2

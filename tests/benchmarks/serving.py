@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from plprune import CFSP, FASP, FLAP, PruningMethod, TwoSSP, perplexity, prune
-from plprune.checkpoint import load_model, load_tokenizer
-from plprune.text import PYDOC, draw, split, tokenised
+from plprune.checkpoint.load import load_model, load_tokenizer
+from plprune.io.sources import PYDOC
+from plprune.io.text import draw, split, tokenised
 from tests.shared import SMOLLM2
 
 SPARSITY, SEED = 0.25, 0

@@ -22,8 +22,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from plprune import Recovery
-from plprune.data import ResumableSampler, collate
-from plprune.strategies import FSDP2, CPUDeepSpeed
+from plprune.training.data import ResumableSampler, collate
+from plprune.training.strategies import FSDP2, CPUDeepSpeed
 from tests.builders import VOCABULARY, save_tiny
 
 WARM = 4

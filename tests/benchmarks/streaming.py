@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from plprune import CFSP, FASP, FLAP, Calibration, PruningMethod, TwoSSP
-from plprune.anatomy import blocks_of
+from plprune.architecture.blocks import blocks_of
+from plprune.checkpoint.weights import INDEX
 from plprune.streaming import open_streamed, prune_streamed
-from plprune.weights import INDEX
 
 METHODS: dict[str, PruningMethod] = {
     "FLAP": FLAP(0.2),

@@ -10,9 +10,10 @@ import pytest
 import torch
 import yaml
 
-from plprune import recovery, running
 from plprune.cli import main
 from plprune.methods import learned_gates
+from plprune.pruning import forward
+from plprune.training import module
 from tests.builders import numbers
 from tests.gpu.models import save
 
@@ -79,7 +80,7 @@ def left(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("way", [(), ("--stream",)])
 def test_in_calibration(here: Path, limit: Limit, capsys: Any, device: torch.device, way: tuple[str, ...]) -> None:
-    limit(48 << 20, running, "run_block")
+    limit(48 << 20, forward, "run_block")
     sizes = (*SIZES, "--num_samples=64", "--batch_size=64", f"--device={device.type}")
     line = complaint(capsys, "prune", "model", "--method=FASP", *sizes, *way)
     assert line.endswith(
@@ -98,7 +99,7 @@ def test_in_learned_gates(here: Path, limit: Limit, capsys: Any, device: torch.d
 
 
 def test_in_training(here: Path, limit: Limit, capsys: Any, device: torch.device) -> None:
-    limit(96 << 20, recovery, "summed")
+    limit(96 << 20, module, "summed")
     prune = {"class_path": "Prune", "init_args": {"method": {"class_path": "CFSP", "init_args": {"sparsity": 0.1}}}}
     export = {"class_path": "Export", "init_args": {"output": "out"}}
     checkpoint = {"class_path": "plprune.Checkpoint", "init_args": {"every_n_train_steps": 1}}

@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plprune import CFSP, FASP, FLAP, LearnedGates, PruningMethod, TwoSSP, perplexity, prune
-from plprune.calibration import Calibration
-from plprune.checkpoint import load_model, load_tokenizer
-from plprune.text import PYDOC, draw, tokenised
+from plprune.checkpoint.load import load_model, load_tokenizer
+from plprune.io.sources import PYDOC
+from plprune.io.text import draw, tokenised
+from plprune.pruning.stream import Calibration
 from tests.gpu.models import unlike
 from tests.shared import SMOLLM2
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from plprune import FLAP, Checkpoint, Distillation, Export, LoRA, Prune, Recovery, RecoveryData, load_pruned, perplexity
-from plprune.checkpointing import checkpoints
-from plprune.lora import merged, merged_state
-from plprune.strategies import whole
+from plprune.recovery.lora import merged, merged_state
+from plprune.training.checkpointing import checkpoints
+from plprune.training.strategies import whole
 from tests.builders import numbers
 from tests.gpu.models import JUDGED, save
 from tests.probes import StopAfter, Stopped

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from plprune import load_pruned
-from plprune.plan import PruningPlan
+from plprune.pruning.plan import PruningPlan
 from tests.builders import logits, numbers, windows
 from tests.gpu.models import save, unlike
 from tests.ranks import free_port
@@ -99,7 +99,7 @@ def _strategy(name: str, device: torch.device) -> list[str]:
     if device.type == "cpu":
         options += ["--trainer.accelerator=cpu", "--trainer.devices=1"]
         if file.startswith("zero"):
-            options.append("--trainer.strategy.class_path=plprune.strategies.CPUDeepSpeed")
+            options.append("--trainer.strategy.class_path=plprune.training.strategies.CPUDeepSpeed")
     return options + list(RUNS[name])
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from plprune.anatomy import blocks_of, innermost
+from plprune.architecture.blocks import blocks_of
+from plprune.architecture.modules import innermost
 
 
 @torch.no_grad()

@@ -23,9 +23,9 @@ from plprune import (
     prune,
     save_pruned,
 )
-from plprune.allocation import top_k
-from plprune.anatomy import blocks_of
-from plprune.surgery import Surgery, plan_of
+from plprune.architecture.blocks import blocks_of
+from plprune.pruning.allocation import top_k
+from plprune.pruning.surgery import Surgery, plan_of
 from tests.builders import tiny, windows
 
 every_method = pytest.mark.parametrize("method", [CFSP, FASP, FLAP, LearnedGates, TwoSSP])

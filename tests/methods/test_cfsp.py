@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from plprune import CFSP, prune
-from plprune.allocation import kept_fractions
 from plprune.methods.cfsp import relative_score
-from plprune.stats import Distance
+from plprune.pruning.allocation import kept_fractions
+from plprune.pruning.statistics import Distance
 from tests.builders import tiny, windows
 from tests.methods import best, traced
 

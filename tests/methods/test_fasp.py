@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plprune import FASP, prune
-from plprune.anatomy import FAMILIES, Group, blocks_of, innermost
+from plprune.architecture.blocks import Group, blocks_of
+from plprune.architecture.families import FAMILIES
+from plprune.architecture.modules import innermost
 from plprune.methods.fasp import column_score, kept_counts
 from tests.builders import tiny, windows
 from tests.methods import best, traced, weight

@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plprune import FLAP, prune
-from plprune.allocation import complement, global_ranking
-from plprune.anatomy import blocks_of, innermost
+from plprune.architecture.blocks import blocks_of
+from plprune.architecture.modules import innermost
 from plprune.methods.flap import fluctuation, standardised, weighted_norm
+from plprune.pruning.allocation import complement, global_ranking
 from tests.builders import tiny, windows
 from tests.methods import best, traced, weight
 

@@ -5,7 +5,8 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from plprune import CFSP, LearnedGates, prune
-from plprune.anatomy import blocks_of, matrix
+from plprune.architecture.blocks import blocks_of
+from plprune.architecture.modules import matrix
 from plprune.methods.learned_gates import (
     COLD,
     LIKELIEST,
@@ -20,7 +21,7 @@ from plprune.methods.learned_gates import (
     train_gates,
     within_budget,
 )
-from plprune.surgery import Surgery
+from plprune.pruning.surgery import Surgery
 from tests.builders import logits, tiny, windows
 
 

@@ -9,10 +9,12 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from plprune import TwoSSP, perplexity, prune
-from plprune.anatomy import FAMILIES, blocks_of, innermost
+from plprune.architecture.blocks import blocks_of
+from plprune.architecture.families import FAMILIES
+from plprune.architecture.modules import innermost
 from plprune.methods import two_ssp
 from plprune.methods.two_ssp import SecondStage, attentions_to_drop, channels_to_keep
-from plprune.surgery import Surgery, drop_attention
+from plprune.pruning.surgery import Surgery, drop_attention
 from tests.builders import tiny, windows
 from tests.methods import best, traced
 

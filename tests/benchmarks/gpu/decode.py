@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from plprune import FASP, Calibration, prune
-from plprune.speed import measure_speed
+from plprune.evaluation.speed import measure_speed
 from tests.benchmarks.gpu.models import Cells, depth, made, tokens
 
 SIZES = ("Llama-3.2-1B", "Llama-3-8B")

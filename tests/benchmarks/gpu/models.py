@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from plprune.estimate import GPUS
+from plprune.planning.hardware import GPUS
 
 Cells = dict[str, Callable[[], dict[str, Any]]]  # of a section: what to measure, by its name
 SHAPES: dict[str, dict[str, Any]] = {

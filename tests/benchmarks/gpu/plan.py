@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from plprune.estimate import Machine, Need, calibration_need, machine, recovery_need
+from plprune.planning.hardware import Machine, machine
+from plprune.planning.needs import Need, calibration_need, recovery_need
 from tests.benchmarks.gpu.models import Cells, called, depth, made, sheet
 from tests.benchmarks.gpu.pruning import BATCH, BLOCKS, METHODS, WHOLE
 from tests.benchmarks.gpu.recovery import BATCHES, RANK, TURNS

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from plprune import CFSP, FASP, FLAP, Calibration, LearnedGates, PruningMethod, TwoSSP, prune
-from plprune.running import evaluating
+from plprune.pruning.forward import evaluating
 from tests.benchmarks.gpu.models import Cells, depth, made, timed, tokens
 
 BLOCKS = {"OPT-125M": 12, "Llama-3-8B": 4, "LLaMA-30B": 2}

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from plprune import CFSP, Distillation, LearnedGates, LoRA, PruningMethod
-from plprune.compare import Bench, CalibrationText, Cell, Study, Training
-from plprune.evaluation import Protocol
+from plprune.comparison.engine import Bench, Cell
+from plprune.comparison.study import CalibrationText, Study, Training
+from plprune.evaluation.perplexity import Protocol
 from tests.benchmarks.gpu.models import Cells
 
 BATCH = 32  # windows of a step

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedModel
 
 from plprune import LoRA, Recovery
-from plprune.data import collate
-from plprune.estimate import GPUS, structure
+from plprune.planning.hardware import GPUS
+from plprune.planning.sizes import structure
+from plprune.training.data import collate
 from tests.benchmarks.gpu.models import TARGETS, WARM, Cells, called, depth, made, now, sheet, timed, tokens
 from tests.builders import save_tiny
 

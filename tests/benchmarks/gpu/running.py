@@ -13,8 +13,8 @@ from unittest.mock import patch
 
 import torch
 
-from plprune.atomic import staged
-from plprune.tables import aligned
+from plprune.io.atomic import staged
+from plprune.io.tables import aligned
 from tests.benchmarks.gpu.decode import decode
 from tests.benchmarks.gpu.models import Cells, called
 from tests.benchmarks.gpu.plan import plan

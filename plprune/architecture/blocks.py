@@ -1,0 +1,249 @@
+r"""Where the prunable parts of each model family are. A new family is one record here, and nothing elsewhere.
+
+A :class:`Family` names modules by dotted paths relative to a decoder block. A :class:`Group` is a set of units that
+can only leave together: unit `u` owns the rows `rows[u]` of every producer and the columns `columns[u]` of the one
+consumer. As a group holds indices, fused projections need no code: a path that is named twice holds its parts stacked,
+in the order in which they are named.
+
+To add a family, look at its modelling file in transformers. Which names differ from Llama's? Does the forward pass
+read a number of heads, or a width, that is not taken from the weights (`counts`)? Is anything else as wide as all heads
+together (`qk_norms`)? What does its configuration call the sizes (`config_keys`)? Then give `tests/builders.py` a tiny
+configuration of it: the tests take every family from :data:`FAMILIES`, and find what the record has wrong.
+
+Rows are outputs and columns are inputs, however a projection stores its weight: :func:`matrix` gives it as
+[d_out, d_in] also where it is a `Conv1D`, which holds the transpose.
+
+=============  =======================  ===========================  ==================================
+kind           unit                     producers                    consumer
+=============  =======================  ===========================  ==================================
+``attention``  kv head, with its query  rows of Q, K and V, and of   columns of the output projection
+               heads                    norms over all heads
+``value``      value channel            rows of V                    the same channel of each query head
+``ffn``        FFN channel              rows of gate and up, or fc1  columns of down, or fc2
+=============  =======================  ===========================  ==================================
+
+Symbols: B blocks, d model width, n FFN width, H query heads, hd head dimension, g query heads per kv head.
+"""
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from plprune.architecture.families import Family, family_of
+from plprune.architecture.modules import dense_weight, innermost, kept_rows, matrix, on_device, width
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided for one group of units.
+
+    Args:
+        group: Name of the group.
+        keep: Indices of the units that stay.
+        size: Units there were.
+        repaired: Names of the parameters that got new values.
+    """
+
+    group: str
+    keep: Tensor
+    size: int
+    repaired: list[str] = field(default_factory=list)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Decision) and self._parts() == other._parts()
+
+    def _parts(self) -> dict[str, Any]:
+        return asdict(self) | {"keep": self.keep.tolist()}
+
+
+Kind = Literal["attention", "value", "ffn"]
+
+Attention = Literal["kv_heads", "value_channels", "none"]  # the unit of it that can leave
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The part of one projection that belongs to a group: row or column `u` of `index` is unit `u`'s."""
+
+    path: str
+    index: Tensor  # [units, rows or columns per unit], int64
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units of one block that leave together."""
+
+    block: int
+    kind: Kind
+    producers: tuple[Slice, ...]
+    consumer: Slice
+
+    @property
+    def name(self) -> str:
+        return f"blocks.{self.block}.{self.kind}"
+
+    def __len__(self) -> int:
+        return len(self.consumer.index)
+
+
+class Home(Protocol):
+    """Where the weights of a block are while they are not in memory; its module carries it as `home`."""
+
+    version: int  # how often the block was written there
+
+    def present(self, device: torch.device | None) -> contextlib.AbstractContextManager[None]:
+        """The weights in memory, for the time of the context."""
+        ...
+
+    def note(self, decision: Decision) -> None:
+        """A decision that was carried out on the block, which is present."""
+        ...
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder block: its place, its module and the names of its parts."""
+
+    index: int
+    module: nn.Module
+    family: Family
+
+    @property
+    def home(self) -> Home | None:
+        """Where the weights are, if they are not in memory."""
+        return getattr(self.module, "home", None)
+
+    def present(self, device: torch.device | None = None) -> contextlib.AbstractContextManager[None]:
+        """The block in memory, and on `device` if one is given, for the time of the context; what changed is kept."""
+        if self.home is not None:
+            return self.home.present(device)
+        return contextlib.nullcontext() if device is None else on_device(self.module, device)
+
+    def part(self, path: str) -> nn.Module:
+        """The module at `path`; a projection may be an `nn.Linear`, or the gather or scatter around one."""
+        return self.module.get_submodule(path)
+
+    def weight(self, group: Group) -> Tensor:  # [d, units, columns per unit]
+        """The consumer's weight, by unit."""
+        with self.present():
+            weight, index = dense_weight(self.part(group.consumer.path)), group.consumer.index
+            return weight[:, index.to(weight.device)]
+
+    def cost(self, group: Group) -> int:
+        """Parameters that leave with one unit."""
+        rows = sum(s.index.shape[1] * _per_row(self.part(s.path)) for s in group.producers)
+        return rows + group.consumer.index.shape[1] * len(matrix(self.part(group.consumer.path)))
+
+    def absent_bias(self, group: Group) -> int:
+        """Parameters that a bias of the consumer would add: none if it has one."""
+        consumer = self.part(group.consumer.path)
+        return len(matrix(consumer)) if innermost(consumer).bias is None else 0
+
+    def parameters(self, path: str = "") -> int:
+        """Parameters of the block, or of the part of it at `path`."""
+        return sum(p.numel() for p in self.part(path).parameters())
+
+    @property
+    def has_attention(self) -> bool:
+        return hasattr(self.part(self.family.attention), self.family.head_dim)
+
+    @property
+    def channels(self) -> int:
+        """Width of the FFN."""
+        return width(self.part(self.family.ffn_out), "in_features")
+
+    @property
+    def attention_paths(self) -> list[str]:
+        """Where the projections of the attention are, each once; none if it was dropped."""
+        return list(dict.fromkeys((*self.family.qkv, self.family.output))) if self.has_attention else []
+
+    @property
+    def projections(self) -> list[str]:
+        """Where all projections are, each once."""
+        return list(dict.fromkeys((*self.attention_paths, *self.family.ffn_in, self.family.ffn_out)))
+
+    def groups(self, attention: Attention = "kv_heads") -> list[Group]:
+        """The block's groups, attention first, with the unit of attention asked for."""
+        make = {"kv_heads": self._kv_heads, "value_channels": self._value_channels}.get(attention)
+        return [make(), self._channels()] if make and self.has_attention else [self._channels()]
+
+    @property
+    def kv_heads(self) -> int:
+        return width(self.part(self.family.output), "in_features") // (self.queries_per_head * self.head_dim)
+
+    @property
+    def queries_per_head(self) -> int:
+        """Query heads of one kv head (g)."""
+        return cast(int, getattr(self.part(self.family.attention), "num_key_value_groups", 1))
+
+    @property
+    def head_dim(self) -> int:
+        return cast(int, getattr(self.part(self.family.attention), self.family.head_dim))
+
+    def _kv_heads(self) -> Group:
+        columns = torch.arange(width(self.part(self.family.output), "in_features")).view(self.kv_heads, -1)
+        producers = (*self._norms(), *self._projected())
+        return Group(self.index, "attention", producers, Slice(self.family.output, columns))
+
+    def _value_channels(self) -> Group:
+        kv, g, hd = self.kv_heads, self.queries_per_head, self.head_dim
+        values = self._projected()[2]
+        rows = values.index.flatten()
+        present = torch.isin(rows, kept_rows(self.part(values.path)))  # some may have left in an earlier pruning
+        columns = torch.arange(kv * g * hd).view(kv, g, hd).transpose(1, 2).reshape(kv * hd, g)
+        consumer = Slice(self.family.output, columns[present])
+        return Group(self.index, "value", (Slice(values.path, rows[present, None]),), consumer)
+
+    def _projected(self) -> list[Slice]:
+        """The rows of queries, keys and values, by kv head."""
+        kv, sizes = self.kv_heads, self._per_kv_head()
+        if self.family.interleaved:
+            parts = torch.arange(kv * sum(sizes)).view(kv, -1).split(sizes, dim=1)
+            return [Slice(path, rows) for path, rows in zip(self.family.qkv, parts, strict=True)]
+        stacked = _stacked(self.family.qkv, tuple(kv * size for size in sizes))
+        return [Slice(path, rows.view(kv, -1)) for path, rows in stacked]
+
+    def _norms(self) -> list[Slice]:
+        """What norms over all heads together have for each kv head."""
+        sizes = self._per_kv_head()
+        return [
+            Slice(path, torch.arange(self.kv_heads * size).view(-1, size))
+            for path, size in zip(self.family.qk_norms, sizes, strict=False)
+        ]
+
+    def _per_kv_head(self) -> tuple[int, int, int]:
+        """Rows of queries, keys and values that belong to one kv head."""
+        return self.queries_per_head * self.head_dim, self.head_dim, self.head_dim
+
+    def _channels(self) -> Group:
+        channels = self.channels
+        parts = _stacked(self.family.ffn_in, (channels,) * len(self.family.ffn_in))
+        producers = tuple(Slice(path, rows[:, None]) for path, rows in parts)
+        return Group(self.index, "ffn", producers, Slice(self.family.ffn_out, torch.arange(channels)[:, None]))
+
+
+def blocks_of(model: PreTrainedModel) -> list[Block]:
+    """The decoder blocks of a model, in depth order."""
+    family = family_of(model.config)
+    modules = cast(Iterable[nn.Module], model.get_submodule(family.blocks))
+    return [Block(i, module, family) for i, module in enumerate(modules)]
+
+
+def _per_row(module: nn.Module) -> int:
+    weight = matrix(module)
+    return weight[0].numel() + (getattr(innermost(module), "bias", None) is not None)
+
+
+def _stacked(paths: tuple[str, ...], sizes: tuple[int, ...]) -> list[tuple[str, Tensor]]:
+    """Row indices of each part, counted on within a path that is named again."""
+    start = dict.fromkeys(paths, 0)
+    parts = []
+    for path, size in zip(paths, sizes, strict=True):
+        parts.append((path, torch.arange(start[path], start[path] + size)))
+        start[path] += size
+    return parts

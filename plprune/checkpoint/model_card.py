@@ -1,0 +1,151 @@
+"""The model card: `README.md` in a folder, for people, and for a hub.
+
+What was removed, from what and how, what it cost, and how to load what is left; all of it from the plan, and from the
+record of the run beside it.
+"""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from plprune.pruning.plan import PruningPlan
+
+CARD, RECORD = "README.md", "record.json"
+
+UNKNOWN = "that of the base model: look there"
+
+
+def write_card(folder: Path, plan: PruningPlan, record: dict[str, Any] | None = None, parity: str = "") -> None:
+    """Writes a folder's model card, and the record that it is made from.
+
+    Args:
+        folder: Where to.
+        plan: What was removed.
+        record: Of the run: `perplexity` by stage, `text`, `training`; `licence` of the base model.
+        parity: A table of :mod:`plprune.export.parity`.
+    """
+    if record and any(record.values()):
+        (folder / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    (folder / CARD).write_text(card(plan, record or {}, parity))
+
+
+def record_of(folder: str | Path) -> dict[str, Any]:
+    """The record of the run that wrote a folder; empty if there is none."""
+    file = Path(folder) / RECORD
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def card(plan: PruningPlan, record: dict[str, Any], parity: str = "") -> str:
+    """The text of a model card."""
+    parts = [
+        _front(plan, record),
+        f"# {_name(plan)}, pruned\n\n{_summary(plan)}",
+        "## What was removed\n\n" + _removed(plan),
+        _quality(record),
+        "## How to load it\n\n" + LOADING,
+        f"## Checked\n\n{parity}" if parity else "",
+        "## Where it comes from\n\n" + _origin(plan, record),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+LOADING = """```python
+from plprune import load_pruned  # pip install plprune
+
+model = load_pruned("FOLDER")
+```
+
+Without plprune, by transformers alone; where the folder holds `modeling_plprune.py` it is run, so read it first:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
+```
+
+`lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks ...` judges it. For llama.cpp
+(`llama-cli -m FILE.gguf`), and for programs that read DeciLM: `plprune export FOLDER --to gguf,decilm --output OUT`."""
+
+
+def _front(plan: PruningPlan, record: dict[str, Any]) -> str:
+    licence = record.get("licence")
+    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [plprune, pruned]"]
+    model = plan.chain()[0].origin.get("model") or ""
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        lines.append(f"base_model: {model}")
+    return "\n".join(["---", *([f"license: {licence}"] if licence else []), *lines, "---"])
+
+
+def _name(plan: PruningPlan) -> str:
+    model = plan.chain()[0].origin.get("model") or ""
+    return Path(model).name or plan.config.get("model_type", "a model")
+
+
+def _summary(plan: PruningPlan) -> str:
+    after = sum(plan.after) + plan.rest
+    return (
+        f"{after:,} parameters, of {sum(plan.chain()[0].before) + plan.rest:,} before. Pruned by plprune "
+        f"{version('plprune')}."
+    )
+
+
+def _removed(plan: PruningPlan) -> str:
+    return "\n\n".join(_step(step) for step in plan.chain())
+
+
+def _step(plan: PruningPlan) -> str:
+    """One pruning: method, settings, and a table of the blocks."""
+    settings = ", ".join(f"`{name}: {value}`" for name, value in plan.settings.items())
+    lines = [
+        f"By {plan.method} ({settings}): {plan.reached:.1%} of the blocks' parameters.",
+        "",
+        "| block | parameters left | what stays |",
+        "|---|---|---|",
+    ]
+    for i, (before, after) in enumerate(zip(plan.before, plan.after, strict=True)):
+        lines.append(f"| {i} | {after:,} of {before:,} | {_kept(plan, i)} |")
+    return "\n".join(lines)
+
+
+UNITS = {"attention": "kv heads", "value": "value channels", "ffn": "FFN channels"}
+
+
+def _kept(plan: PruningPlan, block: int) -> str:
+    names = {unit: f"blocks.{block}.{kind}" for kind, unit in UNITS.items()}
+    return ", ".join(
+        f"{len(plan.keep[name])} of {plan.sizes[name]} {unit}" for unit, name in names.items() if name in plan.keep
+    )
+
+
+def _quality(record: dict[str, Any]) -> str:
+    """Perplexities of the run, and what it trained on."""
+    if not record.keys() & {"perplexity", "training"}:
+        return ""
+    rows = record.get("perplexity", {})
+    lines = ["## What it cost", "", "| | perplexity |", "|---|---|"] if rows else ["## Recovery", ""]
+    lines += [f"| {name} | {value:.2f} |" for name, value in rows.items()]
+    if text := record.get("text"):
+        lines += ["", "Judged on held-out text of the run: " + _listed(text) + "."] if rows else []
+    if training := record.get("training"):
+        lines += ["", "Recovered by LoRA: " + _listed(training) + "."]
+    return "\n".join(lines)
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
+
+
+def _origin(plan: PruningPlan, record: dict[str, Any]) -> str:
+    origin = plan.origin
+    versions = ", ".join(f"{name} {number}" for name, number in origin.get("versions", {}).items())
+    return "\n".join(
+        [
+            f"- Base model: {plan.chain()[0].origin.get('model')}, weights {plan.chain()[0].origin.get('weights')}",
+            f"- Licence: {record.get('licence') or UNKNOWN}",
+            f"- Calibration: {origin.get('tokens'):,} tokens, fingerprint {origin.get('calibration')}, "
+            f"seed {origin.get('seed')}",
+            f"- Plan {plan.digest}; {versions}",
+        ]
+    )

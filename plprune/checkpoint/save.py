@@ -1,0 +1,129 @@
+"""Saving pruned models so that they load again: whole or not at all, and proved."""
+
+import contextlib
+import functools
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from plprune.architecture import modeling_plprune
+from plprune.architecture.modeling_plprune import PrunedForCausalLM, Written
+from plprune.architecture.modules import tied
+from plprune.checkpoint.load import REPAIRED, locate
+from plprune.checkpoint.model_card import CARD, write_card
+from plprune.checkpoint.stock_config import described
+from plprune.checkpoint.weights import INDEX, SINGLE, check_saved, once, write_index
+from plprune.io.atomic import staged
+from plprune.pruning.plan import FILE, PruningPlan
+from plprune.pruning.surgery import plan_of
+
+
+@functools.cache
+def licence_of(name_or_path: str) -> str | None:
+    """The licence that a model's GGUF file or model card names, if it is on this machine and does."""
+    with contextlib.suppress(ValueError, OSError, IndexError):
+        path = Path(locate(name_or_path))
+        if path.suffix == ".gguf":
+            return _gguf_licence(path)
+        found = re.search(r"^license: *(\S+)", (path / CARD).read_text().split("---")[1], re.MULTILINE)
+        return found.group(1) if found else None
+    return None
+
+
+def _gguf_licence(path: Path) -> str | None:
+    """The string `general.license` at the head of a file; a reader would take seconds for all that follows it."""
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+    found = re.search(rb"general\.license\x08\0\0\0(.{8})", head, re.DOTALL)  # a string's type, and its length
+    return head[found.end() :][: int.from_bytes(found[1], "little")].decode() if found else None
+
+
+def save_pruned(
+    model: PreTrainedModel,
+    folder: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+    record: dict[str, Any] | None = None,
+) -> None:
+    """Writes a model, its plan and its tokenizer to a folder, whole or not at all.
+
+    A result that the family's own class can hold is a stock checkpoint; any other has a small modelling file beside it,
+    by which `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads it without plprune.
+
+    Args:
+        model: A pruned model, LoRA merged; a dense one is saved as it is.
+        folder: Where to.
+        tokenizer: Saved beside the model.
+        overwrite: Whether to replace what is there.
+        max_shard_size: Above it, the weights are written as several files.
+        record: Of the run, for the model card: see :mod:`plprune.checkpoint.model_card`.
+
+    Raises:
+        FileExistsError: The folder is not empty.
+        ValueError: A weight is not finite, or the folder would not load as this model; nothing is left behind.
+        OSError: It could not be written; nothing is left behind.
+    """
+    with staged(folder, overwrite) as temporary:
+        state = once(model, model.state_dict())
+        write(model, state, temporary, tokenizer, max_shard_size, record)
+        check_saved(temporary, model, state.items())
+
+
+def write(
+    model: PreTrainedModel,
+    state: dict[str, torch.Tensor],
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_shard_size: str = "5GB",
+    record: dict[str, Any] | None = None,
+    with_plan: bool = True,
+) -> None:
+    """Writes all it takes to load a model: weights, configuration, plan, tokenizer.
+
+    Args:
+        model: Its structure, generation config and plan are written; of the weights only those in `state`.
+        state: Weights by name, each once.
+        folder: Where to.
+        tokenizer: Saved beside the model.
+        max_shard_size: Above it, the weights are written as several files.
+        record: Of the run, for the model card.
+        with_plan: Whether the plan is still true of the structure, and is written too.
+    """
+    plan, (config, biases) = plan_of(model), described(model)
+    own_names: dict[str, Any] = {"save_original_format": False}  # not those of older transformers
+    model.save_pretrained(folder, state_dict=state | biases, max_shard_size=max_shard_size, **own_names)
+    own = isinstance(config, Written)
+    stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    config.architectures = [PrunedForCausalLM.__name__ if own else stock[type(config)].__name__]
+    config.dtype = model.dtype
+    config.tie_word_embeddings = tied(model)
+    config.save_pretrained(folder)
+    code = folder / Path(modeling_plprune.__file__).name
+    if own:
+        shutil.copyfile(modeling_plprune.__file__, code)
+    else:
+        code.unlink(missing_ok=True)
+    if plan is not None and with_plan:
+        plan.save(folder / FILE)
+        if not (folder / INDEX).exists():
+            write_index(folder, [SINGLE])
+        write_card(folder, plan, {"licence": licence_of(plan.chain()[0].origin.get("model") or "")} | (record or {}))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def save_stage(model: PreTrainedModel, plan: PruningPlan, folder: str | os.PathLike[str]) -> None:
+    """Writes a plan and the values that it repaired: with the dense model, enough to make the pruned one again."""
+    state = model.state_dict()
+    with staged(folder) as temporary:
+        temporary.mkdir()
+        plan.save(temporary / FILE)
+        save_file({name: state[name].contiguous() for name in plan.repaired}, temporary / REPAIRED)

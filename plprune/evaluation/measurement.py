@@ -1,0 +1,146 @@
+"""What a model is worth: perplexity on any text, bits per byte, parameters, size and reading speed.
+
+A perplexity means little without its protocol: how long the windows are, whether they overlap, whether a BOS token
+comes first, and how many tokens were counted. A :class:`Passage` is a text cut up by a :class:`Protocol`, and says so.
+
+Perplexity is per token, so it cannot be compared between tokenizers. Bits per byte can: what the tokens of the text
+cost, over the bytes of UTF-8 that they stand for. The tokens that end documents stand for no byte; they count in the
+perplexity, and not in the bits.
+
+Symbols: b windows of a batch, s tokens of a window, v the vocabulary.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from plprune.architecture.blocks import blocks_of
+from plprune.checkpoint.stock_config import described
+from plprune.evaluation.perplexity import Passage, judge, perplexity
+from plprune.io import distributed
+from plprune.io.tables import aligned
+from plprune.pruning.forward import evaluating
+from plprune.recovery.consumers import saved_dtype
+from plprune.recovery.lora import base_parameters
+
+
+@torch.no_grad()
+def tokens_per_second(model: PreTrainedModel, ids: Tensor, repeats: int = 9) -> float:  # [b, s]
+    """How fast a model reads: the median over `repeats` forward passes, after one that does not count."""
+    ids = ids.to(model.device)
+    seconds = []
+    with evaluating(model):
+        for _ in range(repeats + 1):
+            _synchronise(model.device)
+            start = time.perf_counter()
+            model(input_ids=ids, use_cache=False, logits_to_keep=1)
+            _synchronise(model.device)
+            seconds.append(time.perf_counter() - start)
+    return ids.numel() / statistics.median(seconds[1:])
+
+
+def parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """Parameters in the decoder blocks, and in all, without adapters; tied ones count once."""
+    return sum(_count(block.module) for block in blocks_of(model)), _count(model)
+
+
+def saved_bytes(model: PreTrainedModel) -> int:
+    """What the weights that :func:`plprune.save_pruned` writes take, adapters merged: tied ones once, buffers too."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    others = [value for name, value in model.state_dict().items() if name not in names]
+    size = sum(value.numel() * value.element_size() for value in (*others, *described(model)[1].values()))
+    for name, parameter in base_parameters(model):
+        owner = model.get_submodule(name.rpartition(".")[0])
+        size += _numel(parameter) * saved_dtype(owner, parameter).itemsize
+    return size
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row of the table.
+
+    Args:
+        perplexity: On held-out windows.
+        block_parameters: Parameters in the decoder blocks.
+        parameters: All parameters.
+        bytes: Size of the weights on disk, where the model is saved as it stands: in the dtype that it has.
+        tokens_per_second: Reading speed, batch 1; None if it was not measured.
+        bits_per_byte: On the same text; None if it was not measured.
+    """
+
+    perplexity: float
+    block_parameters: int
+    parameters: int
+    bytes: int
+    tokens_per_second: float | None
+    bits_per_byte: float | None = None
+
+
+def measure(
+    model: PreTrainedModel,
+    text: Sequence[Tensor] | Passage,  # [b, s] each
+    group: distributed.Group = None,
+    speed: bool = True,
+) -> Measurement:
+    """Measures a model as it stands.
+
+    Args:
+        model: The model, LoRA merged unless it is in shards.
+        text: Held-out text, cut for the model's tokenizer; or token ids, of which all but the first of a row count.
+        group: The processes that measure it together; each gets the result.
+        speed: Whether the first of them measures the speed; one that holds a part of the model cannot.
+    """
+    in_blocks, in_all = parameters(model)
+    if isinstance(text, Passage):
+        quality, first = judge(model, text, group), text.windows[0]
+        found, bits = quality.perplexity, quality.bits_per_byte
+    else:
+        found, bits, first = perplexity(model, text, group), None, text[0][:1]
+    alone = speed and distributed.rank(group) == 0
+    rate = distributed.same(tokens_per_second(model, first) if alone else None, group)
+    return Measurement(found, in_blocks, in_all, saved_bytes(model), rate, bits)
+
+
+def table(rows: dict[str, Measurement]) -> str:
+    """Measurements side by side, one row each, the first of them as the yardstick.
+
+    Example:
+        >>> print(table({"dense": Measurement(20.0, 100, 150, 600_000_000, 10.0)}))
+        model       perplexity   in blocks  parameters   on disk   tokens/s
+        dense            20.00         100         150  600.0 MB       10.0
+    """
+    bits = any(row.bits_per_byte is not None for row in rows.values())
+    lines = [["model", "perplexity", *["bits/byte"] * bits, "in blocks", "parameters", "on disk", "tokens/s"]]
+    for name, row in rows.items():
+        quality = [f"{row.perplexity:.2f}"]
+        quality += ["-" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"] * bits
+        size = [f"{row.block_parameters:,}", f"{row.parameters:,}", f"{row.bytes / 1e6:.1f} MB"]
+        speed = "-" if row.tokens_per_second is None else f"{row.tokens_per_second:.1f}"
+        lines.append([name, *quality, *size, speed])
+    return aligned(lines, [11, 11, *[11] * bits, 12, 12, 10, 11])
+
+
+def as_dict(rows: dict[str, Measurement]) -> dict[str, dict[str, float]]:
+    """Measurements as JSON-ready numbers, without those that were not taken."""
+    return {name: {k: v for k, v in asdict(row).items() if v is not None} for name, row in rows.items()}
+
+
+def _count(module: nn.Module) -> int:
+    return sum(_numel(parameter) for _, parameter in base_parameters(module))
+
+
+def _numel(parameter: Tensor) -> int:
+    return cast(
+        int, getattr(parameter, "ds_numel", parameter.numel())
+    )  # under ZeRO-3 a parameter is empty between uses
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,338 @@
+"""How fast a model writes, and how much memory that takes, measured so that two models can be compared.
+
+A model reads a prompt and writes greedily with a key-value cache, always as many tokens: an early end would be another
+measurement. What is timed is run once before, then several times; a figure is the median with its quartiles, and two
+figures whose quartiles overlap are not told apart.
+
+Batches are doubled until that gains little: beyond, the machine is saturated. At batch 1 each token reads all weights,
+so that speed follows their bytes; at saturation it follows the operations.
+"""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from plprune.architecture.blocks import blocks_of
+from plprune.architecture.modeling_plprune import Gather, Scatter
+from plprune.architecture.modules import matrix
+from plprune.io.checks import check_sizes
+from plprune.pruning.forward import evaluating
+
+GAIN = 1.1  # a doubled batch that gives less is one too many
+
+ENDS = {"gain": "more gains less than 10%", "cap": "none larger was tried", "memory": "more does not fit"}
+
+MULTIPLES = (8, 32, 64)  # widths that vector units and matrix kernels are made for
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure that was taken several times.
+
+    Args:
+        median: The middle one.
+        low: The lower quartile.
+        high: The upper quartile.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """The spread of values.
+
+        Example:
+            >>> Spread.of([1.0, 2.0, 3.0, 4.0, 5.0])
+            Spread(median=3.0, low=2.0, high=4.0)
+        """
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a model writes.
+
+    Args:
+        device: Where.
+        dtype: Of the weights.
+        threads: Of the CPU.
+        prompt: Tokens of the prompt.
+        new_tokens: Tokens that were written.
+        repeats: How often each figure was taken, after one that does not count.
+        first_token: Seconds until the first token is written, at batch 1.
+        reading: Tokens of the prompt that are read per second, at batch 1.
+        writing: Tokens that are written per second, at batch 1, once the prompt is read.
+        saturated: The same over all sequences of the batch that gave most.
+        batch: The size of that batch.
+        ended_by: Why no larger batch was tried or taken: gain, cap or memory.
+        peak: Bytes, at batch 1, and None if they cannot be had.
+        saturated_peak: Bytes, over all batches.
+        peak_of: What these are the peak of.
+        weights: Bytes of the weights.
+        widths: The FFN's width in each block.
+        attention_widths: What the output projection of the attention in each block reads; 0 without attention.
+        gathers: How many projections pick or place single channels besides, as FASP's value channels need.
+    """
+
+    device: str
+    dtype: str
+    threads: int
+    prompt: int
+    new_tokens: int
+    repeats: int
+    first_token: Spread
+    reading: Spread
+    writing: Spread
+    saturated: Spread
+    batch: int
+    ended_by: str
+    peak: int | None
+    saturated_peak: int | None
+    peak_of: str
+    weights: int
+    widths: list[int]
+    attention_widths: list[int]
+    gathers: int
+
+
+@torch.no_grad()
+def measure_speed(
+    model: PreTrainedModel, prompt: int = 128, new_tokens: int = 32, repeats: int = 5, max_batch: int | None = None
+) -> Speed:
+    """Measures how fast a model writes where it is.
+
+    Args:
+        model: A causal language model.
+        prompt: Tokens of the prompt; which they are does not matter.
+        new_tokens: Tokens to write.
+        repeats: How often each figure is taken.
+        max_batch: The largest batch to try; 16 on a CPU and 256 elsewhere if not given.
+
+    Raises:
+        ValueError: The model cannot hold so many tokens, or there is not enough to time.
+    """
+    check_sizes(prompt=prompt, repeats=repeats, max_batch=max_batch)
+    _check_length(model, prompt, new_tokens)
+    cap = max_batch or (16 if model.device.type == "cpu" else 256)
+    ids = torch.arange(prompt, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr,operator]
+    with evaluating(model), _watched(model.device) as peak:
+        runs = _runs(model, ids, new_tokens, repeats)
+        alone = peak()
+        writing = Spread.of([(new_tokens - 1) / rest for _, rest in runs])
+        batch, saturated, ended_by = _saturate(model, ids, new_tokens, repeats, cap, writing)
+        largest = peak()
+    return Speed(
+        device=_name(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        prompt=prompt,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        first_token=Spread.of([first for first, _ in runs]),
+        reading=Spread.of([prompt / first for first, _ in runs]),
+        writing=writing,
+        saturated=saturated,
+        batch=batch,
+        ended_by=ended_by,
+        peak=alone,
+        saturated_peak=largest,
+        peak_of="memory allocated on the device" if model.device.type == "cuda" else "resident set of the process",
+        **_shape(model),
+    )
+
+
+def write_greedily(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> Iterator[Tensor]:  # [b, s] -> [b, 1] each
+    """The most probable next tokens, one after the other, with a key-value cache; an end-of-text token ends nothing."""
+    known: dict[str, Any] = {}
+    for _ in range(new_tokens):
+        output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **known)
+        name = "cache" if "cache" in output else "past_key_values"  # transformers 5.24 renamed it
+        ids, known = output.logits[:, -1:].argmax(-1), {name: output[name]}
+        yield ids
+
+
+def why_not_faster(dense: Speed, pruned: Speed) -> list[str]:
+    """Where a pruned model is not faster than the dense one, and then why; nothing if it is faster everywhere.
+
+    Raises:
+        ValueError: They were not measured alike.
+    """
+    alike = [(s.device, s.dtype, s.threads, s.prompt, s.new_tokens) for s in (dense, pruned)]
+    if alike[0] != alike[1]:
+        raise ValueError("two speeds cannot be compared: measure both on one machine, in one dtype, and as many tokens")
+    figures = {
+        "reading the prompt is": (dense.reading, pruned.reading),
+        "writing at batch 1 is": (dense.writing, pruned.writing),
+        "writing at saturation is": (dense.saturated, pruned.saturated),
+    }
+    slow = {what: pair for what, pair in figures.items() if pair[1].low <= pair[0].high}
+    lines = [_not_faster(what, *pair) for what, pair in slow.items()]
+    return lines + _reasons(dense, pruned, "writing at batch 1 is" in slow) if lines else []
+
+
+def table(stages: dict[str, Speed]) -> str:
+    """Speeds side by side, a column for each model: medians, and quartiles in brackets."""
+    rows = {"": list(stages)}
+    rows["first token, ms"] = [_cell(s.first_token, 1000) for s in stages.values()]
+    rows["reading, tokens/s"] = [_cell(s.reading) for s in stages.values()]
+    rows["writing, batch 1, tokens/s"] = [_cell(s.writing) for s in stages.values()]
+    rows["writing, saturated, tokens/s"] = [_cell(s.saturated) for s in stages.values()]
+    rows["batch, saturated"] = [f"{s.batch} ({ENDS[s.ended_by]})" for s in stages.values()]
+    rows["peak, batch 1, MB"] = [_megabytes(s.peak) for s in stages.values()]
+    rows["peak, all batches, MB"] = [_megabytes(s.saturated_peak) for s in stages.values()]
+    one = next(iter(stages.values()))
+    foot = (
+        f"{one.prompt} tokens read, {one.new_tokens} written; {one.dtype}, {one.device}, {one.threads} CPU threads; "
+        f"medians and quartiles of {one.repeats} runs after one to warm up; the peak is of the {one.peak_of}"
+    )
+    lines = [f"{name:<30}{''.join(f'{cell:<34}' for cell in cells)}".rstrip() for name, cells in rows.items()]
+    return "\n".join([*lines, foot])
+
+
+def _cell(spread: Spread, scale: float = 1) -> str:
+    return f"{spread.median * scale:.1f} [{spread.low * scale:.1f}, {spread.high * scale:.1f}]"
+
+
+def _megabytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1e6:.1f}"
+
+
+def _not_faster(what: str, dense: Spread, pruned: Spread) -> str:
+    told_apart = pruned.high < dense.low
+    how = "slower" if told_apart else "not faster beyond the spread"
+    return f"{what} {how}: {pruned.median:.1f} tokens/s, dense {dense.median:.1f}"
+
+
+def _reasons(dense: Speed, pruned: Speed, at_batch_1: bool) -> list[str]:
+    reasons, left = [], pruned.weights / dense.weights
+    if at_batch_1 and left < 1:
+        reasons.append(
+            f"at batch 1 reading the weights dominates: {1 - left:.0%} fewer bytes can give {1 / left:.2f} times the "
+            "speed at most"
+        )
+        if left < 0.95:
+            rates = [speed.weights * speed.writing.median / 1e9 for speed in (dense, pruned)]
+            reasons.append(
+                f"weights are read at {rates[1]:.1f} GB/s, dense {rates[0]:.1f}: where this falls, the fixed costs of "
+                "operations, of which there are as many as before, or their widths count for more than bytes"
+            )
+    if left >= 1:
+        reasons.append("its weights take as many bytes as the dense model's")
+    widths = {"FFN": (dense.widths, pruned.widths), "attention": (dense.attention_widths, pruned.attention_widths)}
+    reasons += [line for part, pair in widths.items() if (line := _odd(part, *pair))]
+    if pruned.gathers:
+        reasons.append(
+            f"{pruned.gathers} projections pick or place single value channels, which costs a copy each time: prune "
+            "whole heads, as FASP does with `attention: kv_heads`"
+        )
+    return reasons
+
+
+def _odd(part: str, before: Sequence[int], after: Sequence[int]) -> str | None:
+    """Says how many widths suit kernels less than before, by the smallest multiple that shows it."""
+    for multiple in MULTIPLES:
+        odd, dense = (sum(width % multiple > 0 for width in widths) for widths in (after, before))
+        if odd > dense:
+            return (
+                f"{odd} of {len(after)} {part} widths are no multiples of {multiple}, which kernels are made for: "
+                "prune to multiples, or pad when you export"
+            )
+    return None
+
+
+def _saturate(
+    model: PreTrainedModel, ids: Tensor, new_tokens: int, repeats: int, max_batch: int, alone: Spread
+) -> tuple[int, Spread, str]:
+    """The batch that writes most, how much, and why no larger one was taken."""
+    sizes, best = [1], alone
+    while (batch := sizes[-1] * 2) <= max_batch:
+        try:
+            runs = _runs(model, ids.expand(batch, -1), new_tokens, repeats)
+        except RuntimeError as error:
+            if "memory" not in str(error):
+                raise
+            return sizes[-1], best, "memory"
+        found = Spread.of([batch * (new_tokens - 1) / rest for _, rest in runs])
+        gain = found.median / best.median
+        if gain > 1:
+            best = found
+            sizes.append(batch)
+        if gain < GAIN:
+            return sizes[-1], best, "gain"
+    return sizes[-1], best, "cap"
+
+
+def _runs(model: PreTrainedModel, ids: Tensor, new_tokens: int, repeats: int) -> list[tuple[float, float]]:
+    """Seconds to the first token and from there to the last, of each run but the first."""
+    runs = []
+    for _ in range(repeats + 1):
+        written = write_greedily(model, ids, new_tokens)
+        start = _now(model.device)
+        next(written)
+        first = _now(model.device)
+        for _ in written:
+            pass
+        runs.append((first - start, _now(model.device) - first))
+    return runs[1:]
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@contextlib.contextmanager
+def _watched(device: torch.device) -> Iterator[Callable[[], int | None]]:
+    """Gives a function that tells the peak of memory since the start of the context."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: torch.cuda.max_memory_allocated(device)
+    else:
+        with contextlib.suppress(OSError):  # without the right to it, the peak is that of the process's life
+            Path("/proc/self/clear_refs").write_text("5")
+        yield _resident_peak
+
+
+def _resident_peak() -> int | None:
+    with contextlib.suppress(OSError, StopIteration):  # not Linux
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    return None
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _check_length(model: PreTrainedModel, prompt: int, new_tokens: int) -> None:
+    if new_tokens < 2:
+        raise ValueError(f"new_tokens is {new_tokens}, but must be at least 2: the first comes with the prompt")
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is not None and prompt + new_tokens > most:
+        raise ValueError(f"the model takes {most} tokens, fewer than {prompt} and {new_tokens} more: ask for fewer")
+
+
+def _shape(model: PreTrainedModel) -> dict[str, Any]:
+    """What of a model's structure bears on its speed."""
+    blocks = blocks_of(model)
+    attentions = [matrix(b.part(b.family.output)).shape[1] if b.has_attention else 0 for b in blocks]
+    return {
+        "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "widths": [block.channels for block in blocks],
+        "attention_widths": attentions,
+        "gathers": sum(isinstance(module, Gather | Scatter) for module in model.modules()),
+    }

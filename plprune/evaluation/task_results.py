@@ -1,0 +1,154 @@
+"""Results of lm-eval tasks: figures with their errors, averages, differences, and their table."""
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, cast
+
+AVERAGE = "average"
+
+
+class Figure(Protocol):
+    """A number with its standard error."""
+
+    @property
+    def value(self) -> float: ...
+    @property
+    def stderr(self) -> float | None: ...
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A number made of others, with its standard error.
+
+    Args:
+        value: The number.
+        stderr: Its standard error; None if it has none.
+    """
+
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What a model scored on one task, or on a group of them.
+
+    Args:
+        metric: What was measured.
+        value: The score.
+        stderr: Its standard error, by lm-eval; None if it gives none.
+        higher_is_better: Whether it is.
+        scores: That of each example; empty if the metric is no mean over examples.
+        examples: A hash of the examples and their order.
+        others: The task's other metrics, and their standard errors.
+        group: The group that it is a part of; None if it was asked for by itself.
+        parts: Of a group, how many of the examples each of its tasks has, and the weight of their mean in the score.
+    """
+
+    metric: str
+    value: float
+    stderr: float | None
+    higher_is_better: bool
+    scores: list[float]
+    examples: str
+    others: dict[str, tuple[float, float | None]]
+    group: str | None = None
+    parts: list[tuple[int, float]] = field(default_factory=list)
+
+
+def paired(dense: TaskResult, pruned: TaskResult) -> Difference | None:
+    """How much higher the second scores, example by example; None if the metric is no mean over examples.
+
+    Example:
+        >>> scores = dict(metric="acc", value=0.0, stderr=None, higher_is_better=True, examples="", others={})
+        >>> paired(TaskResult(scores=[1.0, 0.0], **scores), TaskResult(scores=[1.0, 1.0], **scores))
+        Difference(value=0.5, stderr=0.5)
+
+    Raises:
+        ValueError: They were not measured alike.
+    """
+    if (dense.metric, dense.examples) != (pruned.metric, pruned.examples):
+        raise ValueError("two results of other metrics or other examples cannot be paired: run both the same way")
+    changes = iter([after - before for before, after in zip(dense.scores, pruned.scores, strict=True)])
+    parts = pruned.parts or [(len(pruned.scores), 1.0)]
+    means = [_mean(list(itertools.islice(changes, count))) for count, _ in parts] if pruned.scores else []
+    return _weighted(means, [weight for _, weight in parts]) if means else None
+
+
+def average(figures: Iterable[Figure]) -> Difference | None:
+    """The mean of several figures, whose errors are independent; None of none.
+
+    Example:
+        >>> average([Difference(0.5, 0.3), Difference(0.7, 0.4)])
+        Difference(value=0.6, stderr=0.25)
+    """
+    figures = list(figures)
+    return _weighted(figures, [1 / len(figures)] * len(figures)) if figures else None
+
+
+def counted(results: dict[str, TaskResult]) -> list[str]:
+    """What an average is over: all that was asked for by itself, but metrics that are no mean over examples."""
+    return [name for name, result in results.items() if result.scores and result.group is None]
+
+
+def _mean(values: Sequence[float]) -> Difference:
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return Difference(statistics.fmean(values), error)
+
+
+def _weighted(figures: Sequence[Figure], weights: Sequence[float]) -> Difference:
+    """The sum of figures, whose errors are independent, each times its weight."""
+    pairs = list(zip(figures, weights, strict=True))
+    errors = [figure.stderr * weight for figure, weight in pairs if figure.stderr is not None]
+    error = math.hypot(*errors) if len(errors) == len(pairs) else None
+    return Difference(math.fsum(figure.value * weight for figure, weight in pairs), error)
+
+
+def columns(stages: dict[str, dict[str, TaskResult]]) -> dict[str, dict[str, Figure | None]]:
+    """Results by model and task; with two models their differences, and with several that count the averages."""
+    found: dict[str, dict[str, Figure | None]] = {stage: dict(results) for stage, results in stages.items()}
+    first, *others = stages.values()
+    if len(others) == 1:
+        found["difference"] = {name: paired(first[name], others[0][name]) for name in first}
+    names = counted(first)
+    if len(names) > 1:
+        for column in found.values():
+            column[AVERAGE] = average(cast(Figure, column[name]) for name in names)
+    return found
+
+
+def table(stages: dict[str, dict[str, TaskResult]]) -> str:
+    """Scores with their standard errors, a column for each model; of two, the difference too, example by example.
+
+    What is in a group follows it, indented.
+
+    Example:
+        >>> result = TaskResult("acc", 0.5, 0.1, True, [], "", {})
+        >>> print(table({"dense": {"piqa": result}, "pruned": {"piqa": result}}))
+        task                metric        dense             pruned            difference
+        piqa                acc           0.5000 ± 0.1000   0.5000 ± 0.1000   -
+    """
+    found, first = columns(stages), next(iter(stages.values()))
+    rows = [["task", "metric", *found]]
+    for name in next(iter(found.values())):
+        metric = first[name].metric if name in first else ""
+        rows.append(["  " * _depth(name, first) + name, metric, *(_cell(column[name]) for column in found.values())])
+    least = [18, 12, *[16] * len(found)]
+    widths = [max(low, *map(len, cells)) for low, cells in zip(least, zip(*rows, strict=True), strict=True)]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _depth(name: str, results: dict[str, TaskResult]) -> int:
+    """How many groups a result is within."""
+    group = results[name].group if name in results else None
+    return 0 if group is None else 1 + _depth(group, results)
+
+
+def _cell(figure: Figure | None) -> str:
+    if figure is None:
+        return "-"
+    return f"{figure.value:.4f}" + ("" if figure.stderr is None else f" ± {figure.stderr:.4f}")

@@ -1,0 +1,1 @@
+"""Files, text, processes, numbers: what knows nothing of models."""

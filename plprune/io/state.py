@@ -1,0 +1,85 @@
+"""Tensors, numbers and what lists and dictionaries make of them, in one safetensors file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+KEY = "plprune"
+
+
+def write_state(value: Any, file: Path) -> None:
+    """Writes tensors, numbers, strings and what lists, tuples, dictionaries and plain objects make of them.
+
+    Raises:
+        ValueError: There is something else in it.
+    """
+    tensors: dict[str, Tensor] = {}
+    described = json.dumps(_described(value, tensors))
+    save_file(tensors, file, metadata={KEY: described})
+
+
+def read_state(file: Path, device: torch.device | None = None) -> Any:
+    """What :func:`write_state` has written, objects as dictionaries of their attributes.
+
+    Args:
+        file: Where.
+        device: Where tensors go that were not on the CPU.
+    """
+    tensors = read_tensors(file)
+    with safe_open(file, framework="pt") as opened:
+        return _restored(json.loads(opened.metadata()[KEY]), tensors, device or torch.device("cpu"))
+
+
+def restore(owner: Any, state: dict[str, Any]) -> None:
+    """Gives an object the attributes that were kept of one like it."""
+    for name, value in state.items():
+        inner = getattr(owner, name, None)
+        if isinstance(value, dict) and hasattr(inner, "__dict__"):
+            restore(inner, value)
+        else:
+            setattr(owner, name, value)
+
+
+def _described(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": name, "cpu": value.device.type == "cpu"}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return {type(value).__name__: [_described(v, tensors) for v in value]}
+    if isinstance(value, dict):
+        return {"dict": [[_described(k, tensors), _described(v, tensors)] for k, v in value.items()]}
+    if type(value).__module__ != "builtins" and hasattr(value, "__dict__"):
+        return {"dict": [[k, _described(v, tensors)] for k, v in vars(value).items()]}
+    raise ValueError(
+        f"a {type(value).__name__} cannot be kept for --resume: statistics hold tensors, numbers, strings, lists and "
+        "dictionaries of them"
+    )
+
+
+def _restored(value: Any, tensors: dict[str, Tensor], device: torch.device) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, content), *_) = value.items()
+    if kind == "tensor":
+        tensor = tensors[content].clone()
+        return tensor if value["cpu"] else tensor.to(device)
+    if kind == "dict":
+        return {_restored(k, tensors, device): _restored(v, tensors, device) for k, v in content}
+    items = [_restored(v, tensors, device) for v in content]
+    return tuple(items) if kind == "tuple" else items
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; a damaged one is refused with what to do."""
+    try:
+        return load_file(file)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{file} is missing or damaged ({error}): start again by --overwrite") from error

@@ -1,0 +1,231 @@
+r"""Putting right what removal broke, for every method, in closed form: least-squares restoration and bias compensation.
+
+A method that has decided for all blocks prunes them in a second walk: in each, the attention's consumer is repaired
+first, and then the FFN's, by the inputs that the repaired attention gives it; what leaves the block enters the next.
+
+Restored weights are drawn toward the kept ones, so that what few tokens do not determine stays as it was. Inputs are
+centred where there may be a bias: on the text that it is fitted to, a restoration is then no worse than compensation.
+
+Symbols: W the consumer's weight, X its inputs with mean :math:`\mu` and second moments H, M the kept columns and P the
+removed ones, :math:`\lambda` the damping.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from plprune.architecture.blocks import Block, Group
+from plprune.architecture.modules import dense_weight
+from plprune.io import distributed
+from plprune.pruning.allocation import complement
+from plprune.pruning.forward import BlockInputs
+from plprune.pruning.statistics import Gram, Moments, Parted
+from plprune.pruning.stream import Calibration, observe_groups, stream
+from plprune.pruning.surgery import Surgery
+
+Repair = Literal["none", "compensate", "restore"]
+
+Damping = float | Literal["auto"]
+
+Seen = Moments | Gram | Parted
+
+DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of which `auto` takes one
+
+
+@dataclass(frozen=True)
+class Mending:
+    """How the consumers of what is removed are repaired.
+
+    Args:
+        repair: Not at all, by a bias, or by restored weights.
+        damping: Of a restoration; auto: each consumer's own, chosen by what is held out of the text.
+        bias: Whether a consumer may get a bias.
+        calibration: The text.
+
+    Raises:
+        ValueError: Nothing of the text can be held out.
+    """
+
+    repair: Repair
+    damping: Damping
+    bias: bool
+    calibration: Calibration
+
+    def __post_init__(self) -> None:
+        if self.repair == "restore" and self.damping == "auto" and len(self.calibration.windows(2)) < 2:
+            raise ValueError(
+                "`damping` auto holds out every fourth calibration window, but there is only one: raise num_samples, "
+                "or give `damping` a number"
+            )
+
+    @property
+    def statistic(self) -> Callable[[], Seen]:
+        """What has to be known of a consumer's inputs."""
+        if self.repair != "restore":
+            return Moments
+        return partial(Parted, self.calibration.first) if self.damping == "auto" else Gram
+
+    def carry_out(self, surgery: Surgery, chosen: Sequence[tuple[Block, Group, Tensor]], title: str) -> None:
+        """Prunes what was chosen, and repairs it, if at all, in a walk of its own.
+
+        Args:
+            surgery: What prunes.
+            chosen: Groups in the order of the blocks, each with the units that stay.
+            title: What the progress bar says.
+        """
+        if self.repair == "none":
+            for block, group, keep in chosen:
+                surgery.keep(block, group, keep)
+            return
+        rows = {index: list(own) for index, own in groupby(chosen, lambda row: row[0].index)}
+        for block, inputs in stream(surgery.model, self.calibration, title):
+            if not inputs.decided:
+                self._carry_out(surgery, block, inputs, [(group, keep) for _, group, keep in rows.get(block.index, [])])
+
+    def keep(
+        self,
+        surgery: Surgery,
+        block: Block,
+        group: Group,
+        keep: Tensor,  # [kept]
+        seen: Seen,
+    ) -> None:
+        """Removes all other units of a group, and repairs its consumer by what was seen of its inputs."""
+        if len(keep) == len(group):
+            return surgery.keep(block, group, keep)
+        consumer, columns = group.consumer, group.consumer.index[keep].flatten().sort().values
+        surgery.keep(block, group, keep, *self._values(dense_weight(block.part(consumer.path)), columns, seen))
+
+    def _carry_out(
+        self, surgery: Surgery, block: Block, inputs: BlockInputs, chosen: list[tuple[Group, Tensor]]
+    ) -> None:
+        for group, keep in chosen:
+            if len(keep) == len(group):
+                surgery.keep(block, group, keep)
+                continue
+            ((_, seen),) = observe_groups(block, inputs, self.statistic, [group])
+            self.keep(surgery, block, group, keep, seen)
+
+    def _values(
+        self,
+        weight: Tensor,  # [d_out, d_in]
+        columns: Tensor,  # [kept]
+        seen: Seen,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The consumer's weight over the columns that stay, and what its bias gains; None of what does not change."""
+        restored = None
+        if not isinstance(seen, Moments):  # the rows of a weight are independent: each process restores some
+            peers, damping = self.calibration.group, self.damping
+            rows = weight[distributed.share(range(len(weight)), peers)]
+            if isinstance(seen, Parted):
+                damping, seen = self._best_damping(rows, columns, seen), seen.pooled()
+            assert damping != "auto"
+            moments = seen.covariance() if self.bias else seen.second_moment()
+            seen.release()
+            restored = distributed.joined(restore(rows, moments, columns, damping), peers)
+        gains = self.repair != "none" and self.bias
+        return restored, compensation(weight, seen.mean, columns, restored) if gains else None
+
+    def _best_damping(self, rows: Tensor, columns: Tensor, seen: Parted) -> float:
+        """What errs least, over the rows of all processes, on what is held out."""
+        fitting, held_out = seen.fitting, seen.held_out
+        if self.bias:
+            moments = fitting.covariance(), held_out.about(fitting.mean)
+        else:
+            moments = fitting.second_moment(), held_out.second_moment()
+        errors = distributed.total(held_out_errors(rows, *moments, columns), self.calibration.group)
+        return DAMPINGS[int(errors.argmin())]
+
+
+def restore(
+    weight: Tensor,  # [d_out, d_in]
+    moments: Tensor,  # [d_in, d_in]
+    keep: Tensor,  # [kept]
+    damping: float,
+) -> Tensor:  # [d_out, kept], float64
+    r"""The kept columns, changed so that they also do the work of the removed ones (FASP).
+
+    .. math:: W' = W_M + W_P H_{PM} \left(H_{MM} + \lambda \, \overline{\mathrm{diag}}(H_{MM}) \, I\right)^{-1}
+
+    It minimises :math:`\lVert W X - W' X_M \rVert_F^2`, shrunk toward the kept weights rather than toward zero.
+
+    Args:
+        weight: The consumer's weight.
+        moments: Second moments of its inputs, centred if the bias is compensated too.
+        keep: Columns that stay.
+        damping: :math:`\lambda`, relative to the mean diagonal.
+
+    Example:
+        >>> w, x = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0], [2.0, 2.0]])
+        >>> restore(w, x.T @ x, torch.tensor([0]), damping=0.0)
+        tensor([[3.]], dtype=torch.float64)
+    """
+    gone = complement(keep, len(moments)).to(moments.device)
+    keep = keep.to(moments.device)
+    weight, moments = weight.double().to(moments.device), moments.double()
+    kept = moments[keep[:, None], keep]  # as few copies as can be: for a wide FFN each takes gigabytes
+    kept.diagonal().add_(damping * kept.diagonal().mean())
+    factor, info = torch.linalg.cholesky_ex(kept)
+    del kept
+    if info.item():
+        raise ValueError(
+            "the calibration inputs do not determine the restored weights: raise `damping`, or num_samples"
+        )
+    return weight[:, keep] + torch.cholesky_solve(moments[keep[:, None], gone] @ weight[:, gone].T, factor).T
+
+
+def held_out_errors(
+    weight: Tensor,  # [d_out, d_in]
+    fitting: Tensor,  # [d_in, d_in]
+    held_out: Tensor,  # [d_in, d_in]
+    keep: Tensor,  # [kept]
+    dampings: Sequence[float] = DAMPINGS,
+) -> Tensor:  # [dampings], float64
+    r"""How far restored outputs are from the dense ones on inputs that the restoration has not seen, for each damping.
+
+    .. math:: \mathrm{tr}\bigl((W'_\lambda - W) \, H_{held} \, (W'_\lambda - W)^\top\bigr)
+
+    with zeros in W' for what was removed.
+
+    Args:
+        weight: The consumer's weight.
+        fitting: Second moments of the inputs that it is restored by.
+        held_out: Second moments of those that judge it, about the same point: with a bias, the mean of the former.
+        keep: Columns that stay.
+        dampings: Each :math:`\lambda` to try.
+
+    Example:
+        >>> w, keep = torch.tensor([[1.0, 2.0]]), torch.tensor([0])
+        >>> held_out_errors(w, torch.eye(2), torch.eye(2), keep, [0.01, 1.0])
+        tensor([4., 4.], dtype=torch.float64)
+    """
+    weight, held_out, keep = weight.double().to(held_out.device), held_out.double(), keep.to(held_out.device)
+    errors = []
+    for damping in dampings:
+        off = (-weight).index_add_(1, keep, restore(weight, fitting, keep, damping))
+        errors.append((off @ held_out * off).sum())
+    return torch.stack(errors)
+
+
+def compensation(
+    weight: Tensor,  # [d_out, d_in]
+    mean: Tensor,  # [d_in]
+    keep: Tensor,  # [kept]
+    restored: Tensor | None = None,  # [d_out, kept]
+) -> Tensor:  # [d_out], float64
+    r"""What the bias must gain for the consumer's mean output to stay (FLAP's compensation; FASP's with W').
+
+    .. math:: \Delta b = W \mu - W' \mu_M \quad (= W_P \, \mu_P \text{ when } W' = W_M)
+
+    Example:
+        >>> compensation(torch.tensor([[1.0, 2.0]]), torch.tensor([5.0, 3.0]), torch.tensor([0]))
+        tensor([6.], dtype=torch.float64)
+    """
+    weight, mean, keep = weight.double(), mean.double().to(weight.device), keep.to(weight.device)
+    restored = weight[:, keep] if restored is None else restored.to(weight.device)
+    return weight @ mean - restored @ mean[keep]

@@ -1,0 +1,351 @@
+r"""What calibration remembers: running statistics, accumulated in float64, of any number of batches of any size.
+
+Symbols: X the inputs of one projection, b samples (sequences), s tokens of each, d features; t runs over all tokens.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from plprune.io.distributed import Group, joined, total
+
+Distance = Literal["angular", "cosine", "mse", "mae", "uniform"]
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Statistic(Protocol):
+    """Something that can be updated with the inputs of a projection, and merged over processes."""
+
+    def update(self, x: Tensor) -> None:  # [b, s, d]
+        ...
+
+    def merge(self, group: Group) -> None:
+        """Takes in what all other processes have seen, so that each has what one would that had seen everything."""
+        ...
+
+
+class Together:
+    """Several statistics of the same inputs.
+
+    Args:
+        parts: The statistics.
+    """
+
+    def __init__(self, parts: Sequence[Statistic]) -> None:
+        self.parts = parts
+
+    def update(self, x: Tensor) -> None:  # [b, s, d]
+        for part in self.parts:
+            part.update(x)
+
+    def merge(self, group: Group) -> None:
+        for part in self.parts:
+            part.merge(group)
+
+
+class Moments:
+    r"""Mean and variance of every feature over tokens, put together from the moments of each sample.
+
+    Example:
+        >>> m = Moments()
+        >>> m.update(torch.tensor([[[1.0], [2.0]]]))
+        >>> m.update(torch.tensor([[[5.0], [8.0]]]))
+        >>> m.mean, m.variance
+        (tensor([4.], dtype=torch.float64), tensor([10.], dtype=torch.float64))
+    """
+
+    def __init__(self) -> None:
+        self._counts: list[int] = []  # tokens of each sample
+        self._means: list[Tensor] = []  # [b, d] each
+        self._m2: list[Tensor] = []  # [b, d] each, sums of squared deviations from the sample's own mean
+
+    def update(self, x: Tensor) -> None:  # [b, s, d]
+        s, mean = x.shape[1], x.mean(1, dtype=torch.float64)
+        pivot = mean.float()  # deviations are taken in float32 from a float32 pivot, and the rest is put right here
+        m2 = torch.linalg.vector_norm(x - pivot[:, None], dim=1, dtype=torch.float64).square()
+        self._counts += [s] * len(x)
+        self._means.append(mean)
+        self._m2.append(m2 - s * (mean - pivot).square())
+
+    def merge(self, group: Group) -> None:  # samples keep their order: no bit differs from one process's
+        for rows in (self._means, self._m2):
+            rows[:] = [merged] if (merged := joined(torch.cat(rows) if rows else None, group)) is not None else []
+        counts = joined(torch.tensor(self._counts, dtype=torch.int64) if self._counts else None, group)
+        self._counts = counts.tolist() if counts is not None else []
+
+    @property
+    def count(self) -> int:
+        return sum(self._counts)
+
+    @property
+    def mean(self) -> Tensor:  # [d]
+        return (self._weights() * torch.cat(self._means)).sum(0) / self.count
+
+    @property
+    def variance(self) -> Tensor:  # [d]
+        """Unbiased; of at least two tokens."""
+        spread = self._weights() * (torch.cat(self._means) - self.mean).square()
+        return (torch.cat(self._m2) + spread).sum(0) / (self.count - 1)
+
+    @property
+    def running_variance(self) -> Tensor:  # [d]
+        r"""The estimate of FLAP's authors, which never looks back: sample c about the mean of samples up to c,
+
+        .. math:: \frac{1}{C - 1} \sum_{c=2}^{C} \frac{c - 1}{c} \, \frac1s \sum_t (X_{ctj} - \bar X^{(c)}_j)^2
+
+        The plain variance if there is only one sample.
+        """
+        if len(self._counts) == 1:
+            return self.variance
+        means, weights = torch.cat(self._means), self._weights()
+        running = (weights * means).cumsum(0) / weights.cumsum(0)
+        about = torch.cat(self._m2) / weights + (means - running).square()
+        c = torch.arange(1, len(means) + 1, dtype=means.dtype, device=means.device)[:, None]
+        return ((c - 1) / c * about).sum(0) / (len(means) - 1)
+
+    @property
+    def norm(self) -> Tensor:  # [d]
+        r""":math:`\lVert X_{:,j} \rVert_2` over all tokens."""
+        return (torch.cat(self._m2) + self._weights() * torch.cat(self._means).square()).sum(0).sqrt()
+
+    def _weights(self) -> Tensor:  # [samples, 1]
+        return torch.tensor(self._counts, dtype=torch.float64, device=self._means[0].device)[:, None]
+
+
+class Norms:
+    r"""Euclidean norm of every feature, of each sample by itself and of all of them pooled.
+
+    Example:
+        >>> n = Norms()
+        >>> n.update(torch.tensor([[[3.0], [4.0]], [[0.0], [12.0]]]))
+        >>> n.mean, n.pooled
+        (tensor([8.5000], dtype=torch.float64), tensor([13.], dtype=torch.float64))
+    """
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self._sum = torch.zeros((), dtype=torch.float64)
+        self._squares = torch.zeros((), dtype=torch.float64)
+
+    def update(self, x: Tensor) -> None:  # [b, s, d]
+        norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+        self._sum = self._sum.to(x.device) + norms.sum(0)
+        self._squares = self._squares.to(x.device) + norms.square().sum(0)
+        self.samples += len(x)
+
+    def merge(self, group: Group) -> None:
+        self._sum, self._squares = total(self._sum, group), total(self._squares, group)
+        self.samples = int(total(torch.tensor(self.samples), group))
+
+    @property
+    def mean(self) -> Tensor:  # [d]
+        r""":math:`\frac1C \sum_c \lVert X_{c,:,j} \rVert_2`"""
+        return self._sum / self.samples
+
+    @property
+    def pooled(self) -> Tensor:  # [d]
+        r""":math:`\lVert X_{:,j} \rVert_2` over all tokens."""
+        return self._squares.sqrt()
+
+
+class Gram:
+    r"""Second moments :math:`X^\top X` and mean of all features.
+
+    Products are taken in float32 and summed in float64, of inputs less the mean of the first batch: features that stay
+    far from zero would otherwise cost their variance its digits. Of inputs in bfloat16 or float16, a GPU takes them in
+    its tensor cores, by TF32: that rounds each factor to 11 bits, where the inputs themselves have come in 8 or 11.
+
+    Example:
+        >>> g = Gram()
+        >>> g.update(torch.tensor([[[1.0, 2.0], [3.0, 2.0]]]))
+        >>> g.covariance()
+        tensor([[1., 0.],
+                [0., 0.]], dtype=torch.float64)
+    """
+
+    tile = 256  # columns of one product: X'X is symmetric, so tiles below the diagonal are not computed
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._pivot: Tensor | None = None  # [d], what the other sums are taken from
+        self._sum = torch.zeros((), dtype=torch.float64)
+        self._products = torch.zeros((), dtype=torch.float64)  # [d, d], upper tiles
+
+    def update(self, x: Tensor) -> None:  # [b, s, d]
+        rounded = in_tf32(x.dtype, x.device.type)
+        x = x.flatten(0, -2).float()
+        x = x - (self._start(x.mean(0)) if self._pivot is None else self._pivot)
+        with tf32() if rounded else contextlib.nullcontext():
+            for i, tile in zip(range(0, x.shape[1], self.tile), self._tiles(), strict=True):
+                tile += x[:, i : i + self.tile].T @ x[:, i:]
+        self._sum += x.sum(0, dtype=torch.float64)
+        self.count += len(x)
+
+    def merge(self, group: Group) -> None:
+        r"""Sums of :math:`x - p` and of its products are first moved to the first pivot p that a process has."""
+        pivots = joined(None if self._pivot is None else self._pivot[None], group)
+        assert pivots is not None, "no process has seen anything"
+        if self._pivot is None:
+            self._start(pivots[0])
+        self._move(pivots[0])
+        self._sum = total(self._sum, group)
+        self.count = int(total(torch.tensor(self.count), group))
+        upper = total(torch.cat([tile.flatten() for tile in self._tiles()]), group)
+        for tile, part in zip(self._tiles(), upper.split([tile.numel() for tile in self._tiles()]), strict=True):
+            tile.copy_(part.view_as(tile))
+
+    def add(self, other: "Gram") -> None:
+        """Takes in what another has seen, whose sums are moved for that."""
+        assert self._pivot is not None, "no update yet"
+        other._move(self._pivot)
+        self._sum += other._sum
+        self._products += other._products
+        self.count += other.count
+
+    def _move(self, pivot: Tensor) -> None:
+        assert self._pivot is not None, "no update yet"
+        shift = (self._pivot - pivot).double()
+        self._products.addr_(shift, self._sum).addr_(self._sum, shift).addr_(shift, shift, alpha=self.count)
+        self._pivot, self._sum = pivot, self._sum + self.count * shift
+
+    def _start(self, pivot: Tensor) -> Tensor:
+        self._pivot, d = pivot, len(pivot)
+        self._sum = torch.zeros(d, dtype=torch.float64, device=pivot.device)
+        self._products = torch.zeros(d, d, dtype=torch.float64, device=pivot.device)
+        return pivot
+
+    def _tiles(self) -> list[Tensor]:
+        """Views of the products' upper part."""
+        return [self._products[i : i + self.tile, i:] for i in range(0, len(self._products), self.tile)]
+
+    @property
+    def mean(self) -> Tensor:  # [d]
+        assert self._pivot is not None, "no update yet"
+        return self._pivot + self._sum / self.count
+
+    def second_moment(self) -> Tensor:  # [d, d]
+        return self.covariance().addr_(self.mean, self.mean)
+
+    def covariance(self) -> Tensor:  # [d, d]
+        """Second moment about the mean."""
+        for i in range(self.tile, len(self._products), self.tile):
+            self._products[i:, i - self.tile : i] = self._products[i - self.tile : i, i:].T
+        offset = self._sum / self.count
+        return (self._products / self.count).addr_(offset, offset, alpha=-1)
+
+    def about(self, point: Tensor) -> Tensor:  # [d] -> [d, d]
+        """Second moment about a point."""
+        offset = self.mean - point
+        return self.covariance().addr_(offset, offset)
+
+    def release(self) -> None:
+        """Frees the second moments, which can be larger than a block; the mean stays."""
+        self._products = torch.zeros((), dtype=torch.float64)
+
+    @property
+    def norm(self) -> Tensor:  # [d]
+        r""":math:`\lVert X_{:,j} \rVert_2` over all tokens."""
+        offset = self._sum / self.count
+        return (self._products.diagonal() + self.count * (self.mean.square() - offset.square())).clamp(min=0).sqrt()
+
+
+def in_tf32(dtype: torch.dtype, device: str) -> bool:
+    """Whether products of values that were of a dtype may be taken in TF32, which loses little of them, and is fast."""
+    return dtype in HALF and device == "cuda"
+
+
+@contextlib.contextmanager
+def tf32() -> Iterator[None]:
+    """Products of float32 on CUDA in TF32, for the time of the context."""
+    matmul: Any = torch.backends.cuda.matmul
+    name, value = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
+    before = getattr(matmul, name)
+    setattr(matmul, name, value)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
+
+
+class Parted:
+    r"""Second moments of all features, those of every fourth sample apart: by these is judged what the others give.
+
+    Args:
+        first: Which of all samples is the first that it will see.
+
+    Example:
+        >>> p = Parted()
+        >>> p.update(torch.tensor([[[1.0], [3.0]], [[5.0], [7.0]]]))
+        >>> p.fitting.mean, p.held_out.mean, p.norm.square()
+        (tensor([2.], dtype=torch.float64), tensor([6.], dtype=torch.float64), tensor([84.], dtype=torch.float64))
+    """
+
+    def __init__(self, first: int = 0) -> None:
+        self.next, self.fitting, self.held_out = first, Gram(), Gram()
+
+    def update(self, x: Tensor) -> None:  # [b, s, d]
+        apart = torch.arange(self.next, self.next + len(x)) % 4 == 1  # of two samples already one
+        for part, own in ((self.fitting, ~apart), (self.held_out, apart)):
+            if own.any():  # by numbers, as a mask on a GPU would have it waited for
+                part.update(x[own.nonzero().flatten().to(x.device, non_blocking=True)])
+        self.next += len(x)
+
+    def merge(self, group: Group) -> None:
+        self.fitting.merge(group)
+        self.held_out.merge(group)
+
+    def pooled(self) -> Gram:
+        """Both parts as one; they are used up."""
+        self.fitting.add(self.held_out)
+        self.held_out.release()
+        return self.fitting
+
+    @property
+    def norm(self) -> Tensor:  # [d]
+        r""":math:`\lVert X_{:,j} \rVert_2` over all tokens."""
+        return torch.hypot(self.fitting.norm, self.held_out.norm)
+
+
+class BlockInfluence:
+    r"""How far a block moves its hidden states: the mean over tokens of a distance between input and output.
+
+    Example:
+        >>> influence = BlockInfluence()
+        >>> influence.update(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]]))
+        >>> influence.distance("angular"), influence.distance("mae")
+        (0.5, 1.0)
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        names, zero = ("angular", "cosine", "mse", "mae"), torch.zeros((), dtype=torch.float64)
+        self._sums: dict[str, Tensor] = dict.fromkeys(names, zero)  # where the states are: nobody waits
+
+    def update(self, x: Tensor, y: Tensor) -> None:  # [b, s, d], [b, s, d]
+        x, y = x.flatten(0, -2).float(), y.flatten(0, -2).float()
+        # Rounding takes the cosine of equal vectors above 1, and the arc cosine of that is NaN: clamp.
+        cosine = torch.cosine_similarity(x, y).clamp(-1, 1)
+        change = y - x
+        values = {
+            "angular": cosine.arccos() / math.pi,
+            "cosine": 1 - cosine,
+            "mse": change.square().mean(-1),
+            "mae": change.abs().mean(-1),
+        }
+        for name, value in values.items():
+            self._sums[name] = self._sums[name].to(value.device) + value.sum(dtype=torch.float64)
+        self.count += len(x)
+
+    def merge(self, group: Group) -> None:
+        """Takes in what all other processes have seen."""
+        sums = total(torch.tensor([*self._sums.values(), self.count], dtype=torch.float64), group)
+        self._sums, self.count = dict(zip(self._sums, sums, strict=False)), int(sums[-1])
+
+    def distance(self, name: Distance) -> float:
+        """The mean distance over tokens; `uniform` is the same for every block."""
+        return 1.0 if name == "uniform" else float(self._sums[name]) / self.count

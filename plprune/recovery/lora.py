@@ -1,0 +1,240 @@
+r"""LoRA whose ranks follow the blocks: recovery as CFSP proposes it, through PEFT.
+
+More important blocks get more trainable capacity (CFSP, https://arxiv.org/abs/2409.13199, importance-guided recovery;
+the authors published no code and no numbers, so the rule is ours):
+
+.. math:: r_l = r \, u_l / \bar u, \qquad \alpha_l = \alpha \, r_l / r
+
+rounded so that the ranks sum to B r exactly, each at least 1. The scale :math:`\alpha_l / r_l` is then the same
+everywhere. Rank-stabilised LoRA (https://arxiv.org/abs/2312.03732), which scales by :math:`\alpha_l / \sqrt{r_l}`, has
+:math:`\alpha_l = \alpha \sqrt{r_l / r}`, so that its scale is :math:`\alpha / \sqrt r` everywhere, too.
+
+DoRA (https://arxiv.org/abs/2402.09353) trains how large each row of a weight is apart from where it points:
+
+.. math:: W' = m \odot \frac{W + s B A}{\lVert W + s B A \rVert}
+
+row by row; the magnitudes start as the norms of W's rows.
+
+Symbols: B blocks, r mean rank, :math:`u_l` what block l is weighted by; of one layer W weight [d_out, d_in], A and B
+factors, s scale, m magnitudes [d_out].
+"""
+
+import contextlib
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from plprune.architecture.blocks import blocks_of
+from plprune.architecture.families import family_of
+from plprune.architecture.modules import is_transposed
+from plprune.io.checks import check_sizes
+from plprune.pruning.allocation import largest_remainder
+from plprune.pruning.plan import PruningPlan
+from plprune.recovery.consumers import as_stored, rounded
+
+OWN = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.")  # in the names of adapters' parameters
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters on the linear layers of the blocks.
+
+    Args:
+        rank: Mean rank over the blocks; the ranks sum to `rank` times the number of blocks exactly.
+        alpha: Scale, above 0: adapters are multiplied by alpha / rank, in every block alike.
+        dropout: Dropout of the adapters' inputs, in [0, 1).
+        by: What a block's rank is proportional to: its importance, the share of it that was removed (damage), or the
+            same for all (uniform).
+        targets: Last names of the linear layers to adapt (`q_proj`, `down_proj`); all if not given.
+        dora: Whether the magnitude of each output is trained beside the adapters (DoRA): more to train, slower steps,
+            the same model in the end. Not under ZeRO-3 and FSDP2.
+        rslora: Whether adapters are multiplied by alpha / sqrt(rank) instead, in every block alike.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    by: Literal["importance", "damage", "uniform"] = "importance"
+    targets: list[str] | None = None
+    dora: bool = False
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        check_sizes(rank=self.rank)
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha is {self.alpha}, but adapters are multiplied by it: give a number above 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, but it is a share in [0, 1)")
+        if self.targets == []:
+            raise ValueError("targets is empty: name linear layers, or leave it out for all")
+
+
+def weights(lora: LoRA, plan: PruningPlan | None, blocks: int) -> Tensor:  # [blocks]
+    """What the blocks' ranks are proportional to; all the same for a model that was not pruned."""
+    if plan is None or lora.by == "uniform":
+        return torch.ones(blocks)
+    return plan.importance if lora.by == "importance" else plan.damage.clamp(min=0)
+
+
+def ranks(weights: Sequence[float], rank: int) -> list[int]:
+    """Ranks proportional to `weights`, at least 1, that sum to `rank` times their number.
+
+    Example:
+        >>> ranks([1.0, 2.0, 3.0], 4)
+        [2, 4, 6]
+    """
+    return largest_remainder(weights, rank * len(weights))
+
+
+def inject(model: PreTrainedModel, lora: LoRA, plan: PruningPlan | None) -> list[int]:
+    """Adds adapters to a model, freezes everything else, and gives the rank of each block.
+
+    Raises:
+        ValueError: No linear layer has one of the names in `lora.targets`, or one has rows that have no magnitude.
+    """
+    blocks = blocks_of(model)
+    by_block = ranks(weights(lora, plan, len(blocks)).tolist(), lora.rank)
+    prefix = family_of(model.config).blocks
+    rank_of = {
+        f"{prefix}.{block.index}.{name}": rank
+        for block, rank in zip(blocks, by_block, strict=True)
+        for name, module in block.module.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and _targeted(name, lora.targets)
+    }
+    if not rank_of:
+        raise ValueError(f"no linear layer of the blocks is named {' or '.join(lora.targets or [])}: see lora.targets")
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=cast(int, lora.alpha),
+        lora_dropout=lora.dropout,
+        target_modules=list(rank_of),
+        fan_in_fan_out=is_transposed(model.get_submodule(next(iter(rank_of)))),
+        use_dora=lora.dora,
+        use_rslora=lora.rslora,
+        # PEFT reads the keys as regular expressions; without its own alpha a layer's scale would follow its rank.
+        rank_pattern={re.escape(path): rank for path, rank in rank_of.items()},
+        alpha_pattern={re.escape(path): _alpha(lora, rank) for path, rank in rank_of.items()},
+    )
+    inject_adapter_in_model(config, model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # what is trained is kept in full precision
+    if lora.dora:
+        _measure(model)
+    elif not lora.dropout:  # DoRA takes norms in the dtype of the inputs, and dropout draws by it
+        for _, layer in adapters(model):
+            cast(nn.Module, layer).register_forward_pre_hook(_leave_to_autocast)
+    return by_block
+
+
+def adapters(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+    """The adapted layers of a model, by name."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of a model, by name, but those of its adapters."""
+    return [(name, p) for name, p in model.named_parameters() if not any(part in name for part in OWN)]
+
+
+@contextlib.contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """The model as it will be saved, for the time of the context; exactly as before after it.
+
+    Adapters are merged into plain layers, and what is trained in float32 has the dtype of the rest.
+    """
+    layers = adapters(model)
+    originals = []
+    for name, layer in layers:
+        base = cast(nn.Linear, layer.get_base_layer())
+        originals.append(base.weight.detach().to("cpu", copy=True))
+        base.weight.data = _merged(layer, base.weight.detach(), lambda p: p.detach())
+        _set(model, name, base)
+    try:
+        with rounded(model):
+            yield
+    finally:
+        for (name, layer), weight in zip(layers, originals, strict=True):
+            base = cast(nn.Linear, layer.get_base_layer())
+            base.weight.data = weight.to(base.weight.device)
+            _set(model, name, cast(nn.Module, layer))
+
+
+def merged_state(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The parameters that the model has without adapters, one by one, with these merged into them, as they are saved.
+
+    Args:
+        model: With or without adapters; it is not changed.
+        whole: Gives the value of a parameter, which may be in shards. It is called for all of them, in order.
+    """
+    layers = dict(adapters(model))
+    for name, parameter in base_parameters(model):
+        path, _, kind = name.rpartition(".")
+        layer = layers.get(path.removesuffix(".base_layer"))
+        value = whole(parameter)
+        if layer is not None and kind == "weight":
+            value = _merged(layer, value, whole)
+        yield name.replace(".base_layer.", "."), as_stored(model.get_submodule(path), value)
+
+
+def _measure(model: nn.Module) -> None:
+    """Sets magnitudes to the norms of the rows; PEFT has rounded them to the dtype of the weights."""
+    for name, layer in adapters(model):
+        norms = _rows(layer, cast(nn.Linear, layer.get_base_layer()).weight.detach().float()).norm(dim=1)
+        if not norms.all():
+            raise ValueError(
+                f"{name} has rows of zeros, as --widen and --pad_to make, and DoRA divides by their norm: "
+                "leave out lora.dora, or recover the model before it is widened"
+            )
+        for magnitude in layer.lora_magnitude_vector.values():
+            cast(nn.Linear, magnitude).weight.data = norms
+
+
+def _alpha(lora: LoRA, rank: int) -> float:
+    """The alpha by which a layer of some rank has the scale of all."""
+    return lora.alpha * math.sqrt(rank / lora.rank) if lora.rslora else lora.alpha * rank / lora.rank
+
+
+def _merged(layer: LoraLayer, weight: Tensor, whole: Callable[[Tensor], Tensor]) -> Tensor:
+    """The weight of a layer with its adapters in it."""
+    value = weight.float() + sum(_delta(layer, each, whole) for each in layer.active_adapters)
+    for adapter in layer.active_adapters:
+        if adapter in layer.lora_magnitude_vector:
+            magnitude = whole(cast(nn.Linear, layer.lora_magnitude_vector[adapter]).weight)
+            rows = _rows(layer, value)
+            value = _rows(layer, rows * (magnitude / rows.norm(dim=1))[:, None])
+    return value.to(weight.dtype).contiguous()
+
+
+def _rows(layer: LoraLayer, weight: Tensor) -> Tensor:
+    """A weight as [d_out, d_in], or such a one as the layer stores it."""
+    return weight.T if is_transposed(layer.get_base_layer()) else weight
+
+
+def _delta(layer: LoraLayer, adapter: str, whole: Callable[[Tensor], Tensor]) -> Tensor:
+    a, b = (whole(cast(nn.Linear, factor[adapter]).weight) for factor in (layer.lora_A, layer.lora_B))
+    return _rows(layer, b.float() @ a.float() * layer.scaling[adapter])
+
+
+def _leave_to_autocast(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+    """PEFT makes float32 of what enters adapters; autocast would round a copy of that back, and keep it for each."""
+    cast(LoraLayer, layer).cast_input_dtype_enabled = not torch.is_autocast_enabled(args[0].device.type)
+
+
+def _targeted(name: str, targets: list[str] | None) -> bool:
+    parts = name.removesuffix(".linear").split(".")
+    return targets is None or parts[-1] in targets
+
+
+def _set(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)

@@ -1,0 +1,181 @@
+"""When things happen in a fit; how is said elsewhere.
+
+Pruning happens in `setup`: the model is whole then, on the CPU, and no optimizer or wrapper has seen it. `on_fit_start`
+is too late; there, nothing would train, without an error.
+"""
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Mapping
+from typing import Any, cast
+
+import lightning.pytorch as pl
+from transformers import PreTrainedModel
+
+from plprune import report
+from plprune.architecture.modules import on_device
+from plprune.evaluation.measurement import as_dict
+from plprune.pruning.surgery import plan_of
+from plprune.recovery.lora import merged
+from plprune.report.found import of_plan, of_process, title_of, versions
+from plprune.report.samples import PROMPTS, continued
+from plprune.training.callbacks.evaluate import Evaluate
+from plprune.training.callbacks.order import check_order
+from plprune.training.callbacks.prune import Prune
+from plprune.training.callbacks.record import configuration
+from plprune.training.callbacks.shared import model_of, trainer_data
+from plprune.training.checkpointing import is_dry
+from plprune.training.strategies import shards
+
+log = logging.getLogger(__name__)
+
+PAUSE = 10.0  # seconds between two reports while training goes on
+
+FOUND = ("stages", "loss", "generated")  # of a report, what a run that goes on takes over
+
+POINTS = 2000  # of the loss in a report; where there are more, every second one goes
+
+
+class Report(pl.Callback):
+    """Writes `report.html` and `report.json` from the start of a fit on, and again after each stage.
+
+    A run that is killed leaves a report of what there is, a dry run none. A report that cannot be written is a warning,
+    and the run goes on. What `Evaluate` measures is taken from it; list `Report` after it and before `Prune`.
+
+    Args:
+        output: Folder to write to, or an `.html` file; the trainer's `default_root_dir` if not given.
+        prompts: Texts that the dense, the pruned and the recovered model continue; three short ones if not given. None
+            is continued where weights are in shards, or where the module has no `tokenizer`.
+        attribute: Name of the module's attribute that holds the Hugging Face model.
+    """
+
+    def __init__(self, output: str | None = None, prompts: list[str] | None = None, attribute: str = "model") -> None:
+        self.output, self.attribute = output, attribute
+        self.prompts = list(PROMPTS) if prompts is None else prompts
+        self.record: dict[str, Any] = {}
+        self._last = 0.0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        check_order(trainer)
+        model = model_of(pl_module, self.attribute)
+        if trainer.is_global_zero:
+            report.check_ours(report.page_of(self._place(trainer)))
+        self.record = {"version": report.VERSION, "kind": "run", "status": "running", "process": of_process()}
+        self.record |= self._asked(trainer, pl_module, model) | {"stages": {}, "loss": [], "generated": []}
+        if trainer.ckpt_path is None:  # else what an earlier run has written stays until the checkpoint is read
+            if plan_of(model) is None and trainer.is_global_zero:
+                with on_device(model, trainer.strategy.root_device):
+                    self._generate("dense", trainer, pl_module, sharded=False)
+            self._write(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        plan = plan_of(model_of(pl_module, self.attribute))
+        self.record |= {"status": "running", "process": of_process()}
+        self.record.pop("reason", None)
+        if plan is not None:
+            known = of_plan(plan)
+            known["versions"] = self.record["versions"] | known["versions"]
+            known["seeds"] = self.record["seeds"] | known["seeds"]
+            self.record |= known
+            self.record["title"] = title_of(self.record)
+        for block, rank in zip(self.record.get("blocks", []), getattr(pl_module, "ranks", []), strict=False):
+            block["rank"] = rank
+        if trainer.ckpt_path is None and plan is not None:
+            self._generate("pruned", trainer, pl_module, shards(trainer.strategy))
+        self._progress(trainer)
+        self._write(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step, known = trainer.global_step, self.record["loss"]
+        every = getattr(trainer, "log_every_n_steps", 1) or 1
+        if not step or step % every or (known and known[-1][0] == step):  # there may be many batches to a step
+            return
+        loss = trainer.callback_metrics.get("train_loss", outputs.get("loss") if isinstance(outputs, Mapping) else None)
+        if loss is None:
+            return
+        known.append([step, float(loss)])
+        if len(known) > POINTS:
+            del known[1::2]
+        self._progress(trainer)
+        if time.monotonic() - self._last > PAUSE:
+            self._write(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        sharded = shards(trainer.strategy)
+        if trainer.is_global_zero and not sharded:
+            with merged(model_of(pl_module, self.attribute)):
+                self._generate("recovered", trainer, pl_module, sharded)
+        self._progress(trainer)
+        self.record["status"] = "finished"
+        self._write(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.record["status"] == "running":  # there was nothing to train
+            self.on_train_start(trainer, pl_module)
+            self.record["status"] = "finished"
+        self._write(trainer)  # with what callbacks that are listed later have found
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self.record:
+            reason = next(iter(str(exception).splitlines()), "")
+            name = type(exception).__name__
+            self.record |= {"status": "stopped", "reason": name if reason in ("", "75", "0") else f"{name}: {reason}"}
+            self._write(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return report.completed(self.record)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.record |= {name: state_dict[name] for name in FOUND if name in state_dict}
+
+    def _place(self, trainer: pl.Trainer) -> str:
+        return self.output or trainer.default_root_dir
+
+    def _asked(self, trainer: pl.Trainer, module: pl.LightningModule, model: PreTrainedModel) -> dict[str, Any]:
+        """What is known before anything is done."""
+        method = next((each.method for each in cast(Any, trainer).callbacks if isinstance(each, Prune)), None)
+        settings = dataclasses.asdict(cast(Any, method)) if method else {}
+        asked = {"method": type(method).__name__, "sparsity": settings.get("sparsity"), "settings": settings}
+        seeds = {"run": os.environ.get("PL_GLOBAL_SEED"), "data": getattr(trainer_data(trainer), "seed", None)}
+        known = {
+            "model": model.config.name_or_path,
+            "asked": asked if method else {},
+            "config": configuration(trainer, module),
+            "versions": versions("plprune", "torch", "transformers", "lightning", "peft"),
+            "seeds": {name: int(seed) for name, seed in seeds.items() if seed is not None},
+        }
+        return known | {"title": title_of(known)}
+
+    def _generate(self, name: str, trainer: pl.Trainer, module: pl.LightningModule, sharded: bool) -> None:
+        """Has the model continue the prompts."""
+        tokenizer = getattr(module, "tokenizer", None)
+        if sharded or tokenizer is None or not trainer.is_global_zero or not self.prompts:
+            return
+        texts = continued(model_of(module, self.attribute), tokenizer, self.prompts)
+        known = {each["prompt"]: each for each in self.record["generated"]}
+        self.record["generated"] = [
+            {**known.get(prompt, {"prompt": prompt}), name: text}
+            for prompt, text in zip(self.prompts, texts, strict=True)
+        ]
+
+    def _progress(self, trainer: pl.Trainer) -> None:
+        steps = trainer.estimated_stepping_batches
+        if steps != float("inf"):
+            self.record["progress"] = {"step": trainer.global_step, "steps": int(steps)}
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        for each in cast(Any, trainer).callbacks:
+            if isinstance(each, Evaluate):
+                self.record["stages"] |= as_dict(each.rows)
+        self._last = time.monotonic()
+        if trainer.is_global_zero and not is_dry(trainer):
+            try:
+                report.write(self.record, self._place(trainer), overwrite=True)
+            except (OSError, ValueError) as error:
+                log.warning("no report: %s", error)

@@ -1,0 +1,26 @@
+"""What the callbacks ask of a trainer."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from transformers import PreTrainedModel
+
+
+def model_of(module: pl.LightningModule, attribute: str) -> PreTrainedModel:
+    """The Hugging Face model that a LightningModule holds.
+
+    Raises:
+        ValueError: There is none under that name.
+    """
+    model = getattr(module, attribute, None)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"{type(module).__name__}.{attribute} is {type(model).__name__}, not a Hugging Face model: "
+            "give the name of the attribute that holds it (`attribute`)"
+        )
+    return model
+
+
+def trainer_data(trainer: pl.Trainer) -> Any:
+    """The data module of a run, if it has one."""
+    return getattr(trainer, "datamodule", None)

@@ -1,0 +1,356 @@
+"""Pruning for a place to serve: what the result looks like, and what is refused before any weight is loaded."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from plprune import CFSP, FASP, FLAP, Calibration, PruningMethod, PruningPlan, TwoSSP, load_pruned, prune
+from plprune.architecture.blocks import blocks_of
+from plprune.architecture.families import FAMILIES
+from plprune.architecture.modeling_plprune import Gather, Scatter
+from plprune.architecture.modules import matrix
+from plprune.checkpoint import stock_config
+from plprune.checkpoint.load import load_tokenizer
+from plprune.cli import main
+from plprune.export import decilm, gguf
+from plprune.planning import serving
+from plprune.planning.serving import Place
+from plprune.pruning.constraints import Constraint
+from plprune.pruning.surgery import plan_of
+from plprune.streaming import open_streamed, prune_streamed
+from tests.builders import numbers, save_tiny, tiny, windows
+from tests.ranks import in_ranks
+
+SPARSITY = 0.3
+ALIKE: dict[str, Any] = {  # what leaves all blocks alike, their heads and biases as they were
+    "FLAP": (FLAP, {"structure": "UL-MM", "repair": "none"}),
+    "FASP": (FASP, {"attention": "none", "bias": False}),
+    "CFSP": (CFSP, {"distance": "uniform"}),
+    "TwoSSP": (TwoSSP, {"drop_attentions": 0}),
+}
+RAGGED: dict[str, Any] = {
+    "FLAP AL-AM": (FLAP, {}),
+    "FLAP AL-MM": (FLAP, {"structure": "AL-MM", "remove_heads": 3}),
+    "FLAP UL-MM": (FLAP, {"structure": "UL-MM", "remove_heads": 3}),
+    "FLAP UL-UM": (FLAP, {"structure": "UL-UM"}),
+    "FASP": (FASP, {"attention": "kv_heads"}),
+    "CFSP": (CFSP, {"a": 40.0}),
+    "TwoSSP": (TwoSSP, {"drop_attentions": 1}),
+}
+QUICK = ("llama", "opt", "gpt2", "gemma2")
+BY_BLOCK = ("llama", "mistral", "qwen2", "granite")  # which llama.cpp holds with a size of its own for each block
+
+
+def wide(family: str = "llama", width: int = 1024, **settings: Any) -> PreTrainedModel:
+    """A tiny model whose FFN is wide enough for multiples."""
+    return tiny(family, **{FAMILIES[family].config_keys["width"]: width}, **settings)
+
+
+def pruned(model: PreTrainedModel, which: tuple[Any, dict[str, Any]], *places: Place, **more: Any) -> PruningPlan:
+    method, settings = which
+    return prune(model, method(SPARSITY, serve_on=places, **settings, **more), [windows()])
+
+
+def sizes(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """The FFN's width and the kv heads of each block, read off the weights."""
+    found = []
+    for block in blocks_of(model):
+        columns = matrix(block.part(block.family.output)).shape[1] if block.has_attention else 0
+        per_head = block.queries_per_head * block.head_dim if block.has_attention else 1
+        found.append((matrix(block.part(block.family.ffn_out)).shape[1], columns // per_head))
+    return found
+
+
+def biases(model: PreTrainedModel) -> set[str]:
+    return {name for name, _ in model.named_parameters() if name.endswith("bias")}
+
+
+def assert_near(plan: PruningPlan, model: PreTrainedModel, multiple: int) -> None:
+    """Within half a step of the widths: of one block's, or of all where they are alike."""
+    block = blocks_of(model)[0]
+    step = multiple * block.cost(block.groups("none")[0])
+    alike = len({width for width, _ in sizes(model)}) == 1
+    assert abs(plan.reached - SPARSITY) * sum(plan.before) <= step / 2 * (len(plan.before) if alike else 1) + 1
+    assert plan.reached > 0
+
+
+# ---- what the result looks like
+
+
+@pytest.mark.parametrize("family", BY_BLOCK)
+@pytest.mark.parametrize("which", RAGGED)
+def test_what_llama_cpp_holds_by_block(which: str, family: str) -> None:
+    model = wide(family)
+    plan = pruned(model, RAGGED[which], "llama.cpp")
+    found = sizes(model)
+    assert all(width and width % 32 == 0 for width, _ in found)
+    assert found[0][1] > 0
+    assert not any(isinstance(module, Gather | Scatter) for module in model.modules())
+    assert sum(not kv for _, kv in found) == (which == "TwoSSP")
+    assert_near(plan, model, 32)
+    assert gguf.refusals(model) == []
+
+
+@pytest.mark.parametrize("place", ["llama.cpp", "vllm"])
+@pytest.mark.parametrize("family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
+@pytest.mark.parametrize("which", ALIKE)
+def test_what_has_one_size_for_all_blocks(which: str, family: str, place: Place) -> None:
+    if (family, place) == ("opt", "llama.cpp"):
+        with pytest.raises(ValueError, match=r"llama\.cpp has no architecture for 'opt': take llama.cpp out"):
+            pruned(wide(family), ALIKE[which], place)
+        return
+    model, dense = wide(family), wide(family)
+    plan = pruned(model, ALIKE[which], place)
+    assert len(set(sizes(model))) == 1
+    assert sizes(model)[0][0] % (32 if place == "llama.cpp" else 1) == 0
+    assert sizes(model)[0][1] == sizes(dense)[0][1]
+    assert biases(model) == biases(dense)
+    assert_near(plan, model, 32)
+    assert stock_config.stock_config(model) is not None
+    if place == "llama.cpp":
+        assert set(gguf.refusals(model)) <= set(gguf.refusals(dense))
+
+
+@pytest.mark.parametrize(
+    "which",
+    [(FLAP, {"repair": "none"}), (FLAP, {"repair": "none", "sparsity_of": "linears"}), RAGGED["CFSP"],
+     RAGGED["TwoSSP"], (CFSP, {"a": 40.0, "multiple_of": 96})],
+)  # fmt: skip
+def test_what_decilm_holds(which: Any) -> None:
+    model = wide(width=4096)
+    plan = pruned(model, which, "vllm")
+    found = sizes(model)
+    assert all(width and width % (768 if "multiple_of" in which[1] else 256) == 0 for width, _ in found)
+    assert found[0][1] == 4
+    assert {kv for _, kv in found} == ({0, 4} if which[0] is TwoSSP else {4})
+    assert not biases(model)
+    if "sparsity_of" not in which[1]:
+        assert_near(plan, model, 768 if "multiple_of" in which[1] else 256)
+    assert decilm.refusals(model) == []
+
+
+@pytest.mark.parametrize("which", [RAGGED["CFSP"], (FLAP, {"repair": "none"})])
+def test_a_family_with_norms_of_queries_has_sizes_by_block_too(which: Any) -> None:
+    model = wide("qwen3", tie_word_embeddings=True)
+    plan = pruned(model, which, "llama.cpp")
+    assert len(set(sizes(model))) > 1
+    assert all(width % 32 == 0 for width, _ in sizes(model))
+    assert_near(plan, model, 32)
+    assert gguf.arch_of(model) == "openelm"
+
+
+@pytest.mark.parametrize("which", [(FLAP, {"structure": "UL-UM"}), (FASP, {"attention": "kv_heads"})])
+def test_heads_of_a_stock_checkpoint_are_as_its_config_allows(which: Any) -> None:
+    for family, allowed in {"llama": {8, 4, 2}, "granite": {8, 6, 4, 2}}.items():
+        model = wide(family, width=64, hidden_size=64)
+        prune(model, which[0](0.45, serve_on=["vllm"], **which[1]), [windows()])
+        ((_, kv),) = set(sizes(model))
+        assert 2 * kv in allowed - {8}
+        assert stock_config.stock_config(model) is not None  # with biases, for which these families have flags
+
+
+@pytest.mark.parametrize("devices", [2, 3, 4])
+@pytest.mark.parametrize("which", [RAGGED["FLAP AL-AM"], RAGGED["FASP"]])
+def test_devices_share_widths_and_heads(which: Any, devices: int) -> None:
+    model = wide(num_attention_heads=12, num_key_value_heads=6, hidden_size=48)
+    pruned(model, which, tensor_parallel=devices)
+    for width, kv in sizes(model):
+        assert width % devices == 0
+        assert 2 * kv % devices == 0
+        assert kv % devices == 0 or devices % kv == 0
+
+
+def test_several_places_ask_together() -> None:
+    model = wide(width=4096)
+    pruned(model, RAGGED["TwoSSP"], "llama.cpp", "vllm", tensor_parallel=2)
+    assert all(width % 256 == 0 for width, _ in sizes(model))
+    both = Constraint(width_multiple=32, uniform=True) & Constraint(width_multiple=48, first_attention=True)
+    assert both == Constraint(width_multiple=96, uniform=True, first_attention=True)
+    assert both & Constraint() == Constraint() & both == both
+
+
+@pytest.mark.parametrize("which", [*RAGGED.values(), (FASP, {}), (CFSP, {"multiple_of": 8})])
+def test_transformers_asks_nothing(which: Any) -> None:
+    asked: list[list[Place]] = [[], ["transformers"]]
+    plans = [pruned(tiny(), which, *places) for places in asked]
+    assert all(torch.equal(keep, plans[1].keep[name]) for name, keep in plans[0].keep.items())
+    assert plans[0].settings | {"serve_on": ["transformers"]} == plans[1].settings
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "said"),
+    [
+        (FASP, {"serve_on": ["llama.cpp"]}, "as deci, heads must stay whole: set `attention` to kv_heads$"),
+        (FASP, {"serve_on": ["vllm"]}, "as a stock checkpoint, heads must stay whole: set `attention` to kv_heads"),
+        (FASP, {"tensor_parallel": 2}, "2 devices could not share the result: heads must stay whole: set `attention`"),
+        (FLAP, {"serve_on": ["vllm"]}, "set `structure` to UL-UM; as DeciLM, no bias may be added: set `repair`"),
+        (FLAP, {"serve_on": ["vllm"], "structure": "AL-MM", "remove_heads": 3, "repair": "none"},
+         "set `structure` to UL-UM; as DeciLM, no head may leave: set `remove_heads` to 0"),
+        (CFSP, {"serve_on": ["ollama"]}, "nothing is known of serving on 'ollama'; known places: llama.cpp, vllm"),
+        (CFSP, {"tensor_parallel": 0}, "tensor_parallel is 0, but it is a number of devices"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_served(method: Any, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        method(**settings)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "said"),
+    [
+        ("gemma2", FLAP(structure="UL-UM", serve_on=["llama.cpp"]), "no bias may be added: set `repair` to none"),
+        ("qwen3", TwoSSP(drop_attentions=1, serve_on=["llama.cpp"]), "no attention may leave: set `drop_attentions`"),
+        ("mistral", CFSP(serve_on=["vllm"]), "all blocks must have one width: set `distance` to uniform"),
+        ("phi3", FASP(attention="kv_heads", bias=False, serve_on=["llama.cpp"]), "set `attention` to none"),
+        ("llama", CFSP(tensor_parallel=3), "block 0 has 4 kv heads, but for 3 devices there can be only 3: change"),
+        ("llama", FLAP(tensor_parallel=5), "no number of the 4 kv heads of block 0.* suits 5 devices: change `tensor"),
+        ("llama", TwoSSP(0.5, drop_attentions=3, serve_on=["llama.cpp"]), "the model has 3, of which the first block"),
+    ],
+)
+def test_models_that_cannot_be_served_are_refused_without_weights(
+    family: str, method: PruningMethod, said: str
+) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(wide(family).config)
+    with pytest.raises(ValueError, match=said):
+        method.check(model)
+
+
+@pytest.mark.parametrize("method", [CFSP, TwoSSP, FASP])
+@pytest.mark.parametrize(
+    ("width", "sparsity", "said"),
+    [
+        (200, 0.25, "width 200 cannot be a multiple of 256, which .*: take another place or fewer devices, or pad"),
+        (300, 0.0, "sparsity 0.0 is out of reach where .* the nearest is 0.1"),
+        (520, 0.25, "sparsity 0.25 is out of reach where .* the nearest is 0.4"),
+        (1024, 0.02, "sparsity 0.02 is out of reach where .* the nearest is 0.000; ask for that"),
+    ],
+)
+def test_multiples_that_are_too_coarse(
+    method: Any, width: int, sparsity: float, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(serving.WAYS, "vllm", (serving.Way("it", frozenset({"llama"}), Constraint(256)),))
+    settings: dict[Any, Any] = {TwoSSP: {"drop_attentions": 0}, FASP: {"attention": "none"}}
+    how = method(sparsity, serve_on=["vllm"], **settings.get(method, {}))
+    with pytest.raises(ValueError, match=said):
+        how.check(wide(width=width, num_hidden_layers=1))
+
+
+def test_a_model_that_was_pruned_for_elsewhere_is_refused() -> None:
+    for before, said in {
+        TwoSSP(0.5, drop_attentions=3): "its first block has no attention",
+        FASP(0.2): "it lacks single value channels",
+    }.items():
+        model = wide()
+        prune(model, before, [windows()])
+        with pytest.raises(ValueError, match=f"as {said}: prune the dense model"):
+            CFSP(0.2, serve_on=["llama.cpp"]).check(model)
+    for before, said in {
+        FLAP(0.2): "it lacks heads",
+        FASP(0.2, attention="none"): "it has biases that the family has not",
+    }.items():
+        model = wide()
+        prune(model, before, [windows()])
+        with pytest.raises(ValueError, match=f"as {said}: prune the dense model"):
+            CFSP(0.2, serve_on=["vllm"]).check(model)
+    model = wide("gemma2")
+    prune(model, CFSP(0.2, a=40.0), [windows()])
+    with pytest.raises(ValueError, match="as its blocks have different sizes: prune the dense model"):
+        CFSP(0.2, distance="uniform", serve_on=["vllm"]).check(model)
+
+
+@dataclasses.dataclass(frozen=True)
+class Nothing(PruningMethod):
+    """A method that has not heard of places."""
+
+    sparsity: float = 0.0
+
+    def prune(self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor]) -> PruningPlan:
+        raise NotImplementedError
+
+
+def test_a_method_that_has_not_heard_of_places_refuses_them() -> None:
+    assert Nothing(serve_on=["transformers"]).serve_on == ["transformers"]
+    cases: list[dict[str, Any]] = [{"serve_on": ["vllm"]}, {"tensor_parallel": 2}]
+    for settings in cases:
+        with pytest.raises(ValueError, match="Nothing does not know how: leave out `serve_on`"):
+            Nothing(**settings)
+
+
+def test_settings_are_hashable_and_the_same_after_a_plan_was_read(tmp_path: Path) -> None:
+    method = CFSP(0.2, serve_on=("llama.cpp",), tensor_parallel=2)
+    assert hash(method) == hash(dataclasses.replace(method))
+    plan = prune(wide(), method, [windows()])
+    plan.save(tmp_path / "plan.safetensors")
+    assert PruningPlan.load(tmp_path / "plan.safetensors").settings == dataclasses.asdict(method)
+
+
+# ---- from the command line, from disk, by several processes
+
+
+def test_the_command_line_and_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    wide().save_pretrained("model")
+    load_tokenizer(save_tiny(tmp_path / "tiny")).save_pretrained("model")
+    text = numbers(tmp_path / "text.txt")
+    options = ["--method.serve_on=[llama.cpp,vllm]", "--method.tensor_parallel=2", "--num_samples=4", "--seq_len=16"]
+    main(["prune", "model", "--method=TwoSSP", "--output=out", f"--text={text}", *options])
+    method = {"class_path": "TwoSSP", "init_args": {"serve_on": ["llama.cpp", "vllm"], "tensor_parallel": 2}}
+    main(["prune", "model", f"--method={yaml.safe_dump(method)}", "--output=yaml", f"--text={text}", *options[2:]])
+    for folder in ("out", "yaml"):
+        plan = plan_of(load_pruned(folder))
+        assert plan is not None
+        assert (plan.settings["serve_on"], plan.settings["tensor_parallel"]) == (["llama.cpp", "vllm"], 2)
+        assert all(len(keep) % 2 == 0 for keep in plan.keep.values())
+
+
+@pytest.mark.parametrize("method", ["FLAP", "FASP", "CFSP", "TwoSSP"])
+def test_the_help_of_every_method_tells_of_it(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["prune", f"--method.help={method}"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--method.serve_on" in said
+    assert "Where the result must load: llama.cpp, vllm, transformers." in said
+    assert "Devices that will share the result" in said
+
+
+@pytest.mark.parametrize("which", RAGGED)
+def test_a_streamed_model_gives_the_same_plan(which: str, tmp_path: Path) -> None:
+    model = wide()
+    model.save_pretrained(tmp_path / "model")
+    plan = pruned(model, RAGGED[which], "llama.cpp")
+    method = RAGGED[which][0](SPARSITY, serve_on=["llama.cpp"], **RAGGED[which][1])
+    streamed = open_streamed(str(tmp_path / "model"))
+    again = prune_streamed(streamed, method, Calibration([windows()]), tmp_path / "out")
+    assert again.keep.keys() == plan.keep.keys()
+    assert all(torch.equal(keep, again.keep[name]) for name, keep in plan.keep.items())
+
+
+def dropped(places: list[Place], count: int = 3) -> list[str]:
+    group = dist.group.WORLD if dist.is_initialized() else None
+    method = TwoSSP(0.5, drop_attentions=count, serve_on=places)
+    plan = prune(wide(num_hidden_layers=4), method, Calibration([windows()], group=group))
+    return [name for name, keep in plan.keep.items() if not len(keep)]
+
+
+def test_the_first_attention_is_no_candidate() -> None:
+    assert "blocks.0.attention" in dropped([])
+    assert sorted(dropped(["llama.cpp"])) == ["blocks.1.attention", "blocks.2.attention", "blocks.3.attention"]
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+def test_processes_share_the_other_candidates() -> None:
+    alone = dropped(["llama.cpp"], 2)
+    assert in_ranks(dropped, ["llama.cpp"], 2) == [alone, alone]

@@ -1,0 +1,168 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from plprune.architecture.blocks import Decision
+from plprune.checkpoint.weights import check_values
+from plprune.io.atomic import CannotWrite, writing
+from plprune.io.state import read_state, restore, write_state
+from plprune.pruning.journal import Filed, Journal, Past, Walk
+from plprune.pruning.statistics import BlockInfluence, Gram, Moments, Norms, Statistic
+
+ASKED = {"method": "FLAP", "settings": {"sparsity": 0.2}, "seed": 0}
+
+
+def journal(folder: Path, **how: Any) -> Journal:
+    return Journal(folder / ".out.progress", how.pop("asked", ASKED), **how)
+
+
+@pytest.mark.parametrize("statistic", [Moments, Norms, Gram])
+def test_a_statistic_that_was_kept_gives_the_same_numbers(statistic: type[Statistic], tmp_path: Path) -> None:
+    x = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    kept, again = statistic(), statistic()
+    kept.update(x)
+    write_state(vars(kept), tmp_path / "state")
+    restore(again, read_state(tmp_path / "state"))
+    kept.update(2 * x)
+    again.update(2 * x)
+    for name in ("mean", "norm", "pooled", "running_variance", "variance"):
+        if hasattr(kept, name):
+            assert torch.equal(getattr(again, name), getattr(kept, name))
+
+
+def test_numbers_are_kept_to_the_last_bit(tmp_path: Path) -> None:
+    influence, again = BlockInfluence(), BlockInfluence()
+    influence.update(torch.randn(1, 3, 4), torch.randn(1, 3, 4))
+    write_state(vars(influence), tmp_path / "state")
+    restore(again, read_state(tmp_path / "state"))
+    assert vars(again) == vars(influence)
+
+
+def test_what_plain_statistics_are_made_of_comes_back(tmp_path: Path) -> None:
+    x = torch.arange(4)
+    value = {"a": [1, None, (True, "b")], 3: {"x": x[1:]}, "nan": float("nan"), "same": x[1:]}
+    write_state(value, tmp_path / "state")
+    again = read_state(tmp_path / "state")
+    assert again["a"] == value["a"]
+    assert torch.equal(again[3]["x"], x[1:])
+    assert torch.equal(again["same"], x[1:])
+    assert again["nan"] != again["nan"]
+
+
+def test_a_statistic_within_a_statistic(tmp_path: Path) -> None:
+    class Both:
+        def __init__(self) -> None:
+            self.norms, self.seen = Norms(), 0
+
+    both, again = Both(), Both()
+    both.norms.update(torch.ones(1, 2, 3))
+    both.seen = 5
+    write_state(vars(both), tmp_path / "state")
+    restore(again, read_state(tmp_path / "state"))
+    assert torch.equal(again.norms.pooled, both.norms.pooled)
+    assert again.seen == 5
+
+
+def test_what_cannot_be_kept_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a set cannot be kept for --resume"):
+        write_state({"a": {1, 2}}, tmp_path / "state")
+
+
+def test_an_unfinished_journal_is_not_forgotten(tmp_path: Path) -> None:
+    with journal(tmp_path) as first:
+        first.remember("a", [1, 2])
+    with pytest.raises(ValueError, match="go on with it by --resume, or start again by --overwrite"):
+        journal(tmp_path)
+    with journal(tmp_path, resume=True, overwrite=True) as again:
+        assert again.recall("a") == [1, 2]
+    with journal(tmp_path, overwrite=True) as new:
+        assert new.recall("a") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": 1}, r"another seed \(0, now 1\)"),
+        ({"settings": {"sparsity": 0.3}}, r"another sparsity \(0.2, now 0.3\)"),
+        ({"device": "cuda"}, r"another device \(None, now cuda\)"),
+    ],
+)
+def test_a_journal_is_of_one_command(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with journal(tmp_path) as first:
+        first.remember("a", 1)
+    with pytest.raises(ValueError, match=said):
+        journal(tmp_path, asked=ASKED | change, resume=True)
+    with journal(tmp_path, resume=True) as again:
+        assert again.recall("a") == 1
+
+
+def test_no_two_processes_write_to_one_journal(tmp_path: Path) -> None:
+    with journal(tmp_path) as first:
+        for how in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(ValueError, match="another process is at work"):
+                journal(tmp_path, **how)
+        first.remember("a", 1)
+        assert first.recall("a") == 1
+
+
+def test_nothing_is_left_of_a_run_that_did_nothing(tmp_path: Path) -> None:
+    with journal(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_walk_keeps_the_hidden_states_of_one_block_only(tmp_path: Path) -> None:
+    states = [torch.randn(2, 3) for _ in range(2)]
+    with journal(tmp_path) as kept:
+        walk = Walk(kept)
+        for i in range(3):
+            walk.commit(Past({"count": i}, [], 0), [x + i for x in states])
+    with journal(tmp_path, resume=True) as kept:
+        walk = Walk(kept)
+        assert walk.done == 3
+        assert all(torch.equal(a, b + 2) for a, b in zip(walk.entering(), states, strict=True))
+        assert [walk.past(i, torch.device("cpu")).influence for i in range(3)] == [{"count": i} for i in range(3)]
+        assert len(list(kept.folder.rglob("hidden"))) == 1
+        assert Walk(kept).done == 0  # of a second walk nothing is known
+
+
+def test_decisions_come_back(tmp_path: Path) -> None:
+    decisions = [Decision("blocks.0.ffn", torch.tensor([1, 3]), 5, ["w"]), Decision("b", torch.tensor([0]), 1)]
+    with journal(tmp_path) as kept:
+        kept.write_block(0, 1, {"x": torch.ones(2)}, decisions, check_values)
+        assert kept.decided(0, 1) == decisions
+        assert kept.decided(0, 1) != decisions[:1]
+
+
+def test_what_is_half_written_does_not_count(tmp_path: Path) -> None:
+    def fail(journal: Journal) -> None:
+        with journal.publish("notes/b") as room:
+            (room / "note.json").write_text("1")
+            raise RuntimeError
+
+    with journal(tmp_path) as kept:
+        kept.remember("a", 1)
+        with pytest.raises(RuntimeError):
+            fail(kept)
+        (kept.room("states") / "x").write_text("half")
+    with journal(tmp_path, resume=True) as again:
+        assert again.recall("b") is None
+        assert not (again.folder / "new").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "no space"), Exception("no\nspace")])
+def test_what_cannot_be_written_is_one_line(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(CannotWrite, match=r"cannot write .*no space\): check the space .*--resume"), writing(tmp_path):
+        raise error
+    with pytest.raises(KeyError), writing(tmp_path):
+        raise KeyError
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    filed = Filed(tmp_path)
+    filed.append(torch.ones(3))
+    (tmp_path / "00000.safetensors").write_bytes(b"xxxx")
+    with pytest.raises(ValueError, match=r"00000\.safetensors is missing or damaged"):
+        filed[0]

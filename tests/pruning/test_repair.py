@@ -1,0 +1,269 @@
+"""Closed forms and the walk that repairs against torch.linalg.lstsq on the inputs themselves."""
+
+import copy
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from plprune import CFSP, FASP, FLAP, PruningMethod, TwoSSP, prune
+from plprune.architecture.blocks import blocks_of
+from plprune.architecture.modules import innermost
+from plprune.planning.sizes import Ledger
+from plprune.pruning.allocation import complement
+from plprune.pruning.constraints import Constraint
+from plprune.pruning.repair import DAMPINGS, compensation, held_out_errors, restore
+from tests.builders import tiny, windows
+from tests.methods import traced, weight
+
+KEEP = torch.tensor([0, 2, 3, 6])
+
+
+def problem(tokens: int = 60, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    """A weight [5, 8], and correlated inputs [tokens, 8]."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(8, 8, generator=generator, dtype=torch.float64)
+    x = torch.randn(tokens, 8, generator=generator, dtype=torch.float64) @ mix + offset
+    return torch.randn(5, 8, generator=generator, dtype=torch.float64), x
+
+
+def second_moment(x: Tensor) -> Tensor:
+    return x.T @ x / len(x)
+
+
+def test_without_damping_it_is_the_least_squares_solution() -> None:
+    weight, x = problem()
+    best = torch.linalg.lstsq(x[:, KEEP], x @ weight.T).solution.T
+    torch.testing.assert_close(restore(weight, second_moment(x), KEEP, 0.0), best, rtol=1e-9, atol=1e-12)
+
+
+def test_damping_pulls_toward_the_kept_weights() -> None:
+    weight, x = problem()
+    pull = (0.3 * second_moment(x)[KEEP, KEEP].mean() * len(x)).sqrt() * torch.eye(4, dtype=torch.float64)
+    rows, targets = torch.cat([x[:, KEEP], pull]), torch.cat([x @ weight.T, pull @ weight[:, KEEP].T])
+    best = torch.linalg.lstsq(rows, targets).solution.T
+    torch.testing.assert_close(restore(weight, second_moment(x), KEEP, 0.3), best, rtol=1e-9, atol=1e-12)
+
+
+def test_boundless_damping_leaves_the_kept_weights() -> None:
+    weight, x = problem()
+    restored = restore(weight, second_moment(x), KEEP, damping=1e12)
+    torch.testing.assert_close(restored, weight[:, KEEP], rtol=1e-9, atol=1e-9)
+
+
+def test_centred_inputs_and_compensation_are_least_squares_with_an_intercept() -> None:
+    weight, x = problem(offset=3.0)
+    restored = restore(weight, torch.cov(x.T, correction=0), KEEP, 0.0)
+    gain = compensation(weight, x.mean(0), KEEP, restored)
+    ones = torch.ones(len(x), 1, dtype=torch.float64)
+    best = torch.linalg.lstsq(torch.cat([x[:, KEEP], ones], 1), x @ weight.T).solution.T
+    torch.testing.assert_close(torch.cat([restored, gain[:, None]], 1), best, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("restoring", [True, False])
+def test_compensation_keeps_the_mean_output(restoring: bool) -> None:
+    weight, x = problem(offset=3.0)
+    new = restore(weight, second_moment(x), KEEP, 0.1) if restoring else weight[:, KEEP]
+    gain = compensation(weight, x.mean(0), KEEP, new if restoring else None)
+    outputs = x[:, KEEP] @ new.T + gain
+    torch.testing.assert_close(outputs.mean(0), (x @ weight.T).mean(0), rtol=1e-10, atol=1e-10)
+
+
+def test_compensation_without_restoration_is_what_the_removed_columns_gave_on_average() -> None:
+    weight, x = problem(offset=1.0)
+    gone = [1, 4, 5, 7]
+    gain = compensation(weight.float(), x.mean(0), KEEP)
+    torch.testing.assert_close(gain, weight[:, gone] @ x.mean(0)[gone], rtol=1e-6, atol=1e-6)
+
+
+def test_inputs_that_do_not_determine_the_weights_are_refused_unless_damped() -> None:
+    weight, x = problem()
+    x[:, 3] = x[:, 2] = 0
+    with pytest.raises(ValueError, match="raise `damping`, or num_samples"):
+        restore(weight, second_moment(x), KEEP, 0.0)
+    assert restore(weight, second_moment(x), KEEP, 1e-3).isfinite().all()
+
+
+def test_keeping_everything_changes_nothing() -> None:
+    weight, x = problem()
+    everything = torch.arange(8)
+    assert torch.equal(restore(weight, second_moment(x), everything, 0.01), weight)
+    assert not compensation(weight, x.mean(0), everything).any()
+
+
+def test_inputs_are_left_as_they_were() -> None:
+    weight, x = problem()
+    moments = second_moment(x)
+    restore(weight, moments, KEEP, 0.5)
+    assert torch.equal(moments, second_moment(x))
+
+
+# ---- a damping chosen by what is held out
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_held_out_errors_are_those_of_the_outputs(bias: bool) -> None:
+    weight, x = problem(80, offset=2.0)
+    fitting, judging = x[:60], x[60:]
+    mean = fitting.mean(0) if bias else torch.zeros(8, dtype=torch.float64)
+    errors = held_out_errors(weight, second_moment(fitting - mean), second_moment(judging - mean), KEEP)
+    for error, damping in zip(errors, DAMPINGS, strict=True):
+        new = restore(weight, second_moment(fitting - mean), KEEP, damping)
+        gain = compensation(weight, mean, KEEP, new)
+        off = judging[:, KEEP] @ new.T + gain - judging @ weight.T
+        torch.testing.assert_close(error, off.square().sum() / len(off), rtol=1e-9, atol=1e-12)
+
+
+def output_error(new: Tensor, gain: Tensor, x: Tensor, keep: Tensor, dense: Tensor) -> float:
+    return float((x[:, keep] @ new.T + gain - x @ dense.T).square().sum())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("kind", "settings"), [(CFSP, {"repair": "restore"}), (FASP, {"attention": "none"})])
+def test_auto_takes_what_errs_least_on_every_fourth_window(kind: Any, settings: dict[str, Any], bias: bool) -> None:
+    ids, path = windows(7, 10), "model.layers.0.mlp.down_proj"
+    models = {damping: tiny() for damping in ("auto", *DAMPINGS)}
+    keeps = [
+        prune(model, kind(0.3, damping=damping, bias=bias, **settings), list(ids.split(3))).keep["blocks.0.ffn"]
+        for damping, model in models.items()
+    ]
+    assert all(torch.equal(keep, keeps[0]) for keep in keeps)
+    x, dense, errors = traced(tiny(), ids)[0]["blocks.0.ffn"], weight(tiny(), path), {}
+    fitting, judging = x[[0, 2, 3, 4, 6]].flatten(0, 1), x[[1, 5]].flatten(0, 1)
+    mean = fitting.mean(0) if bias else torch.zeros(48, dtype=torch.float64)
+    for damping in DAMPINGS:
+        new = restore(dense, second_moment(fitting - mean), keeps[0], damping)
+        errors[damping] = output_error(new, compensation(dense, mean, keeps[0], new), judging, keeps[0], dense)
+    best = min(DAMPINGS, key=errors.__getitem__)
+    assert errors[best] < 0.99 * errors[DAMPINGS[0]]
+    torch.testing.assert_close(weight(models["auto"], path), weight(models[best], path), rtol=1e-4, atol=1e-5)
+
+
+def test_auto_needs_two_windows() -> None:
+    with pytest.raises(ValueError, match="there is only one: raise num_samples, or give `damping` a number"):
+        prune(tiny(), CFSP(0.3, repair="restore", damping="auto"), [windows(1)])
+
+
+# ---- repair by every method
+
+
+EVERY: dict[str, Any] = {"FLAP": FLAP, "FASP": FASP, "CFSP": CFSP, "TwoSSP": TwoSSP}
+WALKING: list[PruningMethod] = [
+    FLAP(0.3, repair="restore", damping=0.0),
+    CFSP(0.3, repair="restore", damping=0.0),
+    TwoSSP(0.3, drop_attentions=0, repair="restore", damping=0.0),
+]
+
+
+def behind(model: PreTrainedModel, ids: Tensor, block: int, kind: str) -> Tensor:
+    """The inputs of a dense consumer behind what was pruned before it, the attention of its own block too."""
+    hybrid = tiny()
+    layers, pruned = (cast(nn.ModuleList, m.get_submodule("model.layers")) for m in (hybrid, model))
+    for i in range(block):
+        layers[i] = copy.deepcopy(pruned[i])
+    if kind == "ffn":
+        cast(Any, layers[block]).self_attn = copy.deepcopy(pruned[block].self_attn)
+    return traced(hybrid, ids)[0][f"blocks.{block}.{kind}"].flatten(0, 1)
+
+
+@pytest.mark.parametrize("how", WALKING, ids=lambda how: type(how).__name__)
+def test_consumers_are_restored_one_after_another_behind_the_pruned_ones(how: PruningMethod) -> None:
+    model, ids, restored = tiny(), windows(12, 16), 0
+    plan = prune(model, how, list(ids.split(5)))
+    for group in (group for block in blocks_of(tiny()) for group in block.groups()):
+        keep = plan.keep.get(group.name, torch.arange(len(group)))
+        if len(keep) == len(group):
+            continue
+        path, columns = f"model.layers.{group.block}.{group.consumer.path}", group.consumer.index[keep].flatten()
+        x = behind(model, ids, group.block, group.kind)
+        inputs = torch.cat([x[:, columns], torch.ones(len(x), 1, dtype=torch.float64)], 1)
+        solution = torch.linalg.lstsq(inputs, x @ weight(tiny(), path).T).solution.float()
+        linear = innermost(model.get_submodule(path))
+        torch.testing.assert_close(linear.weight.detach(), solution[:-1].T, rtol=1e-3, atol=5e-4)
+        torch.testing.assert_close(linear.bias.detach(), solution[-1], rtol=1e-3, atol=5e-4)
+        restored += 1
+    assert restored >= (4 if isinstance(how, FLAP) else 3)
+
+
+@pytest.mark.parametrize("how", [CFSP(0.3, repair="compensate"), TwoSSP(0.3, drop_attentions=0, repair="compensate")])
+def test_compensation_is_by_the_means_behind_the_pruned_prefix(how: PruningMethod) -> None:
+    model, ids = tiny(), windows()
+    plan = prune(model, how, list(ids.split(4)))
+    for block in range(3):
+        path = f"model.layers.{block}.mlp.down_proj"
+        gone = complement(plan.keep[f"blocks.{block}.ffn"], 48)
+        mean = behind(model, ids, block, "ffn").mean(0)
+        expected = weight(tiny(), path)[:, gone] @ mean[gone]
+        linear = innermost(model.get_submodule(path))
+        torch.testing.assert_close(linear.bias.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("name", EVERY)
+def test_each_repair_is_nearer_to_the_dense_block(name: str, family: str) -> None:
+    ids, errors = windows(12, 16), []
+    settings: dict[str, Any] = {"drop_attentions": 0} if name == "TwoSSP" else {}
+    dense = traced(tiny(family), ids)[1][1]
+    for repair in ("none", "compensate", "restore"):
+        model = tiny(family)
+        prune(model, EVERY[name](0.3, repair=repair, **settings), [ids])
+        errors.append(float((traced(model, ids)[1][1] - dense).norm()))
+    bare, compensated, restored = errors
+    assert restored < 0.95 * compensated
+    assert restored < 0.95 * bare
+    assert compensated < bare or family == "llama"  # where the biases are new, and units pay for them
+
+
+@pytest.mark.parametrize("repair", ["compensate", "restore"])
+@pytest.mark.parametrize("kind", [CFSP, TwoSSP])
+def test_added_biases_are_paid_for(kind: Any, repair: Any) -> None:
+    model = tiny()
+    ledger, blocks = Ledger(model, biased=True), sum(block.parameters() for block in blocks_of(model))
+    for sparsity in (0.1, 0.15, 0.2, 0.25, 0.3, 0.35):
+        for case in kind(sparsity, repair=repair).foresee(model):
+            off = ledger.dense - ledger.parameters(case) - sparsity * blocks
+            assert abs(off) <= (1.02 if kind is CFSP else 3 * 0.51) * ledger.costs["blocks.0.ffn"]
+    plan = prune(model, kind(0.3, repair=repair), [windows()])
+    assert plan.reached == pytest.approx(0.3, abs=0.01)
+    assert sum(name.endswith("bias") for name in plan.repaired) == 3
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_without_a_bias_weights_are_restored_by_inputs_as_they_are(name: str) -> None:
+    model = tiny()
+    plan = prune(model, EVERY[name](0.3, repair="restore", bias=False), [windows()])
+    assert plan.repaired
+    assert all(name.endswith("weight") for name in plan.repaired)
+    assert not any(name.endswith("proj.bias") for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_settings_that_contradict_each_other(name: str) -> None:
+    with pytest.raises(ValueError, match="compensation is a bias: set `bias` to true, or `repair` to none or restore"):
+        EVERY[name](0.3, repair="compensate", bias=False)
+    with pytest.raises(ValueError, match="`damping` is -1, but it is auto, or a number that is not negative"):
+        EVERY[name](0.3, damping=-1)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_where_no_bias_may_be_added_a_restoration_without_one_is_named(name: str) -> None:
+    asked = Constraint(dense_biases=True)
+    said = ["no bias may be added: set `repair` to none, or to restore with `bias` false"]
+    for repair in ("compensate", "restore"):
+        assert EVERY[name](0.3, repair=repair).conflicts(asked) == said
+    assert EVERY[name](0.3, repair="restore", bias=False).conflicts(asked) == []
+    assert EVERY[name](0.3, repair="none").conflicts(asked) == []
+
+
+def test_what_a_repair_takes_is_foreseen() -> None:
+    model = tiny()
+    for kind in EVERY.values():
+        plain, means, restored, auto = (
+            kind(0.3, repair=repair, damping=damping).work(model, 4, 16)
+            for repair, damping in (("none", 0.01), ("compensate", 0.01), ("restore", 0.01), ("restore", "auto"))
+        )
+        assert plain.flops <= means.flops <= restored.flops == auto.flops
+        assert plain.single == means.single == 0 < restored.single < auto.single
+        assert 0 < restored.bytes < auto.bytes
