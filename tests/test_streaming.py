@@ -196,7 +196,7 @@ def test_the_second_stage_says_beforehand_how_slow_it_is(
 
 @dataclasses.dataclass(frozen=True)
 class Magnitude(PruningMethod):
-    """The README's: no activations, no loop over the stream."""
+    """As in plprune/methods/README.md: no activations, no loop over the stream."""
 
     sparsity: float = 0.2
 

@@ -331,7 +331,7 @@ def test_there_must_be_a_callback_to_resume_from(tmp_path: Path) -> None:
         resume_from(pl.Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False))
 
 
-# ---- the table of the README: what each may be resumed with
+# ---- the table of plprune/training/README.md: what each may be resumed with
 
 ALONE, DDP, FSDP2 = object.__new__(SingleDeviceStrategy), DDPStrategy(), ModelParallelStrategy()
 
