@@ -1,4 +1,4 @@
-"""Tensors, numbers and what lists and dictionaries make of them, in one safetensors file."""
+"""Nested lists and dictionaries of tensors, numbers and strings, in one safetensors file."""
 
 import json
 from pathlib import Path
@@ -10,39 +10,36 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 KEY = "plprune"
+VERSION = "2"  # of what the files hold
 
 
 def write_state(value: Any, file: Path) -> None:
-    """Writes tensors, numbers, strings and what lists, tuples, dictionaries and plain objects make of them.
+    """Writes tensors, numbers, strings, None, and lists, tuples and dictionaries of them.
 
     Raises:
-        ValueError: There is something else in it.
+        ValueError: `value` has something else in it.
     """
     tensors: dict[str, Tensor] = {}
     described = json.dumps(_described(value, tensors))
-    save_file(tensors, file, metadata={KEY: described})
+    save_file(tensors, file, metadata={KEY: described, "version": VERSION})
 
 
 def read_state(file: Path, device: torch.device | None = None) -> Any:
-    """What :func:`write_state` has written, objects as dictionaries of their attributes.
+    """Reads what :func:`write_state` has written.
 
     Args:
-        file: Where.
-        device: Where tensors go that were not on the CPU.
+        file: The file.
+        device: Tensors that were not on the CPU go there.
+
+    Raises:
+        ValueError: The file is damaged, or another version of plprune wrote it.
     """
     tensors = read_tensors(file)
     with safe_open(file, framework="pt") as opened:
-        return _restored(json.loads(opened.metadata()[KEY]), tensors, device or torch.device("cpu"))
-
-
-def restore(owner: Any, state: dict[str, Any]) -> None:
-    """Gives an object the attributes that were kept of one like it."""
-    for name, value in state.items():
-        inner = getattr(owner, name, None)
-        if isinstance(value, dict) and hasattr(inner, "__dict__"):
-            restore(inner, value)
-        else:
-            setattr(owner, name, value)
+        metadata = opened.metadata() or {}
+    if metadata.get("version") != VERSION:
+        raise ValueError(f"{file} was written by another version of plprune: start again by --overwrite")
+    return _restored(json.loads(metadata[KEY]), tensors, device or torch.device("cpu"))
 
 
 def _described(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -56,11 +53,9 @@ def _described(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {type(value).__name__: [_described(v, tensors) for v in value]}
     if isinstance(value, dict):
         return {"dict": [[_described(k, tensors), _described(v, tensors)] for k, v in value.items()]}
-    if type(value).__module__ != "builtins" and hasattr(value, "__dict__"):
-        return {"dict": [[k, _described(v, tensors)] for k, v in vars(value).items()]}
     raise ValueError(
-        f"a {type(value).__name__} cannot be kept for --resume: statistics hold tensors, numbers, strings, lists and "
-        "dictionaries of them"
+        f"a {type(value).__name__} cannot be kept for --resume: give the statistic tensors, numbers, strings, or lists "
+        "and dictionaries of them"
     )
 
 

@@ -6,7 +6,7 @@ is recorded, and the blocks are then called with just that.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from plprune.architecture import modules as modules_
 from plprune.architecture.blocks import Block, blocks_of
 from plprune.io import distributed
 from plprune.pruning.journal import Filed, NotFinite
-from plprune.pruning.statistics import BlockInfluence
+from plprune.pruning.statistics import BlockInfluence, Statistic
 
 PAIR = ((3, 8), (8, 16))  # token ids of two documents, of unlike length
 
@@ -74,7 +74,7 @@ class BlockInputs:
         self.block, self.hidden, self.calls = block, hidden, calls
         self.device, self.states, self.group = device, states, group
         self.influence = BlockInfluence()
-        self.observed: list[dict[str, Any]] = []  # statistics by consumer, of each observation
+        self.observed: list[Mapping[str, Statistic]] = []  # statistics by consumer, of each observation
         self._outputs: Held | Filed | None = None
         self._weights: dict[str, Tensor] = {}  # a summary of those that made the outputs
 

@@ -38,8 +38,8 @@ class Past:
     """A block that a walk has behind it.
 
     Args:
-        influence: Attributes of the influence that was measured.
-        observed: Attributes of the statistics of each observation, by consumer; None if the block was changed.
+        influence: The state of the influence that was measured.
+        observed: The states of each observation's statistics, by consumer; None if the block was changed.
         version: The block's version when the walk left it.
     """
 

@@ -1,17 +1,19 @@
 """Observing a model once, for all prunings to come that its activations decide."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from plprune.io.atomic import staged
-from plprune.io.state import read_state, restore, write_state
+from plprune.io.state import read_state, write_state
 from plprune.pruning.plan import fingerprint
-from plprune.pruning.statistics import BlockInfluence, Moments, Norms, Statistic, Together
+from plprune.pruning.statistics import BlockInfluence, Moments, Norms, Statistic, StatisticGroup
 from plprune.pruning.stream import Calibration, Observations, Observed, observe, stream
 
-KINDS = {kind.__name__: kind for kind in (Moments, Norms)}  # not Gram, which those need who look at what they changed
+# Gram is not one of them: the methods that use it prune the blocks before, and so change what it would see.
+KINDS: dict[str, type[Statistic]] = {kind.__name__: kind for kind in (Moments, Norms)}
 
 
 def survey(model: PreTrainedModel, calibration: Calibration) -> Observations:
@@ -23,31 +25,36 @@ def survey(model: PreTrainedModel, calibration: Calibration) -> Observations:
     """
     blocks = []
     for block, inputs in stream(model, calibration, "calibrating"):
-        rows = observe(block, inputs, lambda: Together([kind() for kind in KINDS.values()]))
-        statistics = {group.consumer.path: dict(zip(KINDS, seen.parts, strict=True)) for group, seen in rows}
-        blocks.append(Observed(inputs.influence, statistics))
+        rows = observe(block, inputs, lambda: StatisticGroup({name: kind() for name, kind in KINDS.items()}))
+        blocks.append(Observed(inputs.influence, {group.consumer.path: seen.parts for group, seen in rows}))
     return Observations(fingerprint(model.named_parameters()), calibration.fingerprint, blocks)
 
 
 def save(known: Observations, file: Path) -> None:
     """Writes observations, whole or not at all."""
+    state = {"weights": known.weights, "text": known.text, "blocks": [_state(block) for block in known.blocks]}
     with staged(file, overwrite=True) as temporary:
-        write_state(vars(known), temporary)
+        write_state(state, temporary)
 
 
 def load(file: Path, device: torch.device) -> Observations:
-    """Observations that :func:`save` has written; those that an accelerator has made go to `device`."""
+    """Reads what :func:`save` has written; tensors that were on an accelerator go to `device`.
+
+    Raises:
+        ValueError: The file is damaged, or another version of plprune wrote it.
+    """
     state = read_state(file, device)
     return Observations(state["weights"], state["text"], [_block(block) for block in state["blocks"]])
 
 
-def _block(state: dict) -> Observed:
-    influence = BlockInfluence()
-    restore(influence, state["influence"])
-    statistics: dict[str, dict[str, Statistic]] = {
-        path: {name: KINDS[name]() for name in kinds} for path, kinds in state["statistics"].items()
-    }
-    for path, kinds in statistics.items():
-        for name, statistic in kinds.items():
-            restore(statistic, state["statistics"][path][name])
-    return Observed(influence, statistics)
+def _state(block: Observed) -> dict[str, Any]:
+    statistics = {path: StatisticGroup(parts).state_dict() for path, parts in block.statistics.items()}
+    return {"influence": block.influence.state_dict(), "statistics": statistics}
+
+
+def _block(state: dict[str, Any]) -> Observed:
+    block = Observed(BlockInfluence(), {path: {n: KINDS[n]() for n in of} for path, of in state["statistics"].items()})
+    block.influence.load_state_dict(state["influence"])
+    for path, parts in block.statistics.items():
+        StatisticGroup(parts).load_state_dict(state["statistics"][path])
+    return block

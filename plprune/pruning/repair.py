@@ -24,7 +24,7 @@ from plprune.architecture.modules import dense_weight
 from plprune.io import distributed
 from plprune.pruning.allocation import complement
 from plprune.pruning.forward import BlockInputs
-from plprune.pruning.statistics import Gram, Moments, Parted
+from plprune.pruning.statistics import Gram, HoldoutGram, Moments
 from plprune.pruning.stream import Calibration, observe_groups, stream
 from plprune.pruning.surgery import Surgery
 
@@ -32,7 +32,7 @@ Repair = Literal["none", "compensate", "restore"]
 
 Damping = float | Literal["auto"]
 
-Seen = Moments | Gram | Parted
+Seen = Moments | Gram | HoldoutGram
 
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of which `auto` takes one
 
@@ -68,7 +68,7 @@ class Mending:
         """What has to be known of a consumer's inputs."""
         if self.repair != "restore":
             return Moments
-        return partial(Parted, self.calibration.first) if self.damping == "auto" else Gram
+        return partial(HoldoutGram, self.calibration.first) if self.damping == "auto" else Gram
 
     def carry_out(self, surgery: Surgery, chosen: Sequence[tuple[Block, Group, Tensor]], title: str) -> None:
         """Prunes what was chosen, and repairs it, if at all, in a walk of its own.
@@ -122,7 +122,7 @@ class Mending:
         if not isinstance(seen, Moments):  # the rows of a weight are independent: each process restores some
             peers, damping = self.calibration.group, self.damping
             rows = weight[distributed.share(range(len(weight)), peers)]
-            if isinstance(seen, Parted):
+            if isinstance(seen, HoldoutGram):
                 damping, seen = self._best_damping(rows, columns, seen), seen.pooled()
             assert damping != "auto"
             moments = seen.covariance() if self.bias else seen.second_moment()
@@ -131,7 +131,7 @@ class Mending:
         gains = self.repair != "none" and self.bias
         return restored, compensation(weight, seen.mean, columns, restored) if gains else None
 
-    def _best_damping(self, rows: Tensor, columns: Tensor, seen: Parted) -> float:
+    def _best_damping(self, rows: Tensor, columns: Tensor, seen: HoldoutGram) -> float:
         """What errs least, over the rows of all processes, on what is held out."""
         fitting, held_out = seen.fitting, seen.held_out
         if self.bias:

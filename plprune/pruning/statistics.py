@@ -5,8 +5,9 @@ Symbols: X the inputs of one projection, b samples (sequences), s tokens of each
 
 import contextlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,37 +19,73 @@ Distance = Literal["angular", "cosine", "mse", "mae", "uniform"]
 HALF = (torch.bfloat16, torch.float16)
 
 
-class Statistic(Protocol):
-    """Something that can be updated with the inputs of a projection, and merged over processes."""
+class Statistic(ABC):
+    """A running statistic of the inputs of one projection.
 
+    A subclass lists its attributes in `state_fields`: tensors, numbers, strings, lists and dictionaries of them, or
+    other statistics. With that, a statistic is saved and loaded like a module.
+    """
+
+    state_fields: ClassVar[Sequence[str]] = ()
+
+    @abstractmethod
     def update(self, x: Tensor) -> None:  # [b, s, d]
-        ...
+        """Adds one batch."""
 
+    @abstractmethod
     def merge(self, group: Group) -> None:
-        """Takes in what all other processes have seen, so that each has what one would that had seen everything."""
-        ...
+        """Adds the batches of all other processes, so that every process has the statistic of all batches."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All attributes by name; those of statistics within it as dictionaries.
+
+        Raises:
+            ValueError: `state_fields` lacks an attribute.
+        """
+        if missing := sorted(vars(self).keys() - set(self.state_fields)):
+            raise ValueError(
+                f"{type(self).__name__} cannot be kept for --resume: add {', '.join(missing)} to its `state_fields`"
+            )
+        values = {name: getattr(self, name) for name in self.state_fields}
+        return {name: v.state_dict() if isinstance(v, Statistic) else v for name, v in values.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes the attributes that :meth:`state_dict` gave."""
+        for name in self.state_fields:
+            value = getattr(self, name)
+            if isinstance(value, Statistic):
+                value.load_state_dict(state[name])
+            else:
+                setattr(self, name, state[name])
 
 
-class Together:
+class StatisticGroup(Statistic):
     """Several statistics of the same inputs.
 
     Args:
-        parts: The statistics.
+        parts: The statistics by name.
     """
 
-    def __init__(self, parts: Sequence[Statistic]) -> None:
+    def __init__(self, parts: dict[str, Statistic]) -> None:
         self.parts = parts
 
     def update(self, x: Tensor) -> None:  # [b, s, d]
-        for part in self.parts:
+        for part in self.parts.values():
             part.update(x)
 
     def merge(self, group: Group) -> None:
-        for part in self.parts:
+        for part in self.parts.values():
             part.merge(group)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self.parts.items()}
 
-class Moments:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+
+
+class Moments(Statistic):
     r"""Mean and variance of every feature over tokens, put together from the moments of each sample.
 
     Example:
@@ -58,6 +95,8 @@ class Moments:
         >>> m.mean, m.variance
         (tensor([4.], dtype=torch.float64), tensor([10.], dtype=torch.float64))
     """
+
+    state_fields = ("_counts", "_means", "_m2")
 
     def __init__(self) -> None:
         self._counts: list[int] = []  # tokens of each sample
@@ -117,7 +156,7 @@ class Moments:
         return torch.tensor(self._counts, dtype=torch.float64, device=self._means[0].device)[:, None]
 
 
-class Norms:
+class Norms(Statistic):
     r"""Euclidean norm of every feature, of each sample by itself and of all of them pooled.
 
     Example:
@@ -126,6 +165,8 @@ class Norms:
         >>> n.mean, n.pooled
         (tensor([8.5000], dtype=torch.float64), tensor([13.], dtype=torch.float64))
     """
+
+    state_fields = ("samples", "_sum", "_squares")
 
     def __init__(self) -> None:
         self.samples = 0
@@ -153,7 +194,7 @@ class Norms:
         return self._squares.sqrt()
 
 
-class Gram:
+class Gram(Statistic):
     r"""Second moments :math:`X^\top X` and mean of all features.
 
     Products are taken in float32 and summed in float64, of inputs less the mean of the first batch: features that stay
@@ -168,6 +209,7 @@ class Gram:
                 [0., 0.]], dtype=torch.float64)
     """
 
+    state_fields = ("count", "_pivot", "_sum", "_products")
     tile = 256  # columns of one product: X'X is symmetric, so tiles below the diagonal are not computed
 
     def __init__(self) -> None:
@@ -272,18 +314,20 @@ def tf32() -> Iterator[None]:
         setattr(matmul, name, before)
 
 
-class Parted:
-    r"""Second moments of all features, those of every fourth sample apart: by these is judged what the others give.
+class HoldoutGram(Statistic):
+    r"""Two Grams of the same features: `held_out` of every fourth sample, `fitting` of all others.
 
     Args:
-        first: Which of all samples is the first that it will see.
+        first: The index, among the samples of all processes, of the first sample that it will see.
 
     Example:
-        >>> p = Parted()
+        >>> p = HoldoutGram()
         >>> p.update(torch.tensor([[[1.0], [3.0]], [[5.0], [7.0]]]))
         >>> p.fitting.mean, p.held_out.mean, p.norm.square()
         (tensor([2.], dtype=torch.float64), tensor([6.], dtype=torch.float64), tensor([84.], dtype=torch.float64))
     """
+
+    state_fields = ("next", "fitting", "held_out")
 
     def __init__(self, first: int = 0) -> None:
         self.next, self.fitting, self.held_out = first, Gram(), Gram()
@@ -345,6 +389,12 @@ class BlockInfluence:
         """Takes in what all other processes have seen."""
         sums = total(torch.tensor([*self._sums.values(), self.count], dtype=torch.float64), group)
         self._sums, self.count = dict(zip(self._sums, sums, strict=False)), int(sums[-1])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, **self._sums}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count, self._sums = state["count"], {name: state[name] for name in self._sums}
 
     def distance(self, name: Distance) -> float:
         """The mean distance over tokens; `uniform` is the same for every block."""

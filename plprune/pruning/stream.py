@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from plprune.architecture.blocks import Attention, Block, Group, blocks_of
 from plprune.io import distributed
 from plprune.io.progress import Progress
-from plprune.io.state import restore
 from plprune.pruning.forward import BlockInputs, Call, Held, evaluating, record, same_values, split_call, summary
 from plprune.pruning.journal import Filed, Past, Walk, journal_of
 from plprune.pruning.plan import fingerprint
@@ -137,7 +136,7 @@ class Replay(BlockInputs):
     def __init__(self, block: Block, past: Past, device: torch.device) -> None:
         self.block, self.device, self.group = block, device, None
         self.influence = BlockInfluence()
-        restore(self.influence, past.influence)
+        self.influence.load_state_dict(past.influence)
         self.decided = past.observed is None
         self._observed = iter(past.observed or [])
 
@@ -153,7 +152,7 @@ class Replay(BlockInputs):
             return []
         kept, statistics = next(self._observed), {group.consumer.path: statistic() for group in groups}
         for path, state in kept.items():
-            restore(statistics[path], state)
+            statistics[path].load_state_dict(state)
         return [(group, statistics[group.consumer.path]) for group in groups]
 
 
@@ -396,4 +395,13 @@ def _recalled(
 def _past(block: Block, inputs: BlockInputs, version: int) -> Past:
     """What is known of a block; what was observed there only if the decisions are still to be taken."""
     now = block.home.version if block.home else 0
-    return Past(vars(inputs.influence), inputs.observed if now == version else None, now)
+    if now != version:
+        return Past(inputs.influence.state_dict(), None, now)
+    observed = [{path: _state(each) for path, each in own.items()} for own in inputs.observed]
+    return Past(inputs.influence.state_dict(), observed, now)
+
+
+def _state(statistic: Statistic) -> dict[str, Any]:
+    if not isinstance(statistic, Statistic):
+        raise ValueError(f"{type(statistic).__name__} cannot be kept for --resume: derive it from Statistic")
+    return statistic.state_dict()

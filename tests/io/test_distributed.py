@@ -18,7 +18,7 @@ from plprune.architecture.modules import put
 from plprune.checkpoint import sharing
 from plprune.io import distributed
 from plprune.pruning.plan import PruningPlan
-from plprune.pruning.statistics import BlockInfluence, Gram, Moments, Norms, Parted
+from plprune.pruning.statistics import BlockInfluence, Gram, HoldoutGram, Moments, Norms
 from tests.benchmarks.pruning import resident
 from tests.builders import METHODS, REPAIRED, logits, method, tiny, windows
 from tests.ranks import in_ranks
@@ -38,7 +38,7 @@ def sample(i: int) -> Tensor:
 
 def statistics(items: list[int]) -> dict[str, Any]:
     moments, norms, gram, influence = Moments(), Norms(), Gram(), BlockInfluence()
-    parted = Parted(2 * items[0] if items else 0)
+    parted = HoldoutGram(2 * items[0] if items else 0)
     for x in map(sample, items):
         for statistic in (moments, norms, gram, parted):
             statistic.update(x)

@@ -1,15 +1,18 @@
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from plprune.architecture.blocks import Decision
 from plprune.checkpoint.weights import check_values
+from plprune.io import state
 from plprune.io.atomic import CannotWrite, writing
-from plprune.io.state import read_state, restore, write_state
+from plprune.io.state import read_state, write_state
 from plprune.pruning.journal import Filed, Journal, Past, Walk
-from plprune.pruning.statistics import BlockInfluence, Gram, Moments, Norms, Statistic
+from plprune.pruning.statistics import BlockInfluence, Gram, HoldoutGram, Moments, Norms, Statistic, StatisticGroup
 
 ASKED = {"method": "FLAP", "settings": {"sparsity": 0.2}, "seed": 0}
 
@@ -18,25 +21,37 @@ def journal(folder: Path, **how: Any) -> Journal:
     return Journal(folder / ".out.progress", how.pop("asked", ASKED), **how)
 
 
-@pytest.mark.parametrize("statistic", [Moments, Norms, Gram])
-def test_a_statistic_that_was_kept_gives_the_same_numbers(statistic: type[Statistic], tmp_path: Path) -> None:
+def grouped() -> StatisticGroup:
+    return StatisticGroup({"norms": Norms(), "gram": Gram()})
+
+
+def numbers(statistic: Any) -> list[Any]:
+    if isinstance(statistic, StatisticGroup):
+        return [each for part in statistic.parts.values() for each in numbers(part)]
+    if isinstance(statistic, HoldoutGram):
+        return [statistic.next, *numbers(statistic.fitting), *numbers(statistic.held_out)]
+    names = ("count", "samples", "mean", "norm", "pooled", "running_variance", "variance")
+    return [torch.as_tensor(getattr(statistic, name)) for name in names if hasattr(statistic, name)]
+
+
+@pytest.mark.parametrize("statistic", [Moments, Norms, Gram, HoldoutGram, grouped])
+def test_a_statistic_that_was_kept_gives_the_same_numbers(statistic: Callable[[], Statistic], tmp_path: Path) -> None:
     x = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
     kept, again = statistic(), statistic()
     kept.update(x)
-    write_state(vars(kept), tmp_path / "state")
-    restore(again, read_state(tmp_path / "state"))
+    write_state(kept.state_dict(), tmp_path / "state")
+    again.load_state_dict(read_state(tmp_path / "state"))
     kept.update(2 * x)
     again.update(2 * x)
-    for name in ("mean", "norm", "pooled", "running_variance", "variance"):
-        if hasattr(kept, name):
-            assert torch.equal(getattr(again, name), getattr(kept, name))
+    for one, other in zip(numbers(again), numbers(kept), strict=True):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
 
 
 def test_numbers_are_kept_to_the_last_bit(tmp_path: Path) -> None:
     influence, again = BlockInfluence(), BlockInfluence()
     influence.update(torch.randn(1, 3, 4), torch.randn(1, 3, 4))
-    write_state(vars(influence), tmp_path / "state")
-    restore(again, read_state(tmp_path / "state"))
+    write_state(influence.state_dict(), tmp_path / "state")
+    again.load_state_dict(read_state(tmp_path / "state"))
     assert vars(again) == vars(influence)
 
 
@@ -51,23 +66,26 @@ def test_what_plain_statistics_are_made_of_comes_back(tmp_path: Path) -> None:
     assert again["nan"] != again["nan"]
 
 
-def test_a_statistic_within_a_statistic(tmp_path: Path) -> None:
-    class Both:
-        def __init__(self) -> None:
-            self.norms, self.seen = Norms(), 0
-
-    both, again = Both(), Both()
-    both.norms.update(torch.ones(1, 2, 3))
-    both.seen = 5
-    write_state(vars(both), tmp_path / "state")
-    restore(again, read_state(tmp_path / "state"))
-    assert torch.equal(again.norms.pooled, both.norms.pooled)
-    assert again.seen == 5
-
-
 def test_what_cannot_be_kept_is_named(tmp_path: Path) -> None:
+    class Forgetful(Norms):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen = 0
+
+    with pytest.raises(ValueError, match="Forgetful cannot be kept for --resume: add seen to its `state_fields`"):
+        Forgetful().state_dict()
     with pytest.raises(ValueError, match="a set cannot be kept for --resume"):
         write_state({"a": {1, 2}}, tmp_path / "state")
+
+
+def test_what_another_version_wrote_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "VERSION", "1")
+    write_state({"count": 1}, tmp_path / "state")
+    monkeypatch.undo()
+    save_file({"0": torch.ones(1)}, tmp_path / "older", metadata={"plprune": "{}"})  # the first files had no version
+    for file in ("state", "older"):
+        with pytest.raises(ValueError, match=f"{file} was written by another version of plprune: start again"):
+            read_state(tmp_path / file)
 
 
 def test_an_unfinished_journal_is_not_forgotten(tmp_path: Path) -> None:

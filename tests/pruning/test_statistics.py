@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from plprune.pruning.statistics import BlockInfluence, Gram, Moments, Norms, Parted, in_tf32, tf32
+from plprune.pruning.statistics import BlockInfluence, Gram, HoldoutGram, Moments, Norms, in_tf32, tf32
 
 SPLITS = [(6,), (1,) * 6, (4, 2), (1, 5), (3, 3)]
 
@@ -188,20 +188,20 @@ def test_a_gram_that_was_released_still_has_its_mean() -> None:
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_fourth_sample_is_kept_apart_whatever_the_batches(split: tuple[int, ...]) -> None:
     x = data(offset=2.0)
-    parted = fed(Parted(), *x.split(split))
+    parted = fed(HoldoutGram(), *x.split(split))
     others, apart = flat(x[[0, 2, 3, 4]]), flat(x[[1, 5]])
     close(parted.fitting.mean, others.mean(0))
     close(parted.held_out.covariance(), torch.cov(apart.T, correction=0), atol=1e-5)
     about = apart - others.mean(0)
     close(parted.held_out.about(parted.fitting.mean), about.T @ about / len(apart), atol=1e-5)
     close(parted.norm, flat(x).norm(dim=0))
-    later = fed(Parted(first=2), *x[2:].split(1))
+    later = fed(HoldoutGram(first=2), *x[2:].split(1))
     close(later.held_out.mean, flat(x[[5]]).mean(0))
 
 
 def test_both_parts_together_are_one_gram() -> None:
     x = data(offset=2.0)
-    pool, gram = fed(Parted(), *x.split(4)).pooled(), fed(Gram(), *x.split(4))
+    pool, gram = fed(HoldoutGram(), *x.split(4)).pooled(), fed(Gram(), *x.split(4))
     assert pool.count == gram.count
     close(pool.mean, gram.mean)
     close(pool.covariance(), gram.covariance(), atol=1e-5)
