@@ -9,8 +9,8 @@
       -> Evaluate: dense, pruned, recovered         Export: merged, saved, loads again with load_pruned
       -> plprune export: transformers, llama.cpp, DeciLM; each loaded again there, and compared
 
-Below the Lightning line (`callbacks`, `checkpointing`, `recovery`, `data`, `strategies`, `watch`, `cli`) everything is
-a plain library: `prune(model, method, batches)` is all of it.
+Only `cli`, `commands`, `comparison` and `training` know Lightning. All other packages are a plain library:
+`prune(model, method, batches)` is all of it.
 """
 
 from transformers import AutoConfig

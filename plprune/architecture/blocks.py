@@ -1,17 +1,11 @@
-r"""Where the prunable parts of each model family are. A new family is one record here, and nothing elsewhere.
+r"""The blocks of a model, and the groups of units in them that a method prunes.
 
-A :class:`Family` names modules by dotted paths relative to a decoder block. A :class:`Group` is a set of units that
-can only leave together: unit `u` owns the rows `rows[u]` of every producer and the columns `columns[u]` of the one
-consumer. As a group holds indices, fused projections need no code: a path that is named twice holds its parts stacked,
-in the order in which they are named.
+A :class:`Group` is a set of units of one kind in one block. Unit `u` owns the rows `rows[u]` of every producer and the
+columns `columns[u]` of the one consumer, and they leave together. A group holds indices, so fused projections need no
+code of their own: a path that is named twice holds its parts stacked, in the order in which they are named.
 
-To add a family, look at its modelling file in transformers. Which names differ from Llama's? Does the forward pass
-read a number of heads, or a width, that is not taken from the weights (`counts`)? Is anything else as wide as all heads
-together (`qk_norms`)? What does its configuration call the sizes (`config_keys`)? Then give `tests/builders.py` a tiny
-configuration of it: the tests take every family from :data:`FAMILIES`, and find what the record has wrong.
-
-Rows are outputs and columns are inputs, however a projection stores its weight: :func:`matrix` gives it as
-[d_out, d_in] also where it is a `Conv1D`, which holds the transpose.
+Rows are outputs and columns are inputs, however a projection stores its weight: :func:`matrix` returns it as
+[d_out, d_in] for a `Conv1D` too, which stores the transpose.
 
 =============  =======================  ===========================  ==================================
 kind           unit                     producers                    consumer

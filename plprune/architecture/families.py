@@ -1,4 +1,16 @@
-"""What each family of models calls the parts of a block."""
+"""What each family of models calls the parts of a block. A new family is one record here, and nothing elsewhere.
+
+A :class:`Family` names modules by dotted paths relative to a decoder block. To add one, read its modelling file in
+transformers and answer:
+
+- Which names differ from Llama's?
+- Does the forward pass read a number of heads, or a width, that is not taken from the weights (`counts`)?
+- Is anything else as wide as all heads together (`qk_norms`)?
+- What does its configuration call the sizes (`config_keys`)?
+
+Then give `tests/builders.py` a tiny configuration of it. The tests run on every family in :data:`FAMILIES`, and report
+what is wrong in the record.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

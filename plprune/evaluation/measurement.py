@@ -1,14 +1,4 @@
-"""What a model is worth: perplexity on any text, bits per byte, parameters, size and reading speed.
-
-A perplexity means little without its protocol: how long the windows are, whether they overlap, whether a BOS token
-comes first, and how many tokens were counted. A :class:`Passage` is a text cut up by a :class:`Protocol`, and says so.
-
-Perplexity is per token, so it cannot be compared between tokenizers. Bits per byte can: what the tokens of the text
-cost, over the bytes of UTF-8 that they stand for. The tokens that end documents stand for no byte; they count in the
-perplexity, and not in the bits.
-
-Symbols: b windows of a batch, s tokens of a window, v the vocabulary.
-"""
+"""One measurement of a model: quality on a text, parameters, size and reading speed."""
 
 import statistics
 import time

@@ -1,4 +1,14 @@
-"""Perplexity and bits per byte of a text under a model."""
+"""Perplexity and bits per byte of a text under a model.
+
+A perplexity means little without its protocol: how long the windows are, whether they overlap, whether a BOS token
+comes first, and how many tokens were counted. A :class:`Passage` is a text cut up by a :class:`Protocol`, and names it.
+
+Perplexity is per token, so it cannot be compared between tokenizers. Bits per byte can: they are the cost of the
+text's tokens over its bytes in UTF-8. A token that ends a document has no bytes; it counts in the perplexity and not in
+the bits.
+
+Symbols: b windows of a batch, s tokens of a window, v the vocabulary.
+"""
 
 import math
 import re

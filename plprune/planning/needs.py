@@ -1,20 +1,8 @@
-r"""What pruning will come to, before any weight is there: sizes, work, memory, time.
+r"""Time and memory that calibration and recovery need on a machine.
 
-A method says how many units each group would keep (`PruningMethod.foresee`); what that leaves is counted here, on the
-skeleton of a model on the meta device. Where data decide, there is one count for each of the extreme cases.
-
-Two counts of the same: :class:`Ledger` adds up what units cost, in no time, and is what targets are solved by;
-:func:`rehearse` carries a case out on a copy of the skeleton, by the code that prunes. The tests hold them together.
-
-What is assumed of machines and of training, as no file says it:
-
-- A machine reaches :data:`UTILISATION` of its peak; Llama 3 was trained at 0.38 to 0.43 of it
-  (https://arxiv.org/abs/2407.21783, table 4).
-- Of a GPU's memory :data:`USABLE` can be had; the rest is the driver's and what is lost between allocations.
-- A block crosses from main memory to a GPU at :data:`CROSSING` bytes a second, as pageable memory does.
-- A token of a step leaves in each block what the backward pass reads: the inputs of the adapters, in float32, as PEFT
-  casts them, and what activation functions, norms and attention read; with gradient checkpointing only the block's
-  input, and one block in full.
+Training is assumed to keep, for each token of a step and in each block, what the backward pass reads: the inputs of the
+adapters in float32, as PEFT casts them, and the inputs of activation functions, norms and attention. With gradient
+checkpointing it keeps the input of each block, and one block in full.
 
 Symbols: B blocks, d model width, n FFN width, H query heads, hd head dimension, V vocabulary.
 """

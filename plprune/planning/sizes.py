@@ -1,4 +1,8 @@
-"""What a model of some sizes is like: parameters, memory and work, by the shapes alone."""
+"""Parameters, memory and operations of a model by its shapes alone; its weights may be on the meta device.
+
+There are two counts of a pruned model. :class:`Ledger` adds up the costs of units and takes no time; targets are solved
+by it. :func:`rehearse` prunes a copy of the skeleton by the code that prunes. The tests hold them together.
+"""
 
 import copy
 import dataclasses
