@@ -34,7 +34,8 @@ from plprune.io.atomic import check_free, clear, resolved
 from plprune.io.checks import check_sizes
 from plprune.io.progress import Progress
 from plprune.methods import CFSP, FASP, FLAP, LearnedGates, PruningMethod, TwoSSP, preflight
-from plprune.training import checkpointing, console, resuming, rounds
+from plprune.training import checkpoint_files, checkpointing, console, preemption, resuming, rounds
+from plprune.training import resume as resume_
 from plprune.training.callbacks import evaluate, prune
 from plprune.training.callbacks import export as export_
 from plprune.training.callbacks import report as report_
@@ -51,7 +52,7 @@ STAGES = {
 RESUME = (
     "Go on where an earlier run of the same command was stopped: from its newest complete checkpoint, or from the "
     "start if there is none. A run that gets SIGTERM, or has used up its max_hours, saves and ends with exit code "
-    f"{checkpointing.AGAIN}: start it again with --resume."
+    f"{preemption.AGAIN}: start it again with --resume."
 )
 BUILT_IN = [CFSP, FASP, FLAP, LearnedGates, TwoSSP]
 ROUNDS = (
@@ -132,19 +133,19 @@ class CLI(OpenCLI):
         run = resuming.asked(trainer, self.model, self.datamodule)
         if rank_zero_only.rank == 0 and not dry:
             self._tidy()
-        with checkpointing.preemptible(trainer.strategy.launcher):
+        with preemption.preemptible(trainer.strategy.launcher):
             if resume and self._nothing_left():
                 return
-            if resume and (path := checkpointing.resume_from(trainer, run)):
+            if resume and (path := resume_.resume_from(trainer, run)):
                 kwargs["ckpt_path"] = str(path)
-                self._log(trainer, checkpointing.step_of(path))
-                if not checkpointing.is_finished(trainer):
+                self._log(trainer, checkpoint_files.step_of(path))
+                if not resume_.is_finished(trainer):
                     for export in self._exports():  # what is there is this run's own, as it was free at the start
                         export.overwrite = True
             elif not kwargs["ckpt_path"] and not dry:
                 for export in self._exports():
                     check_free(export.output, export.overwrite)
-                checkpointing.begin_anew(trainer)
+                resume_.begin_anew(trainer)
             trainer.fit(**kwargs)
         if trainer.is_global_zero:
             print(console.summary(trainer, {} if dry else self._outputs(), time.monotonic() - self._since))
@@ -163,7 +164,7 @@ class CLI(OpenCLI):
     def arguments_of(self, subcommand: str) -> dict[str, Any]:
         kwargs = super().arguments_of(subcommand)
         if kwargs.get("ckpt_path"):
-            kwargs["ckpt_path"] = checkpointing.named(str(kwargs["ckpt_path"]), self.trainer, subcommand == "fit")
+            kwargs["ckpt_path"] = resume_.named(str(kwargs["ckpt_path"]), self.trainer, subcommand == "fit")
             if kwargs.get("weights_only") is None:
                 kwargs["weights_only"] = True  # or Lightning would unpickle what it gets from elsewhere
         return kwargs
@@ -219,11 +220,11 @@ class CLI(OpenCLI):
 
     def _nothing_left(self) -> bool:
         outputs = [export.output for export in self._exports()]
-        if not checkpointing.is_finished(self.trainer) or not all(resolved(output).exists() for output in outputs):
+        if not resume_.is_finished(self.trainer) or not all(resolved(output).exists() for output in outputs):
             return False
         model, data = cast(Recovery, self.model), cast(RecoveryData, self.datamodule)
         data.tokenizer = data.tokenizer or model.tokenizer  # it asks its trainer, which knows no model yet
-        checkpointing.is_finished(self.trainer, resuming.asked(self.trainer, model, data, model.contents(data)))
+        resume_.is_finished(self.trainer, resuming.asked(self.trainer, model, data, model.contents(data)))
         if rank_zero_only.rank == 0:
             print(f"this run is finished{''.join(f'; its model is in {output}' for output in outputs)}")
         return True
@@ -387,7 +388,7 @@ def _run(given: list[str], args: list[str] | None) -> None:
         given_options = vars(parser.instantiate_classes(parsed))
         COMMANDS[name](**{option: value for option, value in given_options.items() if option != "config"})
     elif name in STAGES or name.startswith("-"):
-        with checkpointing.preemptible() if name == "fit" else contextlib.nullcontext():
+        with preemption.preemptible() if name == "fit" else contextlib.nullcontext():
             CLI(args)
     else:
         raise ArgumentError(None, f"no command '{name}'; known commands: {', '.join([*STAGES, *COMMANDS])}")

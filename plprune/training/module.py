@@ -10,22 +10,8 @@ from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    BatchSizeFinder,
-    EarlyStopping,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    ModelCheckpoint,
-    ModelPruning,
-    SpikeDetection,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
+from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.text import Perplexity
@@ -47,8 +33,10 @@ from plprune.recovery import consumers
 from plprune.recovery import lora as adapters
 from plprune.recovery.distillation import Distillation, Teacher, check_teacher, distances, recorded, sizes, source
 from plprune.recovery.lora import LoRA
-from plprune.training import lightning_internals, resuming
+from plprune.training import lightning_internals, random_states, resuming
 from plprune.training.data import Ahead
+from plprune.training.foreign_callbacks import check_callbacks
+from plprune.training.optimisation import gradient_norms, warmup_cosine
 from plprune.training.strategies import check_strategy, description, frozen_in_half, fusable, held, shards, split
 
 log = logging.getLogger(__name__)
@@ -57,24 +45,8 @@ REMEDY = (
     ": training stops, and nothing is saved over what was good; lower model.learning_rate, or compute in more than "
     "float16 (trainer.precision bf16-mixed or 32-true)"
 )
-
 ENDLESS = "the learning rate needs an end of training: set trainer.max_steps or trainer.max_epochs"
-
 LEAST = 1e-30  # that losses are divided by, where nothing counts
-
-COPIES = "copies the model before it is pruned and has adapters"
-
-REFUSED: dict[type[pl.Callback], str] = {  # callbacks of Lightning that would be wrong here without a word, or late
-    WeightAveraging: COPIES,
-    StochasticWeightAveraging: COPIES,
-    BaseFinetuning: "chooses what is trained, as model.lora and model.train do",
-    ModelPruning: "only masks weights, and those of adapters too, where Prune removes them",
-    BatchSizeFinder: "changes data.batch_size after the steps were counted by it: set it yourself",
-    LearningRateFinder: "finds a rate that the schedule does not follow: set model.learning_rate",
-    GradientAccumulationScheduler: "changes the number of steps, which the learning rate and a run that goes on need: "
-    "set trainer.accumulate_grad_batches",
-    SpikeDetection: "takes a batch's share in the loss of a step for a loss, and cannot go on after a stop",
-}
 
 
 class Recovery(pl.LightningModule):
@@ -158,17 +130,7 @@ class Recovery(pl.LightningModule):
     def configure_callbacks(self) -> list[pl.Callback]:
         """Adds none; it is the first hook that all processes have, and what cannot work is refused in it."""
         callbacks: list[pl.Callback] = cast(Any, self.trainer).callbacks
-        for each in callbacks:
-            why = next((why for kind, why in REFUSED.items() if isinstance(each, kind)), None)
-            if why and not lightning_internals.is_tuners(each):
-                raise ValueError(f"{type(each).__name__} {why}; leave it out of trainer.callbacks")
-        foreign = [type(c) for c in callbacks if not type(c).__module__.startswith(("lightning.", "plprune."))]
-        for each in callbacks if type(self) is Recovery and not foreign else ():  # others may log what they like
-            name, known = getattr(each, "monitor", None), ", ".join(self._logged())
-            judged = isinstance(each, EarlyStopping) and each.strict
-            judged |= isinstance(each, ModelCheckpoint) and name not in (None, "step", "epoch")
-            if judged and name not in self._logged():
-                raise ValueError(f"{type(each).__name__} monitors {name}, which is not logged: monitor one of {known}")
+        check_callbacks(callbacks, self._logged() if type(self) is Recovery else None)
         return []
 
     def prepare_data(self) -> None:
@@ -241,7 +203,7 @@ class Recovery(pl.LightningModule):
         self._fault = torch.tensor(-1, device=self.device)
         if self._teacher is not None:
             self._teacher.prepare(self._coming_windows(), quiet=not self.trainer.is_global_zero)
-        self._restore_random_state()
+        random_states.restore(self._random_states, self.device)
         self._log_ranks()
         self._by_block = [[p for p in b.module.parameters() if p.requires_grad] for b in blocks_of(self.model)]
         self._tokens, self._since = 0, time.perf_counter()
@@ -306,7 +268,7 @@ class Recovery(pl.LightningModule):
         trained = self._trained()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         own = {"base": self._base, "trained": trained, "run": self._run}
-        checkpoint["plprune"] = own | {"random_states": self._gathered_random_states()}
+        checkpoint["plprune"] = own | {"random_states": random_states.gathered(self.device)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_checkpoint(checkpoint)
@@ -323,25 +285,9 @@ class Recovery(pl.LightningModule):
             ValueError: It was not written by `Recovery`, or in another run, or for another model or plan, or what is
                 trained is another, or it holds weights only and is to be trained on.
         """
-        own = checkpoint.get("plprune")
-        if own is None:
-            raise ValueError("the checkpoint was not written by plprune.Recovery: name another with --ckpt_path")
-        if self.trainer.state.fn == "fit" and "lr_schedulers" not in checkpoint:
-            raise ValueError("the checkpoint holds weights only, which cannot be trained on: name another --ckpt_path")
+        own = resuming.check_kind(checkpoint, training=self.trainer.state.fn == "fit")
         self._check_run(own.get("run"))
-        if own["base"] != self._base:
-            raise ValueError(
-                f"the checkpoint was trained on another base model or plan ({own['base']}) than this run's "
-                f"({self._base}): use the settings it was trained with, or start without it"
-            )
-        here, there = self._trained(), own["trained"]
-        state = checkpoint.get("state_dict", checkpoint.get("module", there))  # DeepSpeed calls it module
-        unlike = [name for name in here | there if here.get(name) != there.get(name) or name not in state]
-        if unlike:
-            raise ValueError(
-                f"the checkpoint and this run do not train the same parameters ({min(unlike)} differs or is missing): "
-                "use the settings it was trained with (model.lora, model.train), or another checkpoint"
-            )
+        resuming.check_trained(checkpoint, self._base, self._trained())
 
     def _begin(self) -> None:
         plan, group = plan_of(self.model), distributed.world()
@@ -478,53 +424,3 @@ class Recovery(pl.LightningModule):
         """The shapes of all that is trained, by name."""
         # ZeRO-3 leaves a parameter empty, and knows better.
         return {n: list(getattr(p, "ds_shape", p.shape)) for n, p in self.named_parameters() if p.requires_grad}
-
-    def _gathered_random_states(self) -> dict[str, Tensor]:  # [processes, bytes] each
-        cuda = {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
-        states = {"cpu": torch.get_rng_state()} | cuda
-        return {
-            kind: cast(Tensor, distributed.joined(s[None], distributed.world())).cpu() for kind, s in states.items()
-        }
-
-    def _restore_random_state(self) -> None:
-        states, count, rank = self._random_states, self.trainer.world_size, self.trainer.global_rank
-        if states and len(states["cpu"]) != count:
-            log.warning(
-                "the checkpoint is of %d processes, this run has %d: dropout is not what it would have been",
-                len(states["cpu"]),
-                count,
-            )
-        elif states:
-            torch.set_rng_state(states["cpu"][rank].clone())  # a row as it is would have torch read elsewhere
-            if "cuda" in states and self.device.type == "cuda":
-                torch.cuda.set_rng_state(states["cuda"][rank].clone(), self.device)
-
-
-def gradient_norms(parameters: list[list[nn.Parameter]]) -> Tensor:  # [groups]
-    """The norm of the gradients of each group of parameters, which may be in shards of FSDP2.
-
-    Example:
-        >>> weight = nn.Parameter(torch.zeros(2))
-        >>> weight.grad = torch.tensor([3.0, 4.0])
-        >>> gradient_norms([[weight], []])
-        tensor([5., 0.])
-    """
-    grads = [[p.grad for p in group if p.grad is not None] for group in parameters]
-    sharded = any(isinstance(grad, DTensor) for group in grads for grad in group)
-    local = [[grad.to_local() if isinstance(grad, DTensor) else grad for grad in group] for group in grads]
-    place = next(p.device for group in parameters for p in group)
-    squares = torch.stack([get_total_norm(group).to(place) for group in local]).square()
-    return (distributed.total(squares, distributed.world()) if sharded else squares).sqrt()
-
-
-def warmup_cosine(step: int, steps: int, warmup: float) -> float:
-    """The learning rate at a step, as a fraction of its peak.
-
-    Example:
-        >>> [round(warmup_cosine(step, 10, 0.2), 3) for step in (0, 1, 2, 6, 10)]
-        [0.5, 1.0, 1.0, 0.5, 0.0]
-    """
-    rise = int(warmup * steps)
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, steps - rise))))

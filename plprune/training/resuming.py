@@ -112,6 +112,47 @@ def check(there: Run, here: Run, whole: bool = True) -> None:
             )
 
 
+def check_kind(checkpoint: dict[str, Any], training: bool) -> dict[str, Any]:
+    """What `Recovery` wrote into a checkpoint.
+
+    Raises:
+        ValueError: It wrote nothing there, or the checkpoint holds weights only and is to be trained on.
+    """
+    own = checkpoint.get("plprune")
+    if own is None:
+        raise ValueError("the checkpoint was not written by plprune.Recovery: name another with --ckpt_path")
+    if training and "lr_schedulers" not in checkpoint:
+        raise ValueError("the checkpoint holds weights only, which cannot be trained on: name another --ckpt_path")
+    return own
+
+
+def check_trained(checkpoint: dict[str, Any], base: dict[str, Any], trained: dict[str, list[int]]) -> None:
+    """Makes sure that a checkpoint holds the parameters that are trained here, trained on the same base.
+
+    Args:
+        checkpoint: The checkpoint.
+        base: Hashes of the base model's weights and plan.
+        trained: The shapes of the trained parameters, by name.
+
+    Raises:
+        ValueError: It does not.
+    """
+    own = checkpoint["plprune"]
+    if own["base"] != base:
+        raise ValueError(
+            f"the checkpoint was trained on another base model or plan ({own['base']}) than this run's "
+            f"({base}): use the settings it was trained with, or start without it"
+        )
+    there = own["trained"]
+    state = checkpoint.get("state_dict", checkpoint.get("module", there))  # DeepSpeed calls it module
+    unlike = [name for name in trained | there if trained.get(name) != there.get(name) or name not in state]
+    if unlike:
+        raise ValueError(
+            f"the checkpoint and this run do not train the same parameters ({min(unlike)} differs or is missing): "
+            "use the settings it was trained with (model.lora, model.train), or another checkpoint"
+        )
+
+
 def _options(kind: str, owner: Any) -> Run:
     """What was given for the options of an object, which are those of its class."""
     found: Run = {}

@@ -19,7 +19,7 @@ import yaml
 from plprune.io.atomic import check_free
 from plprune.pruning.allocation import largest_remainder, next_sparsity
 from plprune.pruning.plan import PruningPlan
-from plprune.training.checkpointing import AGAIN
+from plprune.training.preemption import AGAIN
 
 Config = dict[str, Any]  # of a fit, as YAML has it
 

@@ -13,7 +13,7 @@ import time
 
 from plprune import CFSP, FASP, FLAP, Calibration, TwoSSP, prune
 from plprune.checkpoint.load import load_model, load_tokenizer
-from plprune.comparison.engine import Bench
+from plprune.comparison.bench import Bench
 from plprune.comparison.study import Study
 from plprune.evaluation.perplexity import Protocol, judge, passage
 from plprune.io.sources import PYDOC

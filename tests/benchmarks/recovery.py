@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from plprune import CFSP, LoRA, Recovery, prune
 from plprune.checkpoint.load import load_model
 from plprune.training.data import collate
-from plprune.training.module import warmup_cosine
+from plprune.training.optimisation import warmup_cosine
 from tests.benchmarks.gpu.models import TARGETS, WARM, made
 from tests.builders import save_tiny
 from tests.shared import SMOLLM2

@@ -23,8 +23,9 @@ import plprune
 from plprune import CFSP, FASP, FLAP, Calibration, PruningMethod, TwoSSP, perplexity, prune
 from plprune.checkpoint.load import load_model, load_tokenizer
 from plprune.cli import main
-from plprune.comparison import engine
-from plprune.comparison.engine import Bench, compare, identity
+from plprune.comparison import bench
+from plprune.comparison.bench import Bench, identity
+from plprune.comparison.engine import compare
 from plprune.comparison.study import CalibrationText, Study, Training
 from plprune.comparison.table import table
 from plprune.evaluation.perplexity import Protocol
@@ -57,7 +58,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, int]:
     counts = dict.fromkeys(names, 0)
 
     def counting(name: str) -> Any:
-        function = getattr(engine, name)
+        function = getattr(bench, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             counts[name] += 1
@@ -66,7 +67,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, int]:
         return call
 
     for name in names:
-        monkeypatch.setattr(engine, name, counting(name))
+        monkeypatch.setattr(bench, name, counting(name))
     return counts
 
 
@@ -112,7 +113,7 @@ def test_what_is_computed_is_not_computed_again(study: Study, tmp_path: Path, mo
     assert counts == {"prune": 0, "survey": 0, "judge": 0}
     compare(dataclasses.replace(first, methods=FOUR), tmp_path / "out")
     assert counts == {"prune": 1, "survey": 0, "judge": 1}  # a new method costs itself
-    edit("comparison/engine", monkeypatch)  # as its trainer, which is beside what uses it
+    edit("comparison/bench", monkeypatch)  # as its trainer, which is beside what uses it
     compare(dataclasses.replace(first, methods=FOUR[:1]), tmp_path / "out")
     assert counts == {"prune": 2, "survey": 0, "judge": 3}
 
@@ -202,9 +203,9 @@ def test_rounds_end_at_the_sparsity_of_one(study: Study, tmp_path: Path, monkeyp
     once = Training(str(study.calibration), steps=3, seq_len=16, batch_size=2, learning_rate=1e-2)
     twice = dataclasses.replace(once, name="two rounds", rounds=2)
     given: list[int] = []
-    make = engine.trainer
+    make = bench.trainer
     monkeypatch.setattr(
-        engine, "trainer", lambda device, steps, folder: given.append(steps) or make(device, steps, folder)
+        bench, "trainer", lambda device, steps, folder: given.append(steps) or make(device, steps, folder)
     )
     small = dataclasses.replace(study, methods=[CFSP()], sparsities=[0.4], recover=[once, twice])
     record = compare(small, tmp_path / "out")

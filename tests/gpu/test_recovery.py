@@ -11,7 +11,7 @@ import torch
 
 from plprune import FLAP, Checkpoint, Distillation, Export, LoRA, Prune, Recovery, RecoveryData, load_pruned, perplexity
 from plprune.recovery.lora import merged, merged_state
-from plprune.training.checkpointing import checkpoints
+from plprune.training.checkpoint_files import checkpoints
 from plprune.training.strategies import whole
 from tests.builders import numbers
 from tests.gpu.models import JUDGED, save

@@ -17,20 +17,9 @@ from torch.utils.data import DataLoader
 
 from plprune import Checkpoint
 from plprune.training import resuming
-from plprune.training.checkpointing import (
-    AGAIN,
-    FINISHED,
-    MANIFEST,
-    OLD,
-    Preempted,
-    checkpoints,
-    is_finished,
-    named,
-    newest,
-    preemptible,
-    resume_from,
-    set_aside,
-)
+from plprune.training.checkpoint_files import FINISHED, MANIFEST, OLD, checkpoints, newest, set_aside
+from plprune.training.preemption import AGAIN, Preempted, preemptible
+from plprune.training.resume import is_finished, named, resume_from
 from tests.builders import windows
 
 

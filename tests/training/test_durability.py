@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from plprune.training.checkpointing import AGAIN, checkpoints
+from plprune.training.checkpoint_files import checkpoints
+from plprune.training.preemption import AGAIN
 from tests.runs import KILLS, Run, make_source, new_folder, result
 
 pytestmark = pytest.mark.multi_process

@@ -53,10 +53,10 @@ from plprune.pruning.plan import PruningPlan
 from plprune.pruning.surgery import apply, plan_of
 from plprune.recovery.lora import adapters
 from plprune.training.callbacks.order import ORDER, check_order
-from plprune.training.checkpointing import checkpoints
+from plprune.training.checkpoint_files import checkpoints
 from plprune.training.console import BarsFirst
 from plprune.training.data import collate
-from plprune.training.module import gradient_norms
+from plprune.training.optimisation import gradient_norms
 from plprune.training.watchdog import Watch
 from tests.builders import DEFAULTS, logits, method, save_tiny, tiny, windows
 from tests.runs import Run, make_source, new_folder

@@ -16,7 +16,7 @@ from plprune.cli import main
 from plprune.pruning.allocation import next_sparsity
 from plprune.pruning.plan import PruningPlan
 from plprune.training import rounds
-from plprune.training.checkpointing import AGAIN
+from plprune.training.preemption import AGAIN
 from tests.builders import save_tiny
 from tests.test_cli import RESUMABLE
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from plprune import CFSP, Distillation, LearnedGates, LoRA, PruningMethod
-from plprune.comparison.engine import Bench, Cell
+from plprune.comparison.bench import Bench, Cell
 from plprune.comparison.study import CalibrationText, Study, Training
 from plprune.evaluation.perplexity import Protocol
 from tests.benchmarks.gpu.models import Cells
