@@ -244,7 +244,7 @@ class CLI(OpenCLI):
         if self.subcommand != "fit":  # in a folder without loggers, that of the fit stays
             self.save_config_kwargs |= {"config_filename": f"{self.subcommand}.yaml"}
         if not given["barebones"]:
-            kwargs |= console.shown(given, str(self.subcommand))
+            kwargs |= console.display_arguments(given, str(self.subcommand))
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except TypeError as error:  # which Lightning raises for settings

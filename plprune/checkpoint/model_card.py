@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from plprune.architecture.blocks import UNITS
+from plprune.io.tables import markdown
 from plprune.pruning.plan import PruningPlan
 
 CARD, RECORD = "README.md", "record.json"
@@ -98,18 +100,10 @@ def _removed(plan: PruningPlan) -> str:
 def _step(plan: PruningPlan) -> str:
     """One pruning: method, settings, and a table of the blocks."""
     settings = ", ".join(f"`{name}: {value}`" for name, value in plan.settings.items())
-    lines = [
-        f"By {plan.method} ({settings}): {plan.reached:.1%} of the blocks' parameters.",
-        "",
-        "| block | parameters left | what stays |",
-        "|---|---|---|",
-    ]
+    rows = [["block", "parameters left", "what stays"]]
     for i, (before, after) in enumerate(zip(plan.before, plan.after, strict=True)):
-        lines.append(f"| {i} | {after:,} of {before:,} | {_kept(plan, i)} |")
-    return "\n".join(lines)
-
-
-UNITS = {"attention": "kv heads", "value": "value channels", "ffn": "FFN channels"}
+        rows.append([str(i), f"{after:,} of {before:,}", _kept(plan, i)])
+    return f"By {plan.method} ({settings}): {plan.reached:.1%} of the blocks' parameters.\n\n{markdown(rows)}"
 
 
 def _kept(plan: PruningPlan, block: int) -> str:
@@ -124,8 +118,8 @@ def _quality(record: dict[str, Any]) -> str:
     if not record.keys() & {"perplexity", "training"}:
         return ""
     rows = record.get("perplexity", {})
-    lines = ["## What it cost", "", "| | perplexity |", "|---|---|"] if rows else ["## Recovery", ""]
-    lines += [f"| {name} | {value:.2f} |" for name, value in rows.items()]
+    cells = [["", "perplexity"], *([name, f"{value:.2f}"] for name, value in rows.items())]
+    lines = ["## What it cost", "", markdown(cells)] if rows else ["## Recovery", ""]
     if text := record.get("text"):
         lines += ["", "Judged on held-out text of the run: " + _listed(text) + "."] if rows else []
     if training := record.get("training"):

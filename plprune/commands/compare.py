@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from plprune.checkpoint.stored import Dtype
-from plprune.comparison import engine, table
+from plprune.comparison import engine
 from plprune.comparison.study import CalibrationText, Study, Training
+from plprune.comparison.table import comparison_table
 from plprune.evaluation.lm_eval import named
 from plprune.evaluation.perplexity import Protocol
 from plprune.io.distributed import device_called, launched_rank
@@ -97,4 +98,4 @@ def compare(
     )
     record = engine.compare(study, output)
     if not launched_rank():
-        print(f"{table.table(record)}\n\nreport: {output}/report.html")
+        print(f"{comparison_table(record)}\n\nreport: {output}/report.html")

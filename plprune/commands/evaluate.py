@@ -164,16 +164,19 @@ def _printed(
     judged: dict[str, _Judged], stages: dict[str, str], plan: PruningPlan | None, limit: int | None
 ) -> list[str]:
     rows = {stage: found.measured for stage, found in judged.items()}
-    parts = [*([callbacks.summary(plan)] if plan else []), measurement.table(rows) + f"\n{_protocols(judged)}"]
+    parts = [
+        *([callbacks.summary(plan)] if plan else []),
+        f"{measurement.measurement_table(rows)}\n{_protocols(judged)}",
+    ]
     if "dense" in stages:
         parts[-1] += f"\ndense: {stages['dense']}"
     results = {stage: found.tasks for stage, found in judged.items()}
     if any(results.values()):
         some = f"the first {limit} examples of each task; " if limit else ""
         foot = f"{some}± is the standard error, of differences that of the paired examples"
-        parts.append(f"{task_results.table(results)}\n{foot}")
+        parts.append(f"{task_results.score_table(results)}\n{foot}")
     if measured := _speeds(judged):
-        parts.append(speeds.table(measured))
+        parts.append(speeds.speed_table(measured))
     return parts + ["\n".join(lines) for lines in [_not_faster(measured)] if lines]
 
 

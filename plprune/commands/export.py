@@ -59,4 +59,4 @@ def export(
     check_ids(load_skeleton(model), [windows], tokenizer)
     load = functools.partial(load_model, model, dtype)
     rows = formats.export(model, load, tokenizer, output, wanted, windows, how, overwrite)
-    print(f"{parity.table(rows)}\n\nsaved to {output}; the text: {windows.numel()} tokens of {text}")
+    print(f"{parity.parity_table(rows)}\n\nsaved to {output}; the text: {windows.numel()} tokens of {text}")

@@ -9,21 +9,20 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from plprune.architecture.blocks import blocks_of
+from plprune.architecture.blocks import UNITS, blocks_of
 from plprune.checkpoint.load import chosen, load_skeleton, stored_at
 from plprune.checkpoint.stored import Dtype
 from plprune.export import fits as fits_
 from plprune.io.atomic import check_file, staged
 from plprune.io.checks import check_sizes
 from plprune.io.distributed import device_here
-from plprune.io.units import shown
+from plprune.io.units import Form, duration, shown
 from plprune.methods import PruningMethod
 from plprune.planning import hardware, needs, sizes
 from plprune.planning.hardware import Machine
 from plprune.planning.needs import Need
 
 Record = dict[str, Any]
-UNITS = {"attention": "kv heads", "value": "value channels", "ffn": "FFN channels"}
 
 
 def plan(
@@ -92,7 +91,7 @@ def plan(
     if output:
         with staged(output, overwrite) as temporary:
             temporary.write_text(json.dumps(record, indent=2) + "\n")
-    print(table(record, stream, gradient_checkpointing) + (f"\n\nsaved to {output}" if output else ""))
+    print(plan_text(record, stream, gradient_checkpointing) + (f"\n\nsaved to {output}" if output else ""))
 
 
 def foreseen(
@@ -131,7 +130,7 @@ def foreseen(
     return record, models
 
 
-def table(record: Record, stream: bool = False, checkpointing: bool = False) -> str:
+def plan_text(record: Record, stream: bool = False, checkpointing: bool = False) -> str:
     """The record for people."""
     parts = [_head(record), _sizes(record), _kept(record), _needs(record, stream, checkpointing), _formats(record)]
     return "\n\n".join("\n".join(part) for part in parts)
@@ -178,8 +177,8 @@ def _parameters(network: PreTrainedModel) -> int:
 def _head(record: Record) -> list[str]:
     lines = [f"{record['method']} on {record['model']} in {record['dtype']}, sparsity {record['sparsity']:.4g}"]
     for name, found in record["targets"].items():
-        show = _bytes if name == "memory" else shown
-        lines.append(f"target_{name}: at most {show(found['reached'])} ({show(found['asked'])} asked)")
+        form = "bytes" if name == "memory" else "short"
+        lines.append(f"target_{name}: at most {shown(found['reached'], form)} ({shown(found['asked'], form)} asked)")
     if record["guess"]:
         lines.append("a guess: the method does not say what sizes it will come to")
     return lines
@@ -187,22 +186,21 @@ def _head(record: Record) -> list[str]:
 
 def _sizes(record: Record) -> list[str]:
     before, after, context = record["before"], record["after"], record["context"]
-    rows: list[tuple[str, str, Callable[[float], str], float]] = [
-        ("parameters", "parameters", shown, 1),
-        ("  in the blocks", "block_parameters", shown, 1),
-        ("weights", "weight_bytes", _bytes, 1),
-        (f"KV cache of {context} tokens", "cache_bytes", _bytes, 1),
-        ("  of each", "cache_bytes", _bytes, context),
-        ("FLOPs for a token, reading", "reading_flops", shown, 1),
-        ("  generating", "generating_flops", shown, 1),
+    rows: list[tuple[str, str, Form, float]] = [
+        ("parameters", "parameters", "short", 1),
+        ("  in the blocks", "block_parameters", "short", 1),
+        ("weights", "weight_bytes", "bytes", 1),
+        (f"KV cache of {context} tokens", "cache_bytes", "bytes", 1),
+        ("  of each", "cache_bytes", "bytes", context),
+        ("FLOPs for a token, reading", "reading_flops", "short", 1),
+        ("  generating", "generating_flops", "short", 1),
     ]
     if before["reading_flops"] == before["generating_flops"]:
         rows.pop()
     lines = [f"{'':<28}{'before':>12}   after"]
-    for title, key, show, of in rows:
-        lines.append(
-            f"{title:<28}{show(before[key] / of):>12}   {_between(after[key], lambda x, f=show, n=of: f(x / n))}"
-        )
+    for title, key, form, of in rows:
+        later = _between(after[key], lambda x, f=form, n=of: shown(x / n, f))
+        lines.append(f"{title:<28}{shown(before[key] / of, form):>12}   {later}")
     removed = _between(record["removed"], lambda x: f"{x:.1%}")
     return [*lines, f"{'removed of the blocks':<28}{'':>12}   {removed}"]
 
@@ -227,9 +225,8 @@ def _needs(record: Record, stream: bool, checkpointing: bool) -> list[str]:
     calibration, recovery = record["calibration"], record["recovery"]
     at = where.rate(getattr(torch, record["dtype"]))
     source = f"{hardware.UTILISATION:.0%} of its peak assumed" if where.name in hardware.GPUS else "measured"
-    lines = [
-        f"on {where.name}: {at / 1e12:.3g} TFLOPS in {record['dtype']} ({source}), {_bytes(where.memory)} to be had"
-    ]
+    memory = shown(where.memory, "bytes")
+    lines = [f"on {where.name}: {at / 1e12:.3g} TFLOPS in {record['dtype']} ({source}), {memory} to be had"]
     lines.append(
         f"calibration, {calibration['num_samples']} windows of {calibration['seq_len']} tokens, "
         f"{calibration['batch_size']} at once: {_need(calibration['streamed' if stream else 'in_memory'], where)}"
@@ -248,23 +245,8 @@ def _needs(record: Record, stream: bool, checkpointing: bool) -> list[str]:
 def _need(values: Record, where: Machine) -> str:
     need = Need(**values)
     fits = "" if need.device_bytes <= where.memory else ", which does not fit"
-    host = f", and {_bytes(need.host_bytes)} of main memory" if where.separate else ""
-    return f"about {duration(need.seconds)}, {_bytes(need.device_bytes)}{fits}{host}"
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it.
-
-    Example:
-        >>> duration(0.2), duration(75), duration(3 * 3600), duration(86400 * 20)
-        ('1 s', '75 s', '3.0 hours', '20 days')
-    """
-    if seconds < 99.5:
-        return f"{max(1, seconds):.0f} s"
-    for name, size in (("minutes", 60), ("hours", 3600)):
-        if seconds < 99.5 * size and (name == "hours" or seconds < 5400):
-            return f"{seconds / size:.2g} {name}" if seconds / size >= 10 else f"{seconds / size:.1f} {name}"
-    return f"{seconds / 86400:.0f} days"
+    host = f", and {shown(need.host_bytes, 'bytes')} of main memory" if where.separate else ""
+    return f"about {duration(need.seconds)}, {shown(need.device_bytes, 'bytes')}{fits}{host}"
 
 
 def _formats(record: Record) -> list[str]:
@@ -284,7 +266,3 @@ def _formats(record: Record) -> list[str]:
 def _between(found: Record, show: Callable[[float], str]) -> str:
     least, most = show(found["least"]), show(found["most"])
     return least if least == most else f"{least} to {most}"
-
-
-def _bytes(size: float) -> str:
-    return shown(size, "B")

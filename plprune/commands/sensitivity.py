@@ -5,7 +5,7 @@ import torch
 from plprune import report
 from plprune.checkpoint.load import load_model, load_tokenizer
 from plprune.checkpoint.stored import Dtype
-from plprune.evaluation.sensitivity import as_record, check_fractions, table
+from plprune.evaluation.sensitivity import as_record, check_fractions, sensitivity_table
 from plprune.evaluation.sensitivity import sensitivity as found_by
 from plprune.io.atomic import resolved
 from plprune.io.cache import Cache
@@ -81,7 +81,9 @@ def sensitivity(
     record = as_record(found, model, wanted, protocol | {"torch": torch.__version__})
     report.write(record, page, overwrite=True)
     bos_too = "no BOS" if first is None else "BOS"
-    print(f"{table(found)}\n\nperplexity over {len(windows)} windows of {seq_len} tokens of {text}, {bos_too}")
+    print(
+        f"{sensitivity_table(found)}\n\nperplexity over {len(windows)} windows of {seq_len} tokens of {text}, {bos_too}"
+    )
     print(f"saved to {page} and {page.with_suffix('.json')}")
 
 

@@ -1,8 +1,8 @@
 """The table of a comparison, in Markdown."""
 
-from collections.abc import Sequence
 from typing import Any
 
+from plprune.io.tables import markdown
 from plprune.report.comparison import name_of, summarised
 from plprune.report.page import at
 
@@ -15,7 +15,7 @@ MEASURES = (  # title, keys in a row of a report's summary, format
 Column = tuple[str, str, tuple[str, ...], str]  # title, stage, keys, format
 
 
-def table(record: dict[str, Any]) -> str:
+def comparison_table(record: dict[str, Any]) -> str:
     """The cells of a record in Markdown: one line for a method at a sparsity, seeds as mean and range."""
     summary, rows = summarised(record["cells"]), {}
     for row in summary:
@@ -26,7 +26,7 @@ def table(record: dict[str, Any]) -> str:
     lines = [[*key, *(_figure(own, *column[1:]) for column in columns)] for key, own in rows.items()]
     failed = [cell for cell in record["cells"] if cell.get("error")]
     errors = {f"- {name_of(c, record['cells'])} at {c['sparsity']:.1%}: {c['error']}" for c in failed}
-    return "\n".join([_line(header), "|" + "---|" * len(header), *map(_line, lines), *sorted(errors)])
+    return "\n".join([markdown([header, *lines]), *sorted(errors)])
 
 
 def _columns(summary: list[dict[str, Any]]) -> list[Column]:
@@ -53,7 +53,3 @@ def _figure(rows: dict[str, dict[str, Any]], stage: str, keys: tuple[str, ...], 
     low, high = place.get(f"{field}_range", (None, None))
     seeds = "" if low is None else f" ({low:{form}} to {high:{form}})"
     return f"{place[field]:{form}}{seeds}" if field in place else ""
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

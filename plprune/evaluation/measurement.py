@@ -15,6 +15,7 @@ from plprune.checkpoint.stock_config import described
 from plprune.evaluation.perplexity import Passage, judge, perplexity
 from plprune.io import distributed
 from plprune.io.tables import aligned
+from plprune.io.units import shown
 from plprune.pruning.forward import evaluating
 from plprune.recovery.consumers import saved_dtype
 from plprune.recovery.lora import base_parameters
@@ -97,20 +98,20 @@ def measure(
     return Measurement(found, in_blocks, in_all, saved_bytes(model), rate, bits)
 
 
-def table(rows: dict[str, Measurement]) -> str:
+def measurement_table(rows: dict[str, Measurement]) -> str:
     """Measurements side by side, one row each, the first of them as the yardstick.
 
     Example:
-        >>> print(table({"dense": Measurement(20.0, 100, 150, 600_000_000, 10.0)}))
+        >>> print(measurement_table({"dense": Measurement(20.0, 100, 150, 600_000_000, 10.0)}))
         model       perplexity   in blocks  parameters   on disk   tokens/s
-        dense            20.00         100         150  600.0 MB       10.0
+        dense            20.00         100         150    600 MB       10.0
     """
     bits = any(row.bits_per_byte is not None for row in rows.values())
     lines = [["model", "perplexity", *["bits/byte"] * bits, "in blocks", "parameters", "on disk", "tokens/s"]]
     for name, row in rows.items():
         quality = [f"{row.perplexity:.2f}"]
         quality += ["-" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"] * bits
-        size = [f"{row.block_parameters:,}", f"{row.parameters:,}", f"{row.bytes / 1e6:.1f} MB"]
+        size = [f"{row.block_parameters:,}", f"{row.parameters:,}", shown(row.bytes, "bytes")]
         speed = "-" if row.tokens_per_second is None else f"{row.tokens_per_second:.1f}"
         lines.append([name, *quality, *size, speed])
     return aligned(lines, [11, 11, *[11] * bits, 12, 12, 10, 11])

@@ -184,11 +184,12 @@ def as_record(found: Sensitivity, model: str, fractions: Sequence[float], protoc
     return head | {"protocol": protocol, "dense": found.dense, "fractions": list(fractions), "cells": cells}
 
 
-def table(found: Sensitivity) -> str:
+def sensitivity_table(found: Sensitivity) -> str:
     """The sub-blocks that matter most and least, by what the largest fraction costs.
 
     Example:
-        >>> print(table(Sensitivity(8.0, [Cell(0, "ffn", 0.5, 2, 4, 9.0), Cell(0, "ffn", 1.0, 4, 4, 90.0)])))
+        >>> cells = [Cell(0, "ffn", 0.5, 2, 4, 9.0), Cell(0, "ffn", 1.0, 4, 4, 90.0)]
+        >>> print(sensitivity_table(Sensitivity(8.0, cells)))
         part                       50%      100%
         block 0   ffn             9.00     90.00
         dense                     8.00      8.00

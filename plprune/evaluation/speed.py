@@ -23,7 +23,10 @@ from transformers import PreTrainedModel
 from plprune.architecture.blocks import blocks_of
 from plprune.architecture.modeling_plprune import Gather, Scatter
 from plprune.architecture.modules import matrix
+from plprune.evaluation.alone import write_greedily
 from plprune.io.checks import check_sizes
+from plprune.io.tables import aligned
+from plprune.io.units import shown
 from plprune.pruning.forward import evaluating
 
 GAIN = 1.1  # a doubled batch that gives less is one too many
@@ -154,16 +157,6 @@ def measure_speed(
     )
 
 
-def write_greedily(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> Iterator[Tensor]:  # [b, s] -> [b, 1] each
-    """The most probable next tokens, one after the other, with a key-value cache; an end-of-text token ends nothing."""
-    known: dict[str, Any] = {}
-    for _ in range(new_tokens):
-        output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **known)
-        name = "cache" if "cache" in output else "past_key_values"  # transformers 5.24 renamed it
-        ids, known = output.logits[:, -1:].argmax(-1), {name: output[name]}
-        yield ids
-
-
 def why_not_faster(dense: Speed, pruned: Speed) -> list[str]:
     """Where a pruned model is not faster than the dense one, and then why; nothing if it is faster everywhere.
 
@@ -183,31 +176,29 @@ def why_not_faster(dense: Speed, pruned: Speed) -> list[str]:
     return lines + _reasons(dense, pruned, "writing at batch 1 is" in slow) if lines else []
 
 
-def table(stages: dict[str, Speed]) -> str:
+def speed_table(stages: dict[str, Speed]) -> str:
     """Speeds side by side, a column for each model: medians, and quartiles in brackets."""
-    rows = {"": list(stages)}
-    rows["first token, ms"] = [_cell(s.first_token, 1000) for s in stages.values()]
-    rows["reading, tokens/s"] = [_cell(s.reading) for s in stages.values()]
-    rows["writing, batch 1, tokens/s"] = [_cell(s.writing) for s in stages.values()]
-    rows["writing, saturated, tokens/s"] = [_cell(s.saturated) for s in stages.values()]
-    rows["batch, saturated"] = [f"{s.batch} ({ENDS[s.ended_by]})" for s in stages.values()]
-    rows["peak, batch 1, MB"] = [_megabytes(s.peak) for s in stages.values()]
-    rows["peak, all batches, MB"] = [_megabytes(s.saturated_peak) for s in stages.values()]
-    one = next(iter(stages.values()))
+    speeds = list(stages.values())
+    rows = [
+        ["", *stages],
+        ["first token, ms", *(_cell(s.first_token, 1000) for s in speeds)],
+        ["reading, tokens/s", *(_cell(s.reading) for s in speeds)],
+        ["writing, batch 1, tokens/s", *(_cell(s.writing) for s in speeds)],
+        ["writing, saturated, tokens/s", *(_cell(s.saturated) for s in speeds)],
+        ["batch, saturated", *(f"{s.batch} ({ENDS[s.ended_by]})" for s in speeds)],
+        ["peak, batch 1", *(shown(s.peak, "bytes") for s in speeds)],
+        ["peak, all batches", *(shown(s.saturated_peak, "bytes") for s in speeds)],
+    ]
+    one = speeds[0]
     foot = (
         f"{one.prompt} tokens read, {one.new_tokens} written; {one.dtype}, {one.device}, {one.threads} CPU threads; "
         f"medians and quartiles of {one.repeats} runs after one to warm up; the peak is of the {one.peak_of}"
     )
-    lines = [f"{name:<30}{''.join(f'{cell:<34}' for cell in cells)}".rstrip() for name, cells in rows.items()]
-    return "\n".join([*lines, foot])
+    return aligned(rows, [30, *[34] * len(speeds)], "<" * len(rows[0])) + f"\n{foot}"
 
 
 def _cell(spread: Spread, scale: float = 1) -> str:
     return f"{spread.median * scale:.1f} [{spread.low * scale:.1f}, {spread.high * scale:.1f}]"
-
-
-def _megabytes(size: int | None) -> str:
-    return "-" if size is None else f"{size / 1e6:.1f}"
 
 
 def _not_faster(what: str, dense: Spread, pruned: Spread) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
+from plprune.io.tables import aligned
+
 AVERAGE = "average"
 
 
@@ -120,14 +122,14 @@ def columns(stages: dict[str, dict[str, TaskResult]]) -> dict[str, dict[str, Fig
     return found
 
 
-def table(stages: dict[str, dict[str, TaskResult]]) -> str:
+def score_table(stages: dict[str, dict[str, TaskResult]]) -> str:
     """Scores with their standard errors, a column for each model; of two, the difference too, example by example.
 
     What is in a group follows it, indented.
 
     Example:
         >>> result = TaskResult("acc", 0.5, 0.1, True, [], "", {})
-        >>> print(table({"dense": {"piqa": result}, "pruned": {"piqa": result}}))
+        >>> print(score_table({"dense": {"piqa": result}, "pruned": {"piqa": result}}))
         task                metric        dense             pruned            difference
         piqa                acc           0.5000 ± 0.1000   0.5000 ± 0.1000   -
     """
@@ -136,10 +138,7 @@ def table(stages: dict[str, dict[str, TaskResult]]) -> str:
     for name in next(iter(found.values())):
         metric = first[name].metric if name in first else ""
         rows.append(["  " * _depth(name, first) + name, metric, *(_cell(column[name]) for column in found.values())])
-    least = [18, 12, *[16] * len(found)]
-    widths = [max(low, *map(len, cells)) for low, cells in zip(least, zip(*rows, strict=True), strict=True)]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
+    return aligned(rows, [20, 14, *[18] * len(found)], "<" * len(rows[0]))
 
 
 def _depth(name: str, results: dict[str, TaskResult]) -> int:

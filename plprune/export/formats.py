@@ -96,7 +96,7 @@ def export(
         (room / "parity.json").write_text(json.dumps(_told(rows, windows, own), indent=2) + "\n")
         for folder in [room, *(room / row.file for row in rows if row.format == "hf" and row.file)]:
             if plan is not None:
-                write_card(folder, plan, record, parity.table(rows))
+                write_card(folder, plan, record, parity.parity_table(rows))
     return rows
 
 

@@ -17,7 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune.export import alone, llama_cpp
+from plprune.evaluation import alone
+from plprune.export import llama_cpp
+from plprune.io.tables import markdown
+from plprune.io.units import shown
 from plprune.pruning.forward import evaluating
 
 
@@ -69,7 +72,7 @@ class Row:
 def reading(model: PreTrainedModel, windows: Tensor) -> Reading:  # [n, s]
     """What the model itself makes of a text."""
     with evaluating(model):
-        tokens, speed = alone.greedy(model, alone.prompt_of(windows))
+        tokens, speed = alone.continuation(model, alone.prompt_of(windows))
         return Reading(alone.logprobs(model, windows), tokens, "plprune", speed)
 
 
@@ -131,30 +134,28 @@ HEADER = (
 )
 
 
-def table(rows: list[Row]) -> str:
+def parity_table(rows: list[Row]) -> str:
     """The rows in Markdown, with what was refused, and why, below.
 
     Example:
-        >>> print(table([Row("decilm", refused=["block 0 has no attention"])]))
+        >>> print(parity_table([Row("decilm", refused=["block 0 has no attention"])]))
         | format | loaded again by | largest difference of log-probabilities | same text | size | tokens/s, generating |
         |---|---|---|---|---|---|
         | decilm | refused |  |  |  |  |
         <BLANKLINE>
         - decilm: block 0 has no attention
     """
-    lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER), *map(_line, rows)]
     remarks = [f"- {row.format}: {remark}" for row in rows for remark in (*row.refused, row.note) if remark]
-    return "\n".join(lines + ([""] if remarks else []) + remarks)
+    return "\n".join([markdown([HEADER, *map(_cells, rows)]), *([""] if remarks else []), *remarks])
 
 
-def _line(row: Row) -> str:
+def _cells(row: Row) -> list[str]:
     same = {True: "yes", False: "no", None: ""}[row.same_text]
-    cells = [
+    return [
         row.format,
         "refused" if row.refused else row.program or "not checked",
         "" if row.difference is None else f"{row.difference:.2g}",
         same,
-        "" if row.bytes is None else f"{row.bytes / 1e6:.1f} MB",
+        "" if row.bytes is None else shown(row.bytes, "bytes"),
         "" if row.tokens_per_second is None else f"{row.tokens_per_second:.0f}",
     ]
-    return f"| {' | '.join(cells)} |"

@@ -41,7 +41,7 @@ class Progress:
         self._said = self._start
         self._task: progress.TaskID | None = None
         if not self.quiet and sys.stderr.isatty():
-            self._task = self._shown().add_task(title, total=total, completed=done, unit=f"{unit}s")
+            self._task = self._live().add_task(title, total=total, completed=done, unit=f"{unit}s")
             Progress._open.append(self)
 
     def __enter__(self) -> Self:
@@ -54,7 +54,7 @@ class Progress:
         """Takes steps."""
         self.n += steps
         if self._task is not None:
-            self._shown().update(self._task, completed=self.n)
+            self._live().update(self._task, completed=self.n)
         elif not self.quiet and self._first < self.n < self.total:
             self._say()
 
@@ -64,7 +64,7 @@ class Progress:
             return
         Progress._open.remove(self)
         if Progress._open:
-            self._shown().remove_task(self._task)
+            self._live().remove_task(self._task)
         else:
             _stop()
         self._task = None
@@ -77,7 +77,7 @@ class Progress:
             log.info("%s: %d of %d %ss, %s left", self.title, self.n, self.total, self.unit, duration(left))
 
     @staticmethod
-    def _shown() -> progress.Progress:
+    def _live() -> progress.Progress:
         """The display, which is made for the first bar."""
         if Progress._display is None:
             Progress._display = _new_display()

@@ -1,15 +1,18 @@
-"""Tables for a terminal."""
+"""Tables as text: for a terminal, and in Markdown."""
 
 from collections.abc import Sequence
 from itertools import zip_longest
 
+Rows = Sequence[Sequence[str]]
 
-def aligned(rows: Sequence[Sequence[str]], widths: Sequence[int]) -> str:
-    """Rows in columns, the first flush left, the others right.
+
+def aligned(rows: Rows, widths: Sequence[int], flush: str = "<") -> str:
+    """Rows in columns.
 
     Args:
         rows: Cells; a row may be shorter than others.
         widths: Of each column at least; one is wider where its cells need it.
+        flush: `<` for each column that is flush left, `>` for one that is flush right, as those behind the last are.
 
     Example:
         >>> print(aligned([["model", "size"], ["dense", "1,000"]], [8, 5]))
@@ -17,9 +20,21 @@ def aligned(rows: Sequence[Sequence[str]], widths: Sequence[int]) -> str:
         dense    1,000
     """
     needed = [1 + max(map(len, cells)) for cells in zip_longest(*rows, fillvalue="")]
-    first, *others = map(max, widths, needed)
+    columns = list(zip(f"{flush:><{len(needed)}}", map(max, widths, needed), strict=True))
     lines = [
-        f"{row[0]:<{first}}" + "".join(f"{cell:>{width}}" for cell, width in zip(row[1:], others, strict=False))
-        for row in rows
+        "".join(f"{cell:{side}{width}}" for cell, (side, width) in zip(row, columns, strict=False)) for row in rows
     ]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown(rows: Rows) -> str:
+    """Rows in Markdown, the first of them as the heading.
+
+    Example:
+        >>> print(markdown([["model", "size"], ["dense", "1,000"]]))
+        | model | size |
+        |---|---|
+        | dense | 1,000 |
+    """
+    heading, *others = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([heading, "|" + "---|" * len(rows[0]), *others])

@@ -2,18 +2,53 @@
 
 import math
 import re
+from typing import Literal
+
+Form = Literal["number", "count", "short", "percent", "bytes", "score", "signed"]
+LARGE = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))  # a thousand million bytes are a GB
+
+
+def shown(value: object, form: Form = "number") -> str:
+    """A number for people; all that is not a number as it is.
+
+    Args:
+        value: The number.
+        form: `number` (four digits), `count` (all of it), `short` (134.5M), `percent` (of 1), `bytes`, `score`,
+            `signed`.
+
+    Example:
+        >>> [shown(134515008, form) for form in ("number", "count", "short", "bytes")], shown(0.25, "percent")
+        (['134,515,008', '134,515,008', '134.5M', '134.5 MB'], '25.0%')
+    """
+    if value is None or isinstance(value, bool):
+        return {None: "-", True: "yes", False: "no"}[value]
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return str(value)
+    if form == "percent":
+        return f"{100 * value:.1f}%"
+    if form in ("score", "signed"):
+        return f"{value:{'+' if form == 'signed' else ''}.4f}"
+    if form in ("short", "bytes"):
+        size, prefix = next(((size, name) for size, name in LARGE if abs(value) >= 0.99995 * size), (1, ""))
+        return f"{value / size:.4g}" + (f" {prefix.replace('B', 'G')}B" if form == "bytes" else prefix)
+    if isinstance(value, int) or (value == int(value) and abs(value) < 1e15) or abs(value) >= 1e4:
+        return f"{round(value):,}"
+    return f"{value:,.4g}" if abs(value) >= 1e-4 else f"{value:.2e}"
 
 
 def duration(seconds: float) -> str:
-    """A time as people write it.
+    """A time as people say it.
 
     Example:
-        >>> duration(75), duration(3675)
-        ('01:15', '1:01:15')
+        >>> duration(0.2), duration(75), duration(3 * 3600), duration(86400 * 20)
+        ('1 s', '75 s', '3.0 hours', '20 days')
     """
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
+    if seconds < 99.5:
+        return f"{max(1, seconds):.0f} s"
+    for name, size in (("minutes", 60), ("hours", 3600)):
+        if seconds < 99.5 * size and (name == "hours" or seconds < 5400):
+            return f"{seconds / size:.2g} {name}" if seconds / size >= 10 else f"{seconds / size:.1f} {name}"
+    return f"{seconds / 86400:.0f} days"
 
 
 PREFIXES = {"": 0, "K": 1, "M": 2, "G": 3, "B": 3, "T": 4}
@@ -47,18 +82,3 @@ def amount(given: int | float | str, name: str, unit: str = "") -> int:
         like = "8GiB or 500MB" if unit else "5.0B, 100M or 100000000"
         raise ValueError(f"{name} is {given!r}, but it is an amount like {like}")
     return round(base * (1024 if with_binary else 1000) ** PREFIXES[prefix])
-
-
-def shown(number: float, unit: str = "") -> str:
-    """A number as people say it: in thousands, millions, billions; of bytes in powers of 1024.
-
-    Example:
-        >>> shown(4.98e9), shown(123), shown(8 * 1024**3, "B")
-        ('4.98B', '123', '8.00 GiB')
-    """
-    base, prefixes = (1024, ["", "Ki", "Mi", "Gi", "Ti"]) if unit else (1000, ["", "K", "M", "B", "T"])
-    power = 0
-    while abs(number) >= 0.9995 * base and power < len(prefixes) - 1:
-        number, power = number / base, power + 1
-    digits = f"{number:.0f}" if power == 0 else f"{number:.2f}" if abs(number) < 99.5 else f"{number:.0f}"
-    return f"{digits} {prefixes[power]}{unit}" if unit else f"{digits}{prefixes[power]}"

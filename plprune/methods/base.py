@@ -361,7 +361,7 @@ def distinct(rows: Rows, cases: Sequence[Sequence[int]]) -> list[dict[str, int]]
 
 
 def _amount(name: str, size: float) -> str:
-    return shown(size, "B") if name == "memory" else f"{shown(size)} parameters"
+    return shown(size, "bytes") if name == "memory" else f"{shown(size, 'short')} parameters"
 
 
 def equalise(model: PreTrainedModel, plan: PruningPlan, group: distributed.Group) -> None:

@@ -50,6 +50,7 @@ from plprune.io.cache import digest
 from plprune.io.checks import check_sizes
 from plprune.io.progress import Progress
 from plprune.io.text import IGNORED
+from plprune.io.units import shown
 from plprune.pruning.losses import Loss, divergence, events, inputs
 from plprune.pruning.plan import PruningPlan, fingerprint
 
@@ -258,10 +259,8 @@ class Teacher:
                 self._ask(file, given)
                 progress.update()
                 if not i and not quiet:
-                    size = file.stat().st_size * len(lacking) / 1e9
-                    log.info(
-                        "what %s says of %d windows: %.2f GB in %s", self.source.name, len(lacking), size, self.folder
-                    )
+                    size = shown(file.stat().st_size * len(lacking), "bytes")
+                    log.info("what %s says of %d windows: %s in %s", self.source.name, len(lacking), size, self.folder)
         self.free()
 
     @torch.autocast("cpu", enabled=False)  # in which float16 cannot be stacked

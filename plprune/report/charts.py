@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 
+from plprune.io.units import Form, shown
+
 WIDTH, HEIGHT, MARGIN = 460, 300, 16
 
 FLUID = 760  # pixels that a chart of rectangles is wide by itself
@@ -51,8 +53,6 @@ MARKERS = (
     "M0-5 1.5-1.6 5-1.4 2.3 1 3.2 4.6 0 2.6-3.2 4.6-2.3 1-5-1.4-1.5-1.6z",
 )
 
-UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
-
 
 @dataclass(frozen=True)
 class Series:
@@ -83,12 +83,12 @@ class Axis:
 
     Args:
         label: The quantity and its unit.
-        form: How its numbers are written, a name that :func:`shown` knows.
+        form: How its numbers are written, a form of `plprune.io.units.shown`.
         log: Whether equal steps are equal ratios.
     """
 
     label: str
-    form: str = "number"
+    form: Form = "number"
     log: bool = False
 
 
@@ -107,37 +107,6 @@ class Blocks:
     heads: list[list[int]] = field(default_factory=list)
     importance: list[float] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
-
-
-def shown(value: object, form: str = "number") -> str:
-    """A number for people; all that is not a number as it is.
-
-    Args:
-        value: The number.
-        form: `number` (four digits), `count` (all of it), `short` (134.5M), `percent` (of 1), `bytes`, `score`,
-            `signed`.
-
-    Example:
-        >>> [shown(134515008, form) for form in ("number", "count", "short", "bytes")], shown(0.25, "percent")
-        (['134,515,008', '134,515,008', '134.5M', '134.5 MB'], '25.0%')
-    """
-    if value is None or isinstance(value, bool):
-        return {None: "-", True: "yes", False: "no"}[value]
-    if not isinstance(value, int | float):
-        return str(value)
-    if not math.isfinite(value):
-        return str(value)
-    if form == "percent":
-        return f"{100 * value:.1f}%"
-    if form == "bytes":
-        return f"{value / 1e9:.2f} GB" if abs(value) >= 1e9 else f"{value / 1e6:.1f} MB"
-    if form in ("score", "signed"):
-        return f"{value:{'+' if form == 'signed' else ''}.4f}"
-    if form == "short":
-        return next((f"{value / size:.4g}{unit}" for size, unit in UNITS if abs(value) >= size), f"{value:.4g}")
-    if isinstance(value, int) or (value == int(value) and abs(value) < 1e15) or abs(value) >= 1e4:
-        return f"{round(value):,}"
-    return f"{value:,.4g}" if abs(value) >= 1e-4 else f"{value:.2e}"
 
 
 def finite(value: object) -> bool:
@@ -175,7 +144,7 @@ def scatter(series: Sequence[Series], title: str, x: Axis, y: Axis, about: str =
 
 
 def bars(
-    values: dict[str, float], title: str, about: str = "", form: str = "number", colours: Sequence[int] = ()
+    values: dict[str, float], title: str, about: str = "", form: Form = "number", colours: Sequence[int] = ()
 ) -> str:
     """A bar for each value, with the value beside it.
 
@@ -207,7 +176,7 @@ def heat_map(
     columns: Sequence[str],
     title: str,
     about: str = "",
-    form: str = "number",
+    form: Form = "number",
     above: float | None = None,
     label: str = "block",
 ) -> str:
@@ -440,7 +409,7 @@ class _Shade:
         value, low, high = map(self._place, (value, self.low, self.high))
         return min(STEPS - 1, int(STEPS * (value - low) / (high - low))) if high > low else 0
 
-    def legend(self, form: str) -> str:
+    def legend(self, form: Form) -> str:
         note = "" if self.above is None else f" (log scale of what is above {shown(self.above, form)})"
         start, at = shown(self.low, form), MARGIN + LETTER * len(shown(self.low, form)) + 8
         cells = "".join(

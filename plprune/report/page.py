@@ -13,12 +13,12 @@ from typing import Any
 
 import yaml
 
-from plprune.report.charts import shown
+from plprune.io.units import Form, shown
 
 Record = Mapping[str, Any]
 MARK = '<meta name="generator" content="plprune">'
 FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, StopIteration, TypeError, ValueError)
-FORMS = {  # how a field is written, by its name
+FORMS: dict[str, Form] = {  # how a field is written, by its name
     "parameters": "count",
     "block_parameters": "count",
     "target_parameters": "count",
@@ -134,13 +134,14 @@ def readable() -> Iterator[None]:
         raise ValueError(f"the record is not as plprune writes them ({reason}): write it again") from error
 
 
-def number(record: Any, *keys: str | int, form: str | None = None) -> str:
+def number(record: Any, *keys: str | int, form: Form | None = None) -> str:
     """A value of the record by its path; a number as `data`, all else escaped, and a dash where there is none."""
     value = _value(record, keys)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return escape(said(value))
     names = [key for key in keys if isinstance(key, str)]
-    form = form or next((FORMS[name] for name in reversed(names) if name in FORMS), "number")
+    usual: list[Form] = [FORMS[name] for name in names if name in FORMS]
+    form = form or (usual or ["number"])[-1]
     text = "∞" if math.isinf(value) else shown(value, form)
     return f'<data value="{value!r}" data-path="{escape(pointer(keys))}" data-form="{form}">{text}</data>'
 

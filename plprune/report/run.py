@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from plprune.report.charts import Axis, Blocks, Series, bars, block_picture, finite, line, shown
+from plprune.architecture.blocks import UNITS
+from plprune.io.units import Form, shown
+from plprune.report.charts import Axis, Blocks, Series, bars, block_picture, finite, line
 from plprune.report.page import (
     as_yaml,
     at,
@@ -22,7 +24,6 @@ from plprune.report.page import (
 
 STAGES = ("dense", "pruned", "recovered")
 STAGE_COLOURS = {"dense": 6, "pruned": 1, "recovered": 2}
-UNITS = {"attention": "attention heads", "value": "value channels", "ffn": "FFN channels"}
 KNOWN = {"version", "kind", "title", "status", "progress", "written", "asked", "reached", "blocks", "stages", "loss"}
 KNOWN |= {
     "tasks",
@@ -79,16 +80,13 @@ def _tiles(record: dict[str, Any]) -> str:
     if "sparsity" in at(record, "reached"):
         words = f"{number(record, 'asked', 'sparsity')} asked" if asked.get("sparsity") is not None else ""
         tiles.append(tile("Removed from the blocks", number(record, "reached", "sparsity"), words))
-    for title, key, form in (
-        ("Perplexity", "perplexity", "number"),
-        ("Parameters", "parameters", "short"),
-        ("Tokens/s reading", "tokens_per_second", "number"),
-    ):
-        tiles.append(_progression(record, title, key, form))
+    tiles.append(_progression(record, "Perplexity", "perplexity"))
+    tiles.append(_progression(record, "Parameters", "parameters", "short"))
+    tiles.append(_progression(record, "Tokens/s reading", "tokens_per_second"))
     return "".join(tiles)
 
 
-def _progression(record: dict[str, Any], title: str, key: str, form: str) -> str:
+def _progression(record: dict[str, Any], title: str, key: str, form: Form = "number") -> str:
     """A figure from the first stage to the last."""
     there = [name for name in STAGES if at(record, "stages", name).get(key) is not None]
     if not there:
@@ -206,7 +204,7 @@ def _name(record: dict[str, Any], name: str, stages: Sequence[str]) -> str:
     return marks + escape(name)
 
 
-def with_error(record: dict[str, Any], *keys: str | int, form: str | None = None) -> str:
+def with_error(record: dict[str, Any], *keys: str | int, form: Form | None = None) -> str:
     """A score with its standard error."""
     found = at(record, *keys)
     if found.get("value") is None:

@@ -1,11 +1,13 @@
 """Text that a model continues, to look at: figures do not show that a model repeats itself."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from itertools import takewhile
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from plprune.evaluation.alone import write_greedily
 from plprune.pruning.forward import checking_ids, evaluating
 
 PROMPTS = ("The capital of France is", "To make bread, you need", "Once upon a time, there was")
@@ -23,14 +25,12 @@ def continued(
         prompts: Beginnings of texts; chat templates are not applied.
         new_tokens: At most so many are added.
     """
-    texts = []
+    end: Any = model.generation_config.eos_token_id if model.generation_config else None
+    ends, texts = end if isinstance(end, list) else [end], []
     with evaluating(model), checking_ids(model, tokenizer):
         for prompt in prompts:
             ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-            own: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True}
-            own |= {"temperature": None, "top_p": None, "top_k": None, "pad_token_id": tokenizer.pad_token_id or 0}
-            made = cast(Any, model).generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, max_length=None, **own
-            )
-            texts.append(str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)))
+            tokens = (int(token) for token in write_greedily(model, ids, new_tokens))
+            written = list(takewhile(lambda token: token not in ends, tokens))
+            texts.append(str(tokenizer.decode(written, skip_special_tokens=True)))
     return texts

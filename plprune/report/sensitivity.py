@@ -3,7 +3,8 @@
 from html import escape
 from typing import Any
 
-from plprune.report.charts import finite, heat_map, shown
+from plprune.io.units import shown
+from plprune.report.charts import finite, heat_map
 from plprune.report.page import document, facts, figure, figures, folded, number, section, table, tile
 from plprune.report.run import notice, provenance, rest
 

@@ -66,7 +66,7 @@ class Stderr:
         sys.stderr.flush()
 
 
-def shown(given: Any, stage: str) -> dict[str, Any]:
+def display_arguments(given: Any, stage: str) -> dict[str, Any]:
     """What a Trainer shows unless its user has said: on a terminal Rich's bar; elsewhere the log says how far it is.
 
     Args:

@@ -99,7 +99,9 @@ def check(there: Run, here: Run, whole: bool = True) -> None:
     other = [name for name in names if name not in free and (whole or name.startswith(JUDGED))]
     other = [name for name in other if not isinstance(here[name], dict)] or other  # settings say why contents differ
     if other:
-        each = [f"{name} is {_shown(here[name])}, that of the checkpoint is {_shown(there[name])}" for name in other]
+        each = [
+            f"{name} is {_described(here[name])}, that of the checkpoint is {_described(there[name])}" for name in other
+        ]
         raise ValueError(
             f"this run's {'; '.join(each)}: give what it was trained with, or start without it (without --resume)"
         )
@@ -182,7 +184,7 @@ def _alike(there: Any, here: Any) -> bool:
     return there[by] == here[by]
 
 
-def _shown(value: Any) -> str:
+def _described(value: Any) -> str:
     if not isinstance(value, dict):
         return str(value)
     place = value["at"] or "not given"

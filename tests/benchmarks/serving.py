@@ -19,6 +19,7 @@ from torch import Tensor
 from plprune import CFSP, FASP, FLAP, PruningMethod, TwoSSP, perplexity, prune
 from plprune.checkpoint.load import load_model, load_tokenizer
 from plprune.io.sources import PYDOC
+from plprune.io.tables import markdown
 from plprune.io.text import draw, split, tokenised
 from tests.shared import SMOLLM2
 
@@ -50,12 +51,11 @@ def measured(method: PruningMethod | None, calibration: Tensor, evaluation: Tens
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    rows = [f"| perplexity (sparsity) | {' | '.join(PLACES)} |", "|---|" + "---|" * len(PLACES)]
+    rows = [["perplexity (sparsity)", *PLACES]]
     for name in METHODS:
         cells = [results.get(f"{name} / {place}") for place in PLACES]
-        shown = [f"{c['perplexity']:.2f} ({c['reached']:.1%})" if c else "" for c in cells]
-        rows.append(f"| {name} | {' | '.join(shown)} |")
-    return "\n".join(rows)
+        rows.append([name, *(f"{c['perplexity']:.2f} ({c['reached']:.1%})" if c else "" for c in cells)])
+    return markdown(rows)
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ def test_only_a_name_on_the_hub_is_its_base_model(model: str, named: bool) -> No
 def test_it_shows_what_the_run_has_measured() -> None:
     record = {"perplexity": {"dense": 8.0, "recovered": 9.126}, "text": {"train": "a.txt", "validation": None}}
     text = card(plan(origin=ORIGIN), record | {"training": {"steps": 50, "learning rate": 1e-4}}, "| parity |")
-    assert "## What it cost\n\n| | perplexity |\n|---|---|\n| dense | 8.00 |\n| recovered | 9.13 |" in text
+    assert "## What it cost\n\n|  | perplexity |\n|---|---|\n| dense | 8.00 |\n| recovered | 9.13 |" in text
     assert "held-out text of the run: train a.txt.\n\nRecovered by LoRA: steps 50, learning rate 0.0001.\n" in text
     assert "## Checked\n\n| parity |\n\n" in text
     assert "## Recovery\n\n\nRecovered by LoRA" in card(plan(origin=ORIGIN), {"training": {"steps": 5}})

@@ -27,7 +27,7 @@ from plprune.comparison import bench
 from plprune.comparison.bench import Bench, identity
 from plprune.comparison.engine import compare
 from plprune.comparison.study import CalibrationText, Study, Training
-from plprune.comparison.table import table
+from plprune.comparison.table import comparison_table
 from plprune.evaluation.perplexity import Protocol
 from plprune.io.cache import sources
 from plprune.io.text import draw, tokenised
@@ -145,7 +145,7 @@ def test_the_dense_model_is_observed_once_for_each_seed(
     record = compare(dataclasses.replace(study, seeds=[0, 1]), tmp_path / "out")
     assert counts == {"survey": 2}
     assert {cell["seed"] for cell in record["cells"][1:]} == {0, 1}
-    assert re.search(r"\(\d+\.\d\d to \d+\.\d\d\)", table(record))
+    assert re.search(r"\(\d+\.\d\d to \d+\.\d\d\)", comparison_table(record))
 
 
 def test_recovery_is_a_stage_of_its_own(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +176,7 @@ def test_recoveries_stand_side_by_side(study: Study, tmp_path: Path, monkeypatch
     assert len({cell["perplexity"] for cell in record["cells"]}) == 4
     assert uniform["seconds"]["prune"] == recovered["seconds"]["prune"]
     assert uniform["seconds"]["recover"] != recovered["seconds"]["recover"]
-    assert "| seconds to prune | perplexity, pruned | recovered | uniform ranks | bits" in table(record)
+    assert "| seconds to prune | perplexity, pruned | recovered | uniform ranks | bits" in comparison_table(record)
 
 
 def test_each_text_has_its_own_perplexity(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,8 +195,8 @@ def test_each_text_has_its_own_perplexity(study: Study, tmp_path: Path, monkeypa
     expected = perplexity(load_model(study.models[0]), list(ids.split(1)))
     assert record["cells"][0]["texts"]["second"]["perplexity"] == pytest.approx(expected, rel=1e-6)
     assert record["summary"][0]["texts"]["second"]["perplexity"] == pytest.approx(expected, rel=1e-6)
-    assert f"| {expected:.2f} |" in table(record).splitlines()[2]
-    assert "| perplexity on second, pruned |" in table(record)
+    assert f"| {expected:.2f} |" in comparison_table(record).splitlines()[2]
+    assert "| perplexity on second, pruned |" in comparison_table(record)
 
 
 def test_rounds_end_at_the_sparsity_of_one(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +252,7 @@ def test_what_a_method_cannot_do_stops_nothing(study: Study, tmp_path: Path) -> 
     errors = [bool(cell.get("error")) for cell in record["cells"]]
     assert errors == [False, True, False, True, False]
     assert "out of reach" in record["cells"][1]["error"]
-    assert "- CFSP at 97.0%: " in table(record)
+    assert "- CFSP at 97.0%: " in comparison_table(record)
 
 
 def test_models_of_one_name_are_told_apart(study: Study) -> None:
@@ -349,7 +349,7 @@ def edit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_variants_of_a_method_are_told_apart(study: Study, tmp_path: Path) -> None:
     variants = [FASP(attention="none"), FASP(attention="kv_heads")]
-    lines = table(
+    lines = comparison_table(
         compare(dataclasses.replace(study, methods=variants, sparsities=[0.1]), tmp_path / "out")
     ).splitlines()
     assert [line.split(" | ")[1] for line in lines[3:]] == ["FASP (attention none)", "FASP (attention kv_heads)"]

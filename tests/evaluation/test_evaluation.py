@@ -23,7 +23,14 @@ from plprune.checkpoint.load import load_model, load_tokenizer
 from plprune.checkpoint.save import save_pruned
 from plprune.cli import main
 from plprune.commands.evaluate import _origin
-from plprune.evaluation.measurement import Measurement, as_dict, measure, parameters, table, tokens_per_second
+from plprune.evaluation.measurement import (
+    Measurement,
+    as_dict,
+    measure,
+    measurement_table,
+    parameters,
+    tokens_per_second,
+)
 from plprune.evaluation.perplexity import Protocol, byte_counts, judge, passage, perplexity
 from plprune.io.text import pack, tokenised
 from plprune.methods import prune
@@ -293,8 +300,8 @@ def test_a_measurement_on_a_passage_has_its_bits(text: str) -> None:
     cut = passage(text, tokenizer(), Protocol(8))
     row, quality = measure(tiny(), cut, speed=False), judge(tiny(), cut)
     assert (row.perplexity, row.bits_per_byte) == (quality.perplexity, quality.bits_per_byte)
-    assert "bits/byte" in table({"dense": row}).splitlines()[0]
-    assert table({"dense": row}).splitlines()[1].split()[2] == f"{quality.bits_per_byte:.4f}"
+    assert "bits/byte" in measurement_table({"dense": row}).splitlines()[0]
+    assert measurement_table({"dense": row}).splitlines()[1].split()[2] == f"{quality.bits_per_byte:.4f}"
 
 
 # ---- the command
@@ -425,17 +432,17 @@ ROWS = {
 
 
 def test_the_table_has_a_row_for_each_model_under_its_heading() -> None:
-    assert table(ROWS).splitlines() == [
+    assert measurement_table(ROWS).splitlines() == [
         "model       perplexity   in blocks  parameters   on disk   tokens/s",
         "dense            26.98 106,202,880 134,515,008  538.1 MB     1234.6",
-        "recovered          inf           7      12,345    0.0 MB        2.0",
+        "recovered          inf           7      12,345  49.38 KB        2.0",
     ]
 
 
 def test_a_speed_that_was_not_measured_is_a_dash() -> None:
     row = measure(tiny(), [windows(1)], speed=False)
     assert row.tokens_per_second is None
-    assert table({"pruned": row}).splitlines()[1].split()[-1] == "-"
+    assert measurement_table({"pruned": row}).splitlines()[1].split()[-1] == "-"
     assert "tokens_per_second" not in as_dict({"pruned": row})["pruned"]
 
 
@@ -446,7 +453,9 @@ def test_measurements_are_json() -> None:
 
 
 def test_large_numbers_stay_apart() -> None:
-    lines = table({"dense": Measurement(12345678901.25, 6_476_271_616, 16_738_415_616, 133_476_831_232, 12.5)})
-    large = "dense 12345678901.25 6,476,271,616 16,738,415,616 133476.8 MB 12.5"
+    lines = measurement_table(
+        {"dense": Measurement(12345678901.25, 6_476_271_616, 16_738_415_616, 133_476_831_232, 12.5)}
+    )
+    large = "dense 12345678901.25 6,476,271,616 16,738,415,616 133.5 GB 12.5"
     assert lines.splitlines()[1].split() == large.split()
     assert len({len(line) for line in lines.splitlines()}) == 1

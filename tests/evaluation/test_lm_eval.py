@@ -23,7 +23,7 @@ from plprune.checkpoint.save import save_pruned
 from plprune.cli import main
 from plprune.evaluation import lm_eval
 from plprune.evaluation.lm_eval import check_tasks, run_tasks
-from plprune.evaluation.task_results import Difference, TaskResult, average, columns, paired, table
+from plprune.evaluation.task_results import Difference, TaskResult, average, columns, paired, score_table
 from plprune.methods import prune
 from tests.builders import jsonl, method, save_tiny, tiny, tokenizer, windows
 from tests.shared import shared
@@ -163,7 +163,7 @@ def test_a_group_has_a_score_of_its_own_and_counts_once(groups: str) -> None:
     errors = {name: change.stderr or 0 for name, change in changes.items() if change is not None}
     sizes = {"toy": 12, "short": 5, "full": 12}
     assert errors["outer"] == pytest.approx(math.hypot(*(sizes[name] / 29 * errors[name] for name in sizes)))
-    rows = [line[:10].rstrip() for line in table({"dense": dense, "pruned": pruned}).splitlines()]
+    rows = [line[:10].rstrip() for line in score_table({"dense": dense, "pruned": pruned}).splitlines()]
     assert rows == ["task", "outer", "  inner", "    toy", "    short", "  full", "words"]
     assert TaskResult(**json.loads(json.dumps(dataclasses.asdict(dense["outer"])))).value == dense["outer"].value
 
@@ -176,7 +176,7 @@ def test_the_average_is_over_what_was_asked_for(groups: str) -> None:
 
 def test_columns_are_as_wide_as_what_is_in_them() -> None:
     name = "a_task_with_a_name_that_is_longer_than_any_column_was"
-    first, second = table({"model": {name: made(0.5, [])}, "m" * 40: {name: made(0.25, [])}}).splitlines()
+    first, second = score_table({"model": {name: made(0.5, [])}, "m" * 40: {name: made(0.25, [])}}).splitlines()
     assert second.split() == [name, "acc", "0.5000", "±", "0.1000", "0.2500", "±", "0.1000", "-"]
     assert first.index("metric") == second.index("acc")
     assert first.index("mm") == second.index("0.2500")
@@ -190,7 +190,7 @@ def test_a_metric_that_is_no_mean_has_no_scores(folder: str) -> None:
     assert not dense.higher_is_better
     assert dense.scores == []
     assert paired(dense, pruned) is None
-    assert "word_perplexity" in table({"dense": {"words": dense}, "pruned": {"words": pruned}})
+    assert "word_perplexity" in score_table({"dense": {"words": dense}, "pruned": {"words": pruned}})
 
 
 def test_results_are_paired_example_by_example(folder: str) -> None:
@@ -216,12 +216,13 @@ def test_the_table_has_models_differences_and_averages() -> None:
     found = columns({"dense": dense, "pruned": pruned})
     assert found["dense"]["average"] == average([dense["a"], dense["b"]])
     assert found["difference"]["average"] == Difference(-0.25, 0.25)
-    lines = [line.split() for line in table({"dense": dense, "pruned": pruned}).splitlines()]
+    lines = [line.split() for line in score_table({"dense": dense, "pruned": pruned}).splitlines()]
     assert lines[0] == ["task", "metric", "dense", "pruned", "difference"]
     assert lines[1] == ["a", "acc", *["0.5000", "±", "0.1000", "0.0000", "±", "0.1000", "-0.5000", "±", "0.5000"]]
     assert lines[3][-1] == "-"
     assert lines[4] == ["average", *["0.7500", "±", "0.0707", "0.5000", "±", "0.0707", "-0.2500", "±", "0.2500"]]
-    assert [line.split()[0] for line in table({"model": dense}).splitlines()] == ["task", "a", "b", "c", "average"]
+    alone = score_table({"model": dense}).splitlines()
+    assert [line.split()[0] for line in alone] == ["task", "a", "b", "c", "average"]
 
 
 def test_one_example_has_no_standard_error() -> None:

@@ -166,12 +166,12 @@ def test_a_model_that_breaks_has_no_perplexity(tmp_path: Path, monkeypatch) -> N
     monkeypatch.setattr("plprune.evaluation.sensitivity.next_token_loss", lambda *_: torch.tensor(math.nan))
     result = found(tiny("llama"), tmp_path, fractions=[1.0])
     assert {cell.perplexity for cell in result.cells} == {None}
-    assert "inf" in sensitivity.table(result)
+    assert "inf" in sensitivity.sensitivity_table(result)
 
 
 def test_the_table_shows_both_ends() -> None:
     cells = [sensitivity.Cell(block, "ffn", 1.0, 4, 4, 10.0 + block) for block in range(13)]
-    lines = sensitivity.table(Sensitivity(9.0, cells)).splitlines()
+    lines = sensitivity.sensitivity_table(Sensitivity(9.0, cells)).splitlines()
     assert [line.split()[1] for line in lines[1:6]] == ["12", "11", "10", "9", "8"]
     assert lines[6] == "... 3 more ..."
     assert [line.split()[1] for line in lines[7:12]] == ["4", "3", "2", "1", "0"]

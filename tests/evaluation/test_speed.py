@@ -9,7 +9,8 @@ import torch
 
 from plprune.architecture.families import FAMILIES
 from plprune.evaluation import speed
-from plprune.evaluation.speed import Speed, Spread, measure_speed, table, why_not_faster, write_greedily
+from plprune.evaluation.alone import write_greedily
+from plprune.evaluation.speed import Speed, Spread, measure_speed, speed_table, why_not_faster
 from plprune.methods import prune
 from tests.builders import DEFAULTS, method, tiny, windows
 
@@ -178,11 +179,11 @@ def test_speeds_of_other_machines_are_not_compared() -> None:
 
 
 def test_the_table_has_a_column_for_each_model() -> None:
-    lines = table({"dense": made(), "pruned": made(2.0, batch=16, ended_by="memory")}).splitlines()
+    lines = speed_table({"dense": made(), "pruned": made(2.0, batch=16, ended_by="memory")}).splitlines()
     assert lines[0].split() == ["dense", "pruned"]
     assert lines[1].split()[-6:] == ["1000.0", "[1000.0,", "1000.0]", "500.0", "[500.0,", "500.0]"]
     assert "8 (more gains less than 10%)" in lines[5]
     assert "16 (more does not fit)" in lines[5]
-    assert lines[6].split()[-2:] == ["1000.0", "1000.0"]
+    assert lines[6].split()[-4:] == ["1", "GB", "1", "GB"]
     assert lines[7].split()[-2:] == ["-", "-"]
     assert "128 tokens read, 32 written; float32, cpu, 1 CPU threads; medians and quartiles of 5 runs" in lines[8]

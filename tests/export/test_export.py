@@ -55,7 +55,7 @@ def test_what_is_written_is_loaded_again_and_compared(method: Any, tmp_path: Pat
     assert rows["hf"]["program"].startswith("transformers ")
     assert rows["decilm"]["refused"]
     printed, told = capsys.readouterr().out, (tmp_path / "exported/README.md").read_text()
-    for line in parity.table([Row(**row) for row in rows.values()]).splitlines():
+    for line in parity.parity_table([Row(**row) for row in rows.values()]).splitlines():
         assert line in printed
         assert line in told
     assert (tmp_path / "exported/hf/README.md").read_text() == told

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from plprune import load_pruned, prune, save_pruned
 from plprune.checkpoint.load import load_model
 from plprune.cli import main
-from plprune.evaluation.speed import write_greedily
+from plprune.evaluation.alone import write_greedily
 from tests.builders import logits, method, numbers, tokenizer, windows
 from tests.gpu.models import TEXT, model, save
 

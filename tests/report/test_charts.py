@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from plprune.io.units import Form, shown
 from plprune.report.charts import (
     HEIGHT,
     WIDTH,
@@ -18,7 +19,6 @@ from plprune.report.charts import (
     heat_map,
     line,
     scatter,
-    shown,
     ticks,
 )
 
@@ -157,7 +157,7 @@ def test_blocks_show_what_was_kept() -> None:
         (12, "short", "12"),
         (134_515_008, "count", "134,515,008"),
         (-0.0125, "percent", "-1.2%"),
-        (2_500_000_000, "bytes", "2.50 GB"),
+        (2_500_000_000, "bytes", "2.5 GB"),
         (0.5, "score", "0.5000"),
         (0.5, "signed", "+0.5000"),
         (None, "number", "-"),
@@ -166,7 +166,7 @@ def test_blocks_show_what_was_kept() -> None:
         (math.inf, "number", "inf"),
     ],
 )
-def test_numbers_are_written_for_people(value: Any, form: str, text: str) -> None:
+def test_numbers_are_written_for_people(value: Any, form: Form, text: str) -> None:
     assert shown(value, form) == text
 
 

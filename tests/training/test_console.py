@@ -13,7 +13,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelSummary, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from plprune.training.console import Bar, BarsFirst, Rows, Stderr, loggers, shown, summary
+from plprune.training.console import Bar, BarsFirst, Rows, Stderr, display_arguments, loggers, summary
 
 
 class Terminal(io.StringIO):
@@ -42,7 +42,7 @@ def kinds(chosen: dict[str, Any]) -> list[type]:
 def test_a_terminal_gets_a_bar(monkeypatch, stage: str, out: bool, err: bool, bar: bool) -> None:
     monkeypatch.setattr(sys, "stdout", Terminal() if out else io.StringIO())
     monkeypatch.setattr(sys, "stderr", Terminal() if err else io.StringIO())
-    chosen = shown(asked(), stage)
+    chosen = display_arguments(asked(), stage)
     assert kinds(chosen) == [Bar] * bar
     assert chosen["enable_progress_bar"] is bar
     assert chosen["enable_model_summary"] is False
@@ -51,7 +51,7 @@ def test_a_terminal_gets_a_bar(monkeypatch, stage: str, out: bool, err: bool, ba
 @pytest.mark.parametrize("listed", [TQDMProgressBar(), [RichProgressBar()], [ModelSummary(), TQDMProgressBar()]])
 def test_what_is_listed_stays(monkeypatch, listed: Any) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
-    chosen = shown(asked(callbacks=listed), "fit")
+    chosen = display_arguments(asked(callbacks=listed), "fit")
     assert chosen["callbacks"] == (listed if isinstance(listed, list) else [listed])
     assert "enable_progress_bar" not in chosen
     assert ("enable_model_summary" in chosen) == (ModelSummary not in kinds(chosen))
@@ -60,7 +60,7 @@ def test_what_is_listed_stays(monkeypatch, listed: Any) -> None:
 @pytest.mark.parametrize("wish", [True, False])
 def test_a_wish_is_left_to_lightning(monkeypatch, wish: bool) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
-    assert shown(asked(enable_progress_bar=wish, enable_model_summary=wish), "fit") == {"callbacks": []}
+    assert display_arguments(asked(enable_progress_bar=wish, enable_model_summary=wish), "fit") == {"callbacks": []}
 
 
 def test_lightnings_bar_has_ended_when_others_speak() -> None:
@@ -123,7 +123,7 @@ def test_the_summary_says_where_things_are() -> None:
         ["model", "out"],
         ["model", "more"],
         ["logs", "runs/a/version_0"],
-        ["time", "01:15"],
+        ["time", "75", "s"],
     ]
 
 

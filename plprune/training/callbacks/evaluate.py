@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from plprune.architecture.modules import on_device
 from plprune.checkpoint import sharing
-from plprune.evaluation.measurement import Measurement, as_dict, measure, table
+from plprune.evaluation.measurement import Measurement, as_dict, measure, measurement_table
 from plprune.io import distributed
 from plprune.pruning.plan import fingerprint
 from plprune.pruning.surgery import plan_of
@@ -70,7 +70,7 @@ class Evaluate(pl.Callback):
     def _show(self, trainer: pl.Trainer) -> None:
         self._due = False
         if trainer.is_global_zero:
-            print(f"\n{table(self.rows)}\n")
+            print(f"\n{measurement_table(self.rows)}\n")
 
     def state_dict(self) -> dict[str, Any]:
         return {"windows": self._windows, "rows": as_dict(self.rows)}

@@ -59,7 +59,7 @@ def summary(plan: PruningPlan) -> str:
         f"{'for the target' if targets else 'asked'}), {plan.reached_of_model:.1%} of the model's"
     ]
     for name, found in targets.items():
-        left = shown(found["reached"], "B" if name == "memory" else "")
+        left = shown(found["reached"], "bytes" if name == "memory" else "short")
         what = "parameters"
         if name == "memory":
             batch, context = (plan.settings[f"target_{key}"] for key in ("batch", "context"))

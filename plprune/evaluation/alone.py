@@ -1,4 +1,4 @@
-"""A program that knows transformers and not plprune: proves that a folder loads without it.
+"""Reads and writes with transformers alone: a module, and a program that proves that a folder loads without plprune.
 
 Run as `python -I alone.py FOLDER REQUEST ANSWER`. REQUEST is a safetensors file with `windows`, token ids, [n, s];
 ANSWER gets `logprobs`, [n, s - 1], `greedy`, [c], and, as metadata, versions and speed.
@@ -6,6 +6,8 @@ ANSWER gets `logprobs`, [n, s - 1], `greedy`, [c], and, as metadata, versions an
 
 import sys
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import transformers
@@ -28,11 +30,21 @@ def prompt_of(windows: Tensor) -> Tensor:  # [n, s] -> [s / 4]
     return windows[0, : max(1, windows.shape[1] // 4)]
 
 
-def greedy(model: PreTrainedModel, prompt: Tensor, count: int = 32) -> tuple[Tensor, float]:  # [p] -> [c]
-    """The tokens that follow a prompt, each the likeliest, and how many of them are generated per second."""
-    generate, start = getattr(model, "generate"), time.perf_counter()  # noqa: B009
-    tokens = generate(prompt[None], max_new_tokens=count, do_sample=False)[0, len(prompt) :]
-    return tokens, len(tokens) / (time.perf_counter() - start)
+def write_greedily(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> Iterator[Tensor]:  # [b, s] -> [b, 1] each
+    """The most probable next tokens, one after the other, with a key-value cache; an end-of-text token ends nothing."""
+    known: dict[str, Any] = {}
+    for _ in range(new_tokens):
+        output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **known)
+        name = "cache" if "cache" in output else "past_key_values"  # transformers 5.24 renamed it
+        ids, known = output.logits[:, -1:].argmax(-1), {name: output[name]}
+        yield ids
+
+
+def continuation(model: PreTrainedModel, prompt: Tensor, count: int = 32) -> tuple[Tensor, float]:  # [p] -> [c]
+    """The tokens that follow a prompt, each the likeliest, and how many of them are written per second."""
+    start = time.perf_counter()
+    tokens = torch.cat(list(write_greedily(model, prompt[None], count)), 1)[0]
+    return tokens, count / (time.perf_counter() - start)
 
 
 @torch.no_grad()
@@ -41,7 +53,7 @@ def main(folder: str, request: str, answer: str) -> None:
     windows = load_file(request)["windows"]
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
     found = {"logprobs": logprobs(model, windows)}
-    found["greedy"], speed = greedy(model, prompt_of(windows))
+    found["greedy"], speed = continuation(model, prompt_of(windows))
     told = {"program": f"transformers {transformers.__version__}", "speed": str(speed)}
     save_file({name: value.contiguous() for name, value in found.items()}, answer, metadata=told)
 
