@@ -34,7 +34,7 @@ ORDER = {
     ],
     # the Lightning line
     "streaming": [],
-    "report": [["comparison", "sensitivity"], ["found", "run"], ["page"], ["charts", "samples"]],
+    "report": [["comparison", "sensitivity"], ["found", "run"], ["page"], ["charts", "samples"], ["svg"]],
     "methods": [["cfsp", "fasp", "flap", "learned_gates", "two_ssp"], ["base"]],
     "export": [["fits"], ["formats"], ["gguf", "parity"], ["decilm", "llama_cpp", "vocabulary"]],
     "evaluation": [["lm_eval", "measurement", "sensitivity"], ["perplexity", "speed", "task_results"], ["alone"]],

@@ -10,7 +10,7 @@ from html import escape
 from statistics import mean, stdev
 from typing import Any
 
-from plprune.report.charts import Axis, Series, finite, heat_map, scatter
+from plprune.report.charts import Series, heat_map, scatter
 from plprune.report.page import (
     at,
     document,
@@ -27,6 +27,7 @@ from plprune.report.page import (
     tile,
 )
 from plprune.report.run import notice, provenance, rest, with_error
+from plprune.report.svg import Axis, finite
 
 KNOWN = {"version", "kind", "title", "status", "progress", "written", "reason", "protocol", "machine", "cells"}
 KNOWN |= {"summary", "versions", "seeds", "fingerprints", "process"}

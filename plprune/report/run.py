@@ -6,7 +6,7 @@ from typing import Any
 
 from plprune.architecture.blocks import UNITS
 from plprune.io.units import Form, shown
-from plprune.report.charts import Axis, Blocks, Series, bars, block_picture, finite, line
+from plprune.report.charts import Blocks, Series, bars, block_picture, line
 from plprune.report.page import (
     as_yaml,
     at,
@@ -21,6 +21,7 @@ from plprune.report.page import (
     table,
     tile,
 )
+from plprune.report.svg import Axis, finite
 
 STAGES = ("dense", "pruned", "recovered")
 STAGE_COLOURS = {"dense": 6, "pruned": 1, "recovered": 2}

@@ -4,9 +4,10 @@ from html import escape
 from typing import Any
 
 from plprune.io.units import shown
-from plprune.report.charts import finite, heat_map
+from plprune.report.charts import heat_map
 from plprune.report.page import document, facts, figure, figures, folded, number, section, table, tile
 from plprune.report.run import notice, provenance, rest
+from plprune.report.svg import finite
 
 KNOWN = {"version", "kind", "title", "status", "progress", "written", "reason", "model", "protocol", "dense"}
 KNOWN |= {"fractions", "cells", "versions", "seeds", "fingerprints"}

@@ -8,19 +8,8 @@ from typing import Any
 import pytest
 
 from plprune.io.units import Form, shown
-from plprune.report.charts import (
-    HEIGHT,
-    WIDTH,
-    Axis,
-    Blocks,
-    Series,
-    bars,
-    block_picture,
-    heat_map,
-    line,
-    scatter,
-    ticks,
-)
+from plprune.report.charts import Blocks, Series, bars, block_picture, heat_map, line, scatter
+from plprune.report.svg import HEIGHT, WIDTH, Axis, ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 POINTS = [(100.0, 30.0), (80.0, 45.0), (60.0, 200.0)]
@@ -29,9 +18,7 @@ SERIES = [
     Series("CFSP", [(x, 2 * y) for x, y in POINTS], 0, "pruned", hollow=True),
     Series("dense", [(120.0, 20.0)], 6, joined=False),
 ]
-BLOCKS = Blocks(
-    {"attention heads": [(2, 3), (0, 3)], "FFN channels": [(10, 16), (16, 16)]}, [[0, 2], []], [1.0, 2.0], [4, 8]
-)
+BLOCKS = Blocks({"kv heads": [(2, 3), (0, 3)], "FFN channels": [(10, 16), (16, 16)]}, [[0, 2], []], [1.0, 2.0], [4, 8])
 CHARTS = {
     "line": line([Series("loss", [(1, 3.0), (2, 2.5)])], "Loss & more", Axis("step"), Axis("loss")),
     "scatter": scatter(SERIES, "Size", Axis("parameters", "short"), Axis("perplexity", log=True)),
