@@ -20,8 +20,8 @@ from plprune.checkpoint.load import load_pruned
 from plprune.checkpoint.save import save_pruned
 from plprune.evaluation.perplexity import perplexity
 from plprune.methods import CFSP, FASP, FLAP, LearnedGates, PruningMethod, TwoSSP, prune
+from plprune.pruning.calibration import Calibration
 from plprune.pruning.plan import PruningPlan
-from plprune.pruning.stream import Calibration
 from plprune.recovery.distillation import Distillation
 from plprune.recovery.lora import LoRA
 from plprune.training.callbacks.evaluate import Evaluate

@@ -30,10 +30,10 @@ from plprune.checkpoint.weights import SINGLE, check_saved, check_values, mapped
 from plprune.io import distributed
 from plprune.io.atomic import check_free, resolved, writing
 from plprune.methods.base import PruningMethod, origin, prune, source_of
+from plprune.pruning.calibration import Calibration
 from plprune.pruning.forward import same_values, summary
 from plprune.pruning.journal import ASKED, SHARD, Journal
 from plprune.pruning.plan import FILE, PruningPlan, fingerprint
-from plprune.pruning.stream import Calibration
 
 MMAP_THRESHOLD, LARGE = -3, 1 << 17  # of malloc.h, and its initial value
 

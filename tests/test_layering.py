@@ -44,8 +44,9 @@ ORDER = {
     "pruning": [
         ["observations", "repair"],
         ["stream"],
+        ["block_sources"],
         ["losses", "surgery"],
-        ["allocation", "forward"],
+        ["allocation", "calibration", "forward"],
         ["constraints", "journal", "plan", "statistics"],
     ],
     "architecture": [["blocks"], ["families", "modeling_plprune", "modules"]],

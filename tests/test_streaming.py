@@ -31,9 +31,10 @@ from plprune.cli import main
 from plprune.methods.two_ssp import SecondStage
 from plprune.pruning import surgery
 from plprune.pruning.allocation import top_k
+from plprune.pruning.calibration import Calibration
 from plprune.pruning.forward import run_block
 from plprune.pruning.statistics import Norms
-from plprune.pruning.stream import Calibration, observe, stream
+from plprune.pruning.stream import observe, stream
 from plprune.pruning.surgery import Surgery
 from plprune.streaming import open_streamed, place_of_journal, prune_streamed
 from tests.builders import METHODS, REPAIRED, logits, method, numbers, save_tiny, tiny, tokenizer, windows

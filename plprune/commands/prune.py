@@ -15,8 +15,8 @@ from plprune.io.distributed import device_called
 from plprune.io.sources import PYDOC, check_source
 from plprune.io.text import DROPPED, bos_token, draw, tokenised
 from plprune.methods import PruningMethod
+from plprune.pruning.calibration import Calibration
 from plprune.pruning.forward import check_ids
-from plprune.pruning.stream import Calibration
 from plprune.training.callbacks import record
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from plprune.io.checks import check_seed, check_share, check_sizes
 from plprune.io.distributed import announce, device_called, launched_rank
 from plprune.io.sources import PYDOC, check_source
 from plprune.io.text import DROPPED, bos_token, draw, pack, tokenised
+from plprune.pruning.calibration import Calibration
 from plprune.pruning.forward import check_ids
-from plprune.pruning.stream import Calibration
 
 
 def sensitivity(

@@ -35,10 +35,10 @@ from plprune.io.text import bos_token, draw, tokenised
 from plprune.methods import PruningMethod, prune
 from plprune.methods.base import source_of
 from plprune.pruning.allocation import largest_remainder, next_sparsity
+from plprune.pruning.calibration import Calibration, Observations
 from plprune.pruning.forward import check_ids
 from plprune.pruning.observations import load, save, survey
 from plprune.pruning.plan import PruningPlan, fingerprint
-from plprune.pruning.stream import Calibration, Observations
 from plprune.recovery.lora import merged_state
 from plprune.training.data import RecoveryData
 from plprune.training.module import Recovery

@@ -35,11 +35,12 @@ from plprune.io.cache import Cache, sources
 from plprune.io.progress import Progress
 from plprune.io.tables import aligned
 from plprune.pruning.allocation import top_k
+from plprune.pruning.calibration import Calibration
 from plprune.pruning.forward import evaluating, finish, record, run_block
 from plprune.pruning.losses import next_token_loss
 from plprune.pruning.plan import fingerprint
 from plprune.pruning.statistics import Norms
-from plprune.pruning.stream import Calibration, observe, stream
+from plprune.pruning.stream import observe, stream
 from plprune.pruning.surgery import drop_attention, shrink
 
 FRACTIONS = (0.25, 0.5, 1.0)

@@ -28,10 +28,10 @@ from plprune.planning.sizes import Ledger, block_flops, windows
 from plprune.planning.targets import solve
 from plprune.pruning import constraints
 from plprune.pruning.allocation import check_sparsity
+from plprune.pruning.calibration import Calibration
 from plprune.pruning.constraints import Constraint
 from plprune.pruning.plan import PruningPlan, fingerprint
 from plprune.pruning.repair import DAMPINGS, Damping, Mending, Repair
-from plprune.pruning.stream import Calibration
 from plprune.pruning.surgery import attach, plan_of
 
 Rows = Sequence[tuple[Block, Group]]

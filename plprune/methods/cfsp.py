@@ -40,11 +40,12 @@ from plprune.pruning.allocation import (
     largest_remainder,
     top_k,
 )
+from plprune.pruning.calibration import Calibration
 from plprune.pruning.constraints import FREE, Constraint
 from plprune.pruning.plan import PruningPlan
 from plprune.pruning.repair import Repair
 from plprune.pruning.statistics import Distance, Norms
-from plprune.pruning.stream import Calibration, observe, stream
+from plprune.pruning.stream import observe, stream
 from plprune.pruning.surgery import Surgery
 
 

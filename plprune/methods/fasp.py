@@ -28,11 +28,12 @@ from plprune.methods.base import Repairing
 from plprune.planning.needs import Work
 from plprune.planning.sizes import block_flops
 from plprune.pruning.allocation import check_near, fit, fraction_to_remove, importance, top_k
+from plprune.pruning.calibration import Calibration
 from plprune.pruning.constraints import FREE, Constraint
 from plprune.pruning.forward import BlockInputs
 from plprune.pruning.plan import PruningPlan
 from plprune.pruning.repair import Mending, Repair
-from plprune.pruning.stream import Calibration, observe, stream
+from plprune.pruning.stream import observe, stream
 from plprune.pruning.surgery import Surgery
 
 

@@ -42,11 +42,12 @@ from plprune.pruning.allocation import (
     rescale,
     top_k,
 )
+from plprune.pruning.calibration import Calibration
 from plprune.pruning.constraints import FREE, Constraint
 from plprune.pruning.plan import PruningPlan
 from plprune.pruning.repair import Repair, compensation
 from plprune.pruning.statistics import Moments
-from plprune.pruning.stream import Calibration, observe, stream
+from plprune.pruning.stream import observe, stream
 from plprune.pruning.surgery import Surgery
 
 Metric = Literal["WIFV", "IFV", "WIFN"]

@@ -58,6 +58,7 @@ from plprune.pruning.allocation import (
     largest_remainder,
     top_k,
 )
+from plprune.pruning.calibration import Calibration
 from plprune.pruning.constraints import FREE, Constraint
 from plprune.pruning.forward import evaluating
 from plprune.pruning.journal import journal_of
@@ -65,7 +66,7 @@ from plprune.pruning.losses import divergence, events, next_token_loss
 from plprune.pruning.plan import PruningPlan
 from plprune.pruning.repair import Damping, Repair
 from plprune.pruning.statistics import Norms
-from plprune.pruning.stream import Calibration, observe, stream
+from plprune.pruning.stream import observe, stream
 from plprune.pruning.surgery import Surgery
 
 Factors = list[tuple[nn.Module, Tensor]]  # projections, and what their inputs are multiplied by, [d_in] each

@@ -35,18 +35,19 @@ from plprune.methods.base import Repairing
 from plprune.planning.needs import Work
 from plprune.planning.sizes import block_flops, windows
 from plprune.pruning.allocation import check_near, check_sparsity, fit, importance, top_k
+from plprune.pruning.calibration import Calibration
 from plprune.pruning.constraints import FREE, Constraint
 from plprune.pruning.forward import evaluating, finish, record, run_block
-from plprune.pruning.journal import Filed, journal_of
+from plprune.pruning.journal import DiskStates, journal_of
 from plprune.pruning.losses import next_token_loss
 from plprune.pruning.plan import PruningPlan
 from plprune.pruning.repair import Repair
 from plprune.pruning.statistics import Norms
-from plprune.pruning.stream import Calibration, observe, stream
+from plprune.pruning.stream import observe, stream
 from plprune.pruning.surgery import Surgery, without_attention
 
 log = logging.getLogger(__name__)
-States = list[Tensor] | Filed
+States = list[Tensor] | DiskStates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,7 +325,7 @@ class SecondStage:
         """Hidden states where they wait: on disk if the blocks do, whose states together are too many."""
         if self.journal is None:
             return hidden
-        filed = Filed(self.journal.room(f"second.{next(self._rooms)}"))
+        filed = DiskStates(self.journal.room(f"second.{next(self._rooms)}"))
         for x in hidden:
             filed.append(x)
         return filed
@@ -349,7 +350,7 @@ def _ends(model: PreTrainedModel, candidates: list[Block], drop: int) -> list[li
 
 def _forget(states: list[States]) -> None:
     for filed in states:
-        if isinstance(filed, Filed):
+        if isinstance(filed, DiskStates):
             filed.discard()
 
 

@@ -8,18 +8,19 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plprune.architecture import modules as modules_
-from plprune.architecture.blocks import Block, blocks_of
+from plprune.architecture.blocks import Block, Group, blocks_of
 from plprune.io import distributed
-from plprune.pruning.journal import Filed, NotFinite
+from plprune.pruning.journal import DiskStates, NotFinite
 from plprune.pruning.statistics import BlockInfluence, Statistic
 
+S = TypeVar("S", bound=Statistic)
 PAIR = ((3, 8), (8, 16))  # token ids of two documents, of unlike length
 
 
@@ -34,7 +35,7 @@ class Call:
         return Call(_move(self.args, device), _move(self.kwargs, device))
 
 
-class Held(list[Tensor]):
+class MemoryStates(list[Tensor]):
     """Hidden states in memory, on one device."""
 
     def __init__(self, device: torch.device) -> None:
@@ -68,15 +69,19 @@ class BlockInputs:
         hidden: Sequence[Tensor],
         calls: list[Call],
         device: torch.device,
-        states: Callable[[], Held | Filed],
+        states: Callable[[], MemoryStates | DiskStates],
         group: distributed.Group = None,
     ) -> None:
         self.block, self.hidden, self.calls = block, hidden, calls
         self.device, self.states, self.group = device, states, group
         self.influence = BlockInfluence()
         self.observed: list[Mapping[str, Statistic]] = []  # statistics by consumer, of each observation
-        self._outputs: Held | Filed | None = None
+        self._outputs: MemoryStates | DiskStates | None = None
         self._weights: dict[str, Tensor] = {}  # a summary of those that made the outputs
+
+    def known(self, groups: list[Group], statistic: Callable[[], S]) -> list[tuple[Group, S]] | None:
+        """What an observation of the groups would give, if it is known without running the block."""
+        return None
 
     @torch.no_grad()
     def run(self, influence: BlockInfluence | None = None) -> None:
@@ -98,7 +103,7 @@ class BlockInputs:
                 "bfloat16, and check its weights"
             )
 
-    def outputs(self) -> "Held | Filed":
+    def outputs(self) -> "MemoryStates | DiskStates":
         """What leaves the block as it is now: it is run again only if its weights were changed since it last was."""
         if self._outputs is None or not same_values(summary(self.block.module), self._weights):
             self.observed.clear()

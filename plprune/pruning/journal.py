@@ -34,7 +34,7 @@ SHARD, DECISIONS, STATE, HIDDEN = "model.safetensors", "decisions.safetensors", 
 
 
 @dataclass
-class Past:
+class BlockRecord:
     """A block that a walk has behind it.
 
     Args:
@@ -183,7 +183,7 @@ class Journal:
             os.replace(self.folder / NEW / ASKED, file)
 
 
-class Walk:
+class PassLog:
     """One walk over the blocks, of which earlier runs may have done a part; the journal tells walks apart by order.
 
     Args:
@@ -198,33 +198,33 @@ class Walk:
         for index in range(self.done - 1):
             shutil.rmtree(self._place(index) / HIDDEN, ignore_errors=True)
 
-    def __enter__(self) -> "Walk":
+    def __enter__(self) -> "PassLog":
         self.journal.walking = True
         return self
 
     def __exit__(self, *_: object) -> None:
         self.journal.walking = False
 
-    def past(self, index: int, device: torch.device) -> Past:
+    def record(self, index: int, device: torch.device) -> BlockRecord:
         """What is known of a block that is done, tensors on `device` that were on an accelerator."""
-        return Past(**read_state(self._place(index) / STATE, device))
+        return BlockRecord(**read_state(self._place(index) / STATE, device))
 
-    def entering(self) -> "Filed":
+    def entering(self) -> "DiskStates":
         """The hidden states that enter the first block that is not done."""
-        return Filed(self._place(self.done - 1) / HIDDEN)
+        return DiskStates(self._place(self.done - 1) / HIDDEN)
 
-    def commit(self, past: Past, leaving: "Sequence[Tensor] | Filed | None") -> None:
+    def commit(self, record: BlockRecord, leaving: "Sequence[Tensor] | DiskStates | None") -> None:
         """Keeps what is known of the next block, and what leaves it, if another follows; all of it or nothing."""
         with self.journal.publish(str(self._place(self.done).relative_to(self.journal.folder))) as room:
-            write_state(vars(past), room / STATE)
-            if isinstance(leaving, Filed):
+            write_state(vars(record), room / STATE)
+            if isinstance(leaving, DiskStates):
                 leaving.move(room / HIDDEN)
             elif leaving is not None:
                 (room / HIDDEN).mkdir()
-                copies = Filed(room / HIDDEN)
+                copies = DiskStates(room / HIDDEN)
                 for hidden in leaving:
                     copies.append(hidden)
-        if isinstance(leaving, Filed):
+        if isinstance(leaving, DiskStates):
             leaving.folder = self._place(self.done) / HIDDEN
         if self.done:
             shutil.rmtree(self._place(self.done - 1) / HIDDEN, ignore_errors=True)
@@ -234,7 +234,7 @@ class Walk:
         return self.journal.folder / self.name / f"{index:05}"
 
 
-class Filed(Sequence[Tensor]):
+class DiskStates(Sequence[Tensor]):
     """Tensors in files, one in memory at a time.
 
     Args:

@@ -8,9 +8,10 @@ from transformers import PreTrainedModel
 
 from plprune.io.atomic import staged
 from plprune.io.state import read_state, write_state
+from plprune.pruning.calibration import Calibration, Observations, Observed
 from plprune.pruning.plan import fingerprint
 from plprune.pruning.statistics import BlockInfluence, Moments, Norms, Statistic, StatisticGroup
-from plprune.pruning.stream import Calibration, Observations, Observed, observe, stream
+from plprune.pruning.stream import observe, stream
 
 # Gram is not one of them: the methods that use it prune the blocks before, and so change what it would see.
 KINDS: dict[str, type[Statistic]] = {kind.__name__: kind for kind in (Moments, Norms)}

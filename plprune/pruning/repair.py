@@ -23,9 +23,10 @@ from plprune.architecture.blocks import Block, Group
 from plprune.architecture.modules import dense_weight
 from plprune.io import distributed
 from plprune.pruning.allocation import complement
+from plprune.pruning.calibration import Calibration
 from plprune.pruning.forward import BlockInputs
 from plprune.pruning.statistics import Gram, HoldoutGram, Moments
-from plprune.pruning.stream import Calibration, observe_groups, stream
+from plprune.pruning.stream import observe_groups, stream
 from plprune.pruning.surgery import Surgery
 
 Repair = Literal["none", "compensate", "restore"]

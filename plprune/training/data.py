@@ -17,9 +17,9 @@ from plprune.checkpoint.load import load_tokenizer
 from plprune.io.checks import check_seed, check_share, check_sizes
 from plprune.io.sources import PYDOC, check_source
 from plprune.io.text import DROPPED, IGNORED, Stream, bos_token, draw, pack, split, tokenised
+from plprune.pruning.calibration import Calibration
 from plprune.pruning.forward import check_ids, check_masking
 from plprune.pruning.plan import fingerprint
-from plprune.pruning.stream import Calibration
 
 
 class RecoveryData(pl.LightningDataModule):

@@ -20,8 +20,8 @@ from plprune.checkpoint.load import load_model, load_skeleton, rebuilt
 from plprune.checkpoint.stored import weight_files
 from plprune.checkpoint.weights import INDEX, SINGLE, check_saved, files, once
 from plprune.export import decilm, gguf
+from plprune.pruning.calibration import Calibration
 from plprune.pruning.plan import FILE, PruningPlan
-from plprune.pruning.stream import Calibration
 from plprune.pruning.surgery import plan_of
 from plprune.recovery.lora import merged_state
 from plprune.streaming import open_streamed, prune_streamed

@@ -20,7 +20,7 @@ from plprune.evaluation.sensitivity import Frontier, Sensitivity
 from plprune.io.atomic import alone
 from plprune.io.cache import Cache
 from plprune.pruning.allocation import top_k
-from plprune.pruning.stream import Calibration
+from plprune.pruning.calibration import Calibration
 from plprune.pruning.surgery import Surgery
 from tests.builders import numbers, save_tiny, tiny, windows
 

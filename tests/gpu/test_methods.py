@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from plprune import FASP, PruningPlan, load_pruned, perplexity, prune
 from plprune.checkpoint.load import load_model
 from plprune.pruning import surgery
-from plprune.pruning.stream import Calibration
+from plprune.pruning.calibration import Calibration
 from plprune.streaming import open_streamed, place_of_journal, prune_streamed
 from tests.builders import METHODS, REPAIRED, method, tokenizer
 from tests.gpu.models import JUDGED, TEXT, model, save, unlike

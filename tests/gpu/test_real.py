@@ -13,7 +13,7 @@ from plprune import CFSP, FASP, FLAP, LearnedGates, PruningMethod, TwoSSP, perpl
 from plprune.checkpoint.load import load_model, load_tokenizer
 from plprune.io.sources import PYDOC
 from plprune.io.text import draw, tokenised
-from plprune.pruning.stream import Calibration
+from plprune.pruning.calibration import Calibration
 from tests.gpu.models import unlike
 from tests.shared import SMOLLM2
 

@@ -13,7 +13,7 @@ from plprune.architecture.blocks import blocks_of
 from plprune.pruning.forward import (
     BlockInputs,
     Call,
-    Held,
+    MemoryStates,
     check_ids,
     checking_ids,
     evaluating,
@@ -39,7 +39,7 @@ def model() -> PreTrainedModel:
 def first_block(model: PreTrainedModel) -> BlockInputs:
     """The first block on two batches."""
     hidden, calls = zip(*(record(model, ids) for ids in windows(4).split(2)), strict=True)
-    return BlockInputs(blocks_of(model)[0], list(hidden), [each[0] for each in calls], CPU, lambda: Held(CPU))
+    return BlockInputs(blocks_of(model)[0], list(hidden), [each[0] for each in calls], CPU, lambda: MemoryStates(CPU))
 
 
 @torch.no_grad()

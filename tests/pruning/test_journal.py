@@ -11,7 +11,7 @@ from plprune.checkpoint.weights import check_values
 from plprune.io import state
 from plprune.io.atomic import CannotWrite, writing
 from plprune.io.state import read_state, write_state
-from plprune.pruning.journal import Filed, Journal, Past, Walk
+from plprune.pruning.journal import BlockRecord, DiskStates, Journal, PassLog
 from plprune.pruning.statistics import BlockInfluence, Gram, HoldoutGram, Moments, Norms, Statistic, StatisticGroup
 
 ASKED = {"method": "FLAP", "settings": {"sparsity": 0.2}, "seed": 0}
@@ -134,16 +134,16 @@ def test_nothing_is_left_of_a_run_that_did_nothing(tmp_path: Path) -> None:
 def test_a_walk_keeps_the_hidden_states_of_one_block_only(tmp_path: Path) -> None:
     states = [torch.randn(2, 3) for _ in range(2)]
     with journal(tmp_path) as kept:
-        walk = Walk(kept)
+        log = PassLog(kept)
         for i in range(3):
-            walk.commit(Past({"count": i}, [], 0), [x + i for x in states])
+            log.commit(BlockRecord({"count": i}, [], 0), [x + i for x in states])
     with journal(tmp_path, resume=True) as kept:
-        walk = Walk(kept)
-        assert walk.done == 3
-        assert all(torch.equal(a, b + 2) for a, b in zip(walk.entering(), states, strict=True))
-        assert [walk.past(i, torch.device("cpu")).influence for i in range(3)] == [{"count": i} for i in range(3)]
+        log = PassLog(kept)
+        assert log.done == 3
+        assert all(torch.equal(a, b + 2) for a, b in zip(log.entering(), states, strict=True))
+        assert [log.record(i, torch.device("cpu")).influence for i in range(3)] == [{"count": i} for i in range(3)]
         assert len(list(kept.folder.rglob("hidden"))) == 1
-        assert Walk(kept).done == 0  # of a second walk nothing is known
+        assert PassLog(kept).done == 0  # of a second walk nothing is known
 
 
 def test_decisions_come_back(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_what_cannot_be_written_is_one_line(error: Exception, tmp_path: Path) ->
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
-    filed = Filed(tmp_path)
+    filed = DiskStates(tmp_path)
     filed.append(torch.ones(3))
     (tmp_path / "00000.safetensors").write_bytes(b"xxxx")
     with pytest.raises(ValueError, match=r"00000\.safetensors is missing or damaged"):

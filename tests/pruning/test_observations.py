@@ -7,10 +7,11 @@ import torch
 from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import blocks_of
+from plprune.pruning.calibration import Calibration, Observations
 from plprune.pruning.observations import KINDS, load, save, survey
 from plprune.pruning.plan import fingerprint
 from plprune.pruning.statistics import Moments, Norms
-from plprune.pruning.stream import Calibration, Observations, observe, stream
+from plprune.pruning.stream import observe, stream
 from tests.builders import tiny, windows
 
 CPU = torch.device("cpu")

@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from plprune import prune
 from plprune.architecture.blocks import Block, blocks_of
 from plprune.architecture.families import FAMILIES
+from plprune.pruning.calibration import Calibration, Observations
 from plprune.pruning.forward import evaluating, finish, record, run_block, same_values, summary
 from plprune.pruning.observations import load, save, survey
 from plprune.pruning.statistics import BlockInfluence, Gram, Moments, Norms
-from plprune.pruning.stream import Calibration, Observations, observe, stream
+from plprune.pruning.stream import observe, stream
 from plprune.pruning.surgery import drop_attention
 from tests.builders import DEFAULTS, METHODS, REPAIRED, logits, method, tiny, windows
 

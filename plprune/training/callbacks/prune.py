@@ -21,8 +21,8 @@ from plprune.io import distributed
 from plprune.io.atomic import check_free, resolved
 from plprune.methods.base import PruningMethod, equalise, prune
 from plprune.pruning import surgery
+from plprune.pruning.calibration import Calibration
 from plprune.pruning.plan import FILE, PruningPlan, fingerprint
-from plprune.pruning.stream import Calibration
 from plprune.pruning.surgery import plan_of
 from plprune.training.callbacks.order import check_order
 from plprune.training.callbacks.record import summary

@@ -1,0 +1,257 @@
+"""Three sources of the blocks' inputs: the blocks before them, the journal of an earlier run, and observations.
+
+A pass over the blocks begins with what is known, from the journal or from observations, and goes on by running blocks.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from functools import cached_property
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from plprune.architecture.blocks import Block, Group, blocks_of
+from plprune.pruning.calibration import Calibration, Observations, Observed
+from plprune.pruning.forward import BlockInputs, Call, MemoryStates, record, same_values, summary
+from plprune.pruning.journal import BlockRecord, DiskStates, Journal, PassLog, journal_of
+from plprune.pruning.statistics import BlockInfluence, Statistic
+from plprune.pruning.surgery import replay
+
+S = TypeVar("S", bound=Statistic)
+States = MemoryStates | DiskStates
+
+
+class BlockSource(Protocol):
+    """Gives the blocks of one pass their inputs."""
+
+    def inputs(self, block: Block) -> contextlib.AbstractContextManager[BlockInputs]:
+        """The inputs of the next block, which may be changed in the context."""
+        ...
+
+    def after(self, block: Block) -> "BlockSource":
+        """The source for the block that follows `block`."""
+        ...
+
+
+class Fresh:
+    """Runs the blocks: the outputs of one are the inputs of the next.
+
+    Args:
+        model: The model.
+        calibration: The text.
+
+    Raises:
+        ValueError: The model has a journal and there are several processes, or it has none and states wait on disk.
+    """
+
+    def __init__(self, model: PreTrainedModel, calibration: Calibration) -> None:
+        journal = journal_of(model)
+        if journal is not None and calibration.group is not None:
+            raise ValueError("a model that streams from disk is pruned by one process: start it without others")
+        self.model, self.calibration, self.log = model, calibration, PassLog(journal) if journal else None
+        self.device, self.states = calibration.device or model.device, _states(calibration, model.device, journal)
+        self.next = self.log.done if self.log else 0  # index of the block that `hidden` enters
+        self.hidden: States | None = self.log.entering() if self.log and self.next else None
+
+    @cached_property
+    def calls(self) -> list[list[Call]]:
+        """What the model calls each block with besides hidden states, for each batch."""
+        records = (record(self.model, ids) for ids in self.calibration.share())
+        if self.hidden is not None:
+            return [calls for _, calls in records]
+        self.hidden, every = self.states(), []
+        for hidden, calls in records:
+            self.hidden.append(hidden)
+            every.append(calls)
+        return every
+
+    def entering(self, block: Block) -> States:
+        """The hidden states that enter a block; those before it are run if they were not yet."""
+        for before in blocks_of(self.model)[self.next : block.index]:
+            with before.present(self.device):
+                self.advance(self._inputs(before).outputs())
+        _ = self.calls  # which records what enters the first block
+        assert self.hidden is not None
+        return self.hidden
+
+    def advance(self, leaving: States) -> None:
+        """Goes on with the block after the next, which `leaving` enters."""
+        self.hidden, self.next = leaving, self.next + 1
+
+    @contextlib.contextmanager
+    def inputs(self, block: Block) -> Iterator[BlockInputs]:
+        inputs, before = self._inputs(block), block.home.version if block.home else 0
+        with block.present(self.device):
+            yield inputs
+            leaving = inputs.outputs() if block.index < len(blocks_of(self.model)) - 1 else None
+        if self.log:
+            self.log.commit(_record_of(block, inputs, before), leaving)
+            self.entering(block).discard()
+        if leaving is not None:
+            self.advance(leaving)
+
+    def after(self, block: Block) -> BlockSource:
+        return self
+
+    def _inputs(self, block: Block) -> BlockInputs:
+        hidden, calls = self.entering(block), [calls[block.index] for calls in self.calls]
+        return BlockInputs(block, hidden, calls, self.device, self.states, self.calibration.group)
+
+
+class Replayed:
+    """Gives what an earlier run has kept in the journal, and runs no block.
+
+    Args:
+        fresh: The source for the blocks that the earlier run did not come to.
+        log: What was kept of the others.
+    """
+
+    def __init__(self, fresh: Fresh, log: PassLog) -> None:
+        self.fresh, self.log = fresh, log
+
+    @contextlib.contextmanager
+    def inputs(self, block: Block) -> Iterator[BlockInputs]:
+        kept, home = self.log.record(block.index, self.fresh.device), block.home
+        inputs = ReplayedInputs(block, kept, self.fresh.device)
+        if home is None or kept.version == home.version:
+            with block.present(self.fresh.device):
+                yield inputs
+            return
+        while home.version < kept.version:
+            home.version += 1
+            decisions = self.log.journal.decided(block.index, home.version)
+            replay(block, decisions, self.fresh.model)
+            self.log.journal.taken_over += decisions
+        yield inputs
+
+    def after(self, block: Block) -> BlockSource:
+        return self if block.index + 1 < self.fresh.next else self.fresh
+
+
+class Recalled:
+    """Gives observations of the same model and text, until a block is changed, or run for what they do not have.
+
+    Args:
+        fresh: The source for the blocks after that.
+        known: The observations.
+    """
+
+    def __init__(self, fresh: Fresh, known: Observations) -> None:
+        self.fresh, self.known = fresh, known
+
+    @contextlib.contextmanager
+    def inputs(self, block: Block) -> Iterator[BlockInputs]:
+        inputs = RecalledInputs(block, self.known.blocks[block.index], self.fresh)
+        with block.present(self.fresh.device):
+            yield inputs
+            if (inputs.ran or inputs.changed) and block.index < len(self.known.blocks) - 1:
+                self.fresh.entering(block)
+                self.fresh.advance(inputs.outputs())
+
+    def after(self, block: Block) -> BlockSource:
+        return self.fresh if self.fresh.next > block.index else self
+
+
+class ReplayedInputs(BlockInputs):
+    """Stands for the inputs of a block that an earlier run has behind it: only what was observed there is known.
+
+    Args:
+        block: The block.
+        kept: What is known of it.
+        device: Where it would run.
+    """
+
+    def __init__(self, block: Block, kept: BlockRecord, device: torch.device) -> None:
+        self.block, self.device, self.group = block, device, None
+        self.influence = BlockInfluence()
+        self.influence.load_state_dict(kept.influence)
+        self.decided = kept.observed is None
+        self._observed = iter(kept.observed or [])
+
+    def __getattr__(self, name: str) -> Any:
+        raise ValueError(
+            f"`{name}` of block {self.block.index} is not kept: a method that looks at more than what `observe` gives "
+            "cannot go on after a stop; start again by --overwrite without --resume"
+        )
+
+    def known(self, groups: list[Group], statistic: Callable[[], S]) -> list[tuple[Group, S]] | None:
+        """The result of the next observation; empty if the block was pruned then, and its decisions are known."""
+        if self.decided:
+            return []
+        kept, statistics = next(self._observed), {group.consumer.path: statistic() for group in groups}
+        for path, state in kept.items():
+            statistics[path].load_state_dict(state)
+        return [(group, statistics[group.consumer.path]) for group in groups]
+
+
+class RecalledInputs(BlockInputs):
+    """The inputs of a block that was observed: the blocks before it are run only if something else is asked for.
+
+    Args:
+        block: The block.
+        seen: The observations of it.
+        fresh: Runs the blocks.
+    """
+
+    def __init__(self, block: Block, seen: Observed, fresh: Fresh) -> None:
+        self.block, self.seen, self.fresh, self.before = block, seen, fresh, summary(block.module)
+        self.device, self.states, self.group = fresh.device, fresh.states, fresh.calibration.group
+        self.influence, self.observed = seen.influence, []
+        self._outputs, self._weights = None, {}
+
+    @cached_property
+    def hidden(self) -> Sequence[torch.Tensor]:
+        return self.fresh.entering(self.block)
+
+    @cached_property
+    def calls(self) -> list[Call]:
+        return [calls[self.block.index] for calls in self.fresh.calls]
+
+    @property
+    def ran(self) -> bool:
+        """Whether the block was run, as the observations lack what was asked for."""
+        return self._outputs is not None
+
+    @property
+    def changed(self) -> bool:
+        """Whether the block was changed since it was observed."""
+        return not same_values(summary(self.block.module), self.before)
+
+    def known(self, groups: list[Group], statistic: Callable[[], S]) -> list[tuple[Group, S]] | None:
+        """The statistics, if they are of an observed class and the block was not changed."""
+        name = getattr(statistic, "__name__", "")
+        found = [self.seen.statistics.get(group.consumer.path, {}).get(name) for group in groups]
+        if any(type(each) is not statistic for each in found) or self.changed:
+            return None
+        return [(group, cast(S, deepcopy(each))) for group, each in zip(groups, found, strict=True)]
+
+
+def _states(calibration: Calibration, device: torch.device, journal: Journal | None) -> Callable[[], States]:
+    """What makes empty collections of hidden states, where those are to wait."""
+    if calibration.offload != "disk":
+        waiting = torch.device("cpu") if calibration.offload else calibration.device or device
+        return lambda: MemoryStates(waiting)
+    if journal is None:
+        raise ValueError(
+            "hidden states can wait on disk only if the model streams from there (--stream): offload to cpu"
+        )
+    count = itertools.count()
+    return lambda: DiskStates(journal.room(f"states.{next(count)}"))
+
+
+def _record_of(block: Block, inputs: BlockInputs, version: int) -> BlockRecord:
+    """What is known of a block; the observations only if the block was not pruned."""
+    now = block.home.version if block.home else 0
+    if now != version:
+        return BlockRecord(inputs.influence.state_dict(), None, now)
+    observed = [{path: _state(each) for path, each in own.items()} for own in inputs.observed]
+    return BlockRecord(inputs.influence.state_dict(), observed, now)
+
+
+def _state(statistic: Statistic) -> dict[str, Any]:
+    if not isinstance(statistic, Statistic):
+        raise ValueError(f"{type(statistic).__name__} cannot be kept for --resume: derive it from Statistic")
+    return statistic.state_dict()

@@ -1,0 +1,110 @@
+"""Calibration text, and what was observed of a model on it."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from plprune.io import distributed
+from plprune.pruning.plan import fingerprint
+from plprune.pruning.statistics import BlockInfluence, Statistic
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration text, and where to compute.
+
+    Args:
+        batches: Token ids, one tensor [b, s] each, without padding.
+        device: Where the current block runs; the model's own device if not given.
+        offload: Where hidden states wait: in the CPU's memory, on disk (only if the model streams from there), or on
+            `device` if not given.
+        group: Processes that share the work, each with the whole text and the whole model; None if there is only one.
+        known: What `plprune.pruning.observations` has observed before; used if it is of the same text and model.
+    """
+
+    batches: list[Tensor]
+    device: torch.device | None = None
+    offload: Literal["cpu", "disk"] | None = None
+    group: distributed.Group = None
+    known: "Observations | None" = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.batches)
+
+    @classmethod
+    def of(cls, batches: "Calibration | Iterable[Tensor]") -> "Calibration":
+        """Any batches of token ids as a Calibration.
+
+        Raises:
+            ValueError: There are none, or they are not of shape [b, s].
+        """
+        calibration = batches if isinstance(batches, cls) else cls(list(batches))
+        if not calibration.batches:
+            raise ValueError("no calibration text: give at least one batch of token ids")
+        if any(not isinstance(b, Tensor) or b.ndim != 2 or b.is_floating_point() for b in calibration.batches):
+            raise ValueError("calibration batches must be integer tensors of shape [batch, seq_len]")
+        return calibration
+
+    def windows(self, count: int) -> list[Tensor]:  # [1, s] each
+        """The first `count` windows, one by one."""
+        return self._windows()[:count]
+
+    def share(self) -> list[Tensor]:  # [b, s] each
+        """The batches of this process, which may have none."""
+        if self.group is None:
+            return self.batches
+        size = max(len(ids) for ids in self.batches)
+        mine = distributed.share(self._windows(), self.group)
+        alike = [list(run) for _, run in itertools.groupby(mine, lambda ids: ids.shape[1])]
+        return [torch.cat(run[i : i + size]) for run in alike for i in range(0, len(run), size)]
+
+    @property
+    def first(self) -> int:
+        """Which of all windows is the first of this process."""
+        return next(iter(distributed.share(range(len(self._windows())), self.group)), 0)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the windows, whatever the size of the batches."""
+        ids, lengths = [ids.flatten() for ids in self], [ids.shape[1] for ids in self for _ in ids]
+        return fingerprint([("ids", torch.cat(ids).cpu()), ("lengths", torch.tensor(lengths))], values=1 << 30)
+
+    def _windows(self) -> list[Tensor]:  # [1, s] each
+        return [ids[i : i + 1] for ids in self.batches for i in range(len(ids))]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What was observed of one block.
+
+    Args:
+        influence: How far it moves its hidden states.
+        statistics: By the path of the consumer, and the name of the statistic's class.
+    """
+
+    influence: BlockInfluence
+    statistics: dict[str, dict[str, Statistic]]
+
+
+@dataclass(frozen=True)
+class Observations:
+    """What was observed of a model on a text: any number of prunings can be decided by it, and need no forward pass.
+
+    Args:
+        weights: Fingerprint of the model.
+        text: Fingerprint of the text.
+        blocks: What was observed of each block.
+    """
+
+    weights: str
+    text: str
+    blocks: list[Observed]
+
+    def are_of(self, model: PreTrainedModel, calibration: Calibration) -> bool:
+        """Whether they were made of this model as it is, and of this text."""
+        return self.text == calibration.fingerprint and self.weights == fingerprint(model.named_parameters())
