@@ -31,7 +31,7 @@ from plprune.io import distributed
 from plprune.io.atomic import check_free, resolved, writing
 from plprune.methods.base import PruningMethod, origin, prune, source_of
 from plprune.pruning.calibration import Calibration
-from plprune.pruning.forward import same_values, summary
+from plprune.pruning.forward import checksums, same_values
 from plprune.pruning.journal import ASKED, SHARD, Journal
 from plprune.pruning.plan import FILE, PruningPlan, fingerprint
 
@@ -203,7 +203,7 @@ class DiskHome:
             yield
             return
         self._load(device or torch.device("cpu"))
-        self._here, before = True, summary(self.block.module)
+        self._here, before = True, checksums(self.block.module)
         try:
             yield
         except GeneratorExit:  # who walks over the blocks has left his loop, and may have changed this one
@@ -234,7 +234,7 @@ class DiskHome:
 
     def _write(self, before: dict[str, Tensor]) -> None:
         """Keeps the block, if it was changed and an earlier run has not come to the same."""
-        if not self._decisions and same_values(before, summary(self.block.module)):
+        if not self._decisions and same_values(before, checksums(self.block.module)):
             return
         if self.journal is None:
             raise ValueError("a model that streams from disk is pruned by prune_streamed, or --stream")

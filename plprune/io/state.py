@@ -73,7 +73,11 @@ def _restored(value: Any, tensors: dict[str, Tensor], device: torch.device) -> A
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; a damaged one is refused with what to do."""
+    """The tensors of a safetensors file.
+
+    Raises:
+        ValueError: The file is missing or damaged.
+    """
     try:
         return load_file(file)
     except (SafetensorError, FileNotFoundError) as error:

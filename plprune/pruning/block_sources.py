@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import Block, Group, blocks_of
 from plprune.pruning.calibration import Calibration, Observations, Observed
-from plprune.pruning.forward import BlockInputs, Call, MemoryStates, record, same_values, summary
+from plprune.pruning.forward import BlockInputs, Call, MemoryStates, checksums, record, same_values
 from plprune.pruning.journal import BlockRecord, DiskStates, Journal, PassLog, journal_of
 from plprune.pruning.statistics import BlockInfluence, Statistic
 from plprune.pruning.surgery import replay
@@ -58,7 +58,7 @@ class Fresh:
 
     @cached_property
     def calls(self) -> list[list[Call]]:
-        """What the model calls each block with besides hidden states, for each batch."""
+        """For each batch, the arguments of each block without its hidden states."""
         records = (record(self.model, ids) for ids in self.calibration.share())
         if self.hidden is not None:
             return [calls for _, calls in records]
@@ -69,7 +69,7 @@ class Fresh:
         return every
 
     def entering(self, block: Block) -> States:
-        """The hidden states that enter a block; those before it are run if they were not yet."""
+        """The hidden states that enter a block; runs the blocks before it that have not run yet."""
         for before in blocks_of(self.model)[self.next : block.index]:
             with before.present(self.device):
                 self.advance(self._inputs(before).outputs())
@@ -78,7 +78,7 @@ class Fresh:
         return self.hidden
 
     def advance(self, leaving: States) -> None:
-        """Goes on with the block after the next, which `leaving` enters."""
+        """Moves on by one block, whose outputs are `leaving`."""
         self.hidden, self.next = leaving, self.next + 1
 
     @contextlib.contextmanager
@@ -102,11 +102,11 @@ class Fresh:
 
 
 class Replayed:
-    """Gives what an earlier run has kept in the journal, and runs no block.
+    """Gives the records of an earlier run from the journal, and runs no block.
 
     Args:
-        fresh: The source for the blocks that the earlier run did not come to.
-        log: What was kept of the others.
+        fresh: The source for the blocks that have no record.
+        log: The records.
     """
 
     def __init__(self, fresh: Fresh, log: PassLog) -> None:
@@ -132,10 +132,10 @@ class Replayed:
 
 
 class Recalled:
-    """Gives observations of the same model and text, until a block is changed, or run for what they do not have.
+    """Gives earlier observations, up to the first block that is changed, or run as it was not observed by a statistic.
 
     Args:
-        fresh: The source for the blocks after that.
+        fresh: The source for the blocks after it.
         known: The observations.
     """
 
@@ -156,12 +156,12 @@ class Recalled:
 
 
 class ReplayedInputs(BlockInputs):
-    """Stands for the inputs of a block that an earlier run has behind it: only what was observed there is known.
+    """The inputs of a block that an earlier run has finished: only the recorded statistics are available.
 
     Args:
         block: The block.
-        kept: What is known of it.
-        device: Where it would run.
+        kept: Its record.
+        device: The device that it would run on.
     """
 
     def __init__(self, block: Block, kept: BlockRecord, device: torch.device) -> None:
@@ -178,7 +178,7 @@ class ReplayedInputs(BlockInputs):
         )
 
     def known(self, groups: list[Group], statistic: Callable[[], S]) -> list[tuple[Group, S]] | None:
-        """The result of the next observation; empty if the block was pruned then, and its decisions are known."""
+        """The recorded result of the next observation; empty if the earlier run has pruned the block."""
         if self.decided:
             return []
         kept, statistics = next(self._observed), {group.consumer.path: statistic() for group in groups}
@@ -188,16 +188,16 @@ class ReplayedInputs(BlockInputs):
 
 
 class RecalledInputs(BlockInputs):
-    """The inputs of a block that was observed: the blocks before it are run only if something else is asked for.
+    """The inputs of a block that was observed earlier; the blocks before it run only if an observation is missing.
 
     Args:
         block: The block.
-        seen: The observations of it.
+        seen: Its observations.
         fresh: Runs the blocks.
     """
 
     def __init__(self, block: Block, seen: Observed, fresh: Fresh) -> None:
-        self.block, self.seen, self.fresh, self.before = block, seen, fresh, summary(block.module)
+        self.block, self.seen, self.fresh, self.before = block, seen, fresh, checksums(block.module)
         self.device, self.states, self.group = fresh.device, fresh.states, fresh.calibration.group
         self.influence, self.observed = seen.influence, []
         self._outputs, self._weights = None, {}
@@ -212,16 +212,16 @@ class RecalledInputs(BlockInputs):
 
     @property
     def ran(self) -> bool:
-        """Whether the block was run, as the observations lack what was asked for."""
+        """Whether the block was run for a missing observation."""
         return self._outputs is not None
 
     @property
     def changed(self) -> bool:
         """Whether the block was changed since it was observed."""
-        return not same_values(summary(self.block.module), self.before)
+        return not same_values(checksums(self.block.module), self.before)
 
     def known(self, groups: list[Group], statistic: Callable[[], S]) -> list[tuple[Group, S]] | None:
-        """The statistics, if they are of an observed class and the block was not changed."""
+        """The statistics, if their class was observed and the block is unchanged; else None."""
         name = getattr(statistic, "__name__", "")
         found = [self.seen.statistics.get(group.consumer.path, {}).get(name) for group in groups]
         if any(type(each) is not statistic for each in found) or self.changed:
@@ -230,7 +230,7 @@ class RecalledInputs(BlockInputs):
 
 
 def _states(calibration: Calibration, device: torch.device, journal: Journal | None) -> Callable[[], States]:
-    """What makes empty collections of hidden states, where those are to wait."""
+    """Makes empty collections of hidden states, in the place that `offload` says."""
     if calibration.offload != "disk":
         waiting = torch.device("cpu") if calibration.offload else calibration.device or device
         return lambda: MemoryStates(waiting)
@@ -243,7 +243,7 @@ def _states(calibration: Calibration, device: torch.device, journal: Journal | N
 
 
 def _record_of(block: Block, inputs: BlockInputs, version: int) -> BlockRecord:
-    """What is known of a block; the observations only if the block was not pruned."""
+    """The record of a block; with observations only if this pass has not changed it."""
     now = block.home.version if block.home else 0
     if now != version:
         return BlockRecord(inputs.influence.state_dict(), None, now)

@@ -16,15 +16,15 @@ from plprune.pruning.statistics import BlockInfluence, Statistic
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration text, and where to compute.
+    """Calibration text, and the devices for computing with it.
 
     Args:
         batches: Token ids, one tensor [b, s] each, without padding.
-        device: Where the current block runs; the model's own device if not given.
-        offload: Where hidden states wait: in the CPU's memory, on disk (only if the model streams from there), or on
-            `device` if not given.
-        group: Processes that share the work, each with the whole text and the whole model; None if there is only one.
-        known: What `plprune.pruning.observations` has observed before; used if it is of the same text and model.
+        device: The device that the current block runs on; by default the model's.
+        offload: Where hidden states are kept between blocks: in the CPU's memory, or on disk (only for a streamed
+            model); by default on `device`.
+        group: Processes that share the work, each with the whole text and the whole model; None for one process.
+        known: Earlier observations (`plprune.pruning.observations`); used if model and text are the same.
     """
 
     batches: list[Tensor]
@@ -38,10 +38,10 @@ class Calibration:
 
     @classmethod
     def of(cls, batches: "Calibration | Iterable[Tensor]") -> "Calibration":
-        """Any batches of token ids as a Calibration.
+        """A Calibration of any batches of token ids.
 
         Raises:
-            ValueError: There are none, or they are not of shape [b, s].
+            ValueError: There are no batches, or they do not have the shape [b, s].
         """
         calibration = batches if isinstance(batches, cls) else cls(list(batches))
         if not calibration.batches:
@@ -51,11 +51,11 @@ class Calibration:
         return calibration
 
     def windows(self, count: int) -> list[Tensor]:  # [1, s] each
-        """The first `count` windows, one by one."""
+        """The first `count` windows, one per batch."""
         return self._windows()[:count]
 
     def share(self) -> list[Tensor]:  # [b, s] each
-        """The batches of this process, which may have none."""
+        """The batches of this process; possibly none."""
         if self.group is None:
             return self.batches
         size = max(len(ids) for ids in self.batches)
@@ -65,12 +65,12 @@ class Calibration:
 
     @property
     def first(self) -> int:
-        """Which of all windows is the first of this process."""
+        """The index, among all windows, of this process's first."""
         return next(iter(distributed.share(range(len(self._windows())), self.group)), 0)
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the windows, whatever the size of the batches."""
+        """A hash of the windows; the batch size does not matter."""
         ids, lengths = [ids.flatten() for ids in self], [ids.shape[1] for ids in self for _ in ids]
         return fingerprint([("ids", torch.cat(ids).cpu()), ("lengths", torch.tensor(lengths))], values=1 << 30)
 
@@ -80,11 +80,11 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Observed:
-    """What was observed of one block.
+    """The observations of one block.
 
     Args:
-        influence: How far it moves its hidden states.
-        statistics: By the path of the consumer, and the name of the statistic's class.
+        influence: How far the block moves its hidden states.
+        statistics: Statistics by the path of the consumer and the name of their class.
     """
 
     influence: BlockInfluence
@@ -93,12 +93,12 @@ class Observed:
 
 @dataclass(frozen=True)
 class Observations:
-    """What was observed of a model on a text: any number of prunings can be decided by it, and need no forward pass.
+    """The observations of a model on a text: methods that need no others prune by them without a forward pass.
 
     Args:
         weights: Fingerprint of the model.
         text: Fingerprint of the text.
-        blocks: What was observed of each block.
+        blocks: The observations of each block.
     """
 
     weights: str
@@ -106,5 +106,5 @@ class Observations:
     blocks: list[Observed]
 
     def are_of(self, model: PreTrainedModel, calibration: Calibration) -> bool:
-        """Whether they were made of this model as it is, and of this text."""
+        """Whether they are of this text and of this model with its present weights."""
         return self.text == calibration.fingerprint and self.weights == fingerprint(model.named_parameters())

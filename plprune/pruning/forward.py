@@ -26,7 +26,7 @@ PAIR = ((3, 8), (8, 16))  # token ids of two documents, of unlike length
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call of a block, its hidden states aside."""
+    """The arguments of one call of a block, without its hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -46,18 +46,18 @@ class MemoryStates(list[Tensor]):
         super().append(hidden.to(self.device))
 
     def discard(self) -> None:
-        """Nothing is left behind."""
+        """Does nothing: there are no files to delete."""
 
 
 class BlockInputs:
-    """What enters one block, over all batches, and after :func:`observe` also what leaves it.
+    """The inputs of one block for all batches; after :func:`observe` also its outputs.
 
     Args:
         block: The block.
         hidden: The hidden states that enter it, [b, s, d] each.
-        calls: What else it is called with.
-        device: Where it runs.
-        states: Makes an empty collection for what leaves it.
+        calls: The other arguments, for each batch.
+        device: The device that it runs on.
+        states: Makes an empty collection for its outputs.
         group: Processes that share the batches.
     """
 
@@ -75,20 +75,20 @@ class BlockInputs:
         self.block, self.hidden, self.calls = block, hidden, calls
         self.device, self.states, self.group = device, states, group
         self.influence = BlockInfluence()
-        self.observed: list[Mapping[str, Statistic]] = []  # statistics by consumer, of each observation
+        self.observed: list[Mapping[str, Statistic]] = []  # statistics by consumer, for each observation
         self._outputs: MemoryStates | DiskStates | None = None
-        self._weights: dict[str, Tensor] = {}  # a summary of those that made the outputs
+        self._weights: dict[str, Tensor] = {}  # checksums of the weights that made the outputs
 
     def known(self, groups: list[Group], statistic: Callable[[], S]) -> list[tuple[Group, S]] | None:
-        """What an observation of the groups would give, if it is known without running the block."""
+        """The groups' statistics, if they are known without running the block; else None."""
         return None
 
     @torch.no_grad()
     def run(self, influence: BlockInfluence | None = None) -> None:
-        """Runs the block on every batch, and keeps the outputs."""
+        """Runs the block on every batch and keeps the outputs."""
         if self._outputs is not None:
             self._outputs.discard()
-        self._outputs, self._weights = self.states(), summary(self.block.module)
+        self._outputs, self._weights = self.states(), checksums(self.block.module)
         sums = []  # looked at once, as a look waits for a GPU
         for hidden, call in zip(self.hidden, self.calls, strict=True):
             x = hidden.to(self.device)
@@ -104,8 +104,8 @@ class BlockInputs:
             )
 
     def outputs(self) -> "MemoryStates | DiskStates":
-        """What leaves the block as it is now: it is run again only if its weights were changed since it last was."""
-        if self._outputs is None or not same_values(summary(self.block.module), self._weights):
+        """The outputs of the block as it is now; it runs again only if its weights have changed since it last ran."""
+        if self._outputs is None or not same_values(checksums(self.block.module), self._weights):
             self.observed.clear()
             self.run()
         assert self._outputs is not None
@@ -115,7 +115,7 @@ class BlockInputs:
 def check_ids(
     model: PreTrainedModel, batches: Iterable[Tensor], tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
-    """Raises ValueError if token ids go beyond a model's embedding, where another tokenizer than its own made them."""
+    """Raises ValueError if a token id has no row in the model's embedding, as with the tokenizer of another model."""
     rows = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
     beyond = sorted({int(i) for ids in batches if ids.numel() and ids.max() >= rows for i in ids[ids >= rows].unique()})
     if beyond:
@@ -128,12 +128,12 @@ def check_ids(
 
 
 def check_masking(model: PreTrainedModel) -> None:
-    """Makes sure that tokens attend to their own document only, where positions begin anew at each: by trying it.
+    """Checks on an example that tokens attend only to their own document when positions restart at each document.
 
-    Of several processes the first does, as others may not have the weights.
+    Of several processes only the first runs it, as the others may not have the weights.
 
     Raises:
-        ValueError: The logits of two documents in a window are not those of each alone.
+        ValueError: The logits of two documents in one window differ from those of each document alone.
     """
     gap = distributed.same(None if modules_.lacks_weights(model) else _crossing(model), distributed.world())
     if gap is not None and not gap <= (1e-3 if model.dtype == torch.float32 else 0.06):
@@ -145,7 +145,7 @@ def check_masking(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def _crossing(model: PreTrainedModel) -> float:
-    """How far logits of two documents in a window are from those of each alone, over the largest; in either order."""
+    """The largest difference between logits of documents in a window and alone, over the largest logit; two orders."""
     first, second = (torch.arange(*each)[None].to(model.device) % cast(int, model.config.vocab_size) for each in PAIR)
     orders = [(first, second), (second, first)]
     ids = torch.cat([torch.cat(order, 1) for order in orders])
@@ -159,7 +159,7 @@ def _crossing(model: PreTrainedModel) -> float:
 
 @contextlib.contextmanager
 def checking_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Has :func:`check_ids` judge whatever the model is called with, for the time of the context."""
+    """Within the context, every call of the model checks its token ids by :func:`check_ids`."""
     look = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: check_ids(model, args[:1], tokenizer))
     try:
         yield
@@ -169,7 +169,7 @@ def checking_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 @torch.no_grad()
 def record(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:  # ids: [b, s]
-    """The first block's input, and what the model passes to each block besides."""
+    """The hidden states that enter the first block, and the other arguments of each block."""
     first: list[Tensor] = []
     calls: list[Call] = []
     blocks = blocks_of(model)
@@ -190,7 +190,7 @@ def record(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:  #
 
 @torch.no_grad()
 def finish(model: PreTrainedModel, ids: Tensor, hidden: Tensor) -> Tensor:  # [b, s], [b, s, d] -> [b, s, vocabulary]
-    """The logits that the model makes of the last block's output."""
+    """The logits that the model computes from the last block's output."""
     blocks = blocks_of(model)
     forwards = [lambda *a, **k: split_call(a, k)[0]] * (len(blocks) - 1) + [lambda *_, **__: hidden]
     with standing_in([block.module for block in blocks], forwards):
@@ -203,16 +203,16 @@ def run_block(block: Block, hidden: Tensor, call: Call) -> Tensor:  # [b, s, d] 
     return output[0] if isinstance(output, tuple) else output
 
 
-def summary(module: nn.Module) -> dict[str, Tensor]:
-    """Sums over the bits of each parameter, by rows and by columns: of two sets of values no two are alike in practice.
+def checksums(module: nn.Module) -> dict[str, Tensor]:
+    """Checksums of each parameter: sums over its bits, by rows and by columns.
 
-    Far smaller than the values, and read off them in a moment.
+    In practice they differ whenever the values do; they are far smaller, and fast to compute.
     """
     return {name: _sums(p.detach()) for name, p in module.named_parameters()}
 
 
 def same_values(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    """Whether two summaries are of the same values."""
+    """Whether the checksums of two modules are equal."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -225,7 +225,7 @@ def _sums(values: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, for the time of the context."""
+    """Puts the model into evaluation mode within the context."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -236,11 +236,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class _Enough(Exception):
-    """All blocks have been called."""
+    """Ends a forward pass once all blocks have been called."""
 
 
 def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
-    """A block's arguments as its hidden states and all else."""
+    """Splits a block's arguments into its hidden states and the others."""
     if args:
         return args[0], Call(args[1:], kwargs)
     return kwargs["hidden_states"], Call((), {k: v for k, v in kwargs.items() if k != "hidden_states"})
@@ -248,7 +248,7 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, C
 
 @contextlib.contextmanager
 def standing_in(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-    """Other forward functions in the place of the modules' own, for the time of the context."""
+    """Replaces the modules' forward functions within the context."""
     own = [module.__dict__.get("forward") for module in modules]
     for module, forward in zip(modules, forwards, strict=True):
         cast(Any, module).forward = forward

@@ -1,13 +1,13 @@
-"""What a long pruning has done so far, on disk: after a kill at any moment it goes on with the block where it was.
+"""The progress of a long pruning, on disk: a run that is killed at any moment resumes at the block where it stopped.
 
-A journal is a hidden folder beside the output. Whatever is in it was written under `new/`, flushed, and then renamed:
-it is there whole or not at all, and what a killed run left under `new/` is thrown away. Nothing in it is pickled.
+A journal is a hidden folder beside the output. Everything in it is written under `new/`, flushed, and then renamed, so
+that it is complete or absent. A resumed run deletes what is left under `new/`. Nothing is pickled.
 
-    asked.json      what was asked: a run that was asked for something else does not go on here
-    walks/0/00012   what the first walk over the blocks knows after block 12: what was observed there, or which versions
-                    of the block it made, and the hidden states that enter the next block
-    blocks/00012.1  a block as a first change left it, a shard of the output; a second change would make 00012.2
-    notes           results of searches that cost hours
+    asked.json      the request: a run with another request is refused
+    walks/0/00012   the record of block 12 in the first pass over the blocks: its statistics, or the version of the
+                    block that the pass made; and the hidden states that enter the next block
+    blocks/00012.1  block 12 after its first change, a shard of the output; a second change makes 00012.2
+    notes           results of searches that take hours
 """
 
 import contextlib
@@ -35,12 +35,12 @@ SHARD, DECISIONS, STATE, HIDDEN = "model.safetensors", "decisions.safetensors", 
 
 @dataclass
 class BlockRecord:
-    """A block that a walk has behind it.
+    """The result of one block in one pass.
 
     Args:
-        influence: The state of the influence that was measured.
-        observed: The states of each observation's statistics, by consumer; None if the block was changed.
-        version: The block's version when the walk left it.
+        influence: State of the :class:`BlockInfluence`.
+        observed: States of the statistics by consumer, for each observation; None if the pass changed the block.
+        version: The block's version at the end.
     """
 
     influence: dict[str, Any]
@@ -49,23 +49,24 @@ class BlockRecord:
 
 
 class Journal:
-    """The journal of one output; no two processes write to it at the same time.
+    """The journal of one output. Only one process at a time can open it.
 
     Args:
-        folder: Where it is.
-        asked: What is asked of the run, in JSON's types; everything that decides the result.
-        resume: Whether to go on with what is there, if anything is.
-        overwrite: Whether to throw away what is there, unless `resume` is set.
+        folder: The folder.
+        asked: The request, in JSON's types: everything that the result depends on.
+        resume: Whether to continue an unfinished run, if there is one.
+        overwrite: Whether to delete an unfinished run, unless `resume` is set.
 
     Raises:
-        ValueError: What is there may not be thrown away, or was asked otherwise, or another process is at work on it.
-        OSError: It cannot be written.
+        ValueError: There is an unfinished run and neither flag is set, or its request differs, or another process has
+            the journal open.
+        OSError: The folder cannot be written.
     """
 
     def __init__(self, folder: Path, asked: dict[str, Any], resume: bool = False, overwrite: bool = False) -> None:
         self.folder, self.walks, self.walking, self.blocks = folder, 0, False, 0
         self._bar: Progress | None = None
-        self.taken_over: list[Decision] = []  # decisions of earlier runs that nobody has written down yet
+        self.taken_over: list[Decision] = []  # decisions of earlier runs that no plan has yet
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
@@ -91,19 +92,19 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Lets other processes have it; what is in it stays."""
+        """Releases the lock; the files stay."""
         if self._bar is not None:
             self._bar.close()
         os.close(self._lock)
 
     def remove(self) -> None:
-        """Removes it, when all is done."""
+        """Deletes the folder."""
         (self.folder / ASKED).unlink(missing_ok=True)  # without it the rest counts as nothing
         shutil.rmtree(self.folder, ignore_errors=True)
 
     @contextlib.contextmanager
     def publish(self, name: str) -> Iterator[Path]:
-        """An empty folder to fill, which takes the name `name` when the context ends well."""
+        """An empty folder, which is renamed to `name` if the context ends without an error."""
         room, place = self.room(name.replace("/", "-")), self.folder / name
         with writing(place):
             try:
@@ -117,7 +118,7 @@ class Journal:
                 shutil.rmtree(room, ignore_errors=True)
 
     def room(self, name: str) -> Path:
-        """An empty folder whose content need not survive the process."""
+        """An empty folder for files that are not needed after the process ends."""
         room = self.folder / NEW / name
         with writing(room):
             shutil.rmtree(room, ignore_errors=True)
@@ -125,21 +126,21 @@ class Journal:
         return room
 
     def recall(self, key: str) -> Any:
-        """What an earlier run has noted under this key; None if nothing."""
+        """The value that an earlier run stored under this key, or None."""
         file = self.folder / "notes" / key / "note.json"
         return json.loads(file.read_text()) if file.exists() else None
 
     def remember(self, key: str, value: Any) -> None:
-        """Notes the result of a search, in JSON's types."""
+        """Stores the result of a search, in JSON's types."""
         with self.publish(f"notes/{key}") as room:
             (room / "note.json").write_text(json.dumps(value))
 
     def version(self, block: int, number: int) -> Path:
-        """Where a version of a block is, or would be."""
+        """The folder of a version of a block, which need not exist."""
         return self.folder / "blocks" / f"{block:05}.{number}"
 
     def decided(self, block: int, number: int) -> list[Decision]:
-        """The decisions that led to a version of a block from the one before it."""
+        """The decisions that turned the previous version of a block into this one."""
         return [Decision(**decision) for decision in read_state(self.version(block, number) / DECISIONS)]
 
     def write_block(
@@ -150,14 +151,14 @@ class Journal:
         decisions: list[Decision],
         check: Callable[[Path, Iterable[tuple[str, Tensor]]], None],
     ) -> None:
-        """Keeps a version of a block, once a check of the folder against its tensors has passed."""
+        """Stores a version of a block, if `check` finds that the files agree with the tensors."""
         with self.publish(f"blocks/{self.version(block, number).name}") as room:
             save_file(tensors, room / SHARD, metadata={"format": "pt"})
             check(room, tensors.items())
             write_state([vars(decision) for decision in decisions], room / DECISIONS)
 
     def advance(self) -> None:
-        """Shows how far the writing of blocks has come, unless a walk over them shows it."""
+        """Advances the bar of written blocks; during a pass, the bar of the pass is shown instead."""
         if self._bar is None and not self.walking:
             self._bar = Progress(self.blocks, "writing blocks", "block")
             self._bar.n = 1
@@ -184,10 +185,10 @@ class Journal:
 
 
 class PassLog:
-    """One walk over the blocks, of which earlier runs may have done a part; the journal tells walks apart by order.
+    """The records of one pass over the blocks. Earlier runs may have made some; passes are identified by their order.
 
     Args:
-        journal: Where it is kept.
+        journal: The journal that has them.
     """
 
     def __init__(self, journal: Journal) -> None:
@@ -206,15 +207,15 @@ class PassLog:
         self.journal.walking = False
 
     def record(self, index: int, device: torch.device) -> BlockRecord:
-        """What is known of a block that is done, tensors on `device` that were on an accelerator."""
+        """The record of a block; tensors that were on an accelerator go to `device`."""
         return BlockRecord(**read_state(self._place(index) / STATE, device))
 
     def entering(self) -> "DiskStates":
-        """The hidden states that enter the first block that is not done."""
+        """The hidden states that enter the first block without a record."""
         return DiskStates(self._place(self.done - 1) / HIDDEN)
 
     def commit(self, record: BlockRecord, leaving: "Sequence[Tensor] | DiskStates | None") -> None:
-        """Keeps what is known of the next block, and what leaves it, if another follows; all of it or nothing."""
+        """Stores the record of the next block, and the hidden states that leave it, in one step."""
         with self.journal.publish(str(self._place(self.done).relative_to(self.journal.folder))) as room:
             write_state(vars(record), room / STATE)
             if isinstance(leaving, DiskStates):
@@ -235,10 +236,10 @@ class PassLog:
 
 
 class DiskStates(Sequence[Tensor]):
-    """Tensors in files, one in memory at a time.
+    """Hidden states in files, one in memory at a time.
 
     Args:
-        folder: Where they are, and more are put.
+        folder: The folder of the files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -256,21 +257,19 @@ class DiskStates(Sequence[Tensor]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return read_tensors(self._file(index))[
-            "x"
-        ].clone()  # a clone is aligned, as what is computed is; a map may not be
+        return read_tensors(self._file(index))["x"].clone()  # aligned like a computed tensor; a mapped one may not be
 
     def append(self, tensor: Tensor) -> None:
-        """Adds one at the end."""
+        """Writes one more."""
         with writing(self.folder):
             save_file({"x": tensor.detach().cpu().contiguous()}, self._file(len(self)))
 
     def discard(self) -> None:
-        """Removes the files."""
+        """Deletes the files."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def move(self, folder: Path) -> None:
-        """Moves the files; where they end up is for the caller to say."""
+        """Moves the files; the caller then sets `folder`."""
         os.replace(self.folder, folder)
 
     def _file(self, index: int) -> Path:
@@ -278,11 +277,11 @@ class DiskStates(Sequence[Tensor]):
 
 
 class NotFinite(ValueError):
-    """There is NaN or infinity among what was computed."""
+    """A computed value is NaN or infinite."""
 
 
 def journal_of(model: nn.Module) -> Journal | None:
-    """The journal of a model whose pruning is kept on disk."""
+    """The journal of a streamed model, or None."""
     return getattr(model, "journal", None)
 
 
@@ -297,7 +296,7 @@ def _check_same(there: dict[str, Any], asked: dict[str, Any], folder: Path) -> N
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings by their own names."""
+    """Nested settings as one dictionary."""
     return {
         name: value
         for key, content in values.items()
@@ -306,7 +305,7 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lock(handle: int) -> None:
-    """Locks an open file until it is closed, or the process is gone.
+    """Locks an open file until it is closed or the process ends.
 
     Raises:
         BlockingIOError: Another process has locked it.
@@ -318,7 +317,7 @@ def _lock(handle: int) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Makes sure that the files of a folder are on the disk: a name that is given them later is then of whole files."""
+    """Flushes the files of a folder to the disk, so that a later rename cannot name incomplete files."""
     for path in (path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             os.fsync(file.fileno())

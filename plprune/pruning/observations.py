@@ -1,4 +1,4 @@
-"""Observing a model once, for all prunings to come that its activations decide."""
+"""Observing a dense model once, for any number of prunings."""
 
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ KINDS: dict[str, type[Statistic]] = {kind.__name__: kind for kind in (Moments, N
 
 
 def survey(model: PreTrainedModel, calibration: Calibration) -> Observations:
-    """Observes every consumer's inputs by all statistics in :data:`KINDS`, in one pass.
+    """Computes all statistics in :data:`KINDS` of every consumer's inputs, in one pass.
 
     Args:
-        model: The model as it will be when it is pruned.
+        model: The model with the weights that it will have when it is pruned.
         calibration: The text.
     """
     blocks = []
@@ -32,7 +32,7 @@ def survey(model: PreTrainedModel, calibration: Calibration) -> Observations:
 
 
 def save(known: Observations, file: Path) -> None:
-    """Writes observations, whole or not at all."""
+    """Writes observations, completely or not at all."""
     state = {"weights": known.weights, "text": known.text, "blocks": [_state(block) for block in known.blocks]}
     with staged(file, overwrite=True) as temporary:
         write_state(state, temporary)

@@ -1,4 +1,4 @@
-r"""What calibration remembers: running statistics, accumulated in float64, of any number of batches of any size.
+r"""Running statistics of calibration inputs, accumulated in float64 over any number of batches of any size.
 
 Symbols: X the inputs of one projection, b samples (sequences), s tokens of each, d features; t runs over all tokens.
 """
@@ -86,7 +86,7 @@ class StatisticGroup(Statistic):
 
 
 class Moments(Statistic):
-    r"""Mean and variance of every feature over tokens, put together from the moments of each sample.
+    r"""Mean and variance of every feature over tokens, computed from the moments of each sample.
 
     Example:
         >>> m = Moments()
@@ -127,13 +127,13 @@ class Moments(Statistic):
 
     @property
     def variance(self) -> Tensor:  # [d]
-        """Unbiased; of at least two tokens."""
+        """Unbiased; needs at least two tokens."""
         spread = self._weights() * (torch.cat(self._means) - self.mean).square()
         return (torch.cat(self._m2) + spread).sum(0) / (self.count - 1)
 
     @property
     def running_variance(self) -> Tensor:  # [d]
-        r"""The estimate of FLAP's authors, which never looks back: sample c about the mean of samples up to c,
+        r"""The running estimate of FLAP's authors: sample c about the mean of the samples up to c,
 
         .. math:: \frac{1}{C - 1} \sum_{c=2}^{C} \frac{c - 1}{c} \, \frac1s \sum_t (X_{ctj} - \bar X^{(c)}_j)^2
 
@@ -157,7 +157,7 @@ class Moments(Statistic):
 
 
 class Norms(Statistic):
-    r"""Euclidean norm of every feature, of each sample by itself and of all of them pooled.
+    r"""Euclidean norm of every feature: the mean over samples, and over all tokens.
 
     Example:
         >>> n = Norms()
@@ -197,9 +197,9 @@ class Norms(Statistic):
 class Gram(Statistic):
     r"""Second moments :math:`X^\top X` and mean of all features.
 
-    Products are taken in float32 and summed in float64, of inputs less the mean of the first batch: features that stay
-    far from zero would otherwise cost their variance its digits. Of inputs in bfloat16 or float16, a GPU takes them in
-    its tensor cores, by TF32: that rounds each factor to 11 bits, where the inputs themselves have come in 8 or 11.
+    Products are computed in float32 and summed in float64. The mean of the first batch is subtracted from the inputs
+    first, as the variance of features far from zero would otherwise lose digits. For inputs in bfloat16 or float16, a
+    GPU computes the products in TF32, which rounds each factor to 11 bits; the inputs themselves have 8 or 11.
 
     Example:
         >>> g = Gram()
@@ -214,7 +214,7 @@ class Gram(Statistic):
 
     def __init__(self) -> None:
         self.count = 0
-        self._pivot: Tensor | None = None  # [d], what the other sums are taken from
+        self._pivot: Tensor | None = None  # [d], subtracted from all inputs
         self._sum = torch.zeros((), dtype=torch.float64)
         self._products = torch.zeros((), dtype=torch.float64)  # [d, d], upper tiles
 
@@ -229,7 +229,7 @@ class Gram(Statistic):
         self.count += len(x)
 
     def merge(self, group: Group) -> None:
-        r"""Sums of :math:`x - p` and of its products are first moved to the first pivot p that a process has."""
+        r"""Converts the sums to the pivot p of the first process that has one, and adds them up."""
         pivots = joined(None if self._pivot is None else self._pivot[None], group)
         assert pivots is not None, "no process has seen anything"
         if self._pivot is None:
@@ -242,7 +242,7 @@ class Gram(Statistic):
             tile.copy_(part.view_as(tile))
 
     def add(self, other: "Gram") -> None:
-        """Takes in what another has seen, whose sums are moved for that."""
+        """Adds the batches of another Gram, whose sums are converted to this one's pivot."""
         assert self._pivot is not None, "no update yet"
         other._move(self._pivot)
         self._sum += other._sum
@@ -262,7 +262,7 @@ class Gram(Statistic):
         return pivot
 
     def _tiles(self) -> list[Tensor]:
-        """Views of the products' upper part."""
+        """Views of the upper tiles of the products."""
         return [self._products[i : i + self.tile, i:] for i in range(0, len(self._products), self.tile)]
 
     @property
@@ -286,7 +286,7 @@ class Gram(Statistic):
         return self.covariance().addr_(offset, offset)
 
     def release(self) -> None:
-        """Frees the second moments, which can be larger than a block; the mean stays."""
+        """Frees the second moments, which can be larger than a block, and keeps the mean."""
         self._products = torch.zeros((), dtype=torch.float64)
 
     @property
@@ -297,13 +297,13 @@ class Gram(Statistic):
 
 
 def in_tf32(dtype: torch.dtype, device: str) -> bool:
-    """Whether products of values that were of a dtype may be taken in TF32, which loses little of them, and is fast."""
+    """Whether products of inputs of a dtype are computed in TF32, which is fast and loses little for half precision."""
     return dtype in HALF and device == "cuda"
 
 
 @contextlib.contextmanager
 def tf32() -> Iterator[None]:
-    """Products of float32 on CUDA in TF32, for the time of the context."""
+    """Within the context, CUDA computes float32 products in TF32."""
     matmul: Any = torch.backends.cuda.matmul
     name, value = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
     before = getattr(matmul, name)
@@ -335,7 +335,7 @@ class HoldoutGram(Statistic):
     def update(self, x: Tensor) -> None:  # [b, s, d]
         apart = torch.arange(self.next, self.next + len(x)) % 4 == 1  # of two samples already one
         for part, own in ((self.fitting, ~apart), (self.held_out, apart)):
-            if own.any():  # by numbers, as a mask on a GPU would have it waited for
+            if own.any():  # indexed by numbers: indexing by a mask waits for the GPU
                 part.update(x[own.nonzero().flatten().to(x.device, non_blocking=True)])
         self.next += len(x)
 
@@ -344,7 +344,7 @@ class HoldoutGram(Statistic):
         self.held_out.merge(group)
 
     def pooled(self) -> Gram:
-        """Both parts as one; they are used up."""
+        """The Gram of all samples; this statistic is of no use afterwards."""
         self.fitting.add(self.held_out)
         self.held_out.release()
         return self.fitting
@@ -368,7 +368,7 @@ class BlockInfluence:
     def __init__(self) -> None:
         self.count = 0
         names, zero = ("angular", "cosine", "mse", "mae"), torch.zeros((), dtype=torch.float64)
-        self._sums: dict[str, Tensor] = dict.fromkeys(names, zero)  # where the states are: nobody waits
+        self._sums: dict[str, Tensor] = dict.fromkeys(names, zero)  # on the device of the states, to not wait for a GPU
 
     def update(self, x: Tensor, y: Tensor) -> None:  # [b, s, d], [b, s, d]
         x, y = x.flatten(0, -2).float(), y.flatten(0, -2).float()
@@ -386,7 +386,7 @@ class BlockInfluence:
         self.count += len(x)
 
     def merge(self, group: Group) -> None:
-        """Takes in what all other processes have seen."""
+        """Adds the batches of all other processes."""
         sums = total(torch.tensor([*self._sums.values(), self.count], dtype=torch.float64), group)
         self._sums, self.count = dict(zip(self._sums, sums, strict=False)), int(sums[-1])
 
@@ -397,5 +397,5 @@ class BlockInfluence:
         self.count, self._sums = state["count"], {name: state[name] for name in self._sums}
 
     def distance(self, name: Distance) -> float:
-        """The mean distance over tokens; `uniform` is the same for every block."""
+        """The mean distance over tokens; `uniform` is 1 for every block."""
         return 1.0 if name == "uniform" else float(self._sums[name]) / self.count

@@ -25,18 +25,18 @@ S = TypeVar("S", bound=Statistic)
 def stream(
     model: PreTrainedModel, batches: Calibration | Iterable[Tensor], title: str = "calibrating"
 ) -> Iterator[tuple[Block, BlockInputs]]:
-    """The blocks in depth order, each with its inputs.
+    """Yields the blocks in depth order, each with its inputs.
 
-    The caller may change a block before it asks for the next one: what follows then sees the change. If the model has a
-    journal, what is known of a block is kept there once the caller asks for the next one.
+    The caller may change a block before it asks for the next one; the blocks after it then see the change. If the model
+    has a journal, the block's record is stored there when the caller asks for the next one.
 
     Args:
         model: A dense or pruned model.
         batches: Calibration token ids, [b, s] each.
-        title: What the progress bar says.
+        title: Title of the progress bar.
 
     Raises:
-        ValueError: Activations hold NaN or infinity; the message names the block.
+        ValueError: Activations are NaN or infinite; the message names the block.
     """
     calibration, blocks = Calibration.of(batches), blocks_of(model)
     fresh = Fresh(model, calibration)
@@ -57,10 +57,12 @@ def observe(
     statistic: Callable[[], S],
     attention: Attention = "kv_heads",
 ) -> list[tuple[Group, S]]:
-    """Runs a block once over its inputs: every group with the statistic of its consumer's inputs, in all processes.
+    """Runs a block once over its inputs, of all processes.
 
-    The same pass measures how far the block moves its hidden states (`inputs.influence`) and keeps its outputs. Where
-    an earlier run has already pruned the block, there are no groups left to decide on, and the list is empty.
+    The same run measures how far the block moves its hidden states (`inputs.influence`) and keeps its outputs.
+
+    Returns:
+        Every group with the statistic of its consumer's inputs; nothing if an earlier run has already pruned the block.
     """
     return observe_groups(block, inputs, statistic, block.groups(attention))
 
@@ -68,7 +70,7 @@ def observe(
 def observe_groups(
     block: Block, inputs: BlockInputs, statistic: Callable[[], S], groups: list[Group]
 ) -> list[tuple[Group, S]]:
-    """Likewise, of some of the block's groups."""
+    """Like :func:`observe`, for some of the block's groups."""
     if (known := inputs.known(groups, statistic)) is not None:
         return known
     statistics = {group.consumer.path: statistic() for group in groups}

@@ -16,6 +16,7 @@ from plprune.pruning.forward import (
     MemoryStates,
     check_ids,
     checking_ids,
+    checksums,
     evaluating,
     finish,
     record,
@@ -23,7 +24,6 @@ from plprune.pruning.forward import (
     same_values,
     split_call,
     standing_in,
-    summary,
 )
 from plprune.pruning.journal import NotFinite
 from tests.builders import logits, tiny, tokenizer, windows
@@ -93,21 +93,21 @@ def test_an_activation_that_is_not_finite_is_said(model: PreTrainedModel) -> Non
         lambda w: w.copy_(w.roll(2, 1)),
     ],
 )
-def test_a_summary_tells_values_apart(change: Callable[[Tensor], Any]) -> None:
+def test_checksums_tell_values_apart(change: Callable[[Tensor], Any]) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(8, 4)
-    before = summary(linear)
-    assert same_values(before, summary(linear))
-    assert sum(each.numel() for each in summary(nn.Linear(64, 64)).values()) < 64 * 64 / 10
+    before = checksums(linear)
+    assert same_values(before, checksums(linear))
+    assert sum(each.numel() for each in checksums(nn.Linear(64, 64)).values()) < 64 * 64 / 10
     change(linear.weight.data)
-    assert not same_values(before, summary(linear))
+    assert not same_values(before, checksums(linear))
 
 
-def test_a_summary_sees_small_changes_of_biases_and_other_names() -> None:
+def test_checksums_see_small_changes_of_biases_and_other_names() -> None:
     odd = nn.Linear(5, 3)  # of rows that are no whole numbers of 64 bits
-    before = summary(odd)
+    before = checksums(odd)
     odd.bias.data[2] += 1e-6
-    assert not same_values(before, summary(odd))
+    assert not same_values(before, checksums(odd))
     assert not same_values({}, before)
 
 

@@ -15,7 +15,7 @@ from plprune import prune
 from plprune.architecture.blocks import Block, blocks_of
 from plprune.architecture.families import FAMILIES
 from plprune.pruning.calibration import Calibration, Observations
-from plprune.pruning.forward import evaluating, finish, record, run_block, same_values, summary
+from plprune.pruning.forward import checksums, evaluating, finish, record, run_block, same_values
 from plprune.pruning.observations import load, save, survey
 from plprune.pruning.statistics import BlockInfluence, Gram, Moments, Norms
 from plprune.pruning.stream import observe, stream
@@ -329,24 +329,24 @@ def test_evaluating_is_for_the_time_of_the_context() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(8, 16), (7, 5), (6,)])
-def test_a_summary_sees_every_change_of_values(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_checksums_see_every_change_of_values(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     module = nn.ParameterDict({"a": torch.randn(shape).to(dtype), "b": torch.zeros(4, 4).to(dtype)})
-    before = summary(module)
-    assert same_values(summary(module), before)
+    before = checksums(module)
+    assert same_values(checksums(module), before)
     values = module["a"].data
     changes = [lambda: values.mul_(2), lambda: values.copy_(values.flip(0)), lambda: values[-1:].neg_()]
     for change in changes:
         change()
-        assert not same_values(summary(module), before)
-        before = summary(module)
+        assert not same_values(checksums(module), before)
+        before = checksums(module)
     module["a"] = nn.Parameter(values[:-1])
-    assert not same_values(summary(module), before)
+    assert not same_values(checksums(module), before)
     del module["b"]
-    assert summary(module).keys() == {"a"}
+    assert checksums(module).keys() == {"a"}
 
 
-def test_a_summary_is_small() -> None:
-    (sums,) = summary(nn.Linear(512, 512, bias=False)).values()
+def test_checksums_are_small() -> None:
+    (sums,) = checksums(nn.Linear(512, 512, bias=False)).values()
     assert sums.numel() <= 1024
 
 
