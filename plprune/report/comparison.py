@@ -12,6 +12,7 @@ from typing import Any
 
 from plprune.report.charts import Series, heat_map, scatter
 from plprune.report.page import (
+    Section,
     at,
     document,
     facts,
@@ -22,7 +23,6 @@ from plprune.report.page import (
     label,
     number,
     row,
-    section,
     table,
     tile,
 )
@@ -44,11 +44,11 @@ def page(record: dict[str, Any]) -> str:
     for i, model in enumerate(models):
         own = _of_model([row for row in rows if row["model"] == model]).values()
         charts = figures(*(figure(svg, wide=' fluid"' in svg) for svg in own if svg))
-        parts.append(section(f"model-{i}", model, charts + _table(record, model)))
+        parts.append(Section(f"model-{i}", model, charts + _table(record, model)))
     parts += [
-        section("errors", "What could not be done", _errors(record)),
-        section("cells", "Every cell", folded("All in numbers", _cells(record))),
-        section("protocol", "Protocol", _protocol(record)),
+        Section("errors", "What could not be done", _errors(record)),
+        Section("cells", "Every cell", folded("All in numbers", _cells(record))),
+        Section("protocol", "Protocol", _protocol(record)),
     ]
     title, status = str(record.get("title") or "Comparison"), str(record.get("status") or "")
     return document(title, "Comparison", status, notice(record, "comparison"), _tiles(record, rows), parts)
@@ -203,7 +203,7 @@ def _importance(rows: Sequence[Row]) -> str:
     return scatter(series, "Block importance", x, y, about) if series else ""
 
 
-def _common(rows: Sequence[Row], models: Sequence[str]) -> str:
+def _common(rows: Sequence[Row], models: Sequence[str]) -> Section:
     """What models of different tokenizers can share: bits per byte."""
     series = []
     for i, model in enumerate(models):
@@ -214,10 +214,10 @@ def _common(rows: Sequence[Row], models: Sequence[str]) -> str:
                 series.append(Series(model, points, i, stage, stage == "pruned", joined=False))
     lead = "Perplexity is per token and does not compare across tokenizers: each model has plots of its own below."
     if not series:
-        return section("all", "All models", f"<p>{lead}</p>")
+        return Section("all", "All models", f"<p>{lead}</p>")
     lead += " Bits per byte does compare."
     x, y = Axis("parameters", "short", log=True), Axis("bits per byte")
-    return section("all", "All models", figures(figure(scatter(series, "Bits per byte against size", x, y))), lead)
+    return Section("all", "All models", figures(figure(scatter(series, "Bits per byte against size", x, y))), lead)
 
 
 def _table(record: dict[str, Any], model: str) -> str:

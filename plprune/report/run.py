@@ -8,6 +8,7 @@ from plprune.architecture.blocks import UNITS
 from plprune.io.units import Form, shown
 from plprune.report.charts import Blocks, Series, bars, block_picture, line
 from plprune.report.page import (
+    Section,
     as_yaml,
     at,
     document,
@@ -17,7 +18,6 @@ from plprune.report.page import (
     folded,
     label,
     number,
-    section,
     table,
     tile,
 )
@@ -49,14 +49,14 @@ PARITY = ("format", "program", "difference", "same_text", "bytes", "tokens_per_s
 def page(record: dict[str, Any]) -> str:
     """The page of a record of the kind `run`."""
     parts = [
-        section("asked", "Asked and reached", _asked(record)),
-        section("removed", "What was removed", _removed(record)),
-        section("quality", "Quality", _quality(record)),
-        section("tasks", "Tasks", _tasks(record)),
-        section("speed", "Speed", _speed(record)),
-        section("parity", "Parity", _parity(record), "Each format was loaded again by another program, and compared."),
-        section("text", "Text before and after", _generated(record), "Continued greedily."),
-        section("configuration", "Configuration", _configuration(record)),
+        Section("asked", "Asked and reached", _asked(record)),
+        Section("removed", "What was removed", _removed(record)),
+        Section("quality", "Quality", _quality(record)),
+        Section("tasks", "Tasks", _tasks(record)),
+        Section("speed", "Speed", _speed(record)),
+        Section("parity", "Parity", _parity(record), "Each format was loaded again by another program, and compared."),
+        Section("text", "Text before and after", _generated(record), "Continued greedily."),
+        Section("configuration", "Configuration", _configuration(record)),
     ]
     status = str(record.get("status") or "")
     title = str(record.get("title") or "A run")

@@ -5,7 +5,7 @@ from typing import Any
 
 from plprune.io.units import shown
 from plprune.report.charts import heat_map
-from plprune.report.page import document, facts, figure, figures, folded, number, section, table, tile
+from plprune.report.page import Section, document, facts, figure, figures, folded, number, table, tile
 from plprune.report.run import notice, provenance, rest
 from plprune.report.svg import finite
 
@@ -18,10 +18,10 @@ SHOWN = 5  # sub-blocks at each end
 def page(record: dict[str, Any]) -> str:
     """The page of a record of the kind `sensitivity`."""
     parts = [
-        section("map", "Where it hurts", _map(record)),
-        section("ends", "Most and least sensitive", _ends(record)),
-        section("all", "All in numbers", folded("Every sub-block", _all(record))),
-        section("protocol", "Protocol", facts(record, "protocol") + provenance(record) + rest(record, KNOWN)),
+        Section("map", "Where it hurts", _map(record)),
+        Section("ends", "Most and least sensitive", _ends(record)),
+        Section("all", "All in numbers", folded("Every sub-block", _all(record))),
+        Section("protocol", "Protocol", facts(record, "protocol") + provenance(record) + rest(record, KNOWN)),
     ]
     tiles = tile("Perplexity of the dense model", number(record, "dense")) if "dense" in record else ""
     tiles += tile("Model", escape(str(record["model"]))) if record.get("model") else ""

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from html import escape
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from plprune.io.units import Form, shown
 from plprune.pruning.plan import PruningPlan
 from plprune.report.comparison import plots, summarised
 from plprune.report.found import as_it_is, found, of_plan, of_process
+from plprune.report.page import MARK
 from plprune.report.samples import continued
 from tests.builders import save_tiny, tiny, tokenizer, windows
 from tests.probes import StopAfter, Stopped
@@ -248,6 +250,12 @@ def flat(value: Any, path: str) -> list[tuple[str, Any]]:
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         return [each for key, inner in pairs for each in flat(inner, f"{path}/{key}")]
     return [(path, value)]
+
+
+def test_the_templates_are_in_the_package() -> None:
+    names = {each.name for each in resources.files("plprune.report").joinpath("templates").iterdir()}
+    assert names == {"page.html", "sort.js", "style.css"}
+    assert MARK in report.html({"kind": "run"})[:400]
 
 
 @every_kind
