@@ -20,6 +20,7 @@ from plprune.checkpoint.load import load_pruned
 from plprune.checkpoint.save import save_pruned
 from plprune.evaluation.perplexity import perplexity
 from plprune.methods import CFSP, FASP, FLAP, LearnedGates, PruningMethod, TwoSSP, prune
+from plprune.planning.targets import Target
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.plan import PruningPlan
 from plprune.recovery.distillation import Distillation
@@ -53,6 +54,7 @@ __all__ = [
     "Recovery",
     "RecoveryData",
     "Report",
+    "Target",
     "TwoSSP",
     "load_pruned",
     "perplexity",

@@ -33,7 +33,8 @@ from plprune.commands import COMMANDS
 from plprune.io.atomic import check_free, clear, resolved
 from plprune.io.checks import check_sizes
 from plprune.io.progress import Progress
-from plprune.methods import CFSP, FASP, FLAP, LearnedGates, PruningMethod, TwoSSP, preflight
+from plprune.methods import CFSP, FASP, FLAP, LearnedGates, Request, TwoSSP, preflight
+from plprune.planning.targets import Target
 from plprune.training import checkpoint_files, checkpointing, console, preemption, resuming, rounds
 from plprune.training import resume as resume_
 from plprune.training.callbacks import evaluate, prune
@@ -77,6 +78,9 @@ REWORDED = {  # what jsonargparse says, and what of it helps
     r"Problem with given class_path '(\S+)':|Parser key \"(\S+)\":": r"\1\2:",
     r"Expected a (?:typing\.Literal\[(.*?)\]|<class '(?:[\w.]+\.)?(\w+)'>)": r"expected \1\2",
     r"\s*- (expected .*)\s+- expected NoneType\s+but got\s+": r" \1. Got value: ",
+    r"\S+\s+no option '(serve_on|tensor_parallel)'": r"\1 is no setting of a method: give `\1` beside `method`",
+    r"\S+\s+no option 'target_(\w+)'": r"target_\1 is no setting of a method: give `target.\1` beside `method`",
+    r"(?s)target:\s+Unable to load config '(.*?)'\s+- .*": r"target is \1, but it has settings by name: target.memory",
 }
 FAULTS = {  # what Lightning and jsonargparse say of a machine, and what helps
     r"(?s)Does not validate .*class_path '[\w.]*?(\w+)':\s+Requirement '([\w-]+)[^']*' not met.*": r"\1 needs \2, "
@@ -177,7 +181,7 @@ class CLI(OpenCLI):
         return asked if asked > 1 else 0
 
     def before_instantiate_classes(self) -> None:
-        """Refuses a pruning whose result could not be served, or would miss its targets, before the model is loaded.
+        """Refuses a pruning whose result could not be served, or would miss its target, before the model is loaded.
 
         Options without a value, outputs that are links to nothing, and training without an end are refused as well.
         """
@@ -203,10 +207,11 @@ class CLI(OpenCLI):
                     resolved(place)
             if each.class_path.endswith("Prune"):
                 parser = LightningArgumentParser(exit_on_error=False)
-                parser.add_argument("--method", type=PruningMethod)
-                given = parser.parse_object({"method": each.init_args.method.as_dict()})
-                method: PruningMethod = cast(Any, parser.instantiate_classes(given)).method
-                preflight(method, lambda: load_skeleton(config.model.name_or_path, config.model.dtype))
+                parser.add_class_arguments(Request)
+                asked = each.init_args.as_dict()
+                given = parser.parse_object({name: asked[name] for name in inspect.signature(Request).parameters})
+                request = Request(**vars(parser.instantiate_classes(given)))
+                preflight(request, lambda: load_skeleton(config.model.name_or_path, config.model.dtype))
 
     def _tidy(self) -> None:
         """Removes what killed runs have left half-written."""
@@ -370,7 +375,7 @@ def _names(kind: str, command: str) -> list[str]:
         return [each.__name__ for each in CLASSES]
     owners: list[tuple[str, Any]] = [("trainer.", pl.Trainer), ("model.", Recovery), ("data.", RecoveryData)]
     if command in COMMANDS:
-        owners = [("", COMMANDS[command]), *(("method.", each) for each in BUILT_IN)]
+        owners = [("", COMMANDS[command]), ("target.", Target), *(("method.", each) for each in BUILT_IN)]
     owners += [("", each) for each in CLASSES if kind == "no option"]
     return [prefix + name for prefix, owner in owners for name in inspect.signature(owner).parameters]
 

@@ -7,7 +7,6 @@ head, final norm) is memory-mapped. Methods see no difference. What is done is k
 
 import contextlib
 import ctypes
-import dataclasses
 import itertools
 import json
 import os
@@ -29,7 +28,7 @@ from plprune.checkpoint.stored import Dtype, Source
 from plprune.checkpoint.weights import SINGLE, check_saved, check_values, mapped, write_index
 from plprune.io import distributed
 from plprune.io.atomic import check_free, resolved, writing
-from plprune.methods.base import PruningMethod, origin, prune, source_of
+from plprune.methods.run import Request, origin, source_of
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.forward import checksums, same_values
 from plprune.pruning.journal import ASKED, SHARD, Journal
@@ -73,7 +72,7 @@ def open_streamed(name_or_path: str, dtype: Dtype | None = None) -> PreTrainedMo
 
 def prune_streamed(
     model: PreTrainedModel,
-    method: PruningMethod,
+    request: Request,
     calibration: Calibration,
     output: str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -87,7 +86,7 @@ def prune_streamed(
 
     Args:
         model: The model; it streams from the journal afterwards, and is of no further use.
-        method: How to prune.
+        request: How to prune, and what the result must be like.
         calibration: Token ids, and where to compute.
         output: Folder to write.
         tokenizer: Saved beside the model.
@@ -104,23 +103,23 @@ def prune_streamed(
     check_output(output, True, resume, overwrite)
     if not unfinished(output):
         check_free(output, overwrite)
-    with Journal(place_of_journal(output), asked(model, method, calibration, seed), resume, overwrite) as journal:
+    with Journal(place_of_journal(output), asked(model, request, calibration, seed), resume, overwrite) as journal:
         journal.blocks = len(blocks_of(model))
         keep_in(model, journal)
-        plan = prune(model, method, calibration, seed)
+        plan = request.prune(model, calibration, seed)
         _save(model, journal, resolved(output), tokenizer, overwrite)
         journal.remove()
     return plan
 
 
 def asked(
-    model: PreTrainedModel, method: PruningMethod, calibration: Calibration, seed: int | None = None
+    model: PreTrainedModel, request: Request, calibration: Calibration, seed: int | None = None
 ) -> dict[str, Any]:
     """Everything that decides the result of a pruning, in JSON's types."""
     return {
-        "method": type(method).__name__,
-        "settings": dataclasses.asdict(cast(Any, method)),
-        "source": source_of(method),
+        "method": type(request.method).__name__,
+        "settings": request.settings,
+        "source": source_of(request.method),
         **origin(model, calibration, seed),
         "dtype": str(model.dtype),
         "batches": [len(ids) for ids in calibration],
@@ -135,7 +134,7 @@ def finished(output: str | os.PathLike[str], asked: dict[str, Any]) -> PruningPl
     plan = PruningPlan.load(resolved(output))
     there = {"method": plan.method, "settings": plan.settings, **plan.origin}
     keys = ("method", "settings", "weights", "calibration", "seed")
-    if any(json.dumps(there.get(key)) != json.dumps(asked[key]) for key in keys):
+    if any(json.dumps(there.get(key), sort_keys=True) != json.dumps(asked[key], sort_keys=True) for key in keys):
         return None
     if place_of_journal(output).exists():  # a kill came before it was gone, or it is another run's
         with contextlib.suppress(ValueError), Journal(place_of_journal(output), asked, resume=True) as journal:

@@ -35,12 +35,12 @@ ORDER = {
     # the Lightning line
     "streaming": [],
     "report": [["comparison", "sensitivity"], ["found", "run"], ["page"], ["charts", "samples"], ["svg"]],
-    "methods": [["cfsp", "fasp", "flap", "learned_gates", "two_ssp"], ["base"]],
+    "methods": [["cfsp", "fasp", "flap", "learned_gates", "run", "two_ssp"], ["base"]],
     "export": [["fits"], ["formats"], ["gguf", "parity"], ["decilm", "llama_cpp", "vocabulary"]],
     "evaluation": [["lm_eval", "measurement", "sensitivity"], ["perplexity", "speed", "task_results"], ["alone"]],
     "recovery": [["lora"], ["consumers", "distillation"]],
     "checkpoint": [["save"], ["load"], ["stored"], ["weights"], ["model_card", "sharing", "stock_config"]],
-    "planning": [["needs"], ["hardware", "serving", "sizes", "targets"]],
+    "planning": [["extremes", "needs", "targets"], ["hardware", "serving", "sizes"]],
     "pruning": [
         ["observations", "repair"],
         ["stream"],

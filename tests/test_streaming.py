@@ -28,6 +28,7 @@ from plprune.checkpoint.load import load_model
 from plprune.checkpoint.stored import Dtype
 from plprune.checkpoint.weights import INDEX, SINGLE
 from plprune.cli import main
+from plprune.methods import Request
 from plprune.methods.two_ssp import SecondStage
 from plprune.pruning import surgery
 from plprune.pruning.allocation import top_k
@@ -53,7 +54,9 @@ def streamed(
     folder: Path, how: PruningMethod, output: Path, dtype: Dtype = "float32", offload: Any = None, **options: Any
 ) -> PruningPlan:
     calibration = dataclasses.replace(BATCHES, offload=offload)
-    return prune_streamed(open_streamed(str(folder), dtype), how, calibration, output, tokenizer(), 3, **options)
+    return prune_streamed(
+        open_streamed(str(folder), dtype), Request(how), calibration, output, tokenizer(), 3, **options
+    )
 
 
 def assert_same(output: Path, model: PreTrainedModel, plan: PruningPlan) -> None:

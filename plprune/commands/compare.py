@@ -12,6 +12,7 @@ from plprune.io.distributed import device_called, launched_rank
 from plprune.io.sources import PYDOC
 from plprune.io.text import DROPPED
 from plprune.methods import PruningMethod
+from plprune.planning.serving import Runtime
 
 
 def compare(
@@ -21,6 +22,8 @@ def compare(
     text: list[str] | str,
     sparsities: Sequence[float] = (0.125, 0.25, 0.375, 0.5),
     seeds: Sequence[int] = (0,),
+    serve_on: Sequence[Runtime] = (),
+    tensor_parallel: int = 1,
     calibration: list[CalibrationText] | str = PYDOC,
     join: str | None = None,
     num_samples: int = 32,
@@ -53,6 +56,8 @@ def compare(
             `ORG/NAME[:CONFIG[:SPLIT]]` of the hub. Of a list, on each: the first is the one that is plotted.
         sparsities: Fractions of the blocks' parameters to remove, at which each method is taken.
         seeds: Of the choice of calibration windows and of recovery; every pruning is done with each.
+        serve_on: Where every result must load: llama.cpp, vllm, transformers. What cannot be has no figures.
+        tensor_parallel: Devices that will share every result: widths and heads are divisible by their number.
         calibration: Calibration text, likewise; not a text that is measured on. Or a list of `text`, `num_samples`,
             `seq_len` and `name`: every pruning is then done with each.
         join: Put between the rows of each text that is measured or calibrated on, which is then one document.
@@ -83,6 +88,8 @@ def compare(
         text=text,
         calibration=calibration,
         seeds=seeds,
+        serve_on=serve_on,
+        tensor_parallel=tensor_parallel,
         join=join,
         num_samples=num_samples,
         calibration_seq_len=calibration_seq_len,

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -17,10 +17,12 @@ from plprune.io.atomic import check_file, staged
 from plprune.io.checks import check_sizes
 from plprune.io.distributed import device_here
 from plprune.io.units import Form, duration, shown
-from plprune.methods import PruningMethod
+from plprune.methods import PruningMethod, Request
 from plprune.planning import hardware, needs, sizes
 from plprune.planning.hardware import Machine
 from plprune.planning.needs import Need
+from plprune.planning.serving import Runtime
+from plprune.planning.targets import Target
 
 Record = dict[str, Any]
 
@@ -28,6 +30,9 @@ Record = dict[str, Any]
 def plan(
     model: str,
     method: PruningMethod,
+    target: Target = Target(),
+    serve_on: Sequence[Runtime] = (),
+    tensor_parallel: int = 1,
     context: int | None = None,
     dtype: Dtype | None = None,
     device: str | None = None,
@@ -50,7 +55,11 @@ def plan(
             `package://PACKAGE/FILE.gguf`.
         method: How to prune: FLAP, FASP, CFSP, TwoSSP, LearnedGates or the dotted path of another; `--method.help
             NAME` lists its settings.
-        context: Tokens of a sequence, for operations and cache; the method's `target_context` if not given.
+        target: What the result may be at most: `sparsity` is then found by it, and what is given for it does not count.
+        serve_on: Where the result must load: llama.cpp, vllm, transformers. Its sizes are then such as can be served
+            there, and its sparsity as near to the one asked for as that allows; what cannot be is refused.
+        tensor_parallel: Devices that will share the result: widths and heads are divisible by their number.
+        context: Tokens of a sequence, for operations and cache; those of `target` if not given.
         dtype: Of the weights; as stored if not given, and float32 for a `.gguf` file.
         device: Where to calibrate and to recover: T4, L4, A10, RTX-3090, RTX-4090, L40S, A100-40GB, A100-80GB, H100,
             H200, B200 or MI300X; or cpu or cuda, this machine's, whose speed is measured for two seconds. If not
@@ -73,12 +82,13 @@ def plan(
         check_file(output, overwrite)
     dtype = chosen(stored_at(model, fetch=False), dtype)
     network, where = load_skeleton(model, dtype), hardware.machine(device or device_here())
-    aimed = method.aimed(network)
-    record, rehearsed = foreseen(network, method, aimed, context or method.target_context)
+    request = Request(method, target, serve_on, tensor_parallel)
+    resolved = request.resolve_target(network)
+    record, rehearsed = predicted(network, request, resolved, context or target.context)
     record |= {"model": model, "dtype": dtype}
     record["machine"] = dataclasses.asdict(where)
     calibrating = (num_samples, seq_len, batch_size)
-    work = aimed.work(network, num_samples, seq_len)
+    work = resolved.work(network, num_samples, seq_len)
     record["calibration"] = {"num_samples": num_samples, "seq_len": seq_len, "batch_size": batch_size} | {
         way: dataclasses.asdict(needs.calibration_need(network, work, where, calibrating, way == "streamed"))
         for way in ("in_memory", "streamed")
@@ -94,29 +104,29 @@ def plan(
     print(plan_text(record, stream, gradient_checkpointing) + (f"\n\nsaved to {output}" if output else ""))
 
 
-def foreseen(
-    network: PreTrainedModel, method: PruningMethod, aimed: PruningMethod, context: int
+def predicted(
+    network: PreTrainedModel, request: Request, resolved: Request, context: int
 ) -> tuple[Record, list[PreTrainedModel]]:
-    """What a method would make of a model, in JSON's types, and the models of all cases, without weights.
+    """What a pruning would make of a model, in JSON's types, and the models of all cases, without weights.
 
     Args:
         network: The model, its weights on meta.
-        method: As it was asked for.
-        aimed: With the sparsity that its targets come to.
+        request: As it was asked for.
+        resolved: With the sparsity that its target comes to.
         context: Tokens of a sequence.
     """
-    cases = aimed.foresee(network)
-    name = type(method).__name__
-    models = [sizes.rehearse(network, case, aimed.biased, name, aimed.sparsity) for case in cases]
+    cases, method = resolved.predict_sizes(network), resolved.method
+    name, sparsity = type(method).__name__, method.sparsity
+    models = [sizes.rehearse(network, case, method.biased, name, sparsity) for case in cases]
     before, after = sizes.structure(network, context), [sizes.structure(m, context) for m in models]
-    reached = [method.reached(m).get("targets", {}) for m in models]
+    reached = [request.reached(m).get("targets", {}) for m in models]
     record = {
         "version": 1,
         "kind": "plan",
         "method": name,
-        "settings": dataclasses.asdict(cast(Any, method)),
-        "sparsity": aimed.sparsity,
-        "guess": aimed.is_guess,
+        "settings": request.settings,
+        "sparsity": sparsity,
+        "guess": type(method).predict_sizes is PruningMethod.predict_sizes,
         "context": context,
         "targets": {
             key: found | {"reached": max(r[key]["reached"] for r in reached)} for key, found in reached[0].items()
@@ -178,7 +188,7 @@ def _head(record: Record) -> list[str]:
     lines = [f"{record['method']} on {record['model']} in {record['dtype']}, sparsity {record['sparsity']:.4g}"]
     for name, found in record["targets"].items():
         form = "bytes" if name == "memory" else "short"
-        lines.append(f"target_{name}: at most {shown(found['reached'], form)} ({shown(found['asked'], form)} asked)")
+        lines.append(f"target.{name}: at most {shown(found['reached'], form)} ({shown(found['asked'], form)} asked)")
     if record["guess"]:
         lines.append("a guess: the method does not say what sizes it will come to")
     return lines

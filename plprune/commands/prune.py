@@ -1,6 +1,7 @@
 """`plprune prune`: one model, one method, no training."""
 
 import logging
+from collections.abc import Sequence
 from typing import Literal
 
 from plprune import methods, streaming
@@ -14,7 +15,9 @@ from plprune.io.checks import check_seed, check_share, check_sizes
 from plprune.io.distributed import device_called
 from plprune.io.sources import PYDOC, check_source
 from plprune.io.text import DROPPED, bos_token, draw, tokenised
-from plprune.methods import PruningMethod
+from plprune.methods import PruningMethod, Request
+from plprune.planning.serving import Runtime
+from plprune.planning.targets import Target
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.forward import check_ids
 from plprune.training.callbacks import record
@@ -26,6 +29,9 @@ def prune(
     model: str,
     method: PruningMethod,
     output: str,
+    target: Target = Target(),
+    serve_on: Sequence[Runtime] = (),
+    tensor_parallel: int = 1,
     text: str = PYDOC,
     join: str | None = None,
     num_samples: int = 128,
@@ -48,6 +54,10 @@ def prune(
         method: How to prune: FLAP, FASP, CFSP, TwoSSP, LearnedGates or the dotted path of another; `--method.help
             NAME` lists its settings.
         output: Folder to write.
+        target: What the result may be at most: `sparsity` is then found by it, and what is given for it does not count.
+        serve_on: Where the result must load: llama.cpp, vllm, transformers. Its sizes are then such as can be served
+            there, and its sparsity as near to the one asked for as that allows; what cannot be is refused.
+        tensor_parallel: Devices that will share the result: widths and heads are divisible by their number.
         text: Calibration text: a `.txt`, `.jsonl`, `.json` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the hub,
             or `pydoc_data.topics`, which is there without a hub, but about Python only: give text like what the model
             is for, or general text.
@@ -70,16 +80,13 @@ def prune(
     """
     check_sizes(num_samples=num_samples, seq_len=seq_len, batch_size=batch_size)
     streaming.check_output(output, stream, resume, overwrite)
-    check_source(text)
-    check_seed(seed)
-    check_share(max_dropped)
-    if text == PYDOC and not distributed.local_rank():
-        log.warning("calibrating on %s, which is about Python only: give --text what the model is for", text)
+    _check_text(text, seed, max_dropped)
     place, tokenizer = device_called(device), load_tokenizer(model)
     ids, _ = tokenised(text, tokenizer, join, seed=seed, max_dropped=max_dropped)
     windows = draw(ids, num_samples, seq_len, seed, bos_token(tokenizer, bos))
     load = streaming.open_streamed if stream else load_skeleton if distributed.local_rank() else load_model
-    methods.preflight(method, lambda: load_skeleton(model, dtype))
+    request = Request(method, target, serve_on, tensor_parallel)
+    methods.preflight(request, lambda: load_skeleton(model, dtype))
     network = load(model, dtype)
     check_ids(network, [ids], tokenizer)
     distributed.announce(place, network.dtype)
@@ -88,14 +95,22 @@ def prune(
         if not stream:
             sharing.receive(network, group)
         begin, first = "", distributed.rank(group) == 0
-        if resume and (plan := streaming.finished(output, streaming.asked(network, method, calibration, seed))):
+        if resume and (plan := streaming.finished(output, streaming.asked(network, request, calibration, seed))):
             begin = "this run is finished: "
         elif stream:
-            plan = streaming.prune_streamed(network, method, calibration, output, tokenizer, seed, resume, overwrite)
+            plan = streaming.prune_streamed(network, request, calibration, output, tokenizer, seed, resume, overwrite)
         else:
             check_free(output, overwrite)
-            plan = methods.prune(network, method, calibration, seed)
+            plan = request.prune(network, calibration, seed)
             if first:
                 save_pruned(network, output, tokenizer, overwrite)
     if first:
         print(f"{begin}{record.summary(plan)}; saved to {output}")
+
+
+def _check_text(text: str, seed: int, max_dropped: float) -> None:
+    check_source(text)
+    check_seed(seed)
+    check_share(max_dropped)
+    if text == PYDOC and not distributed.local_rank():
+        log.warning("calibrating on %s, which is about Python only: give --text what the model is for", text)

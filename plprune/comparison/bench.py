@@ -32,8 +32,8 @@ from plprune.io.atomic import alone
 from plprune.io.cache import Cache, digest, sources
 from plprune.io.distributed import announce
 from plprune.io.text import bos_token, draw, tokenised
-from plprune.methods import PruningMethod, prune
-from plprune.methods.base import source_of
+from plprune.methods import PruningMethod, Request, prune
+from plprune.methods.run import source_of
 from plprune.pruning.allocation import largest_remainder, next_sparsity
 from plprune.pruning.calibration import Calibration, Observations
 from plprune.pruning.forward import check_ids
@@ -107,7 +107,11 @@ class Bench:
         yield self._common, self._dense
         for text, seed, method in self.study.prunings():
             calibration = self._calibrated(text, seed).fingerprint
-            of = self._common | {"calibration": calibration, "seed": seed, "method": identity(method)}
+            of = self._common | {
+                "calibration": calibration,
+                "seed": seed,
+                "method": identity(self.study.request(method)),
+            }
             yield of, functools.partial(self._pruned, of, text, seed, method)
 
     @functools.cached_property
@@ -133,7 +137,7 @@ class Bench:
 
     def _pruned(self, of: dict[str, Any], text: CalibrationText, seed: int, method: PruningMethod) -> Iterator[Cell]:
         """A model pruned, and recovered in the ways that the study says."""
-        known = {"calibration": text.name, "settings": dataclasses.asdict(method)}
+        known = {"calibration": text.name, "settings": self.study.request(method).settings}
         cells = [self._cell(type(method).__name__, stage, method.sparsity, seed) | known for stage in self.study.stages]
         model = functools.cache(lambda: self._prune(method, text, seed))
         facts = self._structure(of, model)
@@ -208,7 +212,8 @@ class Bench:
         """A copy of a model, the dense one if not given, pruned."""
         calibration, model = self._observed(text, seed), deepcopy(self.dense if model is None else model)
         start = time.perf_counter()
-        plan = prune(model, method, calibration, seed)
+        study = self.study
+        plan = prune(model, method, calibration, seed, serve_on=study.serve_on, tensor_parallel=study.tensor_parallel)
         return model, plan, {"prune": time.perf_counter() - start}
 
     def _in_rounds(self, method: PruningMethod, text: CalibrationText, seed: int, training: Training) -> Pruned:
@@ -367,9 +372,9 @@ def quietly() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def identity(method: PruningMethod) -> dict[str, Any]:
-    """What makes a method that method: its settings, its source, and that of all below it."""
-    return {"class": type(method).__qualname__, "source": source_of(method)} | dataclasses.asdict(method)
+def identity(request: Request) -> dict[str, Any]:
+    """What makes a pruning that pruning: all its settings, the method's source, and that of all below it."""
+    return {"class": type(request.method).__qualname__, "source": source_of(request.method)} | request.settings
 
 
 def machine() -> dict[str, Any]:

@@ -13,7 +13,8 @@ from plprune.evaluation.perplexity import Protocol
 from plprune.io.checks import check_rates, check_seed, check_share, check_sizes
 from plprune.io.sources import READERS, check_source
 from plprune.io.text import DROPPED
-from plprune.methods import PruningMethod
+from plprune.methods import PruningMethod, Request
+from plprune.planning.serving import Runtime
 from plprune.recovery.distillation import Distillation
 from plprune.recovery.lora import LoRA
 
@@ -77,6 +78,8 @@ class Study:
         models: Names or paths.
         methods: Methods; each is taken at every sparsity.
         sparsities: Fractions of the blocks' parameters to remove.
+        serve_on: Where every result must load.
+        tensor_parallel: Devices that will share it.
         seeds: Of calibration windows and recovery.
         text: What perplexity is measured on, of several texts on each; the first is the one that is plotted.
         calibration: What is calibrated on; of several, every pruning is taken with each.
@@ -101,6 +104,8 @@ class Study:
     text: str | Sequence[str]
     calibration: str | Sequence[CalibrationText]
     seeds: Sequence[int] = (0,)
+    serve_on: Sequence[Runtime] = ()
+    tensor_parallel: int = 1
     join: str | None = None
     num_samples: int = 32
     calibration_seq_len: int = 256
@@ -124,6 +129,8 @@ class Study:
         empty = [name for name in needed if not getattr(self, name)]
         if empty:
             raise ValueError(f"nothing to compare: `{empty[0]}` is empty")
+        for method in self.methods:
+            self.request(method)
         for each in self.calibrations:
             check_sizes(num_samples=each.num_samples, calibration_seq_len=each.seq_len)
         for each in self.recoveries:
@@ -196,6 +203,10 @@ class Study:
             for method in self.methods
             for sparsity in self.sparsities
         ]
+
+    def request(self, method: PruningMethod) -> Request:
+        """A pruning by a method, with what all of them must be like."""
+        return Request(method, serve_on=self.serve_on, tensor_parallel=self.tensor_parallel)
 
 
 def short_name(source: str) -> str:

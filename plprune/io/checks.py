@@ -1,6 +1,8 @@
 """What settings must be: each check refuses with one line that says what to give."""
 
+import dataclasses
 import math
+from typing import Any
 
 
 def check_sizes(**sizes: int | None) -> None:
@@ -27,3 +29,18 @@ def check_rates(**rates: float) -> None:
     for name, value in rates.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} is {value}, but must be a number that is not negative")
+
+
+def check_values(settings: Any, within: str = "") -> None:
+    """Makes sure that every setting of a dataclass that needs a value has one: parsers let null through to any type.
+
+    Args:
+        settings: The dataclass.
+        within: What the names in a message begin with.
+
+    Raises:
+        ValueError: A setting has none.
+    """
+    for each in dataclasses.fields(settings):
+        if getattr(settings, each.name) is None and "None" not in str(each.type) and "Optional" not in str(each.type):
+            raise ValueError(f"{within}{each.name} has no value: give one, or leave it out if it has a default")

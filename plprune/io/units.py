@@ -66,7 +66,7 @@ def amount(given: int | float | str, name: str, unit: str = "") -> int:
         ValueError: It is no positive number.
 
     Example:
-        >>> amount("5.0B", "target_parameters"), amount("8GiB", "target_memory", "B")
+        >>> amount("5.0B", "target.parameters"), amount("8GiB", "target.memory", "B")
         (5000000000, 8589934592)
     """
     found = re.fullmatch(rf"([\d.]+(?:e\d+)?) *([KMGBT]?)(i?){unit and '(?:B)?'}", str(given).strip(), re.IGNORECASE)

@@ -1,10 +1,11 @@
 """One method per file; no file imports another."""
 
-from plprune.methods.base import PruningMethod, preflight, prune
+from plprune.methods.base import PruningMethod
 from plprune.methods.cfsp import CFSP
 from plprune.methods.fasp import FASP
 from plprune.methods.flap import FLAP
 from plprune.methods.learned_gates import LearnedGates
+from plprune.methods.run import Request, preflight, prune
 from plprune.methods.two_ssp import TwoSSP
 
-__all__ = ["CFSP", "FASP", "FLAP", "LearnedGates", "PruningMethod", "TwoSSP", "preflight", "prune"]
+__all__ = ["CFSP", "FASP", "FLAP", "LearnedGates", "PruningMethod", "Request", "TwoSSP", "preflight", "prune"]

@@ -29,11 +29,11 @@ from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import Block, Group, blocks_of
 from plprune.architecture.modules import matrix
-from plprune.methods.base import Repairing, distinct, thinned
+from plprune.methods.base import Repairing
+from plprune.planning.extremes import distinct, extreme_sizes
 from plprune.planning.needs import Work
 from plprune.pruning.allocation import (
-    check_near,
-    fit,
+    Budget,
     fraction_to_remove,
     importance,
     kept_fractions,
@@ -64,20 +64,6 @@ class CFSP(Repairing):
         multiple_of: Widths are rounded to multiples of this; 128 is the authors' `cuda_friendly`.
         sparsity_of: What `sparsity` is a fraction of: the decoder blocks' parameters, or the FFN's width, as the
             paper counts.
-        repair: What is done for consumers that lose inputs. none; compensate: their bias takes up what those gave on
-            average; restore: what they keep does the work of those too, by least squares.
-        damping: Regularisation of a restoration, relative to the mean diagonal of the inputs' second moments. auto: of
-            0.0001, 0.001 and so on to 1, what does best on every fourth calibration window, held out for that.
-        bias: Whether a repair may give consumers a bias. Without it, a restoration is of inputs that are not centred.
-        target_parameters: How many parameters the whole model may have in the end, like 5.0B or 100M: `sparsity` is
-            then found by it, and what is given for it does not count.
-        target_memory: What its weights and the keys and values of `target_batch` sequences may take, like 8GiB or
-            500MB: likewise. Of two targets the stricter counts.
-        target_batch: Sequences for which `target_memory` has to do.
-        target_context: Tokens of each.
-        serve_on: Where the result must load: llama.cpp, vllm, transformers. Its sizes are then such as can be served
-            there, and its sparsity as near to the one asked for as that allows; what cannot be is refused.
-        tensor_parallel: Devices that will share the result: widths and heads are divisible by their number.
     """
 
     sparsity: float = 0.2
@@ -90,71 +76,67 @@ class CFSP(Repairing):
     sparsity_of: Literal["blocks", "ffn"] = "blocks"
     repair: Repair = dataclasses.field(default="none", kw_only=True)
 
-    def prune(self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor]) -> PruningPlan:
-        calibration = Calibration.of(batches)
-        asked, p, mending = self.check(model), self._budget(blocks_of(model)), self.mending(calibration)
+    def prune(
+        self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor], constraint: Constraint = FREE
+    ) -> PruningPlan:
+        calibration, blocks = Calibration.of(batches), blocks_of(model)
+        p = self._fraction(blocks)
+        budget, repairer = self._budget(blocks, p, constraint), self.repairer(calibration)
         scores, distances = [], []
         for block, inputs in stream(model, calibration, "CFSP"):
             ((group, norms),) = observe(block, inputs, Norms, attention="none")
             scores.append((block, group, self._score(block, group, norms.pooled)))
             distances.append(inputs.influence.distance(self.distance))
         surgery, u = Surgery(model), importance(distances, self.a)
-        widths = self._widths([(block, group) for block, group, _ in scores], u, p, asked)
+        widths = self._widths(budget, u, p)
         chosen = [(block, group, top_k(score, n)) for (block, group, score), n in zip(scores, widths, strict=True)]
-        mending.carry_out(surgery, chosen, "CFSP repair")
+        repairer.carry_out(surgery, chosen, "CFSP repair")
         return surgery.plan("CFSP", dataclasses.asdict(self), u)
 
-    def conflicts(self, asked: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
+    def conflicts(self, constraint: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
         reasons = []
-        if asked.uniform and self.distance != "uniform":
+        if constraint.uniform and self.distance != "uniform":
             reasons.append("all blocks must have one width: set `distance` to uniform")
-        return reasons + super().conflicts(asked, blocks)
+        return reasons + super().conflicts(constraint, blocks)
 
-    def check(self, model: PreTrainedModel) -> Constraint:
-        asked, blocks = super().check(model), blocks_of(model)
-        p = self._budget(blocks)
-        if asked == FREE:
-            return asked
-        asked.check_heads(blocks)
-        asked &= Constraint(width_multiple=self.multiple_of)
-        rows = [(block, block.groups("none")[0]) for block in blocks]
-        chosen = fit(rows, [len(group) * (1 - p) for _, group in rows], 1 - p, asked, asked.uniform)
-        every = sum(len(group) * block.cost(group) for block, group in rows)
-        whole = every if self.sparsity_of == "ffn" else sum(block.parameters() for block in blocks)
-        check_near(self.sparsity, rows, chosen, 1 - p, whole)
-        return asked
-
-    def foresee(self, model: PreTrainedModel) -> list[dict[str, int]]:
-        asked, blocks = self.check(model), blocks_of(model)
-        rows, p = [(block, block.groups("none")[0]) for block in blocks], self._budget(blocks)
+    def predict_sizes(self, model: PreTrainedModel, constraint: Constraint = FREE) -> list[dict[str, int]]:
+        blocks = blocks_of(model)
+        p = self._fraction(blocks)
+        budget = self._budget(blocks, p, constraint)
         alike = torch.ones(len(blocks), dtype=torch.float64)
         steep = alike * (torch.arange(len(blocks)) >= len(blocks) // 2)  # half of the blocks matter, or all but one
         lonely = alike * (torch.arange(len(blocks)) > 0)
         importances = [alike] if self.distance == "uniform" or len(blocks) == 1 else [steep, alike, lonely]
-        cases = [self._widths(rows, u, p, asked) for u in importances]
-        if asked == FREE and self.multiple_of > 1 and len(importances) > 1:
-            cases += self._rounded(rows, p)
-        return distinct(rows, cases)
+        cases = [self._widths(budget, u, p) for u in importances]
+        if constraint == FREE and self.multiple_of > 1 and len(importances) > 1:
+            cases += self._rounded(budget)
+        return distinct(budget.rows, cases)
 
-    def work(self, model: PreTrainedModel, count: int, length: int) -> Work:
+    def work(self, model: PreTrainedModel, count: int, length: int, constraint: Constraint = FREE) -> Work:
         """The walk that repairs."""
         return self.repair_work(model, count * length, length, "none")
 
-    def _rounded(self, rows: list[tuple[Block, Group]], p: float) -> list[list[int]]:
+    def _rounded(self, budget: Budget) -> list[list[int]]:
         """The most and the least that rounding each width to a multiple could leave."""
-        m, sizes = self.multiple_of, [len(group) for _, group in rows]
+        m, sizes, costs = self.multiple_of, budget.sizes, budget.costs
         allowed = [[*range(min(m, size), size, m), size] for size in sizes]
-        costs = [block.cost(group) for block, group in rows]
-        target = (1 - p) * sum(cost * size for cost, size in zip(costs, sizes, strict=True))
+        target = budget.keep * budget.whole
         slack = m * sum(costs)  # a width that is rounded up to the least multiple gains all of it
         limits = target + slack, target - slack / 2 - m * max(costs)
-        return [thinned(rows, allowed, [range(len(rows))], limit, even=False) for limit in limits]
+        return [extreme_sizes(budget.rows, allowed, [range(len(sizes))], limit, even=False) for limit in limits]
 
-    def _budget(self, blocks: list[Block]) -> float:
+    def _fraction(self, blocks: list[Block]) -> float:
         """The fraction of the FFN channels to remove (p)."""
         if self.sparsity_of == "ffn":
             return self.sparsity
         return fraction_to_remove(self.sparsity, blocks, "none", "the FFN", biased=self.biased)
+
+    def _budget(self, blocks: list[Block], p: float, constraint: Constraint) -> Budget:
+        if constraint != FREE:
+            constraint &= Constraint(width_multiple=self.multiple_of)
+        budget = Budget(blocks, 1 - p, constraint, each_block=constraint.uniform)
+        budget.check(self.sparsity, budget.whole if self.sparsity_of == "ffn" else None)
+        return budget
 
     def _score(self, block: Block, group: Group, norm: Tensor) -> Tensor:  # [n]
         if self.score == "activation":
@@ -163,11 +145,11 @@ class CFSP(Repairing):
         producers = [matrix(block.part(s.path))[s.index[:, 0]] for s in group.producers]
         return relative_score(down.double(), [w.detach().double() for w in producers], norm, self.b, self.c)
 
-    def _widths(self, rows: list[tuple[Block, Group]], u: Tensor, p: float, asked: Constraint) -> list[int]:
-        sizes = [len(group) for _, group in rows]
+    def _widths(self, budget: Budget, u: Tensor, p: float) -> list[int]:
+        sizes = budget.sizes
         exact = [n * k for n, k in zip(sizes, kept_fractions(u, p, sizes).tolist(), strict=True)]
-        if asked != FREE:
-            return fit(rows, exact, 1 - p, asked, asked.uniform)
+        if budget.constraint != FREE:
+            return budget.fit(exact)
         if self.multiple_of > 1:
             m = self.multiple_of
             return [min(n, max(m, int((w + m / 2) / m) * m)) for n, w in zip(sizes, exact, strict=True)]

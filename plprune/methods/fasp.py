@@ -27,12 +27,12 @@ from plprune.architecture.blocks import Block, Group, blocks_of
 from plprune.methods.base import Repairing
 from plprune.planning.needs import Work
 from plprune.planning.sizes import block_flops
-from plprune.pruning.allocation import check_near, fit, fraction_to_remove, importance, top_k
+from plprune.pruning.allocation import Budget, fraction_to_remove, importance, top_k
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.constraints import FREE, Constraint
 from plprune.pruning.forward import BlockInputs
 from plprune.pruning.plan import PruningPlan
-from plprune.pruning.repair import Mending, Repair
+from plprune.pruning.repair import Repair, Repairer
 from plprune.pruning.stream import observe, stream
 from plprune.pruning.surgery import Surgery
 
@@ -45,96 +45,53 @@ class FASP(Repairing):
         sparsity: The fraction of the decoder blocks' parameters to remove, in [0, 1).
         attention: Units of attention: single value channels (the paper's; only plprune can load the result), whole kv
             heads, or none.
-        repair: What is done for consumers that lose inputs. none; compensate: their bias takes up what those gave on
-            average; restore: what they keep does the work of those too, by least squares.
-        damping: Regularisation of a restoration, relative to the mean diagonal of the inputs' second moments. auto: of
-            0.0001, 0.001 and so on to 1, what does best on every fourth calibration window, held out for that.
-        bias: Whether a repair may give consumers a bias. Without it, a restoration is of inputs that are not centred.
-        target_parameters: How many parameters the whole model may have in the end, like 5.0B or 100M: `sparsity` is
-            then found by it, and what is given for it does not count.
-        target_memory: What its weights and the keys and values of `target_batch` sequences may take, like 8GiB or
-            500MB: likewise. Of two targets the stricter counts.
-        target_batch: Sequences for which `target_memory` has to do.
-        target_context: Tokens of each.
-        serve_on: Where the result must load: llama.cpp, vllm, transformers. Its sizes are then such as can be served
-            there, and its sparsity as near to the one asked for as that allows; what cannot be is refused.
-        tensor_parallel: Devices that will share the result: widths and heads are divisible by their number.
     """
 
     sparsity: float = 0.2
     attention: Literal["value_channels", "kv_heads", "none"] = "value_channels"
     repair: Repair = dataclasses.field(default="restore", kw_only=True)
 
-    def prune(self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor]) -> PruningPlan:
-        calibration = Calibration.of(batches)
-        asked, surgery, mending, distances = self.check(model), Surgery(model), self.mending(calibration), []
-        fraction = self._fraction(surgery.blocks)
+    def prune(
+        self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor], constraint: Constraint = FREE
+    ) -> PruningPlan:
+        calibration, (counts,) = Calibration.of(batches), self.predict_sizes(model, constraint)
+        surgery, repairer, distances = Surgery(model), self.repairer(calibration), []
         for block, inputs in stream(model, calibration, "FASP"):
-            self._prune_block(surgery, block, inputs, mending, fraction, asked)
+            self._prune_block(surgery, block, inputs, repairer, counts)
             distances.append(inputs.influence.distance("angular"))
         return surgery.plan("FASP", dataclasses.asdict(self), importance(distances))
 
-    def conflicts(self, asked: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
+    def conflicts(self, constraint: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
         reasons = []
-        if asked.whole_heads and self.attention == "value_channels":
+        if constraint.whole_heads and self.attention == "value_channels":
             reasons.append("heads must stay whole: set `attention` to kv_heads")
-        if asked.dense_heads and self.attention != "none":
+        if constraint.dense_heads and self.attention != "none":
             reasons.append("no head may leave: set `attention` to none")
-        return reasons + super().conflicts(asked, blocks)
+        return reasons + super().conflicts(constraint, blocks)
 
-    def check(self, model: PreTrainedModel) -> Constraint:
-        asked, blocks = super().check(model), blocks_of(model)
-        fraction = self._fraction(blocks)
-        if asked == FREE:
-            return asked
-        if self.attention == "none":
-            asked.check_heads(blocks)
-        rows = [(block, group) for block in blocks for group in block.groups(self.attention)]
-        chosen = [count for block in blocks for count in self._counts(block, fraction, asked)]
-        check_near(self.sparsity, rows, chosen, 1 - fraction, sum(block.parameters() for block in blocks))
-        return asked
+    def predict_sizes(self, model: PreTrainedModel, constraint: Constraint = FREE) -> list[dict[str, int]]:
+        blocks = blocks_of(model)
+        fraction = fraction_to_remove(self.sparsity, blocks, self.attention, "what FASP prunes", biased=self.biased)
+        budget = Budget(blocks, 1 - fraction, constraint, self.attention, each_block=True)
+        budget.check(self.sparsity)
+        if constraint == FREE:
+            counts = [n for block in blocks for n in kept_counts(block, block.groups(self.attention), fraction)]
+        else:
+            counts = budget.fit(budget.alike)
+        return [{group.name: count for (_, group), count in zip(budget.rows, counts, strict=True)}]
 
-    def foresee(self, model: PreTrainedModel) -> list[dict[str, int]]:
-        asked, blocks, counts = self.check(model), blocks_of(model), {}
-        fraction = self._fraction(blocks)
-        for block in blocks:
-            names = [group.name for group in block.groups(self.attention)]
-            counts |= dict(zip(names, self._counts(block, fraction, asked), strict=True))
-        return [counts]
-
-    def work(self, model: PreTrainedModel, count: int, length: int) -> Work:
+    def work(self, model: PreTrainedModel, count: int, length: int, constraint: Constraint = FREE) -> Work:
         """A second pass, and what restoration takes beside it."""
         again = count * length * sum(block_flops(block, length) for block in blocks_of(model))
         return dataclasses.replace(self.repair_work(model, count * length, length, self.attention), flops=again)
 
-    def _fraction(self, blocks: list[Block]) -> float:
-        """The fraction to remove of what can be pruned (s)."""
-        return fraction_to_remove(self.sparsity, blocks, self.attention, "what FASP prunes", biased=self.biased)
-
-    def _counts(self, block: Block, fraction: float, asked: Constraint) -> list[int]:
-        """Units to keep in each of a block's groups."""
-        groups = block.groups(self.attention)
-        if asked == FREE:
-            return kept_counts(block, groups, fraction)
-        wanted = [len(group) * (1 - fraction) for group in groups]
-        return fit([(block, group) for group in groups], wanted, 1 - fraction, asked)
-
     def _prune_block(
-        self,
-        surgery: Surgery,
-        block: Block,
-        inputs: BlockInputs,
-        mending: Mending,
-        fraction: float,
-        asked: Constraint,
+        self, surgery: Surgery, block: Block, inputs: BlockInputs, repairer: Repairer, counts: dict[str, int]
     ) -> None:
-        observed = observe(
-            block, inputs, mending.statistic, self.attention
-        )  # as large as the block: gone before the next
-        counts = self._counts(block, fraction, asked) if observed else []  # an earlier run has decided
-        for (group, seen), count in zip(observed, counts, strict=True):
-            keep = top_k(column_score(block.weight(group), seen.norm[group.consumer.index]), count)
-            mending.keep(surgery, block, group, keep, seen)
+        # as large as the block: gone before the next; empty if an earlier run has decided
+        for group, seen in observe(block, inputs, repairer.statistic, self.attention):
+            keep = top_k(column_score(block.weight(group), seen.norm[group.consumer.index]), counts[group.name])
+            repairer.keep(surgery, block, group, keep, seen)
 
 
 def column_score(

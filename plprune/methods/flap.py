@@ -29,11 +29,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import Block, Group, blocks_of
-from plprune.methods.base import Repairing, Rows, by_window, distinct, thinned
+from plprune.methods.base import Repairing
+from plprune.planning.extremes import attention_by_window, distinct, extreme_sizes
 from plprune.planning.needs import Work
 from plprune.pruning.allocation import (
+    Budget,
+    Rows,
     check_best,
-    check_near,
     fit,
     fraction_to_remove,
     global_ranking,
@@ -70,20 +72,6 @@ class FLAP(Repairing):
         square_attention: Whether the scores of attention channels are squared first, as in the authors' code.
         sparsity_of: What `sparsity` is a fraction of: the decoder blocks' parameters, or their linear layers' only,
             as the paper counts.
-        repair: What is done for consumers that lose inputs. none; compensate: their bias takes up what those gave on
-            average; restore: what they keep does the work of those too, by least squares.
-        damping: Regularisation of a restoration, relative to the mean diagonal of the inputs' second moments. auto: of
-            0.0001, 0.001 and so on to 1, what does best on every fourth calibration window, held out for that.
-        bias: Whether a repair may give consumers a bias. Without it, a restoration is of inputs that are not centred.
-        target_parameters: How many parameters the whole model may have in the end, like 5.0B or 100M: `sparsity` is
-            then found by it, and what is given for it does not count.
-        target_memory: What its weights and the keys and values of `target_batch` sequences may take, like 8GiB or
-            500MB: likewise. Of two targets the stricter counts.
-        target_batch: Sequences for which `target_memory` has to do.
-        target_context: Tokens of each.
-        serve_on: Where the result must load: llama.cpp, vllm, transformers. Its sizes are then such as can be served
-            there, and its sparsity as near to the one asked for as that allows; what cannot be is refused.
-        tensor_parallel: Devices that will share the result: widths and heads are divisible by their number.
     """
 
     sparsity: float = 0.2
@@ -95,97 +83,83 @@ class FLAP(Repairing):
     sparsity_of: Literal["blocks", "linears"] = "blocks"
     repair: Repair = dataclasses.field(default="compensate", kw_only=True)
 
-    def prune(self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor]) -> PruningPlan:
-        asked, blocks, calibration = self.check(model), blocks_of(model), Calibration.of(batches)
-        attention, budget, mending = unit(asked), self._budget(blocks, asked), self.mending(calibration)
+    def prune(
+        self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor], constraint: Constraint = FREE
+    ) -> PruningPlan:
+        calibration, blocks = Calibration.of(batches), blocks_of(model)
+        p = self._fraction(blocks, constraint)
+        budget, repairer = self._budget(blocks, p, constraint), self.repairer(calibration)
         means: dict[str, Tensor] = {}
         scores: list[tuple[Block, Group, Tensor]] = []
         distances = []
         for block, inputs in stream(model, calibration, "FLAP"):
-            for group, moments in observe(block, inputs, Moments, attention):
+            for group, moments in observe(block, inputs, Moments, budget.attention):
                 means[group.name] = moments.mean
                 scores.append((block, group, self._score(block, group, moments)))
             distances.append(inputs.influence.distance("angular"))
-        surgery, chosen = Surgery(model), self._choose(scores, budget)
-        if asked != FREE:
-            chosen = self._fitted(scores, chosen, budget, asked)
+        surgery, chosen = Surgery(model), self._choose(scores, p)
+        if constraint != FREE:  # the best units of each group, as many as it allows: near the number that was chosen
+            counts = self._counts(budget, [len(keep) for keep in chosen])
+            chosen = [top_k(score.sum(1), count) for (*_, score), count in zip(scores, counts, strict=True)]
         decided = [(block, group, keep) for (block, group, _), keep in zip(scores, chosen, strict=True)]
         if self.repair == "compensate":
             _compensate(surgery, decided, means)
         else:
-            mending.carry_out(surgery, decided, "FLAP repair")
+            repairer.carry_out(surgery, decided, "FLAP repair")
         return surgery.plan("FLAP", dataclasses.asdict(self), importance(distances))
 
-    def conflicts(self, asked: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
+    def conflicts(self, constraint: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
         reasons = []
-        if asked.uniform and self.structure.startswith("AL"):
+        if constraint.uniform and self.structure.startswith("AL"):
             reasons.append("all blocks must have the same sizes: set `structure` to UL-UM")
-        if asked.dense_heads and self.remove_heads:
+        if constraint.dense_heads and self.remove_heads:
             reasons.append("no head may leave: set `remove_heads` to 0")
-        return reasons + super().conflicts(asked, blocks)
+        return reasons + super().conflicts(constraint, blocks)
 
-    def check(self, model: PreTrainedModel) -> Constraint:
-        asked, blocks = super().check(model), blocks_of(model)
-        p = self._budget(blocks, asked)
-        if asked == FREE:
-            return asked
-        if asked.dense_heads:
-            asked.check_heads(blocks)
-        rows = [(block, group) for block in blocks for group in block.groups(unit(asked))]
-        chosen = self._counts(rows, self._rehearsed(rows, p), p, asked)
-        check_near(self.sparsity, rows, chosen, 1 - p, self._whole(blocks))
-        return asked
-
-    def foresee(self, model: PreTrainedModel) -> list[dict[str, int]]:
-        asked, blocks = self.check(model), blocks_of(model)
-        rows, p = (
-            [(block, group) for block in blocks for group in block.groups(unit(asked))],
-            self._budget(blocks, asked),
-        )
-        heads = by_window(model, rows)
+    def predict_sizes(self, model: PreTrainedModel, constraint: Constraint = FREE) -> list[dict[str, int]]:
+        blocks = blocks_of(model)
+        p = self._fraction(blocks, constraint)
+        budget = self._budget(blocks, p, constraint)
+        heads = attention_by_window(model, budget.rows)
         if self.structure == "AL-AM":
-            return distinct(rows, self._contests(rows, heads, p, asked))
+            return distinct(budget.rows, self._contests(budget, heads, p))
         if self.structure == "UL-UM":
-            cases = [[len(group) - removed_alike(p, len(group)) for _, group in rows]]
+            cases = [[size - removed_alike(p, size) for size in budget.sizes]]
         else:
-            cases = self._mixes(rows, heads, p)
-        if asked != FREE:
-            cases = [self._counts(rows, case, p, asked) for case in cases]
-        return distinct(rows, cases)
+            cases = self._mixes(budget.rows, heads, p)
+        if constraint != FREE:
+            cases = [self._counts(budget, case) for case in cases]
+        return distinct(budget.rows, cases)
 
-    def work(self, model: PreTrainedModel, count: int, length: int) -> Work:
+    def work(self, model: PreTrainedModel, count: int, length: int, constraint: Constraint = FREE) -> Work:
         """The walk that restores; compensation needs none."""
         if self.repair != "restore":
             return Work()
-        return self.repair_work(model, count * length, length, unit(self.check(model)))
+        return self.repair_work(model, count * length, length, unit(constraint))
 
-    def _contests(self, rows: Rows, heads: list[int], p: float, asked: Constraint) -> list[list[int]]:
+    def _contests(self, budget: Budget, heads: list[int], p: float) -> list[list[int]]:
         """What can come of one ranking: a typical case, and the extremes in which heads or channels go first.
 
         The ranking ends within half a unit of the budget, which counts a bias for every group.
         """
-        costs, sizes = [block.cost(group) for block, group in rows], [len(group) for _, group in rows]
-        check_best(costs, sizes, p)
+        rows, costs, free = budget.rows, budget.costs, budget.constraint == FREE
+        check_best(costs, budget.sizes, p)
         allowed = [
-            range(1, size + 1) if asked == FREE else asked.counts(*row) for row, size in zip(rows, sizes, strict=True)
+            range(1, len(group) + 1) if free else budget.constraint.counts(block, group) for block, group in rows
         ]
         channels = [i for i in range(len(rows)) if i not in set(heads)]
         steps = [costs[i] * (allowed[i][-1] - allowed[i][-2] if len(allowed[i]) > 1 else 1) for i in range(len(rows))]
-        slack = (max(steps) if asked == FREE else max(steps[i] for i in channels)) / 2
-        target = (1 - p) * sum(map(operator.mul, costs, sizes))
+        slack = (max(steps) if free else max(steps[i] for i in channels)) / 2
+        target = budget.keep * budget.whole
         biases = sum(block.absent_bias(group) for block, group in rows) if self.biased else 0
         most, least = target + slack + biases, target - slack - biases - max(steps[i] for i in channels)
-        typical = (
-            self._typical(rows, heads, channels, p)
-            if asked == FREE
-            else self._counts(rows, self._rehearsed(rows, p), p, asked)
-        )
-        every, room = sum(costs[i] * allowed[i][-1] for i in range(len(rows))), _room(costs, allowed, channels)
-        cases = [typical]
+        room = sum(costs[i] * (allowed[i][-1] - allowed[i][0]) for i in channels)
+        every = sum(costs[i] * allowed[i][-1] for i in range(len(rows)))
+        cases = [self._typical(rows, heads, channels, p) if free else self._counts(budget, self._rehearsed(budget))]
         for limit, even in ((most, True), (least, False)):
             channels_first = [channels] if room >= every - limit else [channels, heads]
             for phases in (channels_first, [heads[::-1], channels]):
-                cases.append(thinned(rows, allowed, phases, limit, even))
+                cases.append(extreme_sizes(rows, allowed, phases, limit, even))
         return cases
 
     def _typical(self, rows: Rows, heads: list[int], channels: list[int], p: float) -> list[int]:
@@ -237,13 +211,19 @@ class FLAP(Repairing):
             return sum(len(group) * block.cost(group) for block in blocks for group in block.groups())
         return sum(block.parameters() for block in blocks)
 
-    def _budget(self, blocks: list[Block], asked: Constraint = FREE) -> float:
+    def _fraction(self, blocks: list[Block], constraint: Constraint) -> float:
         """The fraction of prunable parameters to remove (p)."""
-        attention, what = unit(asked), "what FLAP prunes"
+        attention, what = unit(constraint), "what FLAP prunes"
         if self.sparsity_of == "linears":
-            prunable = sum(len(group) * block.cost(group) for block in blocks for group in block.groups(attention))
-            return rescale(self.sparsity, self._whole(blocks), prunable, what)
+            return rescale(self.sparsity, self._whole(blocks), Budget(blocks, 1.0, attention=attention).whole, what)
         return fraction_to_remove(self.sparsity, blocks, attention, what, biased=self.biased)
+
+    def _budget(self, blocks: list[Block], p: float, constraint: Constraint) -> Budget:
+        each_block = self.structure.startswith("UL")
+        budget = Budget(blocks, 1 - p, constraint, unit(constraint), each_block)
+        if constraint != FREE:
+            budget.check(self.sparsity, self._whole(blocks), self._counts(budget, self._rehearsed(budget)))
+        return budget
 
     def _score(self, block: Block, group: Group, moments: Moments) -> Tensor:  # [units, columns per unit]
         weight = block.weight(group).double()
@@ -260,33 +240,25 @@ class FLAP(Repairing):
             return [top_k(s.sum(1), len(s) - removed_alike(p, len(s))) for *_, s in scores]
         return self._mixed(scores, p)
 
-    def _fitted(
-        self, scores: list[tuple[Block, Group, Tensor]], chosen: list[Tensor], p: float, asked: Constraint
-    ) -> list[Tensor]:
-        """The best units of each group, as many as a constraint allows: near the number that was chosen."""
-        rows = [(block, group) for block, group, _ in scores]
-        counts = self._counts(rows, [len(keep) for keep in chosen], p, asked)
-        return [top_k(score.sum(1), count) for (*_, score), count in zip(scores, counts, strict=True)]
-
-    def _counts(self, rows: Rows, wanted: Sequence[float], p: float, asked: Constraint) -> list[int]:
+    def _counts(self, budget: Budget, wanted: Sequence[float]) -> list[int]:
         """Units to keep in each group; a given number of heads is settled first, and channels give the rest."""
-        each_block = self.structure.startswith("UL")
+        rows, costs = budget.rows, budget.costs
         kinds = {kind: [i for i, (_, g) in enumerate(rows) if g.kind == kind] for kind in ("attention", "ffn")}
         if not self.structure.endswith("MM") or not kinds["attention"]:
-            return fit(rows, wanted, 1 - p, asked, each_block)
-        costs = [block.cost(group) for block, group in rows]
-        left, counts = (1 - p) * sum(cost * len(g) for cost, (_, g) in zip(costs, rows, strict=True)), {}
+            return budget.fit(wanted)
+        left, counts = budget.keep * budget.whole, {}
         for kind, own in kinds.items():
             share = sum(costs[i] * wanted[i] for i in own) if kind == "attention" else left
-            keep = share / sum(costs[i] * len(rows[i][1]) for i in own)
-            found = fit([rows[i] for i in own], [wanted[i] for i in own], keep, asked, each_block)
+            keep = share / sum(costs[i] * budget.sizes[i] for i in own)
+            every = [rows[i] for i in own], [wanted[i] for i in own]
+            found = fit(*every, keep, budget.constraint, budget.each_block)
             counts |= dict(zip(own, found, strict=True))
             left -= sum(costs[i] * counts[i] for i in own)
         return [counts[i] for i in range(len(rows))]
 
-    def _rehearsed(self, rows: Rows, p: float) -> list[float]:
+    def _rehearsed(self, budget: Budget) -> list[float]:
         """How many units each group would keep if all scores were alike."""
-        wanted = [len(group) * (1 - p) for _, group in rows]
+        rows, wanted = budget.rows, budget.alike
         if not self.structure.endswith("MM"):
             return wanted
         gone = self.remove_heads / max(1, sum(group.kind == "attention" for _, group in rows))
@@ -372,11 +344,6 @@ def standardised(score: Tensor) -> Tensor:  # [units, channels per unit] -> [uni
     if score.numel() < 2 or not score.std():
         return torch.zeros(len(score), dtype=score.dtype)
     return ((score - score.mean()) / score.std()).mean(1)
-
-
-def _room(costs: Sequence[int], allowed: Sequence[Sequence[int]], own: Sequence[int]) -> int:
-    """What some groups can give at most."""
-    return sum(costs[i] * (allowed[i][-1] - allowed[i][0]) for i in own)
 
 
 def removed_alike(p: float, size: int) -> int:

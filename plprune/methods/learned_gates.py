@@ -45,12 +45,13 @@ from plprune.architecture.blocks import Block, blocks_of
 from plprune.architecture.modules import innermost, matrix, on_device
 from plprune.io import distributed
 from plprune.io.progress import Progress
-from plprune.methods.base import Repairing, Rows, distinct, thinned
+from plprune.methods.base import Repairing
+from plprune.planning.extremes import distinct, extreme_sizes
 from plprune.planning.needs import Work
 from plprune.planning.sizes import block_flops
 from plprune.pruning.allocation import (
-    check_near,
-    fit,
+    Budget,
+    Rows,
     fraction_to_remove,
     global_ranking,
     importance,
@@ -112,18 +113,6 @@ class LearnedGates(Repairing):
             are left out.
         repair: What is done for consumers that lose inputs, before the gains. none; compensate: their bias takes up
             what those gave on average; restore: what they keep does the work of those too, by least squares.
-        damping: Regularisation of a restoration, relative to the mean diagonal of the inputs' second moments. auto: of
-            0.0001, 0.001 and so on to 1, what does best on every fourth calibration window, held out for that.
-        bias: Whether a repair may give consumers a bias. Without it, a restoration is of inputs that are not centred.
-        target_parameters: How many parameters the whole model may have in the end, like 5.0B or 100M: `sparsity` is
-            then found by it, and what is given for it does not count.
-        target_memory: What its weights and the keys and values of `target_batch` sequences may take, like 8GiB or
-            500MB: likewise. Of two targets the stricter counts.
-        target_batch: Sequences for which `target_memory` has to do.
-        target_context: Tokens of each.
-        serve_on: Where the result must load: llama.cpp, vllm, transformers. Its sizes are then such as can be served
-            there, and its sparsity as near to the one asked for as that allows; what cannot be is refused.
-        tensor_parallel: Devices that will share the result: widths and heads are divisible by their number.
     """
 
     sparsity: float = 0.25
@@ -142,9 +131,12 @@ class LearnedGates(Repairing):
                 "`gain_rate` that is not negative"
             )
 
-    def prune(self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor]) -> PruningPlan:
-        calibration = Calibration.of(batches)
-        asked, p, mending = self.check(model), self._budget(blocks_of(model)), self.mending(calibration)
+    def prune(
+        self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor], constraint: Constraint = FREE
+    ) -> PruningPlan:
+        calibration, blocks = Calibration.of(batches), blocks_of(model)
+        p = self._fraction(blocks)
+        budget, repairer = self._budget(blocks, p, constraint), self.repairer(calibration)
         if journal_of(model) is not None:
             raise ValueError(
                 "gates are trained by gradients through the whole model: leave out --stream, or take CFSP, FASP, FLAP "
@@ -162,63 +154,54 @@ class LearnedGates(Repairing):
         lessons = self._lessons(model, calibration) if p else []
         if lessons:
             scores = self._learn_gates(model, rows, scores, p, lessons, calibration)
-        chosen = self._choose(rows, scores, p, asked)
+        chosen = self._choose(budget, scores, p)
         decided = [(block, group, keep) for (block, group), keep in zip(rows, chosen, strict=True)]
-        mending.carry_out(surgery, decided, "LearnedGates repair")
+        repairer.carry_out(surgery, decided, "LearnedGates repair")
         if lessons and self.gain_rate:
             self._learn_gains(surgery, lessons)
         return surgery.plan("LearnedGates", dataclasses.asdict(self), u)
 
-    def check(self, model: PreTrainedModel) -> Constraint:
-        asked, blocks = super().check(model), blocks_of(model)
-        p = self._budget(blocks)
-        if asked == FREE:
-            return asked
-        asked.check_heads(blocks)
-        rows = _rows(blocks)
-        check_near(self.sparsity, rows, self._alike(rows, p, asked), 1 - p, sum(b.parameters() for b in blocks))
-        return asked
-
-    def foresee(self, model: PreTrainedModel) -> list[dict[str, int]]:
-        asked, blocks = self.check(model), blocks_of(model)
-        rows, p = _rows(blocks), self._budget(blocks)
-        alike = self._alike(rows, p, asked)
-        if asked.uniform or len(rows) == 1 or not p:
-            return distinct(rows, [alike])
-        costs = [block.cost(group) for block, group in rows]
-        allowed = [range(1, len(g) + 1) if asked == FREE else asked.counts(b, g) for b, g in rows]
+    def predict_sizes(self, model: PreTrainedModel, constraint: Constraint = FREE) -> list[dict[str, int]]:
+        blocks = blocks_of(model)
+        p = self._fraction(blocks)
+        budget = self._budget(blocks, p, constraint)
+        sizes, costs = budget.sizes, budget.costs
+        if constraint == FREE:
+            alike = largest_remainder(sizes, max(len(sizes), round(sum(sizes) * (1 - p))))
+        else:
+            alike = budget.fit(budget.alike)
+        if constraint.uniform or len(blocks) == 1 or not p:
+            return distinct(budget.rows, [alike])
+        allowed = [range(1, len(g) + 1) if constraint == FREE else constraint.counts(b, g) for b, g in budget.rows]
         step = max(c * (a[-1] - a[-2] if len(a) > 1 else 1) for c, a in zip(costs, allowed, strict=True))
-        target = (1 - p) * sum(cost * len(group) for cost, (_, group) in zip(costs, rows, strict=True))
-        forth, limits = list(range(len(rows))), (target + step / 2, target - 1.5 * step)
+        target, forth = budget.keep * budget.whole, list(range(len(blocks)))
         cases = [
-            thinned(rows, allowed, [order], limit, even)
-            for limit in limits
+            extreme_sizes(budget.rows, allowed, [order], limit, even)
+            for limit in (target + step / 2, target - 1.5 * step)
             for order, even in ((forth, True), (forth, False), (forth[::-1], False))
         ]
-        return distinct(rows, [alike, *cases])
+        return distinct(budget.rows, [alike, *cases])
 
-    def work(self, model: PreTrainedModel, count: int, length: int) -> Work:
+    def work(self, model: PreTrainedModel, count: int, length: int, constraint: Constraint = FREE) -> Work:
         """A forward pass that asks the dense model; for every step of gates and of gains one and a backward pass, which
         keeps what it reads; and the walk that repairs.
         """
         blocks, size = blocks_of(model), next(model.parameters()).element_size()
         once = count * length * sum(block_flops(block, length) for block in blocks)
         kept = length * size * sum(8 * model.config.hidden_size + 4 * block.channels for block in blocks)
-        mending = self.repair_work(model, count * length, length, "none")
+        repairs = self.repair_work(model, count * length, length, "none")
         passes = self.passes * (2 if self.gain_rate else 1)
         taught = count * length * LIKELIEST * 8
-        return Work((1 + 3 * passes) * once + mending.flops, mending.single, taught + max(kept, mending.bytes))
+        return Work((1 + 3 * passes) * once + repairs.flops, repairs.single, taught + max(kept, repairs.bytes))
 
-    def _budget(self, blocks: Sequence[Block]) -> float:
+    def _fraction(self, blocks: Sequence[Block]) -> float:
         """The fraction of the FFN channels to remove (p)."""
         return fraction_to_remove(self.sparsity, blocks, "none", "the FFN", biased=self.biased)
 
-    def _alike(self, rows: Rows, p: float, asked: Constraint) -> list[int]:
-        """Units to keep in each group if all gates were alike."""
-        sizes = [len(group) for _, group in rows]
-        if asked == FREE:
-            return largest_remainder(sizes, max(len(sizes), round(sum(sizes) * (1 - p))))
-        return fit(rows, [n * (1 - p) for n in sizes], 1 - p, asked, asked.uniform)
+    def _budget(self, blocks: Sequence[Block], p: float, constraint: Constraint) -> Budget:
+        budget = Budget(blocks, 1 - p, constraint, each_block=constraint.uniform)
+        budget.check(self.sparsity)
+        return budget
 
     def _lessons(self, model: PreTrainedModel, calibration: Calibration) -> list[Lesson]:
         """The lesson of each step, by the model before it is pruned."""
@@ -262,11 +245,11 @@ class LearnedGates(Repairing):
         for (block, path), (_, gain) in zip(places, gains, strict=True):
             surgery.scale(block, path, gain)
 
-    def _choose(self, rows: Rows, scores: list[Tensor], p: float, asked: Constraint) -> list[Tensor]:
-        chosen = global_ranking(scores, [block.cost(group) for block, group in rows], p)
-        if asked == FREE:
+    def _choose(self, budget: Budget, scores: list[Tensor], p: float) -> list[Tensor]:
+        chosen = global_ranking(scores, budget.costs, p)
+        if budget.constraint == FREE:
             return chosen
-        counts = fit(rows, [len(keep) for keep in chosen], 1 - p, asked, asked.uniform)
+        counts = budget.fit([len(keep) for keep in chosen])
         return [top_k(score, count) for score, count in zip(scores, counts, strict=True)]
 
 
@@ -433,7 +416,3 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for p in trainable:
             p.requires_grad_(True)
-
-
-def _rows(blocks: Sequence[Block]) -> Rows:
-    return [(block, block.groups("none")[0]) for block in blocks]

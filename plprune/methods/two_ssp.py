@@ -28,13 +28,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune.architecture.blocks import Block, Group, blocks_of
+from plprune.architecture.blocks import Block, blocks_of
 from plprune.io import distributed
 from plprune.io.progress import Progress
 from plprune.methods.base import Repairing
 from plprune.planning.needs import Work
 from plprune.planning.sizes import block_flops, windows
-from plprune.pruning.allocation import check_near, check_sparsity, fit, importance, top_k
+from plprune.pruning.allocation import Budget, check_sparsity, importance, top_k
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.constraints import FREE, Constraint
 from plprune.pruning.forward import evaluating, finish, record, run_block
@@ -60,20 +60,6 @@ class TwoSSP(Repairing):
         drop_attentions: Attention sub-blocks that the second stage drops; if not given, the paper's balance decides;
             0 leaves the second stage out.
         stage2_samples: Calibration windows that judge each candidate of the second stage.
-        repair: What is done for consumers that lose inputs. none; compensate: their bias takes up what those gave on
-            average; restore: what they keep does the work of those too, by least squares.
-        damping: Regularisation of a restoration, relative to the mean diagonal of the inputs' second moments. auto: of
-            0.0001, 0.001 and so on to 1, what does best on every fourth calibration window, held out for that.
-        bias: Whether a repair may give consumers a bias. Without it, a restoration is of inputs that are not centred.
-        target_parameters: How many parameters the whole model may have in the end, like 5.0B or 100M: `sparsity` is
-            then found by it, and what is given for it does not count.
-        target_memory: What its weights and the keys and values of `target_batch` sequences may take, like 8GiB or
-            500MB: likewise. Of two targets the stricter counts.
-        target_batch: Sequences for which `target_memory` has to do.
-        target_context: Tokens of each.
-        serve_on: Where the result must load: llama.cpp, vllm, transformers. Its sizes are then such as can be served
-            there, and its sparsity as near to the one asked for as that allows; what cannot be is refused.
-        tensor_parallel: Devices that will share the result: widths and heads are divisible by their number.
     """
 
     sparsity: float = 0.25
@@ -87,54 +73,42 @@ class TwoSSP(Repairing):
         if not self.alpha > 0 or self.stage2_samples < 1:
             raise ValueError("2SSP needs a positive `alpha`, and at least one window to judge by (`stage2_samples`)")
 
-    def prune(self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor]) -> PruningPlan:
-        calibration = Calibration.of(batches)
-        asked, mending = self.check(model), self.mending(calibration)
-        drop, fraction = self._shares(blocks_of(model), spared=asked.first_attention)
-        scores, distances = [], []
+    def prune(
+        self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor], constraint: Constraint = FREE
+    ) -> PruningPlan:
+        calibration, blocks = Calibration.of(batches), blocks_of(model)
+        drop, widths = self._sizes(blocks, constraint)
+        repairer, scores, distances = self.repairer(calibration), [], []
         for block, inputs in stream(model, calibration, "2SSP stage 1"):
             ((group, norms),) = observe(block, inputs, Norms, attention="none")
             scores.append((block, group, norms.mean))
             distances.append(inputs.influence.distance("angular"))
-        surgery, widths = Surgery(model), self._widths([(b, g) for b, g, _ in scores], fraction, asked)
-        chosen = [(block, group, top_k(score, n)) for (block, group, score), n in zip(scores, widths, strict=True)]
-        mending.carry_out(surgery, chosen, "2SSP repair")
+        surgery = Surgery(model)
+        chosen = [(block, group, top_k(score, widths[group.name])) for block, group, score in scores]
+        repairer.carry_out(surgery, chosen, "2SSP repair")
         if drop:
             windows = calibration.windows(self.stage2_samples)
             with evaluating(model):
                 stage = SecondStage(surgery, windows, calibration.device or model.device, calibration.group)
-                stage.drop(drop, first=int(asked.first_attention))
+                stage.drop(drop, first=int(constraint.first_attention))
         return surgery.plan("TwoSSP", dataclasses.asdict(self), importance(distances))
 
-    def conflicts(self, asked: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
+    def conflicts(self, constraint: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
         drop = self.drop_attentions if blocks is None else self._shares(list(blocks))[0]
-        reasons = ["no attention may leave: set `drop_attentions` to 0"] if asked.every_attention and drop else []
-        return reasons + super().conflicts(asked, blocks)
+        reasons = ["no attention may leave: set `drop_attentions` to 0"] if constraint.every_attention and drop else []
+        return reasons + super().conflicts(constraint, blocks)
 
-    def check(self, model: PreTrainedModel) -> Constraint:
-        asked, blocks = super().check(model), blocks_of(model)
-        _, fraction = self._shares(blocks, spared=asked.first_attention)
-        if asked == FREE:
-            return asked
-        asked.check_heads(blocks)
-        rows = [(block, block.groups("none")[0]) for block in blocks]
-        whole = sum(block.parameters() for block in blocks)
-        check_near(self.sparsity, rows, self._widths(rows, fraction, asked), fraction, whole)
-        return asked
-
-    def foresee(self, model: PreTrainedModel) -> list[dict[str, int]]:
-        asked, blocks = self.check(model), blocks_of(model)
-        drop, fraction = self._shares(blocks, spared=asked.first_attention)
-        rows = [(block, block.groups("none")[0]) for block in blocks]
-        widths = {group.name: n for (_, group), n in zip(rows, self._widths(rows, fraction, asked), strict=True)}
-        candidates = [b for b in blocks[int(asked.first_attention) :] if b.has_attention]
+    def predict_sizes(self, model: PreTrainedModel, constraint: Constraint = FREE) -> list[dict[str, int]]:
+        blocks = blocks_of(model)
+        drop, widths = self._sizes(blocks, constraint)
+        candidates = [b for b in blocks[int(constraint.first_attention) :] if b.has_attention]
         spread = [candidates[i * len(candidates) // drop] for i in range(drop)]
         cases = [
             widths | {block.groups()[0].name: 0 for block in gone} for gone in (spread, *_ends(model, candidates, drop))
         ]
         return [case for i, case in enumerate(cases) if case not in cases[:i]]
 
-    def work(self, model: PreTrainedModel, count: int, length: int) -> Work:
+    def work(self, model: PreTrainedModel, count: int, length: int, constraint: Constraint = FREE) -> Work:
         """The walk that repairs; the second stage: every candidate from its block on to the head, for each to drop."""
         blocks = blocks_of(model)
         drop, _ = self._shares(blocks)
@@ -146,11 +120,13 @@ class TwoSSP(Repairing):
         judging = trials * min(count, self.stage2_samples) * length * each
         return dataclasses.replace(repairs, flops=repairs.flops + judging)
 
-    def _widths(self, rows: list[tuple[Block, Group]], fraction: float, asked: Constraint) -> list[int]:
-        """FFN channels that each block keeps."""
-        if asked == FREE:
-            return [round(len(group) * fraction) for _, group in rows]
-        return fit(rows, [len(group) * fraction for _, group in rows], fraction, asked, each_block=True)
+    def _sizes(self, blocks: list[Block], constraint: Constraint) -> tuple[int, dict[str, int]]:
+        """Attentions to drop, and FFN channels that each block keeps."""
+        drop, fraction = self._shares(blocks, spared=constraint.first_attention)
+        budget = Budget(blocks, fraction, constraint, each_block=True)
+        budget.check(self.sparsity)
+        widths = map(round, budget.alike) if constraint == FREE else budget.fit(budget.alike)
+        return drop, {group.name: n for (_, group), n in zip(budget.rows, widths, strict=True)}
 
     def _shares(self, blocks: list[Block], spared: bool = False) -> tuple[int, float]:
         """Attentions to drop, of all but the first block's if that is spared, and the fraction of channels to keep."""

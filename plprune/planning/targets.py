@@ -1,8 +1,50 @@
-"""The sparsity that a target asks for."""
+"""What a pruned model may be at most, and the sparsity that this asks for."""
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import cast
+
+from plprune.io.checks import check_values
+from plprune.io.units import amount
+from plprune.planning.sizes import Ledger
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a pruned model may be at most: the sparsity is then found by it, and what is given for it does not count.
+
+    Of two limits the stricter counts; without any there is no target.
+
+    Args:
+        parameters: How many parameters the whole model may have, like 5.0B or 100M.
+        memory: What its weights and the keys and values of `batch` sequences may take, like 8GiB or 500MB.
+        batch: Sequences for which `memory` has to do.
+        context: Tokens of each.
+    """
+
+    parameters: int | str | None = None
+    memory: int | str | None = None
+    batch: int = 1
+    context: int = 4096
+
+    def __post_init__(self) -> None:
+        check_values(self, "target.")
+        if self.batch < 1 or self.context < 1:
+            raise ValueError("target.memory is of at least one sequence of one token: target.batch and target.context")
+        _ = self.limits
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """Parameters, and bytes of memory; empty if there is no target."""
+        given = {"parameters": (self.parameters, ""), "memory": (self.memory, "B")}
+        return {name: amount(at, f"target.{name}", unit) for name, (at, unit) in given.items() if at is not None}
+
+    def sizes(self, ledger: Ledger, counts: Mapping[str, int] = {}) -> dict[str, int]:
+        """What a model would be, in terms of the limits, if its groups kept so many units."""
+        memory = ledger.memory(counts, self.batch, self.context)
+        every = {"parameters": ledger.parameters(counts), "memory": memory}
+        return {name: every[name] for name in self.limits}
 
 
 def solve(excess: Callable[[float], float | None], steps: int = 16) -> tuple[float, float]:

@@ -3,13 +3,17 @@ r"""How many units each block may keep: budgets, top-k, exact rounding, and bloc
 Symbols: B blocks, s sparsity, :math:`S_l` how far block l moves its hidden states, :math:`u_l` its importance.
 """
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from plprune.architecture.blocks import Attention, Block, Group
-from plprune.pruning.constraints import Constraint
+from plprune.pruning.constraints import FREE, Constraint
+
+Rows = Sequence[tuple[Block, Group]]
 
 NEAR = 0.05  # how far from the sparsity that is asked for a constraint may lead
 
@@ -172,7 +176,7 @@ def fitted(wanted: Sequence[float], counts: Sequence[Sequence[int]], costs: Sequ
 
 
 def fit(
-    rows: Sequence[tuple[Block, Group]],
+    rows: Rows,
     wanted: Sequence[float],
     keep: float,
     asked: Constraint,
@@ -202,9 +206,7 @@ def fit(
     return chosen
 
 
-def check_near(
-    sparsity: float, rows: Sequence[tuple[Block, Group]], chosen: Sequence[int], keep: float, of: int
-) -> None:
+def check_near(sparsity: float, rows: Rows, chosen: Sequence[int], keep: float, of: int) -> None:
     """Makes sure that a constraint leads near enough to a budget: within 0.05, and at least half of the way.
 
     Args:
@@ -225,6 +227,73 @@ def check_near(
             f"sparsity {sparsity} is out of reach where `serve_on` and `tensor_parallel` say what sizes there can be: "
             f"the nearest is {max(0.0, sparsity - off):.3f}; ask for that, for another place or for fewer devices"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What blocks may keep of their groups, and the numbers of units that a constraint allows.
+
+    Args:
+        blocks: All blocks.
+        keep: The fraction of the groups' parameters to keep.
+        constraint: What allows only some numbers.
+        attention: The unit of attention that can leave, beside the FFN channels.
+        each_block: Whether each block has to keep its fraction under a constraint, and not only all together.
+    """
+
+    blocks: Sequence[Block]
+    keep: float
+    constraint: Constraint = FREE
+    attention: Attention = "none"
+    each_block: bool = False
+
+    @functools.cached_property
+    def rows(self) -> Rows:
+        """The blocks with their groups."""
+        return [(block, group) for block in self.blocks for group in block.groups(self.attention)]
+
+    @functools.cached_property
+    def sizes(self) -> list[int]:
+        """The units that each group has."""
+        return [len(group) for _, group in self.rows]
+
+    @functools.cached_property
+    def costs(self) -> list[int]:
+        """The parameters of one unit of each group."""
+        return [block.cost(group) for block, group in self.rows]
+
+    @property
+    def whole(self) -> int:
+        """The parameters of all groups."""
+        return sum(cost * size for cost, size in zip(self.costs, self.sizes, strict=True))
+
+    @property
+    def alike(self) -> list[float]:
+        """The same fraction of each group."""
+        return [size * self.keep for size in self.sizes]
+
+    def fit(self, wanted: Sequence[float]) -> list[int]:
+        """Units to keep in each group, as by :func:`fit`."""
+        return fit(self.rows, wanted, self.keep, self.constraint, self.each_block)
+
+    def check(self, sparsity: float, of: int | None = None, chosen: Sequence[int] | None = None) -> None:
+        """Makes sure that the constraint can be met, near enough to the sparsity that is asked for.
+
+        Args:
+            sparsity: That.
+            of: The parameters of which it is a fraction; all of the blocks' if not given.
+            chosen: Units that each group keeps if nothing is known of the data; if not given, the same fraction.
+
+        Raises:
+            ValueError: It cannot.
+        """
+        if self.constraint == FREE:
+            return
+        if self.attention == "none":
+            self.constraint.check_heads(self.blocks)
+        chosen = self.fit(self.alike) if chosen is None else chosen
+        of = sum(block.parameters() for block in self.blocks) if of is None else of
+        check_near(sparsity, self.rows, chosen, self.keep, of)
 
 
 def importance(distances: Sequence[float], gain: float = 1.0) -> Tensor:  # [B]

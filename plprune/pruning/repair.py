@@ -39,7 +39,7 @@ DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of which `auto` takes one
 
 
 @dataclass(frozen=True)
-class Mending:
+class Repairer:
     """How the consumers of what is removed are repaired.
 
     Args:

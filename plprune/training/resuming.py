@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from plprune.methods.base import PruningMethod
+from plprune.methods.run import Request
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +66,8 @@ def asked(trainer: pl.Trainer, module: Any, data: Any, contents: Mapping[str, st
     run |= {f"trainer.{name}": value for name, value in length(trainer).items()}
     run |= {f"trainer.{name}": _plain(getattr(trainer, name)) for name in COUNTED}
     own: list[Any] = list(getattr(trainer, "callbacks", []))
-    methods = [each.method for each in own if isinstance(getattr(each, "method", None), PruningMethod)]
-    run |= _setting("method", methods[0] if methods else None)
+    requests = [each.request for each in own if isinstance(getattr(each, "request", None), Request)]
+    run |= _request(requests[0]) if requests else _setting("method", None)
     named = dict(getattr(data, "sources", {}))
     places = {"model.name_or_path": getattr(module, "name_or_path", None)}
     places |= {f"data.{part}": named.get(part) for part in ("train", "validation")}
@@ -170,6 +170,12 @@ def _setting(name: str, value: Any) -> Run:
         return {name: _plain(value)}
     inner = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
     return {name: type(value).__name__} | {f"{name}.{key}": _plain(each) for key, each in inner.items()}
+
+
+def _request(request: Request) -> Run:
+    """What was asked of a pruning."""
+    place = {"serve_on": _plain(list(request.serve_on)), "tensor_parallel": request.tensor_parallel}
+    return _setting("method", request.method) | _setting("target", request.target) | place
 
 
 def _plain(value: Any) -> Any:

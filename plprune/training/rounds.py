@@ -59,11 +59,11 @@ def check(config: Config, rounds: int) -> None:
     Raises:
         ValueError: It cannot.
     """
-    trainer, method = config["trainer"], _method(config)
+    trainer, target = config["trainer"], _prune(config).get("target") or {}
     if trainer["max_steps"] < rounds:
         raise ValueError(f"{rounds} rounds share trainer.max_steps, which is {trainer['max_steps']}: give more")
-    if method.get("target_parameters") or method.get("target_memory"):
-        raise ValueError("rounds share a sparsity: give that in the place of targets")
+    if target.get("parameters") or target.get("memory"):
+        raise ValueError("rounds share a sparsity: give that in the place of a target")
     if trainer.get("fast_dev_run"):
         raise ValueError("a dry run saves no model for the next round to begin with: try it without --rounds")
     if config.get("ckpt_path"):
@@ -83,7 +83,7 @@ def config_of(config: Config, i: int, rounds: int, sparsity: float, steps: int) 
     _method(own)["sparsity"] = sparsity
     if i:
         own["model"]["name_or_path"] = str(exported(config, i))
-        _callbacks(own, "Prune")[0]["again"] = True
+        _prune(own)["again"] = True
         own["data"]["seed"] += i if own["data"]["validation"] else 0
     if i < rounds - 1:
         own["trainer"]["default_root_dir"] = str(exported(config, i + 1).parent)
@@ -133,7 +133,12 @@ def _overwrites(config: Config) -> bool:
 
 
 def _method(config: Config) -> dict[str, Any]:
-    """The settings of the method.
+    """The settings of the method."""
+    return _prune(config)["method"]["init_args"]
+
+
+def _prune(config: Config) -> dict[str, Any]:
+    """The settings of the pruning.
 
     Raises:
         ValueError: There is none, or more than one.
@@ -141,7 +146,7 @@ def _method(config: Config) -> dict[str, Any]:
     found = _callbacks(config, "Prune")
     if len(found) != 1:
         raise ValueError(f"rounds need one Prune among trainer.callbacks, and there are {len(found)}")
-    return found[0]["method"]["init_args"]
+    return found[0]
 
 
 def _callbacks(config: Config, name: str) -> list[dict[str, Any]]:

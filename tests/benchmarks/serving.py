@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plprune import CFSP, FASP, FLAP, PruningMethod, TwoSSP, perplexity, prune
+from plprune import CFSP, FASP, FLAP, PruningMethod, TwoSSP, perplexity
 from plprune.checkpoint.load import load_model, load_tokenizer
 from plprune.io.sources import PYDOC
 from plprune.io.tables import markdown
 from plprune.io.text import draw, split, tokenised
+from plprune.methods import Request
 from tests.shared import SMOLLM2
 
 SPARSITY, SEED = 0.25, 0
@@ -42,10 +43,10 @@ def windows(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     return calibration, torch.as_tensor(held_out[0][: args.windows * args.seq_len]).view(args.windows, args.seq_len)
 
 
-def measured(method: PruningMethod | None, calibration: Tensor, evaluation: Tensor) -> dict[str, float]:
+def measured(request: Request | None, calibration: Tensor, evaluation: Tensor) -> dict[str, float]:
     """What pruning leaves, and how long it takes with the evaluation."""
     start, model = time.perf_counter(), load_model(SMOLLM2)
-    reached = prune(model, method, list(calibration.split(4)), SEED).reached if method else 0.0
+    reached = request.prune(model, list(calibration.split(4)), SEED).reached if request else 0.0
     found = perplexity(model, list(evaluation.split(4)))
     return {"perplexity": found, "reached": reached, "seconds": time.perf_counter() - start}
 
@@ -68,12 +69,12 @@ def main() -> None:
     args = parser.parse_args()
     results = json.loads(args.results.read_text()) if args.results.exists() else {}
     calibration, evaluation = windows(args)
-    cells: list[tuple[str, PruningMethod | None]] = [("dense", None)]
+    cells: list[tuple[str, Request | None]] = [("dense", None)]
     for name, (method, settings, places) in METHODS.items():
-        cells += [(f"{name} / {p}", method(SPARSITY, serve_on=PLACES[p], **settings)) for p in places]
-    for name, method in cells:
+        cells += [(f"{name} / {p}", Request(method(SPARSITY, **settings), serve_on=PLACES[p])) for p in places]
+    for name, request in cells:
         if name not in results:
-            results[name] = measured(method, calibration, evaluation)
+            results[name] = measured(request, calibration, evaluation)
             args.results.write_text(json.dumps(results, indent=1))
             print(f"{name}: {results[name]}", flush=True)
     print(f"calibration {calibration.numel()} tokens, seed {SEED}; evaluation {evaluation.numel()} tokens; {args.text}")

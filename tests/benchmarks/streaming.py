@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from plprune import CFSP, FASP, FLAP, Calibration, PruningMethod, TwoSSP
 from plprune.architecture.blocks import blocks_of
 from plprune.checkpoint.weights import INDEX
+from plprune.methods import Request
 from plprune.streaming import open_streamed, prune_streamed
 
 METHODS: dict[str, PruningMethod] = {
@@ -94,7 +95,7 @@ def run(pipe: Connection, folder: Path, args: argparse.Namespace, method: Prunin
     before, start = status(), time.monotonic()
     pipe.send("start")
     pipe.recv()
-    prune_streamed(model, method, text, folder.parent / "out")
+    prune_streamed(model, Request(method), text, folder.parent / "out")
     peak = torch.cuda.max_memory_allocated() / GB if device.type == "cuda" else 0.0
     pipe.send(
         {

@@ -20,6 +20,7 @@ from plprune.checkpoint.load import load_model, load_skeleton, rebuilt
 from plprune.checkpoint.stored import weight_files
 from plprune.checkpoint.weights import INDEX, SINGLE, check_saved, files, once
 from plprune.export import decilm, gguf
+from plprune.methods import Request
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.plan import FILE, PruningPlan
 from plprune.pruning.surgery import plan_of
@@ -78,7 +79,7 @@ def test_a_head_of_its_own_stays_its_own(denied: Path, method: PruningMethod) ->
     expected = logits(model)
     save_pruned(model, denied.with_name("memory"))
     assert_loads(denied.with_name("memory"), expected)
-    prune_streamed(open_streamed(str(denied)), method, BATCHES, denied.with_name("stream"), seed=3)
+    prune_streamed(open_streamed(str(denied)), Request(method), BATCHES, denied.with_name("stream"), seed=3)
     assert_loads(denied.with_name("stream"), expected)
     assert PruningPlan.load(denied.with_name("stream")).digest == plan.digest
     save_pruned(rebuilt(model, dict(merged_state(model, lambda p: p.detach()))), denied.with_name("fit"))
@@ -170,7 +171,7 @@ def test_what_is_not_finite_is_not_saved_by_streaming(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model")
     rewrite(tmp_path / "model" / SINGLE, lambda state: state["model.norm.weight"].fill_(torch.nan))
     with pytest.raises(ValueError, match=r"model\.norm\.weight is not finite"):
-        prune_streamed(open_streamed(folder), CFSP(0.0), BATCHES, tmp_path / "out")
+        prune_streamed(open_streamed(folder), Request(CFSP(0.0)), BATCHES, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -256,7 +257,7 @@ def test_the_plan_is_not_taken_for_weights(method: PruningMethod, tmp_path: Path
     prune(model, method, BATCHES)
     save_pruned(model, tmp_path / "whole")
     save_pruned(model, tmp_path / "sharded", max_shard_size="20KB")
-    prune_streamed(open_streamed(folder), method, BATCHES, tmp_path / "streamed")
+    prune_streamed(open_streamed(folder), Request(method), BATCHES, tmp_path / "streamed")
     for out in (tmp_path / "whole", tmp_path / "sharded", tmp_path / "streamed"):
         files = list(taken(out))
         assert FILE not in files

@@ -20,7 +20,7 @@ import torch
 import yaml
 
 import plprune
-from plprune import CFSP, FASP, FLAP, Calibration, PruningMethod, TwoSSP, perplexity, prune
+from plprune import CFSP, FASP, FLAP, Calibration, PruningMethod, Target, TwoSSP, perplexity, prune
 from plprune.checkpoint.load import load_model, load_tokenizer
 from plprune.cli import main
 from plprune.comparison import bench
@@ -31,6 +31,7 @@ from plprune.comparison.table import comparison_table
 from plprune.evaluation.perplexity import Protocol
 from plprune.io.cache import sources
 from plprune.io.text import draw, tokenised
+from plprune.methods import Request
 from plprune.recovery.lora import LoRA
 from plprune.report.found import as_it_is
 from tests.builders import jsonl, numbers, save_tiny
@@ -291,10 +292,13 @@ def test_a_method_is_another_once_its_source_is(tmp_path: Path, monkeypatch: pyt
     source = "from plprune import CFSP\n\n\nclass Mine(CFSP):\n    pass\n"
     (tmp_path / "mine.py").write_text(source)
     own: PruningMethod = import_module("mine").Mine()
-    before = identity(own)
+    before = identity(Request(own))
     (tmp_path / "mine.py").write_text(source + "\n# another\n")
-    assert identity(own) != before
-    assert identity(CFSP()) == identity(CFSP()) != identity(CFSP(a=2.0))
+    assert identity(Request(own)) != before
+    same = identity(Request(CFSP()))
+    assert identity(Request(CFSP())) == same
+    for other in (Request(CFSP(a=2.0)), Request(CFSP(), Target(35_000)), Request(CFSP(), serve_on=["vllm"])):
+        assert identity(other) != same
 
 
 def test_a_helper_beside_a_method_is_of_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,13 +315,12 @@ def test_a_helper_beside_a_method_is_of_its_source(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["pruning/repair", "pruning/surgery", "pruning/allocation", "pruning/stream", "planning/sizes", "methods/cfsp"],
+    "name", ["pruning/repair", "pruning/surgery", "pruning/allocation", "planning/sizes", "methods/run", "methods/cfsp"]
 )
 def test_a_pruning_is_another_once_what_it_is_made_with_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = identity(CFSP()), identity(FASP())
+    before = identity(Request(CFSP())), identity(Request(FASP()))
     edit(name, monkeypatch)
-    after = identity(CFSP()), identity(FASP())
+    after = identity(Request(CFSP())), identity(Request(FASP()))
     assert after[0] != before[0]
     assert (after[1] == before[1]) == (name == "methods/cfsp")  # a method costs only itself
 

@@ -28,7 +28,7 @@ def test_a_recovered_model_is_the_same_everywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fit = ["fit", "--config", str(ROOT / "configs/quickstart.yaml"), "--trainer.callbacks.method", "FLAP"]
-    fit += ["--trainer.callbacks.method.sparsity", "0.25", "--trainer.callbacks.method.serve_on", "[llama.cpp]"]
+    fit += ["--trainer.callbacks.method.sparsity", "0.25", "--trainer.callbacks.serve_on", "[llama.cpp]"]
     fit += ["--trainer.max_steps", "2", "--trainer.logger", "false"]
     fit += ["--data.num_samples", "8", "--data.seq_len", "128", "--data.max_windows", "4"]
     monkeypatch.chdir(tmp_path)
@@ -67,7 +67,7 @@ def test_lm_eval_judges_a_folder_without_plprune(tmp_path: Path) -> None:
 @needs_llama_cpp
 def test_a_second_family_is_the_same_everywhere(tmp_path: Path) -> None:
     prune = ["prune", gemma(tmp_path), "--method", "FASP", "--num_samples", "4", "--seq_len", "128"]
-    prune += ["--method.attention", "none", "--method.bias", "false", "--method.serve_on", "[llama.cpp]"]
+    prune += ["--method.attention", "none", "--method.bias", "false", "--serve_on", "[llama.cpp]"]
     main([*prune, "--method.sparsity", "0.2", "--output", str(tmp_path / "model")])
     main(["export", str(tmp_path / "model"), "--output", str(tmp_path / "out")])
     rows = rows_of(tmp_path / "out")

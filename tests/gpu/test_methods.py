@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from plprune import FASP, PruningPlan, load_pruned, perplexity, prune
 from plprune.checkpoint.load import load_model
+from plprune.methods import Request
 from plprune.pruning import surgery
 from plprune.pruning.calibration import Calibration
 from plprune.streaming import open_streamed, place_of_journal, prune_streamed
@@ -82,7 +83,7 @@ def test_bfloat16(name: str, device: torch.device) -> None:
 def test_a_model_that_streams_from_disk_is_pruned_as_in_memory(name: str, device: torch.device, tmp_path: Path) -> None:
     folder, calibration = save(tmp_path / "model"), Calibration(TEXT, device, "disk")
     network, expected = pruned(name, device, load_model(folder))
-    found = prune_streamed(open_streamed(folder), method(name), calibration, tmp_path / "out", tokenizer())
+    found = prune_streamed(open_streamed(folder), Request(method(name)), calibration, tmp_path / "out", tokenizer())
     assert unlike(found, expected) == 0
     again = load_pruned(tmp_path / "out")
     for ours, theirs in zip(again.parameters(), network.parameters(), strict=True):
@@ -95,7 +96,7 @@ def test_a_stopped_streaming_run_goes_on_there(
 ) -> None:
     folder, calibration = save(tmp_path / "model"), Calibration(TEXT, device, "disk")
     how = method(name)
-    expected = prune_streamed(open_streamed(folder), how, calibration, tmp_path / "whole")
+    expected = prune_streamed(open_streamed(folder), Request(how), calibration, tmp_path / "whole")
     keep, calls = surgery.Surgery.keep, []
 
     def stopping(*args: Any, **kwargs: Any) -> None:
@@ -107,9 +108,9 @@ def test_a_stopped_streaming_run_goes_on_there(
     with monkeypatch.context() as patch:
         patch.setattr(surgery.Surgery, "keep", stopping)
         with pytest.raises(KeyboardInterrupt):
-            prune_streamed(open_streamed(folder), how, calibration, tmp_path / "out")
+            prune_streamed(open_streamed(folder), Request(how), calibration, tmp_path / "out")
     assert place_of_journal(tmp_path / "out").exists()
-    found = prune_streamed(open_streamed(folder), how, calibration, tmp_path / "out", resume=True)
+    found = prune_streamed(open_streamed(folder), Request(how), calibration, tmp_path / "out", resume=True)
     assert found.digest == expected.digest
     whole, stopped = load_pruned(tmp_path / "whole"), load_pruned(tmp_path / "out")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), stopped.parameters(), strict=True))

@@ -24,6 +24,7 @@ from plprune import (
     save_pruned,
 )
 from plprune.architecture.blocks import blocks_of
+from plprune.methods import Request
 from plprune.pruning.allocation import top_k
 from plprune.pruning.surgery import Surgery, plan_of
 from tests.builders import tiny, windows
@@ -64,7 +65,7 @@ def test_a_plan_says_where_it_came_from() -> None:
     assert plan.origin["versions"]["torch"] == version("torch")
     assert set(plan.origin["versions"]) == {"python", "plprune", "torch", "transformers"}
     assert plan.method == "FLAP"
-    assert plan.settings == dataclasses.asdict(FLAP(0.2))
+    assert plan.settings == Request(FLAP(0.2)).settings
     assert plan.config["model_type"] == "llama"
 
 

@@ -1,4 +1,4 @@
-"""What is foreseen against what pruning reaches, counts against the models themselves, and the plan that is printed."""
+"""What is predicted against what pruning reaches, counts against the models themselves, and the printed plan."""
 
 import copy
 import dataclasses
@@ -11,13 +11,14 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedModel
 
-from plprune import CFSP, FASP, FLAP, LearnedGates, PruningMethod, TwoSSP, prune
+from plprune import CFSP, FASP, FLAP, LearnedGates, Target, TwoSSP, prune
 from plprune.architecture.blocks import blocks_of
 from plprune.checkpoint import stock_config
 from plprune.checkpoint.load import load_skeleton
 from plprune.cli import main
 from plprune.export import decilm, fits
 from plprune.io.units import amount
+from plprune.methods import Request
 from plprune.planning import hardware, needs
 from plprune.planning import sizes as sizes_
 from plprune.planning.sizes import Ledger, Structure, rehearse, structure
@@ -53,80 +54,80 @@ def quick(family: str, name: str) -> bool:
     return family == "llama" or (family in QUICK and name in DEFAULTS)
 
 
-def assert_foreseen(model: PreTrainedModel, method: PruningMethod, seed: int = 1) -> None:
-    """What pruning reaches is within what was foreseen, and both ways of counting it agree; or both refuse."""
+def assert_predicted(model: PreTrainedModel, request: Request, seed: int = 1) -> None:
+    """What pruning reaches is within what was predicted, and both ways of counting it agree; or both refuse."""
     skeleton = bare(model)
     try:
-        foreseen, ledger = method.foresee(skeleton), Ledger(skeleton, method.biased)
+        predicted, ledger = request.predict_sizes(skeleton), Ledger(skeleton, request.method.biased)
     except ValueError as refusal:  # of more heads than the budget, for example
         with pytest.raises(ValueError, match=re.escape(str(refusal))):
-            prune(model, method, [windows(seed=seed)])
+            request.prune(model, [windows(seed=seed)])
         return
-    rehearsed = [rehearse(skeleton, case, method.biased) for case in foreseen]
+    rehearsed = [rehearse(skeleton, case, request.method.biased) for case in predicted]
     each = [structure(one, CONTEXT) for one in rehearsed]
-    assert [ledger.parameters(case) for case in foreseen] == [one.parameters for one in each]
+    assert [ledger.parameters(case) for case in predicted] == [one.parameters for one in each]
     memory = [one.weight_bytes + 3 * one.cache_bytes for one in each]
-    assert [ledger.memory(case, 3, CONTEXT) for case in foreseen] == memory
-    prune(model, method, [windows(seed=seed)])
+    assert [ledger.memory(case, 3, CONTEXT) for case in predicted] == memory
+    request.prune(model, [windows(seed=seed)])
     reached = structure(model, CONTEXT)
     for field in dataclasses.fields(Structure):
         sizes = [getattr(one, field.name) for one in each]
         assert min(sizes) <= getattr(reached, field.name) <= max(sizes), field.name
 
 
-# ---- what is foreseen
+# ---- what is predicted
 
 
 @pytest.mark.parametrize(
     ("family", "name"), [pytest.param(*pair, marks=[] if quick(*pair) else pytest.mark.slow) for pair in PAIRS]
 )
-def test_what_pruning_reaches_was_foreseen(family: str, name: str) -> None:
+def test_what_pruning_reaches_was_predicted(family: str, name: str) -> None:
     for sparsity in (0.1, 0.3):
-        assert_foreseen(tiny(family), (METHODS | REPAIRED)[name](sparsity=sparsity))
+        assert_predicted(tiny(family), Request((METHODS | REPAIRED)[name](sparsity=sparsity)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [0.05, 0.4, 0.5])
 @pytest.mark.parametrize("name", METHODS)
-def test_what_pruning_reaches_was_foreseen_at_any_sparsity(name: str, sparsity: float) -> None:
+def test_what_pruning_reaches_was_predicted_at_any_sparsity(name: str, sparsity: float) -> None:
     for family in QUICK:
-        assert_foreseen(tiny(family, seed=2), METHODS[name](sparsity=sparsity), 2)
+        assert_predicted(tiny(family, seed=2), Request(METHODS[name](sparsity=sparsity)), 2)
 
 
 @pytest.mark.parametrize(
-    "method",
+    "request_",
     [
-        CFSP(0.3, multiple_of=8),
-        CFSP(0.3, a=40.0, tensor_parallel=2),
-        FLAP(0.3, serve_on=["llama.cpp"]),
-        FLAP(0.5, serve_on=["llama.cpp"], tensor_parallel=2),
-        FLAP(0.3, structure="AL-MM", remove_heads=3, tensor_parallel=2),
-        FLAP(0.3, structure="UL-UM", repair="none"),
-        FASP(0.3, attention="kv_heads", serve_on=["llama.cpp"]),
-        TwoSSP(0.4, drop_attentions=1, serve_on=["llama.cpp"]),
-        TwoSSP(0.4, drop_attentions=1, serve_on=["llama.cpp"], repair="restore"),
-        CFSP(0.3, repair="compensate"),
+        Request(CFSP(0.3, multiple_of=8)),
+        Request(CFSP(0.3, a=40.0), tensor_parallel=2),
+        Request(FLAP(0.3), serve_on=["llama.cpp"]),
+        Request(FLAP(0.5), serve_on=["llama.cpp"], tensor_parallel=2),
+        Request(FLAP(0.3, structure="AL-MM", remove_heads=3), tensor_parallel=2),
+        Request(FLAP(0.3, structure="UL-UM", repair="none")),
+        Request(FASP(0.3, attention="kv_heads"), serve_on=["llama.cpp"]),
+        Request(TwoSSP(0.4, drop_attentions=1), serve_on=["llama.cpp"]),
+        Request(TwoSSP(0.4, drop_attentions=1, repair="restore"), serve_on=["llama.cpp"]),
+        Request(CFSP(0.3, repair="compensate")),
     ],
     ids=str,
 )
-def test_constraints_are_foreseen(method: PruningMethod) -> None:
-    assert_foreseen(tiny(intermediate_size=256), method)
+def test_sizes_under_constraints_are_predicted(request_: Request) -> None:
+    assert_predicted(tiny(intermediate_size=256), request_)
 
 
 @pytest.mark.parametrize("method", [CFSP, FASP, FLAP, LearnedGates, TwoSSP])
 def test_what_is_out_of_reach_is_so_beforehand(method: Any) -> None:
     with pytest.raises(ValueError, match="sparsity"):
-        method(sparsity=0.995).foresee(bare(tiny()))
+        method(sparsity=0.995).predict_sizes(bare(tiny()))
 
 
-def test_a_pruned_model_is_foreseen_too() -> None:
+def test_sizes_of_a_pruned_model_are_predicted_too() -> None:
     model = tiny(num_hidden_layers=4)
     prune(model, TwoSSP(0.3, drop_attentions=1), [windows()])
     method = FLAP(0.2)
-    foreseen = method.foresee(model)
+    predicted = method.predict_sizes(model)
     before = Ledger(model, method.biased)
     plan = prune(model, method, [windows()])
-    sizes = [before.parameters(case) for case in foreseen]
+    sizes = [before.parameters(case) for case in predicted]
     assert min(sizes) <= sum(plan.after) + plan.rest <= max(sizes)
 
 
@@ -215,7 +216,7 @@ def test_amounts_that_are_none(given: str | int, unit: str) -> None:
 @pytest.mark.parametrize("name", [name for name in METHODS if "MM" not in name])
 def test_a_target_of_parameters_is_met_from_below(name: str) -> None:
     model, asked = tiny(), 35_000
-    plan = prune(model, METHODS[name](target_parameters=asked), [windows()])
+    plan = prune(model, METHODS[name](), [windows()], target=Target(asked))
     reached = sum(p.numel() for p in model.parameters())
     loose = 0.06 if "FLAP" in name else 0.02  # a head, whose fate data decide, is 3% of the blocks here
     assert (1 - loose) * asked <= reached <= asked
@@ -230,8 +231,7 @@ def test_a_target_of_memory_pays_for_weights_and_cache(name: str, family: str, d
     model = tiny(family, tie_word_embeddings=family == "gemma2").to(dtype)  # type: ignore[arg-type]
     dense = structure(model, CONTEXT)
     asked = round(0.9 * (dense.weight_bytes + 4 * dense.cache_bytes))
-    own: dict[str, Any] = {"target_memory": asked, "target_batch": 4, "target_context": CONTEXT}
-    plan = prune(model, METHODS[name](**own), [windows()])
+    plan = prune(model, METHODS[name](), [windows()], target=Target(memory=asked, batch=4, context=CONTEXT))
     after = structure(model, CONTEXT)
     reached = after.weight_bytes + 4 * after.cache_bytes
     assert 0.7 * asked <= reached <= asked
@@ -240,37 +240,31 @@ def test_a_target_of_memory_pays_for_weights_and_cache(name: str, family: str, d
 
 def test_of_two_targets_the_stricter_counts() -> None:
     skeleton = bare(tiny())
-    one, other = CFSP(target_parameters=35_000), CFSP(target_memory="150KB", target_context=1)
-    both = CFSP(target_parameters=35_000, target_memory="150KB", target_context=1)
-    sparsities = [method.aimed(skeleton).sparsity for method in (one, other, both)]
+    targets = Target(35_000), Target(memory="150KB", context=1), Target(35_000, "150KB", context=1)
+    sparsities = [Request(CFSP(), target).resolve_target(skeleton).method.sparsity for target in targets]
     assert sparsities[2] == pytest.approx(max(sparsities[:2]), abs=2e-3)
     assert sparsities[0] != sparsities[1]
 
 
 def test_a_model_that_fits_is_left_as_it_is() -> None:
     model = tiny()
-    assert prune(model, CFSP(target_parameters="1M"), [windows()]).reached == 0
+    assert prune(model, CFSP(), [windows()], target=Target("1M")).reached == 0
 
 
 @pytest.mark.parametrize("method", [CFSP, FASP, FLAP, LearnedGates, TwoSSP])
 def test_a_target_out_of_reach_names_the_nearest(method: Any) -> None:
     skeleton = bare(tiny())
-    with pytest.raises(ValueError, match="target_parameters 10K is out of reach") as error:
-        method(target_parameters="10K").aimed(skeleton)
+    with pytest.raises(ValueError, match=r"target\.parameters 10K is out of reach") as error:
+        Request(method(), Target("10K")).resolve_target(skeleton)
     least = amount(str(error.value).partition("leaves is ")[2].split()[0], "least")
-    assert method(target_parameters=round(least * 1.01)).aimed(skeleton).sparsity < 1
+    assert Request(method(), Target(round(least * 1.01))).resolve_target(skeleton).method.sparsity < 1
 
 
 def test_targets_are_checked_at_once() -> None:
-    with pytest.raises(ValueError, match="target_memory is '8 pounds'"):
-        FLAP(target_memory="8 pounds")
+    with pytest.raises(ValueError, match=r"target\.memory is '8 pounds'"):
+        Target(memory="8 pounds")
     with pytest.raises(ValueError, match="at least one sequence"):
-        FLAP(target_memory="8GiB", target_batch=0)
-
-
-def test_a_method_with_a_target_does_not_prune_past_it() -> None:
-    with pytest.raises(ValueError, match=r"plprune\.prune"):
-        CFSP(target_parameters="30K").prune(tiny(), [windows()])
+        Target(memory="8GiB", batch=0)
 
 
 def test_the_least_sparsity_is_found_behind_gaps() -> None:
@@ -347,18 +341,18 @@ def test_a_bare_configuration_is_enough(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_the_formats_are_those_that_export_would_write(tmp_path: Path) -> None:
     skeleton = bare(tiny("llama", intermediate_size=512))
-    for method in (CFSP(0.2, serve_on=["vllm"]), CFSP(0.2), FASP(0.2)):
-        model = tiny("llama", intermediate_size=512)
-        foreseen = [fits.exports(rehearse(skeleton, case, method.biased)) for case in method.foresee(skeleton)]
-        prune(model, method, [windows()])
-        assert bool(decilm.refusals(model)) in {bool(each["decilm"]) for each in foreseen}
+    for request in (Request(CFSP(0.2), serve_on=["vllm"]), Request(CFSP(0.2)), Request(FASP(0.2))):
+        model, biased = tiny("llama", intermediate_size=512), request.method.biased
+        predicted = [fits.exports(rehearse(skeleton, case, biased)) for case in request.predict_sizes(skeleton)]
+        request.prune(model, [windows()])
+        assert bool(decilm.refusals(model)) in {bool(each["decilm"]) for each in predicted}
 
 
 def test_prune_by_a_target_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_tiny(tmp_path / "model")
     (tmp_path / "text.txt").write_text("So it goes. " * 200)
     args = ["prune", f"{tmp_path}/model", f"--text={tmp_path}/text.txt", "--num_samples=4", "--seq_len=16"]
-    args += [f"--output={tmp_path}/out", "--method=CFSP", "--method.target_parameters=35K", "--stream", "--resume"]
+    args += [f"--output={tmp_path}/out", "--method=CFSP", "--target.parameters=35K", "--stream", "--resume"]
     main(args)
     assert "35K asked" in capsys.readouterr().out
     plan = PruningPlan.load(tmp_path / "out")
@@ -380,7 +374,7 @@ def test_seventy_billion_parameters_take_seconds(
             "plan",
             str(tmp_path),
             f"--method={method}",
-            "--method.target_parameters=50B",
+            "--target.parameters=50B",
             "--dtype=bfloat16",
             "--device=h200",
         ]

@@ -1,7 +1,8 @@
 """Pruning for a place to serve: what the result looks like, and what is refused before any weight is loaded."""
 
 import dataclasses
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from plprune import CFSP, FASP, FLAP, Calibration, PruningMethod, PruningPlan, TwoSSP, load_pruned, prune
-from plprune.architecture.blocks import blocks_of
+from plprune import CFSP, FASP, FLAP, Calibration, PruningMethod, PruningPlan, Target, TwoSSP, load_pruned, prune
+from plprune.architecture.blocks import Block, blocks_of
 from plprune.architecture.families import FAMILIES
 from plprune.architecture.modeling_plprune import Gather, Scatter
 from plprune.architecture.modules import matrix
@@ -21,8 +22,9 @@ from plprune.checkpoint import stock_config
 from plprune.checkpoint.load import load_tokenizer
 from plprune.cli import main
 from plprune.export import decilm, gguf
+from plprune.methods import Request
 from plprune.planning import serving
-from plprune.planning.serving import Place
+from plprune.planning.serving import Runtime
 from plprune.pruning.constraints import Constraint
 from plprune.pruning.surgery import plan_of
 from plprune.streaming import open_streamed, prune_streamed
@@ -54,9 +56,9 @@ def wide(family: str = "llama", width: int = 1024, **settings: Any) -> PreTraine
     return tiny(family, **{FAMILIES[family].config_keys["width"]: width}, **settings)
 
 
-def pruned(model: PreTrainedModel, which: tuple[Any, dict[str, Any]], *places: Place, **more: Any) -> PruningPlan:
+def pruned(model: PreTrainedModel, which: tuple[Any, dict[str, Any]], *places: Runtime, **more: Any) -> PruningPlan:
     method, settings = which
-    return prune(model, method(SPARSITY, serve_on=places, **settings, **more), [windows()])
+    return prune(model, method(SPARSITY, **settings), [windows()], serve_on=places, **more)
 
 
 def sizes(model: PreTrainedModel) -> list[tuple[int, int]]:
@@ -102,7 +104,7 @@ def test_what_llama_cpp_holds_by_block(which: str, family: str) -> None:
 @pytest.mark.parametrize("place", ["llama.cpp", "vllm"])
 @pytest.mark.parametrize("family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
 @pytest.mark.parametrize("which", ALIKE)
-def test_what_has_one_size_for_all_blocks(which: str, family: str, place: Place) -> None:
+def test_what_has_one_size_for_all_blocks(which: str, family: str, place: Runtime) -> None:
     if (family, place) == ("opt", "llama.cpp"):
         with pytest.raises(ValueError, match=r"llama\.cpp has no architecture for 'opt': take llama.cpp out"):
             pruned(wide(family), ALIKE[which], place)
@@ -151,7 +153,7 @@ def test_a_family_with_norms_of_queries_has_sizes_by_block_too(which: Any) -> No
 def test_heads_of_a_stock_checkpoint_are_as_its_config_allows(which: Any) -> None:
     for family, allowed in {"llama": {8, 4, 2}, "granite": {8, 6, 4, 2}}.items():
         model = wide(family, width=64, hidden_size=64)
-        prune(model, which[0](0.45, serve_on=["vllm"], **which[1]), [windows()])
+        prune(model, which[0](0.45, **which[1]), [windows()], serve_on=["vllm"])
         ((_, kv),) = set(sizes(model))
         assert 2 * kv in allowed - {8}
         assert stock_config.stock_config(model) is not None  # with biases, for which these families have flags
@@ -179,7 +181,7 @@ def test_several_places_ask_together() -> None:
 
 @pytest.mark.parametrize("which", [*RAGGED.values(), (FASP, {}), (CFSP, {"multiple_of": 8})])
 def test_transformers_asks_nothing(which: Any) -> None:
-    asked: list[list[Place]] = [[], ["transformers"]]
+    asked: list[list[Runtime]] = [[], ["transformers"]]
     plans = [pruned(tiny(), which, *places) for places in asked]
     assert all(torch.equal(keep, plans[1].keep[name]) for name, keep in plans[0].keep.items())
     assert plans[0].settings | {"serve_on": ["transformers"]} == plans[1].settings
@@ -189,42 +191,43 @@ def test_transformers_asks_nothing(which: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "settings", "said"),
+    ("method", "place", "said"),
     [
-        (FASP, {"serve_on": ["llama.cpp"]}, "as deci, heads must stay whole: set `attention` to kv_heads$"),
-        (FASP, {"serve_on": ["vllm"]}, "as a stock checkpoint, heads must stay whole: set `attention` to kv_heads"),
-        (FASP, {"tensor_parallel": 2}, "2 devices could not share the result: heads must stay whole: set `attention`"),
-        (FLAP, {"serve_on": ["vllm"]}, "set `structure` to UL-UM; as DeciLM, no bias may be added: set `repair`"),
-        (FLAP, {"serve_on": ["vllm"], "structure": "AL-MM", "remove_heads": 3, "repair": "none"},
+        (FASP(), {"serve_on": ["llama.cpp"]}, "as deci, heads must stay whole: set `attention` to kv_heads$"),
+        (FASP(), {"serve_on": ["vllm"]}, "as a stock checkpoint, heads must stay whole: set `attention` to kv_heads"),
+        (FASP(), {"tensor_parallel": 2}, "2 devices could not share the result: heads must stay whole: set"),
+        (FLAP(), {"serve_on": ["vllm"]}, "set `structure` to UL-UM; as DeciLM, no bias may be added: set `repair`"),
+        (FLAP(structure="AL-MM", remove_heads=3, repair="none"), {"serve_on": ["vllm"]},
          "set `structure` to UL-UM; as DeciLM, no head may leave: set `remove_heads` to 0"),
-        (CFSP, {"serve_on": ["ollama"]}, "nothing is known of serving on 'ollama'; known places: llama.cpp, vllm"),
-        (CFSP, {"tensor_parallel": 0}, "tensor_parallel is 0, but it is a number of devices"),
+        (CFSP(), {"serve_on": ["ollama"]}, "nothing is known of serving on 'ollama'; known places: llama.cpp, vllm"),
+        (CFSP(), {"tensor_parallel": 0}, "tensor_parallel is 0, but it is a number of devices"),
     ],
 )  # fmt: skip
-def test_settings_that_cannot_be_served(method: Any, settings: dict[str, Any], said: str) -> None:
+def test_settings_that_cannot_be_served(method: PruningMethod, place: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        method(**settings)
+        Request(method, **place)
 
 
 @pytest.mark.parametrize(
-    ("family", "method", "said"),
+    ("family", "method", "place", "said"),
     [
-        ("gemma2", FLAP(structure="UL-UM", serve_on=["llama.cpp"]), "no bias may be added: set `repair` to none"),
-        ("qwen3", TwoSSP(drop_attentions=1, serve_on=["llama.cpp"]), "no attention may leave: set `drop_attentions`"),
-        ("mistral", CFSP(serve_on=["vllm"]), "all blocks must have one width: set `distance` to uniform"),
-        ("phi3", FASP(attention="kv_heads", bias=False, serve_on=["llama.cpp"]), "set `attention` to none"),
-        ("llama", CFSP(tensor_parallel=3), "block 0 has 4 kv heads, but for 3 devices there can be only 3: change"),
-        ("llama", FLAP(tensor_parallel=5), "no number of the 4 kv heads of block 0.* suits 5 devices: change `tensor"),
-        ("llama", TwoSSP(0.5, drop_attentions=3, serve_on=["llama.cpp"]), "the model has 3, of which the first block"),
+        ("gemma2", FLAP(structure="UL-UM"), "llama.cpp", "no bias may be added: set `repair` to none"),
+        ("qwen3", TwoSSP(drop_attentions=1), "llama.cpp", "no attention may leave: set `drop_attentions`"),
+        ("mistral", CFSP(), "vllm", "all blocks must have one width: set `distance` to uniform"),
+        ("phi3", FASP(attention="kv_heads", bias=False), "llama.cpp", "set `attention` to none"),
+        ("llama", CFSP(), 3, "block 0 has 4 kv heads, but for 3 devices there can be only 3: change"),
+        ("llama", FLAP(), 5, "no number of the 4 kv heads of block 0.* suits 5 devices: change `tensor"),
+        ("llama", TwoSSP(0.5, drop_attentions=3), "llama.cpp", "the model has 3, of which the first block"),
     ],
 )
 def test_models_that_cannot_be_served_are_refused_without_weights(
-    family: str, method: PruningMethod, said: str
+    family: str, method: PruningMethod, place: Any, said: str
 ) -> None:
+    asked = Request(method, tensor_parallel=place) if isinstance(place, int) else Request(method, serve_on=[place])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(wide(family).config)
     with pytest.raises(ValueError, match=said):
-        method.check(model)
+        asked.predict_sizes(model)
 
 
 @pytest.mark.parametrize("method", [CFSP, TwoSSP, FASP])
@@ -240,11 +243,11 @@ def test_models_that_cannot_be_served_are_refused_without_weights(
 def test_multiples_that_are_too_coarse(
     method: Any, width: int, sparsity: float, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(serving.WAYS, "vllm", (serving.Way("it", frozenset({"llama"}), Constraint(256)),))
+    monkeypatch.setitem(serving.LOAD_PATHS, "vllm", (serving.LoadPath("it", frozenset({"llama"}), Constraint(256)),))
     settings: dict[Any, Any] = {TwoSSP: {"drop_attentions": 0}, FASP: {"attention": "none"}}
-    how = method(sparsity, serve_on=["vllm"], **settings.get(method, {}))
+    how = method(sparsity, **settings.get(method, {}))
     with pytest.raises(ValueError, match=said):
-        how.check(wide(width=width, num_hidden_layers=1))
+        Request(how, serve_on=["vllm"]).predict_sizes(wide(width=width, num_hidden_layers=1))
 
 
 def test_a_model_that_was_pruned_for_elsewhere_is_refused() -> None:
@@ -255,7 +258,7 @@ def test_a_model_that_was_pruned_for_elsewhere_is_refused() -> None:
         model = wide()
         prune(model, before, [windows()])
         with pytest.raises(ValueError, match=f"as {said}: prune the dense model"):
-            CFSP(0.2, serve_on=["llama.cpp"]).check(model)
+            Request(CFSP(0.2), serve_on=["llama.cpp"]).constraint(model)
     for before, said in {
         FLAP(0.2): "it lacks heads",
         FASP(0.2, attention="none"): "it has biases that the family has not",
@@ -263,11 +266,11 @@ def test_a_model_that_was_pruned_for_elsewhere_is_refused() -> None:
         model = wide()
         prune(model, before, [windows()])
         with pytest.raises(ValueError, match=f"as {said}: prune the dense model"):
-            CFSP(0.2, serve_on=["vllm"]).check(model)
+            Request(CFSP(0.2), serve_on=["vllm"]).constraint(model)
     model = wide("gemma2")
     prune(model, CFSP(0.2, a=40.0), [windows()])
     with pytest.raises(ValueError, match="as its blocks have different sizes: prune the dense model"):
-        CFSP(0.2, distance="uniform", serve_on=["vllm"]).check(model)
+        Request(CFSP(0.2, distance="uniform"), serve_on=["vllm"]).constraint(model)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,20 +283,32 @@ class Nothing(PruningMethod):
         raise NotImplementedError
 
 
+class Free(Nothing):
+    """One that can do whatever a place asks."""
+
+    def conflicts(self, constraint: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
+        return []
+
+
 def test_a_method_that_has_not_heard_of_places_refuses_them() -> None:
-    assert Nothing(serve_on=["transformers"]).serve_on == ["transformers"]
+    assert Request(Nothing(), serve_on=["transformers"]).constraint(wide()) == Constraint()
     cases: list[dict[str, Any]] = [{"serve_on": ["vllm"]}, {"tensor_parallel": 2}]
-    for settings in cases:
+    for place in cases:
         with pytest.raises(ValueError, match="Nothing does not know how: leave out `serve_on`"):
-            Nothing(**settings)
+            Request(Nothing(), **place)
 
 
-def test_settings_are_hashable_and_the_same_after_a_plan_was_read(tmp_path: Path) -> None:
-    method = CFSP(0.2, serve_on=("llama.cpp",), tensor_parallel=2)
-    assert hash(method) == hash(dataclasses.replace(method))
-    plan = prune(wide(), method, [windows()])
-    plan.save(tmp_path / "plan.safetensors")
-    assert PruningPlan.load(tmp_path / "plan.safetensors").settings == dataclasses.asdict(method)
+def test_what_was_asked_is_the_same_after_a_plan_was_read(tmp_path: Path) -> None:
+    request = Request(CFSP(0.2), serve_on=("llama.cpp",), tensor_parallel=2)
+    request.prune(wide(), [windows()]).save(tmp_path / "plan.safetensors")
+    assert PruningPlan.load(tmp_path / "plan.safetensors").settings == request.settings
+
+
+def test_settings_are_kept_in_the_form_of_all_plans_so_far() -> None:
+    asked = {"target_parameters": None, "target_memory": "8GiB", "target_batch": 1, "target_context": 64}
+    asked |= {"sparsity": 0.0, "serve_on": ["vllm"], "tensor_parallel": 1}
+    request = Request(Free(), Target(memory="8GiB", context=64), ["vllm"])
+    assert json.dumps(request.settings, sort_keys=True) == json.dumps(asked, sort_keys=True)
 
 
 # ---- from the command line, from disk, by several processes
@@ -304,10 +319,12 @@ def test_the_command_line_and_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     wide().save_pretrained("model")
     load_tokenizer(save_tiny(tmp_path / "tiny")).save_pretrained("model")
     text = numbers(tmp_path / "text.txt")
-    options = ["--method.serve_on=[llama.cpp,vllm]", "--method.tensor_parallel=2", "--num_samples=4", "--seq_len=16"]
+    options = ["--serve_on=[llama.cpp,vllm]", "--tensor_parallel=2", "--num_samples=4", "--seq_len=16"]
     main(["prune", "model", "--method=TwoSSP", "--output=out", f"--text={text}", *options])
-    method = {"class_path": "TwoSSP", "init_args": {"serve_on": ["llama.cpp", "vllm"], "tensor_parallel": 2}}
-    main(["prune", "model", f"--method={yaml.safe_dump(method)}", "--output=yaml", f"--text={text}", *options[2:]])
+    method = {"class_path": "TwoSSP"}
+    config = {"method": method, "serve_on": ["llama.cpp", "vllm"], "tensor_parallel": 2}
+    Path("prune.yaml").write_text(yaml.safe_dump(config))
+    main(["prune", "model", "--config=prune.yaml", "--output=yaml", f"--text={text}", *options[2:]])
     for folder in ("out", "yaml"):
         plan = plan_of(load_pruned(folder))
         assert plan is not None
@@ -315,14 +332,22 @@ def test_the_command_line_and_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert all(len(keep) % 2 == 0 for keep in plan.keep.values())
 
 
-@pytest.mark.parametrize("method", ["FLAP", "FASP", "CFSP", "TwoSSP"])
-def test_the_help_of_every_method_tells_of_it(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", ["prune", "plan"])
+def test_the_help_tells_of_it(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["prune", f"--method.help={method}"])
+        main([command, "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "--method.serve_on" in said
+    for option in ("--target.parameters", "--target.memory", "--serve_on", "--tensor_parallel"):
+        assert option in said
     assert "Where the result must load: llama.cpp, vllm, transformers." in said
     assert "Devices that will share the result" in said
+
+
+@pytest.mark.parametrize("method", ["FLAP", "FASP", "CFSP", "TwoSSP", "LearnedGates"])
+def test_the_help_of_a_method_tells_of_what_it_has_in_common(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["prune", f"--method.help={method}"])
+    assert "Regularisation of a restoration" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("which", RAGGED)
@@ -330,17 +355,17 @@ def test_a_streamed_model_gives_the_same_plan(which: str, tmp_path: Path) -> Non
     model = wide()
     model.save_pretrained(tmp_path / "model")
     plan = pruned(model, RAGGED[which], "llama.cpp")
-    method = RAGGED[which][0](SPARSITY, serve_on=["llama.cpp"], **RAGGED[which][1])
+    request = Request(RAGGED[which][0](SPARSITY, **RAGGED[which][1]), serve_on=["llama.cpp"])
     streamed = open_streamed(str(tmp_path / "model"))
-    again = prune_streamed(streamed, method, Calibration([windows()]), tmp_path / "out")
+    again = prune_streamed(streamed, request, Calibration([windows()]), tmp_path / "out")
     assert again.keep.keys() == plan.keep.keys()
     assert all(torch.equal(keep, again.keep[name]) for name, keep in plan.keep.items())
 
 
-def dropped(places: list[Place], count: int = 3) -> list[str]:
+def dropped(places: list[Runtime], count: int = 3) -> list[str]:
     group = dist.group.WORLD if dist.is_initialized() else None
-    method = TwoSSP(0.5, drop_attentions=count, serve_on=places)
-    plan = prune(wide(num_hidden_layers=4), method, Calibration([windows()], group=group))
+    calibration = Calibration([windows()], group=group)
+    plan = prune(wide(num_hidden_layers=4), TwoSSP(0.5, drop_attentions=count), calibration, serve_on=places)
     return [name for name, keep in plan.keep.items() if not len(keep)]
 
 

@@ -222,7 +222,7 @@ def test_added_biases_are_paid_for(kind: Any, repair: Any) -> None:
     model = tiny()
     ledger, blocks = Ledger(model, biased=True), sum(block.parameters() for block in blocks_of(model))
     for sparsity in (0.1, 0.15, 0.2, 0.25, 0.3, 0.35):
-        for case in kind(sparsity, repair=repair).foresee(model):
+        for case in kind(sparsity, repair=repair).predict_sizes(model):
             off = ledger.dense - ledger.parameters(case) - sparsity * blocks
             assert abs(off) <= (1.02 if kind is CFSP else 3 * 0.51) * ledger.costs["blocks.0.ffn"]
     plan = prune(model, kind(0.3, repair=repair), [windows()])

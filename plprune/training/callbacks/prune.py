@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,7 +19,10 @@ from plprune.checkpoint.load import load_stage
 from plprune.checkpoint.save import save_stage
 from plprune.io import distributed
 from plprune.io.atomic import check_free, resolved
-from plprune.methods.base import PruningMethod, equalise, prune
+from plprune.methods.base import PruningMethod
+from plprune.methods.run import Request, equalise
+from plprune.planning.serving import Runtime
+from plprune.planning.targets import Target
 from plprune.pruning import surgery
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.plan import FILE, PruningPlan, fingerprint
@@ -47,6 +50,10 @@ class Prune(pl.Callback):
         folder: Where plans are kept; the trainer's `default_root_dir` if not given.
         offload: Where the hidden states of calibration wait, to save memory on the accelerator: `cpu`, or on it.
         again: Whether a model that was pruned by this method with these settings is pruned once more.
+        target: What the result may be at most: `sparsity` is then found by it, and what is given for it does not count.
+        serve_on: Where the result must load: llama.cpp, vllm, transformers. Its sizes are then such as can be served
+            there, and its sparsity as near to the one asked for as that allows; what cannot be is refused.
+        tensor_parallel: Devices that will share the result: widths and heads are divisible by their number.
     """
 
     def __init__(
@@ -57,8 +64,12 @@ class Prune(pl.Callback):
         folder: str | None = None,
         offload: Literal["cpu"] | None = None,
         again: bool = False,
+        target: Target = Target(),
+        serve_on: Sequence[Runtime] = (),
+        tensor_parallel: int = 1,
     ) -> None:
-        self.method, self.calibration, self.attribute = method, calibration, attribute
+        self.request = Request(method, target, serve_on, tensor_parallel)
+        self.calibration, self.attribute = calibration, attribute
         self.folder, self.offload, self.again = folder, offload, again
         self.plan: PruningPlan | None = None
 
@@ -98,7 +109,7 @@ class Prune(pl.Callback):
             return self._reload(trainer, model, folder, group)
         if not distributed.rank(group):
             check_free(folder)
-        plan = prune(model, self.method, batches, getattr(trainer_data(trainer), "seed", None))
+        plan = self.request.prune(model, batches, getattr(trainer_data(trainer), "seed", None))
         if not distributed.rank(group):
             save_stage(model, plan, folder)
         return plan
@@ -131,7 +142,7 @@ class Prune(pl.Callback):
         return dataclasses.replace(Calibration.of(batches), device=device, offload=self.offload, group=group)
 
     def _asked(self) -> tuple[str, dict[str, Any]]:
-        return type(self.method).__name__, dataclasses.asdict(cast(Any, self.method))
+        return type(self.request.method).__name__, self.request.settings
 
     def _key(self, model: PreTrainedModel, batches: Calibration) -> str:
         name, settings = self._asked()

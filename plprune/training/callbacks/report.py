@@ -4,7 +4,6 @@ Pruning happens in `setup`: the model is whole then, on the CPU, and no optimize
 is too late; there, nothing would train, without an error.
 """
 
-import dataclasses
 import logging
 import os
 import time
@@ -139,13 +138,15 @@ class Report(pl.Callback):
 
     def _asked(self, trainer: pl.Trainer, module: pl.LightningModule, model: PreTrainedModel) -> dict[str, Any]:
         """What is known before anything is done."""
-        method = next((each.method for each in cast(Any, trainer).callbacks if isinstance(each, Prune)), None)
-        settings = dataclasses.asdict(cast(Any, method)) if method else {}
-        asked = {"method": type(method).__name__, "sparsity": settings.get("sparsity"), "settings": settings}
+        request = next((each.request for each in cast(Any, trainer).callbacks if isinstance(each, Prune)), None)
+        asked = {}
+        if request:
+            method = request.method
+            asked = {"method": type(method).__name__, "sparsity": method.sparsity, "settings": request.settings}
         seeds = {"run": os.environ.get("PL_GLOBAL_SEED"), "data": getattr(trainer_data(trainer), "seed", None)}
         known = {
             "model": model.config.name_or_path,
-            "asked": asked if method else {},
+            "asked": asked,
             "config": configuration(trainer, module),
             "versions": versions("plprune", "torch", "transformers", "lightning", "peft"),
             "seeds": {name: int(seed) for name, seed in seeds.items() if seed is not None},
