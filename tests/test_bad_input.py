@@ -198,6 +198,12 @@ def test_unknown_command(complain: Complain, given: str, meant: str) -> None:
         ({"plprune.Prnue__method": 1}, "has no attribute 'Prnue'; did you mean Prune?"),
         ({"plprune.Prune__method": {"class_path": "FLAP", "init_args": {"sparsity": 2}}}, "sparsity is 2.0, but"),
         ({"plprune.Prune__method": {"class_path": "FLAP", "init_args": {"sparsity": 0.999}}}, "is out of reach"),
+        (
+            {"plprune.Prune__method": "CFSP", "plprune.Prune__target": {"parameters": "1K"}},
+            "target.parameters 1K is out",
+        ),
+        ({"plprune.Prune__method": "CFSP", "plprune.Prune__serve_on": ["vllm"]}, "48 cannot be a multiple of 256"),
+        ({"plprune.Prune__method": "CFSP", "plprune.Prune__tensor_parallel": None}, "tensor_parallel has no value"),
         ({"data__num_samples": 10_000}, "but num_samples is 10000: give more text, or lower num_samples"),
         ({"data__seq_len": 10_000}, "but a window needs 10000: give more text"),
         ({"data__train": "no.txt"}, "no.txt does not exist"),

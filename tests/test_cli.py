@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import importlib.util
 import inspect
 import logging
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,22 +90,33 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(capsys, "--version") == f"plprune {plprune.__version__}\n"
 
 
+def options(name: str) -> dict[str, Any]:
+    """The options of a command, each with its default; of one with settings of its own, these."""
+    found: dict[str, Any] = {}
+    for option in inspect.signature(COMMANDS[name]).parameters.values():
+        if dataclasses.is_dataclass(option.default):
+            found |= {f"{option.name}.{key}": value for key, value in vars(option.default).items()}
+        else:
+            found[option.name] = option.default
+    return found
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_says_what_it_is_and_its_default(capsys: pytest.CaptureFixture[str], name: str) -> None:
     text = " ".join(printed(capsys, name, "--help").split())
     assert text.startswith(f"usage: plprune {name} ")
     assert " --config CONFIG A YAML file with options. " in text
-    for option in inspect.signature(COMMANDS[name]).parameters.values():
-        if f" --{option.name} " not in text:  # by position
-            assert len(text.partition(f" {option.name} ")[2].split()) > 1
+    given = options(name)
+    for option, default in given.items():
+        if f" --{option} " not in text:  # by position
+            assert len(text.partition(f" {option} ")[2].split()) > 1
             continue
-        about = text.rpartition(f" --{option.name} ")[2]  # the usage names it before
-        others = "|".join(set(inspect.signature(COMMANDS[name]).parameters) - {option.name})
+        about = text.rpartition(f" --{option} ")[2]  # the usage names it before
+        others = "|".join(map(re.escape, given.keys() - {option}))
         meaning, facts = about.partition("(")[0], re.split(rf" --({others})\b", about)[0]
         assert len(meaning.split()) > 1
-        default = {None: "null"}.get(option.default, option.default)
-        required = option.default is inspect.Parameter.empty
-        assert ("(required, " if required else f"default: {default})") in facts
+        required = default is inspect.Parameter.empty
+        assert ("(required, " if required else f"default: {'null' if default is None else default})") in facts
 
 
 @pytest.mark.parametrize("stage", STAGES)
