@@ -107,11 +107,8 @@ class Bench:
         yield self._common, self._dense
         for text, seed, method in self.study.prunings():
             calibration = self._calibrated(text, seed).fingerprint
-            of = self._common | {
-                "calibration": calibration,
-                "seed": seed,
-                "method": identity(self.study.request(method)),
-            }
+            request = identity(self.study.request(method))
+            of = self._common | {"calibration": calibration, "seed": seed, "method": request}
             yield of, functools.partial(self._pruned, of, text, seed, method)
 
     @functools.cached_property

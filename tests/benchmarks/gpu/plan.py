@@ -30,7 +30,7 @@ def plan(args: argparse.Namespace, device: torch.device, record: dict[str, Any])
 
     def pruning(shape: str, blocks: int, name: str) -> tuple[float, float]:
         model = made(shape, blocks, meta, args.length, **args.small)
-        work = METHODS[name].aimed(model).work(model, args.windows, args.length)
+        work = METHODS[name].work(model, args.windows, args.length)
         here = dataclasses.replace(where(), separate=False)
         return beside(model, calibration_need(model, work, here, (args.windows, args.length, BATCH)))
 
