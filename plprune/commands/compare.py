@@ -82,12 +82,7 @@ def compare(
             and there is one, and the CPU otherwise.
     """
     study = Study(
-        models=models,
-        methods=methods,
-        sparsities=sparsities,
-        text=text,
-        calibration=calibration,
-        seeds=seeds,
+        *(models, methods, sparsities, text, calibration, seeds),
         serve_on=serve_on,
         tensor_parallel=tensor_parallel,
         join=join,

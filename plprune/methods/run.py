@@ -24,9 +24,9 @@ from plprune.planning.needs import Work
 from plprune.planning.serving import Runtime
 from plprune.planning.sizes import Ledger
 from plprune.planning.targets import Target, solve
+from plprune.pruning.calibration import Calibration
 from plprune.pruning.constraints import FREE, Constraint
 from plprune.pruning.plan import PruningPlan, fingerprint
-from plprune.pruning.stream import Calibration
 from plprune.pruning.surgery import attach, plan_of
 
 log = logging.getLogger(__name__)
