@@ -57,7 +57,6 @@ class Decision:
 
 Kind = Literal["attention", "value", "ffn"]
 UNITS = {"attention": "kv heads", "value": "value channels", "ffn": "FFN channels"}
-
 Attention = Literal["kv_heads", "value_channels", "none"]  # the unit of it that can leave
 
 

@@ -40,9 +40,7 @@ from plprune.pruning.plan import FILE, PruningPlan
 from plprune.pruning.surgery import plan_of
 
 log = logging.getLogger(__name__)
-
 REPAIRED = "repaired.safetensors"
-
 PACKAGE = "package://"
 
 

@@ -14,7 +14,6 @@ from plprune.io.tables import markdown
 from plprune.pruning.plan import PruningPlan
 
 CARD, RECORD = "README.md", "record.json"
-
 UNKNOWN = "that of the base model: look there"
 
 

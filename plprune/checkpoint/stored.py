@@ -19,13 +19,9 @@ from transformers import PreTrainedModel
 from plprune.checkpoint.weights import files, key_of, mapped, opened, renamings
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-
 PICKLES = "pytorch_model.bin"
-
 NUMBERS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-
 SCALES = "_scale_inv", "_scale"  # both are multiplied by
 
 

@@ -25,12 +25,8 @@ from plprune.pruning.journal import NotFinite
 from plprune.pruning.plan import FILE, PruningPlan
 
 log = logging.getLogger(__name__)
-
-
 SINGLE = "model.safetensors"
-
 INDEX = f"{SINGLE}.index.json"
-
 LONG = 1 << 30  # bytes: reading them back takes a while
 
 

@@ -44,13 +44,9 @@ from plprune.training.data import RecoveryData
 from plprune.training.module import Recovery
 
 log = logging.getLogger(__name__)
-
 Cell = dict[str, Any]
-
 Part = tuple[dict[str, Any], Callable[[], Iterator[Cell]]]  # what it depends on, and how its cells are made
-
 Pruned = tuple[PreTrainedModel, PruningPlan, dict[str, float]]  # with the seconds that it took
-
 APART = 1000  # between the seeds of two rounds, beyond those of a study
 
 

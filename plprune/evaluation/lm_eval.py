@@ -42,9 +42,7 @@ from plprune.io.text import bos_token
 from plprune.pruning.forward import checking_ids, evaluating
 
 log = logging.getLogger(__name__)
-
 METRICS = ("acc", "exact_match")  # the first of them that a task has is its result; else its own first
-
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 

@@ -30,7 +30,6 @@ from plprune.pruning.forward import check_ids, evaluating
 from plprune.pruning.losses import next_token_loss
 
 BYTE = re.compile("<0x[0-9A-F]{2}>")  # what SentencePiece calls a byte of a character that it has no token for
-
 ENDS = -1  # in the place of a number of bytes: the token ends a document
 
 

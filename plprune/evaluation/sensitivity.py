@@ -44,7 +44,6 @@ from plprune.pruning.stream import observe, stream
 from plprune.pruning.surgery import drop_attention, shrink
 
 FRACTIONS = (0.25, 0.5, 1.0)
-
 SHOWN = 5  # sub-blocks at each end of the table
 
 

@@ -30,9 +30,7 @@ from plprune.io.units import shown
 from plprune.pruning.forward import evaluating
 
 GAIN = 1.1  # a doubled batch that gives less is one too many
-
 ENDS = {"gain": "more gains less than 10%", "cap": "none larger was tried", "memory": "more does not fit"}
-
 MULTIPLES = (8, 32, 64)  # widths that vector units and matrix kernels are made for
 
 

@@ -43,7 +43,6 @@ except ImportError as error:
 Dtype = Literal["f32", "f16", "bf16", "q8_0"]
 Rope = dict[str, Any]
 log = logging.getLogger(__name__)
-
 QKV, FFN_IN = ("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up")
 ALL = frozenset({*QKV, "attn_output", *FFN_IN, "ffn_down"})
 

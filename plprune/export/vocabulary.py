@@ -14,7 +14,6 @@ from gguf import Keys, TokenType
 from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-
 GPT2 = "gpt-2"  # what a ByteLevel pre-tokenizer does with text, unless told otherwise
 DIGIT = r"\p{N}"
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"

@@ -43,7 +43,6 @@ except ImportError:  # Windows, where nothing is locked or flushed, and what a k
 
 
 OLD = "old"  # in a room: what was there before
-
 SUFFIX = ".partial"
 
 

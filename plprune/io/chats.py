@@ -13,15 +13,10 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 Record = dict[str, Any]
-
 Message = dict[str, Any]
-
 TALKS = ("messages", "conversations", "conversation")
-
 QUESTIONS = ("instruction", "prompt", "question", "query")
-
 ANSWERS = ("output", "completion", "response", "answer")
-
 ASSISTANT, CALLS = "assistant", ("function_call", "tool_call")
 
 ROLES = {  # what others call them

@@ -17,12 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
-
-
 log = logging.getLogger(__name__)
-
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")  # what torchrun sets
-
 Group = dist.ProcessGroup | None
 
 

@@ -10,7 +10,6 @@ from typing import Any, cast
 from plprune.io.chats import Record
 
 Placed = tuple[str, Record]  # where a row is in its text, and the row
-
 PYDOC = "pydoc_data.topics"
 
 

@@ -22,13 +22,9 @@ from plprune.io.chats import Record, Unusable, conversation, to_chat
 from plprune.io.sources import Placed, read
 
 log = logging.getLogger(__name__)
-
 Stream = tuple[Tensor, ...]  # token ids and labels of a whole text, and where each document starts: [tokens] each
-
 IGNORED = -100  # label of a token that no loss counts
-
 BATCH = 1000  # texts that are tokenised at once
-
 DROPPED = 0.1  # the share of rows that may be unusable, unasked
 
 

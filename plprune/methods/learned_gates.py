@@ -71,7 +71,6 @@ from plprune.pruning.stream import observe, stream
 from plprune.pruning.surgery import Surgery
 
 Factors = list[tuple[nn.Module, Tensor]]  # projections, and what their inputs are multiplied by, [d_in] each
-
 SPREAD = 6.0  # of the scores of a block, from its best channel to its worst, at the start
 WARM, COLD = 0.5, 0.005  # temperatures at the first and after the last step, when gates must be open or closed
 LIKELIEST = 64  # tokens that the dense model is asked for one by one; all others count together

@@ -54,19 +54,12 @@ def _path(name: str, families: str, asks: Constraint, **settings: Any) -> LoadPa
 
 
 _HELD = Constraint(whole_heads=True, first_attention=True)
-
 _ALIKE = Constraint(whole_heads=True, uniform=True, every_attention=True)
-
 _PLAIN = dataclasses.replace(_ALIKE, dense_biases=True)
-
 _DENSE = dataclasses.replace(_PLAIN, dense_heads=True)
-
 _DIVIDING = Constraint(heads_divide=True)  # as the family's config demands
-
 _Q8_0 = Constraint(width_multiple=32)  # values that share a scale
-
 _DECILM = Constraint(width_multiple=256, dense_heads=True, dense_biases=True)
-
 _STOCK, _OWN = "a stock checkpoint", "the family's own architecture"
 
 

@@ -14,7 +14,6 @@ from plprune.architecture.blocks import Attention, Block, Group
 from plprune.pruning.constraints import FREE, Constraint
 
 Rows = Sequence[tuple[Block, Group]]
-
 NEAR = 0.05  # how far from the sparsity that is asked for a constraint may lead
 
 

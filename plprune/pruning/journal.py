@@ -29,7 +29,6 @@ from plprune.io.progress import Progress
 from plprune.io.state import read_state, read_tensors, write_state
 
 ASKED, NEW = "asked.json", "new"
-
 SHARD, DECISIONS, STATE, HIDDEN = "model.safetensors", "decisions.safetensors", "state.safetensors", "hidden"
 
 

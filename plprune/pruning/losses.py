@@ -76,9 +76,7 @@ def next_token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> 
 
 # Bytes of logits in float32 at a time. On a CPU, malloc keeps no more than 32 MB at hand, and new pages are slow.
 ROOM, ROOM_ON_CPU = 1 << 28, 3 << 23
-
 LEAST = 64  # positions, as the head is read anew for each part
-
 Loss = Callable[[Tensor, slice], Tensor]  # logits [r, v], and which of all positions they are of: their sum
 
 

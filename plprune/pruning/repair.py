@@ -30,11 +30,8 @@ from plprune.pruning.stream import observe_groups, stream
 from plprune.pruning.surgery import Surgery
 
 Repair = Literal["none", "compensate", "restore"]
-
 Damping = float | Literal["auto"]
-
 Seen = Moments | Gram | HoldoutGram
-
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of which `auto` takes one
 
 

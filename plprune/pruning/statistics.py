@@ -15,7 +15,6 @@ from torch import Tensor
 from plprune.io.distributed import Group, joined, total
 
 Distance = Literal["angular", "cosine", "mse", "mae", "uniform"]
-
 HALF = (torch.bfloat16, torch.float16)
 
 

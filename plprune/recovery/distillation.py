@@ -55,11 +55,8 @@ from plprune.pruning.losses import Loss, divergence, events, inputs
 from plprune.pruning.plan import PruningPlan, fingerprint
 
 log = logging.getLogger(__name__)
-
 Answers = dict[str, Tensor]  # what a teacher says: log-probabilities, tokens, hidden
-
 BLOCKS = 4  # whose outputs are compared, at most
-
 LEAST = -6e4  # a log-probability that float16 can hold
 
 

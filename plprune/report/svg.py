@@ -13,11 +13,8 @@ from html import escape
 from plprune.io.units import Form, shown
 
 WIDTH, HEIGHT, MARGIN = 460, 300, 16
-
 FLUID = 760  # pixels that a chart of rectangles is wide by itself
-
 LETTER = 7.4  # pixels of a letter, about
-
 STEPS = 9  # colours of a heat map
 
 STYLE = (

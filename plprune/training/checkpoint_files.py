@@ -24,13 +24,9 @@ from lightning.pytorch.strategies import (
 from plprune.training import lightning_internals, resuming
 
 log = logging.getLogger(__name__)
-
 PLAIN, FSDP2 = "one process or DDP", "FSDP2"
-
 ANY_COUNT = (PLAIN, FSDP2)  # their checkpoints do not depend on how many processes wrote them
-
 PATTERN = "step=*.ckpt"
-
 OLD, MANIFEST, FINISHED = "old", "manifest.json", "finished.json"
 
 

@@ -42,7 +42,6 @@ from plprune.training.deepspeed_internals import COPY_SCRIPT
 from plprune.training.preemption import go, leave_now, on_sigterm
 
 log = logging.getLogger(__name__)
-
 T = TypeVar("T")
 
 

@@ -15,7 +15,6 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from plprune.io.distributed import local_rank
 
 log = logging.getLogger(__name__)
-
 AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
 

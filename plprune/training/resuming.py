@@ -16,8 +16,6 @@ import lightning.pytorch as pl
 from plprune.methods.run import Request
 
 log = logging.getLogger(__name__)
-
-
 Run = dict[str, Any]  # values of options by their names; of texts and models, where they are and what they hold
 
 FREE = {  # what may be another when a run goes on; a data module's texts and a module's model count by their content
@@ -43,11 +41,8 @@ FREE = {  # what may be another when a run goes on; a data module's texts and a 
 }
 
 COUNTED = ("precision", "gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches", "overfit_batches")
-
 COUNTED += ("accumulate_grad_batches",)
-
 LENGTH = ("trainer.max_steps", "trainer.max_epochs")  # which decides on the learning rate
-
 JUDGED = ("model.lora", "model.train")  # what a model that is only measured depends on
 
 

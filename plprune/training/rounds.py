@@ -22,7 +22,6 @@ from plprune.pruning.plan import PruningPlan
 from plprune.training.preemption import AGAIN
 
 Config = dict[str, Any]  # of a fit, as YAML has it
-
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)  # SLURM asks by the latter
 
 

@@ -19,16 +19,10 @@ import torch.distributed as dist
 from plprune.io import distributed
 
 log = logging.getLogger(__name__)
-
-
 BEAT = 2.0  # seconds between signs of life
-
 SILENCE = 40.0  # seconds without one, after which a process counts as gone
-
 GRACE = 12.0  # the same, once the connection to some process is known to be broken
-
 PREFIX = "plprune/alive/"
-
 BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "recvValue failed", "Socket")
 
 

@@ -29,11 +29,8 @@ from plprune.training.checkpointing import is_dry
 from plprune.training.strategies import shards
 
 log = logging.getLogger(__name__)
-
 PAUSE = 10.0  # seconds between two reports while training goes on
-
 FOUND = ("stages", "loss", "generated")  # of a report, what a run that goes on takes over
-
 POINTS = 2000  # of the loss in a report; where there are more, every second one goes
 
 
