@@ -158,7 +158,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
 ) -> None:
     """An epoch has 4 batches: stops within one, at the last batch of one, and in a later one."""
     whole, loss = way_of(tmp_path / "whole", folder, text, way)
-    monkeypatch.setattr("plprune.training.callbacks.prune.prune", lambda *_: pytest.fail("calibrated again"))
+    monkeypatch.setattr("plprune.methods.run.Request.prune", lambda *_: pytest.fail("calibrated again"))
     for stop in stops:
         parts = shutil.copytree(tmp_path / "whole", tmp_path / str(stop))
         resumed, resumed_loss = way_of(parts, folder, text, way, ckpt_path=parts / "ckpt" / f"step={stop}.ckpt")
@@ -403,7 +403,7 @@ def test_without_training_the_pruned_model_is_judged_and_exported(
 def test_callbacks_that_cannot_work_are_refused_before_pruning(
     folder: str, text: str, tmp_path: Path, make: Any, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("plprune.training.callbacks.prune.prune", lambda *_: pytest.fail("pruned"))
+    monkeypatch.setattr("plprune.methods.run.Request.prune", lambda *_: pytest.fail("pruned"))
     with pytest.raises(ValueError, match=expected):
         trainer(tmp_path, *make(), enable_checkpointing=None).fit(recovery(folder), datamodule=data(text))
 
@@ -445,7 +445,7 @@ def test_training_says_when_it_will_end(folder: str, text: str, tmp_path: Path, 
     with caplog.at_level(logging.INFO, "plprune.io.progress"):
         run.fit(recovery(folder), datamodule=data(text))
     lines = [record.getMessage() for record in caplog.records if record.name == "plprune.io.progress"]
-    assert [re.sub(r"\d\d:\d\d", "TIME", line) for line in lines] == [
+    assert [re.sub(r"\d+ s left", "TIME left", line) for line in lines] == [
         f"training: {step} of 3 steps, TIME left" for step in (1, 2)
     ]
     assert run.callback_metrics["minutes_left"] == 0

@@ -367,7 +367,7 @@ def settings() -> pl.Trainer:
 
 def test_what_is_silently_wrong_in_lightning_is_refused() -> None:
     for strategy, ours in ((DeepSpeedStrategy(stage=2), "DeepSpeed"), (ModelParallelStrategy(), "FSDP2")):
-        with pytest.raises(ValueError, match=rf"take plprune\.strategies\.{ours}"):
+        with pytest.raises(ValueError, match=rf"take plprune\.training\.strategies\.{ours}"):
             check_strategy(strategy)
     for strategy in (SingleDeviceStrategy("cpu"), DDPStrategy(), CPUDeepSpeed(stage=2), FSDP2()):
         check_strategy(strategy)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.multi_process
 RANK = """
 import os, sys, time, types
 import torch, torch.distributed as dist
-from plprune import watch
+from plprune.training import watchdog as watch
 watch.BEAT, watch.SILENCE, watch.GRACE = 0.2, 2.0, 1.0
 dist.init_process_group("gloo")
 callback, module = watch.Watch(), types.SimpleNamespace()
