@@ -15,6 +15,14 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked or flushed, and what a killed writer leaves stays
+    fcntl = None
+
+OLD = "old"  # in a room: what was there before
+SUFFIX = ".partial"
+
 
 class CannotWrite(OSError):
     """Something could not be written; what was written before is kept."""
@@ -34,16 +42,6 @@ def writing(path: Path) -> Iterator[None]:
             f"cannot write {path} ({reason}): check the space and the rights there, and go on with --resume; "
             "what was done is kept"
         ) from error
-
-
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing is locked or flushed, and what a killed writer leaves stays
-    fcntl = None
-
-
-OLD = "old"  # in a room: what was there before
-SUFFIX = ".partial"
 
 
 def resolved(path: str | os.PathLike[str]) -> Path:
@@ -103,7 +101,7 @@ def staged(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Pa
     created = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     clear(path.parent, glob.escape(path.name))
-    room, lock = _new_room(path)
+    room, handle = _new_room(path)
     try:
         yield room / path.name
         _open_to_readers(room / path.name)
@@ -119,7 +117,7 @@ def staged(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Pa
         raise
     finally:
         _discard(room, path)
-        _unlock(lock)
+        _unlock(handle)
         with contextlib.suppress(OSError):  # of folders, only those that are empty go
             for folder in created:
                 folder.rmdir()
@@ -144,9 +142,9 @@ def clear(folder: str | os.PathLike[str], names: str = "*") -> None:
         if not fnmatch.fnmatchcase(name, names) or not room.is_dir() or room.is_symlink():
             continue
         with contextlib.suppress(OSError):  # someone writes there, or was faster
-            lock = _lock(room)
+            handle = _lock(room)
             _discard(room, room.parent / name)
-            _unlock(lock)
+            _unlock(handle)
 
 
 @contextlib.contextmanager
@@ -165,13 +163,27 @@ def alone(file: str | os.PathLike[str], wait: bool = False) -> Iterator[bool]:
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "ab") as handle:  # NFS locks nothing that cannot be written to
         try:
-            if fcntl is not None:
-                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            lock(handle.fileno(), wait)
         except BlockingIOError:
             own = False
         except OSError:
             pass  # there are no locks
         yield own
+
+
+def lock(handle: int, wait: bool = False) -> None:
+    """Locks an open file or folder until it is closed or the process ends; on Windows, nothing is locked.
+
+    Args:
+        handle: The open file.
+        wait: Whether to wait for another process that has it.
+
+    Raises:
+        BlockingIOError: Another process has it.
+        OSError: The file system has no locks.
+    """
+    if fcntl is not None:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def remove(path: str | os.PathLike[str]) -> None:
@@ -220,31 +232,31 @@ def _discard(room: Path, path: Path) -> None:
 def _new_room(path: Path) -> tuple[Path, int | None]:
     """A room beside a path, and its lock, if the file system has locks."""
     while True:
-        room, lock = Path(tempfile.mkdtemp(SUFFIX, f".{path.name}.", path.parent)), None
+        room, handle = Path(tempfile.mkdtemp(SUFFIX, f".{path.name}.", path.parent)), None
         try:
-            lock = _lock(room)
+            handle = _lock(room)
         except BlockingIOError:
             continue  # someone who clears was faster, and took it for what a killed writer has left
         except OSError:
             pass
         if room.exists():
-            return room, lock
-        _unlock(lock)
+            return room, handle
+        _unlock(handle)
 
 
 def _lock(room: Path) -> int | None:
     """Raises OSError if another process has it."""
     if fcntl is None:
         return None
-    lock = os.open(room, os.O_RDONLY)
+    handle = os.open(room, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(handle)
     except OSError:
-        os.close(lock)
+        os.close(handle)
         raise
-    return lock
+    return handle
 
 
-def _unlock(lock: int | None) -> None:
-    if lock is not None:
-        os.close(lock)
+def _unlock(handle: int | None) -> None:
+    if handle is not None:
+        os.close(handle)

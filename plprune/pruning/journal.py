@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from plprune.architecture.blocks import Decision
-from plprune.io.atomic import writing
+from plprune.io.atomic import flush, lock, writing
 from plprune.io.progress import Progress
 from plprune.io.state import read_state, read_tensors, write_state
 
@@ -70,7 +70,7 @@ class Journal:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
         try:
-            _lock(self._lock)
+            lock(self._lock)
             self._begin(asked, resume, overwrite)
         except BlockingIOError as error:
             self.close()
@@ -108,7 +108,7 @@ class Journal:
         with writing(place):
             try:
                 yield room
-                _flush(room)
+                flush(room)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 if place.exists():
                     shutil.rmtree(place)
@@ -179,7 +179,7 @@ class Journal:
                 shutil.rmtree(path)
             (self.folder / NEW).mkdir()
             (self.folder / NEW / ASKED).write_text(json.dumps(asked, indent=2))
-            _flush(self.folder / NEW)
+            flush(self.folder / NEW)
             os.replace(self.folder / NEW / ASKED, file)
 
 
@@ -301,22 +301,3 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
         for key, content in values.items()
         for name, value in (content if isinstance(content, dict) else {key: content}).items()
     }
-
-
-def _lock(handle: int) -> None:
-    """Locks an open file until it is closed or the process ends.
-
-    Raises:
-        BlockingIOError: Another process has locked it.
-    """
-    with contextlib.suppress(ImportError):  # Windows has none
-        import fcntl
-
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _flush(folder: Path) -> None:
-    """Flushes the files of a folder to the disk, so that a later rename cannot name incomplete files."""
-    for path in (path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
