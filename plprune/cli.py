@@ -36,13 +36,14 @@ from plprune.io.progress import Progress
 from plprune.methods import CFSP, FASP, FLAP, LearnedGates, Request, TwoSSP, preflight
 from plprune.planning.targets import Target
 from plprune.training import checkpoint_files, checkpointing, console, preemption, resuming, rounds
-from plprune.training import resume as resume_
-from plprune.training.callbacks import evaluate, prune
-from plprune.training.callbacks import export as export_
-from plprune.training.callbacks import report as report_
+from plprune.training.callbacks.evaluate import Evaluate
+from plprune.training.callbacks.export import Export
+from plprune.training.callbacks.prune import Prune
+from plprune.training.callbacks.report import Report
 from plprune.training.data import RecoveryData
 from plprune.training.lightning_internals import OpenCLI
 from plprune.training.module import ENDLESS, Recovery
+from plprune.training.resume import begin_anew, is_finished, named, resume_from
 from plprune.training.watchdog import Watch
 
 STAGES = {
@@ -61,8 +62,7 @@ ROUNDS = (
     "and all together end at the method's sparsity after trainer.max_steps. The model of the last is the one that is "
     "asked for; those before it are in round-1, round-2 and so on, in trainer.default_root_dir."
 )
-CLASSES = [*BUILT_IN, prune.Prune, evaluate.Evaluate, report_.Report, export_.Export]
-CLASSES += [checkpointing.Checkpoint]
+CLASSES = [*BUILT_IN, Prune, Evaluate, Report, Export, checkpointing.Checkpoint]
 LIGHTNING = ("lightning", "lightning.pytorch", "lightning.fabric")  # loggers, each with a handler of its own
 METHODS = "known methods: " + ", ".join(method.__name__ for method in BUILT_IN)
 REWORDED = {  # what jsonargparse says, and what of it helps
@@ -140,16 +140,16 @@ class CLI(OpenCLI):
         with preemption.preemptible(trainer.strategy.launcher):
             if resume and self._nothing_left():
                 return
-            if resume and (path := resume_.resume_from(trainer, run)):
+            if resume and (path := resume_from(trainer, run)):
                 kwargs["ckpt_path"] = str(path)
                 self._log(trainer, checkpoint_files.step_of(path))
-                if not resume_.is_finished(trainer):
+                if not is_finished(trainer):
                     for export in self._exports():  # what is there is this run's own, as it was free at the start
                         export.overwrite = True
             elif not kwargs["ckpt_path"] and not dry:
                 for export in self._exports():
                     check_free(export.output, export.overwrite)
-                resume_.begin_anew(trainer)
+                begin_anew(trainer)
             trainer.fit(**kwargs)
         if trainer.is_global_zero:
             print(console.summary(trainer, {} if dry else self._outputs(), time.monotonic() - self._since))
@@ -168,7 +168,7 @@ class CLI(OpenCLI):
     def arguments_of(self, subcommand: str) -> dict[str, Any]:
         kwargs = super().arguments_of(subcommand)
         if kwargs.get("ckpt_path"):
-            kwargs["ckpt_path"] = resume_.named(str(kwargs["ckpt_path"]), self.trainer, subcommand == "fit")
+            kwargs["ckpt_path"] = named(str(kwargs["ckpt_path"]), self.trainer, subcommand == "fit")
             if kwargs.get("weights_only") is None:
                 kwargs["weights_only"] = True  # or Lightning would unpickle what it gets from elsewhere
         return kwargs
@@ -218,18 +218,18 @@ class CLI(OpenCLI):
         for each in cast(Any, self.trainer).callbacks:
             if isinstance(each, checkpointing.Checkpoint):
                 clear(each.folder(self.trainer))
-            elif isinstance(each, export_.Export):
+            elif isinstance(each, Export):
                 clear(resolved(each.output).parent, glob.escape(resolved(each.output).name))
-            elif isinstance(each, prune.Prune):
+            elif isinstance(each, Prune):
                 clear(resolved(each.folder or self.trainer.default_root_dir) / "plans")
 
     def _nothing_left(self) -> bool:
         outputs = [export.output for export in self._exports()]
-        if not resume_.is_finished(self.trainer) or not all(resolved(output).exists() for output in outputs):
+        if not is_finished(self.trainer) or not all(resolved(output).exists() for output in outputs):
             return False
         model, data = cast(Recovery, self.model), cast(RecoveryData, self.datamodule)
         data.tokenizer = data.tokenizer or model.tokenizer  # it asks its trainer, which knows no model yet
-        resume_.is_finished(self.trainer, resuming.asked(self.trainer, model, data, model.contents(data)))
+        is_finished(self.trainer, resuming.asked(self.trainer, model, data, model.contents(data)))
         if rank_zero_only.rank == 0:
             print(f"this run is finished{''.join(f'; its model is in {output}' for output in outputs)}")
         return True
@@ -237,12 +237,12 @@ class CLI(OpenCLI):
     def _outputs(self) -> dict[str, list[str]]:
         """What a fit leaves behind, and where."""
         root, own = self.trainer.default_root_dir, cast(Any, self.trainer).callbacks
-        pages = [report.page_of(each.output or root) for each in own if isinstance(each, report_.Report)]
+        pages = [report.page_of(each.output or root) for each in own if isinstance(each, Report)]
         places = {"model": [each.output for each in self._exports()], "report": [str(page) for page in pages]}
         return {what: [path for path in paths if os.path.exists(path)] for what, paths in places.items()}
 
-    def _exports(self) -> list[export_.Export]:
-        return [each for each in cast(Any, self.trainer).callbacks if isinstance(each, export_.Export)]
+    def _exports(self) -> list[Export]:
+        return [each for each in cast(Any, self.trainer).callbacks if isinstance(each, Export)]
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         given = self.config_init[str(self.subcommand)]["trainer"]

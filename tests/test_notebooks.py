@@ -2,7 +2,6 @@
 
 import json
 import re
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +76,6 @@ def test_it_begins_with_what_it_shows_how_long_it_takes_and_what_it_needs(name: 
     assert re.search(r"\*\*Time\*\*: .*minutes", first)
     assert re.search(r"\*\*Needs\*\*: .*'\.\[export,notebooks[],]", first)
     assert shrunk(notebook, SMALL[name])["cells"][0] == read(name)["cells"][0]
-
-
-def test_every_extra_that_is_named_exists() -> None:
-    root = FOLDER.parent
-    files = [*root.glob("*.md"), *FOLDER.glob("*"), *root.glob("configs/**/*.yaml"), *root.glob("plprune/**/*.py")]
-    named = {each for file in files for each in re.findall(r"(?:\.|plprune)\[([a-z,]+)\]'", file.read_text())}
-    assert {"export", "deepspeed", "export,notebooks"} <= named
-    there = metadata.metadata("plprune").get_all("Provides-Extra") or []
-    assert {extra for each in named for extra in each.split(",")} <= {*there}
 
 
 @pytest.mark.slow

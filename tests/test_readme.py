@@ -151,4 +151,5 @@ def test_every_extra_that_is_named_exists() -> None:
         for extra in asked.split(",")
     }
     assert ("quickstart.ipynb", "notebooks") in named
+    assert {"export", "deepspeed", "notebooks"} <= {extra for _, extra in named}
     assert {extra for _, extra in named} <= set(extras), named

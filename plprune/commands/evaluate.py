@@ -26,7 +26,7 @@ from plprune.io.sources import PYDOC, check_source
 from plprune.io.text import DROPPED
 from plprune.pruning.forward import check_ids
 from plprune.pruning.plan import FILE, PruningPlan
-from plprune.training.callbacks import record as callbacks
+from plprune.training.callbacks.record import summary
 
 OWN, NONE = "auto", "none"
 
@@ -165,7 +165,7 @@ def _printed(
 ) -> list[str]:
     rows = {stage: found.measured for stage, found in judged.items()}
     parts = [
-        *([callbacks.summary(plan)] if plan else []),
+        *([summary(plan)] if plan else []),
         f"{measurement.measurement_table(rows)}\n{_protocols(judged)}",
     ]
     if "dense" in stages:

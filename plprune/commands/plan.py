@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from plprune.architecture.blocks import UNITS, blocks_of
 from plprune.checkpoint.load import chosen, load_skeleton, stored_at
 from plprune.checkpoint.stored import Dtype
-from plprune.export import fits as fits_
+from plprune.export.fits import exports, is_stock, unknown_formats
 from plprune.io.atomic import check_file, staged
 from plprune.io.checks import check_sizes
 from plprune.io.distributed import device_here
@@ -164,15 +164,15 @@ def _blocks(network: PreTrainedModel, cases: Sequence[Mapping[str, int]]) -> lis
 
 def _exports(models: Sequence[PreTrainedModel]) -> Record:
     """Of each format, whether no, some or all cases fit, and why not."""
-    reasons = [fits_.exports(m) for m in models]
+    reasons = [exports(m) for m in models]
     found: Record = {}
     for name in reasons[0]:
         fitting = [not each[name] for each in reasons]
         why = next((each[name] for each in reasons if each[name]), [])
-        unknown = name in fits_.unknown_formats()
+        unknown = name in unknown_formats()
         fits = "unknown" if unknown else "yes" if all(fitting) else "maybe" if any(fitting) else "no"
         found[name] = {"fits": fits, "reasons": why}
-    stock = [fits_.is_stock(m) for m in models]
+    stock = [is_stock(m) for m in models]
     found["hf"]["stock"] = "yes" if all(stock) else "maybe" if any(stock) else "no"
     return found
 

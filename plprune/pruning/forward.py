@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plprune.architecture import modules as modules_
 from plprune.architecture.blocks import Block, Group, blocks_of
+from plprune.architecture.modules import lacks_weights
 from plprune.io import distributed
 from plprune.pruning.journal import DiskStates, NotFinite
 from plprune.pruning.statistics import BlockInfluence, Statistic
@@ -135,7 +135,7 @@ def check_masking(model: PreTrainedModel) -> None:
     Raises:
         ValueError: The logits of two documents in one window differ from those of each document alone.
     """
-    gap = distributed.same(None if modules_.lacks_weights(model) else _crossing(model), distributed.world())
+    gap = distributed.same(None if lacks_weights(model) else _crossing(model), distributed.world())
     if gap is not None and not gap <= (1e-3 if model.dtype == torch.float32 else 0.06):
         raise ValueError(
             f"{type(model).__name__} does not keep documents of a window apart (logits differ by {gap:.2g} of the "

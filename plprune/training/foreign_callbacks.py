@@ -48,10 +48,12 @@ def check_callbacks(callbacks: Sequence[pl.Callback], logged: Sequence[str] | No
         if why and not lightning_internals.is_tuners(each):
             raise ValueError(f"{type(each).__name__} {why}; leave it out of trainer.callbacks")
     foreign = [each for each in callbacks if not type(each).__module__.startswith(("lightning.", "plprune."))]
-    for each in callbacks if logged is not None and not foreign else ():  # others may log what they like
+    if logged is None or foreign:  # others may log what they like
+        return
+    for each in callbacks:
         name = getattr(each, "monitor", None)
         judged = isinstance(each, EarlyStopping) and each.strict
         judged |= isinstance(each, ModelCheckpoint) and name not in (None, "step", "epoch")
-        if judged and name not in (logged or ()):
-            known = ", ".join(logged or ())
+        if judged and name not in logged:
+            known = ", ".join(logged)
             raise ValueError(f"{type(each).__name__} monitors {name}, which is not logged: monitor one of {known}")

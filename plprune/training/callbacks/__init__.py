@@ -1,1 +1,1 @@
-"""The callbacks of a fit."""
+"""The callbacks of a fit: when things happen; how is said elsewhere."""

@@ -1,4 +1,8 @@
-"""The callback that prunes when a fit begins."""
+"""The callback that prunes when a fit begins.
+
+Pruning happens in `setup`: the model is whole then, on the CPU, and no optimizer or wrapper has seen it. `on_fit_start`
+is too late; there, nothing would train, without an error.
+"""
 
 import dataclasses
 import hashlib

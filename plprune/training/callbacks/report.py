@@ -1,8 +1,4 @@
-"""When things happen in a fit; how is said elsewhere.
-
-Pruning happens in `setup`: the model is whole then, on the CPU, and no optimizer or wrapper has seen it. `on_fit_start`
-is too late; there, nothing would train, without an error.
-"""
+"""The callback that writes the report of a fit, from its start on."""
 
 import logging
 import os

@@ -15,6 +15,7 @@ import torch
 
 from plprune.io.atomic import staged
 from plprune.io.tables import aligned
+from plprune.io.units import shown
 from tests.benchmarks.gpu.decode import decode
 from tests.benchmarks.gpu.models import Cells, called
 from tests.benchmarks.gpu.plan import plan
@@ -96,15 +97,7 @@ def table(record: dict[str, Any]) -> str:
         measured = {name: cell for name, cell in own["cells"].items() if is_measured(cell)}
         keys = [k for k in dict.fromkeys(k for cell in measured.values() for k in cell) if k != "measured"]
         rows = [[f"{section}, {own['device']}", *keys]]
-        rows += [[name, *(shown(cell.get(key)) for key in keys)] for name, cell in measured.items()]
+        rows += [[name, *(shown(cell[key]) if key in cell else "" for key in keys)] for name, cell in measured.items()]
         lines = [f"{name}: {cell['missing']}" for name, cell in own["cells"].items() if not is_measured(cell)]
         parts.append("\n".join([aligned(rows, [0] * len(rows[0])), *lines]))
     return "\n\n".join(parts)
-
-
-def shown(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else f"{value:,}"
