@@ -381,4 +381,4 @@ def test_seventy_billion_parameters_take_seconds(
     )
     out = capsys.readouterr().out
     assert "70.55B" in out
-    assert "50.00B asked" in out
+    assert "50B asked" in out
