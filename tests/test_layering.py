@@ -27,6 +27,7 @@ ORDER = {
             "foreign_callbacks",
             "optimisation",
             "preemption",
+            "round_schedule",
             "strategies",
             "watchdog",
         ],

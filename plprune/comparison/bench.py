@@ -34,7 +34,6 @@ from plprune.io.distributed import announce
 from plprune.io.text import bos_token, draw, tokenised
 from plprune.methods import PruningMethod, Request, prune
 from plprune.methods.run import source_of
-from plprune.pruning.allocation import largest_remainder, next_sparsity
 from plprune.pruning.calibration import Calibration, Observations
 from plprune.pruning.forward import check_ids
 from plprune.pruning.observations import load, save, survey
@@ -42,11 +41,13 @@ from plprune.pruning.plan import PruningPlan, fingerprint
 from plprune.recovery.lora import merged_state
 from plprune.training.data import RecoveryData
 from plprune.training.module import Recovery
+from plprune.training.round_schedule import schedule
 
 log = logging.getLogger(__name__)
 Cell = dict[str, Any]
 Part = tuple[dict[str, Any], Callable[[], Iterator[Cell]]]  # what it depends on, and how its cells are made
 Pruned = tuple[PreTrainedModel, PruningPlan, dict[str, float]]  # with the seconds that it took
+TRAINING = ("plprune.training.module", "plprune.training.data", "plprune.training.round_schedule")
 APART = 1000  # between the seeds of two rounds, beyond those of a study
 
 
@@ -136,7 +137,7 @@ class Bench:
         facts = self._structure(of, model)
         yield self._completed(cells[0] | facts, of, lambda: model()[0])
         for cell, training, made_by in zip(cells[1:], self.study.recoveries, self._trainings, strict=True):
-            by = of | {"recover": made_by, "by": sources("plprune.training.module", "plprune.training.data")}
+            by = of | {"recover": made_by, "by": sources(*TRAINING)}
             by |= {name: version(name) for name in ("lightning", "peft")}
             if training.rounds > 1:
                 again = functools.cache(lambda training=training: self._in_rounds(method, text, seed, training))
@@ -210,14 +211,15 @@ class Bench:
         return model, plan, {"prune": time.perf_counter() - start}
 
     def _in_rounds(self, method: PruningMethod, text: CalibrationText, seed: int, training: Training) -> Pruned:
-        """The dense model pruned and recovered by turns, at each of which the training text has another order."""
-        model, whole, seconds = self.dense, parameters(self.dense)[0], {"prune": 0.0, "recover": 0.0}
-        for i, steps in enumerate(largest_remainder([1.0] * training.rounds, training.steps)):
-            left = parameters(model)[0] / whole
-            sparsity = next_sparsity(method.sparsity, left, i + 1, training.rounds)
-            own = dataclasses.replace(method, sparsity=sparsity)
-            model, plan, took = self._prune(own, text, seed, model)
-            model, recovering = self._recover(model, seed + APART * i, dataclasses.replace(training, steps=steps))
+        """Prunes and recovers the dense model in turns, with the training text in another order at each turn."""
+        model, dense, seconds = self.dense, parameters(self.dense)[0], {"prune": 0.0, "recover": 0.0}
+        rounds = schedule(method.sparsity, training.steps, training.rounds, lambda _: parameters(model)[0] / dense)
+        for each in rounds:
+            turn = dataclasses.replace(method, sparsity=each.sparsity)
+            model, plan, took = self._prune(turn, text, seed, model)
+            model, recovering = self._recover(
+                model, seed + APART * each.index, dataclasses.replace(training, steps=each.steps)
+            )
             seconds = {"prune": seconds["prune"] + took["prune"], "recover": seconds["recover"] + recovering}
         return model, plan, seconds
 

@@ -1,9 +1,8 @@
-"""Several rounds of pruning and recovery, which together end at the sparsity and the steps of one.
+"""Several rounds of pruning and recovery that together end at the sparsity and the steps of a single one.
 
-Each round is a fit of its own, as the structure is settled before a fit begins, and in a process of its own, so that
-launchers, strategies and signals find what they would find without rounds. A round prunes and recovers what the one
-before it has exported, and how much it has to remove is reckoned from what that has really reached. Where there is a
-validation text each round sees the training text in another order; else the order decides what is held out, and stays.
+`plprune fit --rounds` runs each round as a separate fit in a separate process, because the structure is settled before
+a fit begins, and because launchers, strategies and signals then behave as they do without rounds. A round prunes and
+recovers the model that the round before it exported.
 """
 
 import copy
@@ -17,43 +16,44 @@ from typing import Any
 import yaml
 
 from plprune.io.atomic import check_free
-from plprune.pruning.allocation import largest_remainder, next_sparsity
 from plprune.pruning.plan import PruningPlan
 from plprune.training.preemption import AGAIN
+from plprune.training.round_schedule import Round, schedule
 
 Config = dict[str, Any]  # of a fit, as YAML has it
-PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)  # SLURM asks by the latter
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1)  # SLURM sends SIGUSR1 before it requeues a job
 
 
 def run(config: Config, rounds: int) -> int:
-    """Runs the rounds one after another, up to one that fails or is stopped.
+    """Runs the rounds one after another, and stops at the first that fails or is interrupted.
 
     Args:
-        config: Of the whole: `trainer.max_steps` is shared among the rounds, and the last writes what it names. The
-            others write to `round-1`, `round-2` and so on in its `default_root_dir`.
-        rounds: How many.
+        config: The config of the whole. The rounds share its `trainer.max_steps`. The last round writes the outputs
+            that it names; the others write to `round-1`, `round-2` and so on in its `default_root_dir`.
+        rounds: The number of rounds.
 
     Returns:
-        The exit code of the last one that ran.
+        The exit code of the last round that ran.
 
     Raises:
-        ValueError: The config does not say enough for rounds.
+        ValueError: The config cannot be run in rounds.
     """
     check(config, rounds)
-    sparsity, left = _method(config)["sparsity"], 1.0
-    steps = largest_remainder([1.0] * rounds, config["trainer"]["max_steps"])
-    for i in range(rounds):
-        if i:
-            plans = PruningPlan.load(exported(config, i)).chain()
-            left = sum(plans[-1].after) / sum(plans[-i].before)
-        own = config_of(config, i, rounds, next_sparsity(sparsity, left, i + 1, rounds), steps[i])
-        if code := fit(own):
+
+    def remaining(index: int) -> float:
+        if not index:
+            return 1.0
+        plans = PruningPlan.load(model_folder(config, index)).chain()
+        return sum(plans[-1].after) / sum(plans[-index].before)
+
+    for each in schedule(_method(config)["sparsity"], config["trainer"]["max_steps"], rounds, remaining):
+        if code := fit(round_config(config, each, last=each.index == rounds - 1)):
             return code
     return 0
 
 
 def check(config: Config, rounds: int) -> None:
-    """Makes sure, before anything is done, that a fit can be done in rounds.
+    """Checks, before anything is done, that a fit can be divided into rounds.
 
     Raises:
         ValueError: It cannot.
@@ -62,73 +62,72 @@ def check(config: Config, rounds: int) -> None:
     if trainer["max_steps"] < rounds:
         raise ValueError(f"{rounds} rounds share trainer.max_steps, which is {trainer['max_steps']}: give more")
     if target.get("parameters") or target.get("memory"):
-        raise ValueError("rounds share a sparsity: give that in the place of a target")
+        raise ValueError("rounds divide a sparsity and cannot divide a target: give the method's sparsity instead")
     if trainer.get("fast_dev_run"):
         raise ValueError("a dry run saves no model for the next round to begin with: try it without --rounds")
     if config.get("ckpt_path"):
-        raise ValueError("a checkpoint is of one round: go on with --resume in the place of --ckpt_path")
+        raise ValueError("a checkpoint belongs to a single round: continue with --resume instead of --ckpt_path")
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # the second group would find the first one's keys
-        raise ValueError("rounds under torchrun form a group each: start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
-    for each in _callbacks(config, "Export"):
+        raise ValueError(
+            "under torchrun every round forms a process group of its own: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        )
+    for export in _callbacks(config, "Export"):
         if not config["resume"]:
-            check_free(each["output"], each["overwrite"])
+            check_free(export["output"], export["overwrite"])
 
 
-def config_of(config: Config, i: int, rounds: int, sparsity: float, steps: int) -> Config:
-    """The config of round i, counted from 0."""
-    own = copy.deepcopy(config)
-    own["rounds"] = 1
-    own["trainer"]["max_steps"] = steps
-    _method(own)["sparsity"] = sparsity
-    if i:
-        own["model"]["name_or_path"] = str(exported(config, i))
-        _prune(own)["again"] = True
-        own["data"]["seed"] += i if own["data"]["validation"] else 0
-    if i < rounds - 1:
-        own["trainer"]["default_root_dir"] = str(exported(config, i + 1).parent)
-        for each in _callbacks(own, "Report"):
-            each["output"] = None
-        for each in _callbacks(own, "Checkpoint"):
-            each["dirpath"] = None
-        own["trainer"]["callbacks"] = [each for each in own["trainer"]["callbacks"] if not _is(each, "Export")]
-        export = {"output": str(exported(config, i + 1)), "overwrite": _overwrites(config)}
-        own["trainer"]["callbacks"].append({"class_path": "plprune.Export", "init_args": export})
-    return own
+def round_config(config: Config, each: Round, last: bool) -> Config:
+    """Derives the config of a round from the config of the whole."""
+    result, exports = copy.deepcopy(config), _callbacks(config, "Export")
+    result["rounds"] = 1
+    result["trainer"]["max_steps"] = each.steps
+    _method(result)["sparsity"] = each.sparsity
+    if each.index:
+        result["model"]["name_or_path"] = str(model_folder(config, each.index))
+        _prune(result)["again"] = True
+        if result["data"]["validation"]:  # else the order of the training text decides what is held out, and must stay
+            result["data"]["seed"] += each.index
+    if not last:
+        output = model_folder(config, each.index + 1)
+        result["trainer"]["default_root_dir"] = str(output.parent)
+        for name, setting in (("Report", "output"), ("Checkpoint", "dirpath")):
+            for callback in _callbacks(result, name):
+                callback[setting] = None
+        kept = [callback for callback in result["trainer"]["callbacks"] if not _is(callback, "Export")]
+        settings = {"output": str(output), "overwrite": any(export["overwrite"] for export in exports)}
+        result["trainer"]["callbacks"] = [*kept, {"class_path": "plprune.Export", "init_args": settings}]
+    return result
 
 
-def exported(config: Config, number: int) -> Path:
-    """Where the model of a round is, counted from 1, that is not the last."""
+def model_folder(config: Config, number: int) -> Path:
+    """The folder to which round `number`, from 1, exports its model, unless it is the last."""
     return Path(config["trainer"]["default_root_dir"] or ".").expanduser() / f"round-{number}" / "model"
 
 
 def fit(config: Config) -> int:
-    """Fits in a process of its own, which is told of the signals that this one gets; its exit code."""
+    """Fits in a subprocess, forwards signals to it, and returns its exit code."""
     command = [sys.executable, "-m", "plprune", "fit", "--config", yaml.safe_dump(config)]
-    noted: list[int] = []
+    received: list[int] = []
     children: list[subprocess.Popen[bytes]] = []
 
-    def pass_on(number: int, _: Any) -> None:
-        noted.append(number)
+    def forward(number: int, _: Any) -> None:
+        received.append(number)
         for child in children:
             child.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)  # a terminal tells both
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends it to both processes
     try:
         children.append(subprocess.Popen(command))
-        for number in noted:
+        for number in received:
             children[0].send_signal(number)
         code = children[0].wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if noted and code == -signal.SIGTERM:  # it came before the fit listened to it
+    if received and code == -signal.SIGTERM:  # it came before the fit had set its handler
         return AGAIN
     return code if code >= 0 else 128 - code
-
-
-def _overwrites(config: Config) -> bool:
-    return any(each["overwrite"] for each in _callbacks(config, "Export"))
 
 
 def _method(config: Config) -> dict[str, Any]:
@@ -137,7 +136,7 @@ def _method(config: Config) -> dict[str, Any]:
 
 
 def _prune(config: Config) -> dict[str, Any]:
-    """The settings of the pruning.
+    """The settings of the only `Prune`.
 
     Raises:
         ValueError: There is none, or more than one.
@@ -149,7 +148,7 @@ def _prune(config: Config) -> dict[str, Any]:
 
 
 def _callbacks(config: Config, name: str) -> list[dict[str, Any]]:
-    """The settings of the callbacks of a class."""
+    """The settings of all callbacks of a class."""
     return [each.setdefault("init_args", {}) for each in config["trainer"]["callbacks"] or [] if _is(each, name)]
 
 

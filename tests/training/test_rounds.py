@@ -13,9 +13,8 @@ import yaml
 
 from plprune import load_pruned
 from plprune.cli import main
-from plprune.pruning.allocation import next_sparsity
 from plprune.pruning.plan import PruningPlan
-from plprune.training import rounds
+from plprune.training import round_schedule, rounds
 from plprune.training.preemption import AGAIN
 from tests.builders import save_tiny
 from tests.test_cli import RESUMABLE
@@ -47,16 +46,6 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return configs
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
-@pytest.mark.parametrize("error", [0.0, 0.02, -0.02])
-def test_what_rounds_remove_makes_the_whole(count: int, error: float) -> None:
-    left = 1.0
-    for number in range(1, count + 1):
-        share = next_sparsity(0.6, left, number, count)
-        left *= 1 - share + (error if number < count else 0.0)  # what a round misses, the next ones make up for
-    assert left == pytest.approx(0.4)
-
-
 def test_two_rounds_reach_the_whole_sparsity(
     here: Path, given: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,7 +73,7 @@ def test_two_rounds_reach_the_whole_sparsity(
 def test_a_model_is_pruned_again_even_by_the_same_settings(
     here: Path, given: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rounds, "next_sparsity", lambda *_: 0.3)
+    monkeypatch.setattr(round_schedule, "next_sparsity", lambda *_: 0.3)
     main(TWO)
     first, second = PruningPlan.load("out").chain()
     assert first.settings == second.settings
@@ -96,7 +85,7 @@ def test_a_model_is_pruned_again_even_by_the_same_settings(
     [
         (["--trainer.max_steps=1"], "2 rounds share trainer.max_steps, which is 1: give more"),
         (["--trainer.callbacks=null"], "rounds need one Prune among trainer.callbacks, and there are 0"),
-        (["--ckpt_path=some.ckpt"], "go on with --resume in the place of --ckpt_path"),
+        (["--ckpt_path=some.ckpt"], "continue with --resume instead of --ckpt_path"),
         (["--trainer.fast_dev_run=true"], "a dry run saves no model for the next round to begin with"),
         (["--rounds=0"], "rounds is 0, but must be at least 1"),
         (["--model.name_or_path=nowhere"], "out exists"),
