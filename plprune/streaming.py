@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plprune.architecture.blocks import Block, Decision, blocks_of
-from plprune.architecture.modules import put
+from plprune.architecture.modules import set_parameter
 from plprune.checkpoint.load import chosen, load_skeleton, read_generation_config, stored_at
 from plprune.checkpoint.save import write
 from plprune.checkpoint.stored import Dtype, Source
@@ -61,7 +61,7 @@ def open_streamed(name_or_path: str, dtype: Dtype | None = None) -> PreTrainedMo
     inside = {id(p) for block in blocks_of(model) for p in block.module.parameters()}
     for name, parameter in list(model.named_parameters()):
         if id(parameter) not in inside:
-            put(model, name, source.mapped(name))
+            set_parameter(model, name, source.mapped(name))
     model.tie_weights()
     for block in blocks_of(model):
         cast(Any, block.module).home = DiskHome(block, source)
@@ -223,7 +223,8 @@ class DiskHome:
         for name, _ in list(self.block.module.named_parameters()):
             stored = self._stored(self.prefix + name)
             value = torch.empty(stored.shape, dtype=self.source.dtype, device=device)
-            put(self.block.module, name, value.copy_(stored))  # a copy is aligned as others are, a map may not be
+            value.copy_(stored)  # a copy is aligned as other tensors are, a map may not be
+            set_parameter(self.block.module, name, value)
 
     def _stored(self, name: str) -> Tensor:
         if self.version == 0:
@@ -246,7 +247,7 @@ class DiskHome:
 
     def _unload(self) -> None:
         for name, parameter in list(self.block.module.named_parameters()):
-            put(self.block.module, name, torch.empty_like(parameter, device="meta"))
+            set_parameter(self.block.module, name, torch.empty_like(parameter, device="meta"))
         _move_buffers(self.block.module, torch.device("cpu"))
 
 

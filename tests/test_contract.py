@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from plprune import PruningPlan, load_pruned, perplexity, prune, save_pruned
-from plprune.architecture.blocks import Block, Group, blocks_of
+from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.architecture.families import FAMILIES
 from plprune.architecture.modules import innermost, matrix
 from plprune.pruning import surgery
@@ -221,7 +221,7 @@ def decoded(model: PreTrainedModel, ids: Tensor, cache: Any, steps: list[int]) -
         return torch.cat([model(input_ids=x, past_key_values=cache).logits for x in ids.split(steps, dim=1)], 1)
 
 
-def permute(block: Block, group: Group) -> Tensor:
+def permute(block: Block, group: UnitGroup) -> Tensor:
     """Shuffles the units of a group within a dense block: unit i is then what unit order[i] was."""
     order = torch.randperm(len(group), generator=torch.Generator().manual_seed(len(group)))
     for part in group.producers:
@@ -234,7 +234,7 @@ def permute(block: Block, group: Group) -> Tensor:
     return order
 
 
-def units(model: PreTrainedModel) -> list[tuple[Group, int]]:
+def units(model: PreTrainedModel) -> list[tuple[UnitGroup, int]]:
     return [(group, block.cost(group)) for block in blocks_of(model)[:1] for group in block.groups()]
 
 

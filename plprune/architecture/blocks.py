@@ -1,8 +1,8 @@
 r"""The blocks of a model, and the groups of units in them that a method prunes.
 
-A :class:`Group` is a set of units of one kind in one block. Unit `u` owns the rows `rows[u]` of every producer and the
-columns `columns[u]` of the one consumer, and they leave together. A group holds indices, so fused projections need no
-code of their own: a path that is named twice holds its parts stacked, in the order in which they are named.
+A :class:`UnitGroup` holds all units of one kind in one block. Removing unit `u` removes the rows `index[u]` of every
+producer and the columns `index[u]` of the consumer. Groups store indices, so fused projections need no extra code: a
+path that is named twice holds its parts stacked, in the order in which they are named.
 
 Rows are outputs and columns are inputs, however a projection stores its weight: :func:`matrix` returns it as
 [d_out, d_in] for a `Conv1D` too, which stores the transpose.
@@ -57,7 +57,7 @@ class Decision:
 
 Kind = Literal["attention", "value", "ffn"]
 UNITS = {"attention": "kv heads", "value": "value channels", "ffn": "FFN channels"}
-Attention = Literal["kv_heads", "value_channels", "none"]  # the unit of it that can leave
+AttentionUnit = Literal["kv_heads", "value_channels", "none"]  # what a method removes from attention
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Group:
+class UnitGroup:
     """Units of one block that leave together."""
 
     block: int
@@ -122,18 +122,18 @@ class Block:
         """The module at `path`; a projection may be an `nn.Linear`, or the gather or scatter around one."""
         return self.module.get_submodule(path)
 
-    def weight(self, group: Group) -> Tensor:  # [d, units, columns per unit]
+    def weight(self, group: UnitGroup) -> Tensor:  # [d, units, columns per unit]
         """The consumer's weight, by unit."""
         with self.present():
             weight, index = dense_weight(self.part(group.consumer.path)), group.consumer.index
             return weight[:, index.to(weight.device)]
 
-    def cost(self, group: Group) -> int:
+    def cost(self, group: UnitGroup) -> int:
         """Parameters that leave with one unit."""
         rows = sum(s.index.shape[1] * _per_row(self.part(s.path)) for s in group.producers)
         return rows + group.consumer.index.shape[1] * len(matrix(self.part(group.consumer.path)))
 
-    def absent_bias(self, group: Group) -> int:
+    def absent_bias(self, group: UnitGroup) -> int:
         """Parameters that a bias of the consumer would add: none if it has one."""
         consumer = self.part(group.consumer.path)
         return len(matrix(consumer)) if innermost(consumer).bias is None else 0
@@ -161,7 +161,7 @@ class Block:
         """Where all projections are, each once."""
         return list(dict.fromkeys((*self.attention_paths, *self.family.ffn_in, self.family.ffn_out)))
 
-    def groups(self, attention: Attention = "kv_heads") -> list[Group]:
+    def groups(self, attention: AttentionUnit = "kv_heads") -> list[UnitGroup]:
         """The block's groups, attention first, with the unit of attention asked for."""
         make = {"kv_heads": self._kv_heads, "value_channels": self._value_channels}.get(attention)
         return [make(), self._channels()] if make and self.has_attention else [self._channels()]
@@ -179,19 +179,19 @@ class Block:
     def head_dim(self) -> int:
         return cast(int, getattr(self.part(self.family.attention), self.family.head_dim))
 
-    def _kv_heads(self) -> Group:
+    def _kv_heads(self) -> UnitGroup:
         columns = torch.arange(width(self.part(self.family.output), "in_features")).view(self.kv_heads, -1)
         producers = (*self._norms(), *self._projected())
-        return Group(self.index, "attention", producers, Slice(self.family.output, columns))
+        return UnitGroup(self.index, "attention", producers, Slice(self.family.output, columns))
 
-    def _value_channels(self) -> Group:
+    def _value_channels(self) -> UnitGroup:
         kv, g, hd = self.kv_heads, self.queries_per_head, self.head_dim
         values = self._projected()[2]
         rows = values.index.flatten()
         present = torch.isin(rows, kept_rows(self.part(values.path)))  # some may have left in an earlier pruning
         columns = torch.arange(kv * g * hd).view(kv, g, hd).transpose(1, 2).reshape(kv * hd, g)
         consumer = Slice(self.family.output, columns[present])
-        return Group(self.index, "value", (Slice(values.path, rows[present, None]),), consumer)
+        return UnitGroup(self.index, "value", (Slice(values.path, rows[present, None]),), consumer)
 
     def _projected(self) -> list[Slice]:
         """The rows of queries, keys and values, by kv head."""
@@ -214,11 +214,11 @@ class Block:
         """Rows of queries, keys and values that belong to one kv head."""
         return self.queries_per_head * self.head_dim, self.head_dim, self.head_dim
 
-    def _channels(self) -> Group:
+    def _channels(self) -> UnitGroup:
         channels = self.channels
         parts = _stacked(self.family.ffn_in, (channels,) * len(self.family.ffn_in))
         producers = tuple(Slice(path, rows[:, None]) for path, rows in parts)
-        return Group(self.index, "ffn", producers, Slice(self.family.ffn_out, torch.arange(channels)[:, None]))
+        return UnitGroup(self.index, "ffn", producers, Slice(self.family.ffn_out, torch.arange(channels)[:, None]))
 
 
 def blocks_of(model: PreTrainedModel) -> list[Block]:

@@ -72,7 +72,7 @@ class PrunedModel(PrunedForCausalLM):
     mapping: Any = MODEL_MAPPING
 
 
-class Pruned(Mixin):
+class PrunedModelMixin(Mixin):
     """What a pruned model does besides what its family's class does."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -87,7 +87,7 @@ class Pruned(Mixin):
         """Blocks differ in their heads: each makes its room in the cache when it first writes there."""
 
 
-class Written(Mixin):
+class PrunedConfigMixin(Mixin):
     """What a pruned model's configuration does besides what its family's does: it says so in `config.json`."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class Written(Mixin):
 @functools.cache
 def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The configuration class of the pruned models of a family, given the family's."""
-    own = type(f"Pruned{base.__name__}", (Written, base), {"__module__": __name__})
+    own = type(f"Pruned{base.__name__}", (PrunedConfigMixin, base), {"__module__": __name__})
     AutoModel.register(own, PrunedModel)
     AutoModelForCausalLM.register(own, PrunedForCausalLM)
     return own
@@ -117,7 +117,7 @@ def model_class(loader: type[PrunedForCausalLM], config: type[PreTrainedConfig])
     """The model class of a configuration class that :func:`config_class` has made."""
     base: Any = loader.mapping[config.__mro__[2]]
     values = {"__module__": __name__, "config_class": config}
-    return type(f"Pruned{base.__name__}", (Pruned, base), values)
+    return type(f"Pruned{base.__name__}", (PrunedModelMixin, base), values)
 
 
 def cut(model: PreTrainedModel, pruned: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
         module.to(home)
 
 
-def put(module: nn.Module, name: str, value: Tensor) -> None:
+def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     """Gives a module another parameter under a dotted name."""
     path, _, last = name.rpartition(".")
     owner = module.get_submodule(path)

@@ -31,7 +31,7 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from plprune.architecture.families import family_of
-from plprune.architecture.modules import put, tie, tied
+from plprune.architecture.modules import set_parameter, tie, tied
 from plprune.checkpoint.stock_config import adopt, config_from, pruned_skeleton, skeleton
 from plprune.checkpoint.stored import Dtype, Source, Stored, weight_files
 from plprune.checkpoint.weights import SINGLE, differ, has_own_head
@@ -258,7 +258,7 @@ def _multiplied_out(stored: Stored, dtype: Dtype) -> PreTrainedModel:
     model = load_skeleton(stored.name, dtype)
     source = Source(stored, model, getattr(torch, dtype))
     for name, _ in list(model.named_parameters()):
-        put(model, name, source.mapped(name))
+        set_parameter(model, name, source.mapped(name))
     model.tie_weights()
     read_generation_config(model, stored.folder)
     return model

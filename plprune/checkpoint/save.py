@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from plprune.architecture import modeling_plprune
-from plprune.architecture.modeling_plprune import PrunedForCausalLM, Written
+from plprune.architecture.modeling_plprune import PrunedConfigMixin, PrunedForCausalLM
 from plprune.architecture.modules import tied
 from plprune.checkpoint.load import REPAIRED, locate
 from plprune.checkpoint.model_card import CARD, write_card
@@ -100,7 +100,7 @@ def write(
     plan, (config, biases) = plan_of(model), described(model)
     own_names: dict[str, Any] = {"save_original_format": False}  # not those of older transformers
     model.save_pretrained(folder, state_dict=state | biases, max_shard_size=max_shard_size, **own_names)
-    own = isinstance(config, Written)
+    own = isinstance(config, PrunedConfigMixin)
     stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING
     config.architectures = [PrunedForCausalLM.__name__ if own else stock[type(config)].__name__]
     config.dtype = model.dtype

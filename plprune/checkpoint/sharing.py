@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from plprune.architecture.modules import lacks_weights, put, tie, tied
+from plprune.architecture.modules import lacks_weights, set_parameter, tie, tied
 from plprune.io.distributed import Group, agree, gathered, same, sent
 
 
@@ -37,7 +37,7 @@ def receive(model: PreTrainedModel, group: Group) -> None:
         value = torch.empty_like(parameter, device="cpu") if parameter.is_meta else parameter.detach()
         value = sent(value, source, senders)
         if parameter.is_meta:
-            put(model, name, value)
+            set_parameter(model, name, value)
     if tied(model) != to_embedding:  # the embedding was replaced, and the head with it
         tie(model, to_embedding)
 

@@ -19,11 +19,11 @@ from plprune.architecture.blocks import Block, blocks_of
 from plprune.architecture.families import family_of
 from plprune.architecture.modeling_plprune import (
     Gather,
-    Pruned,
     PrunedConfig,
+    PrunedConfigMixin,
     PrunedForCausalLM,
+    PrunedModelMixin,
     Scatter,
-    Written,
     config_class,
     model_class,
 )
@@ -100,10 +100,10 @@ def pruned_config(model: PreTrainedModel) -> PreTrainedConfig:
 def adopt(model: PreTrainedModel) -> None:
     """Makes a model that was built by its plan one that `save_pretrained` writes as it is."""
     (config, biases), own = described(model), model.config.__dict__
-    if not isinstance(config, Written) and not biases:
+    if not isinstance(config, PrunedConfigMixin) and not biases:
         own |= {key: getattr(config, key) for key in sizes(model)}
         return
-    if not isinstance(config, Written):
+    if not isinstance(config, PrunedConfigMixin):
         config = pruned_config(model)
     cast(Any, model.config).__class__ = type(config)
     own |= {key: value for key, value in config.__dict__.items() if key not in own}
@@ -179,7 +179,7 @@ def _same_structure(model: PreTrainedModel, stock: PreTrainedModel) -> bool:
 def _alike(module: nn.Module, stock: nn.Module, sizes: set[str]) -> bool:
     tensors, others = _tensors(module), _tensors(stock)
     return (
-        (type(module) is type(stock) or isinstance(module, Pruned))
+        (type(module) is type(stock) or isinstance(module, PrunedModelMixin))
         and _plain(module, sizes) == _plain(stock, sizes)
         and {name: t.shape for name, t in tensors.items()}
         == {name: t.shape for name, t in others.items() if name in tensors or name != "bias"}

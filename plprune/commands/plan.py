@@ -117,7 +117,7 @@ def predicted(
     """
     cases, method = resolved.predict_sizes(network), resolved.method
     name, sparsity = type(method).__name__, method.sparsity
-    models = [sizes.rehearse(network, case, method.biased, name, sparsity) for case in cases]
+    models = [sizes.pruned_skeleton(network, case, method.biased, name, sparsity) for case in cases]
     before, after = sizes.structure(network, context), [sizes.structure(m, context) for m in models]
     reached = [request.reached(m).get("targets", {}) for m in models]
     record = {

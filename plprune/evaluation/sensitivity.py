@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune.architecture.blocks import Block, Group, blocks_of
+from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.architecture.modules import matrix
 from plprune.evaluation.perplexity import perplexity
 from plprune.io.cache import Cache, sources
@@ -36,7 +36,7 @@ from plprune.io.progress import Progress
 from plprune.io.tables import aligned
 from plprune.pruning.allocation import top_k
 from plprune.pruning.calibration import Calibration
-from plprune.pruning.forward import evaluating, finish, record, run_block
+from plprune.pruning.forward import evaluating, logits_from, record_inputs, run_block
 from plprune.pruning.losses import next_token_loss
 from plprune.pruning.plan import fingerprint
 from plprune.pruning.statistics import Norms
@@ -79,7 +79,7 @@ class Sensitivity:
 @dataclass(frozen=True)
 class _Candidate:
     block: Block
-    group: Group
+    group: UnitGroup
     fraction: float
 
     @property
@@ -145,7 +145,7 @@ class Frontier:
 
     def __init__(self, model: PreTrainedModel, windows: Sequence[Tensor]) -> None:
         self.model, self.windows, self.blocks, self.index = model, windows, blocks_of(model), 0
-        records = [record(model, ids) for ids in windows]
+        records = [record_inputs(model, ids) for ids in windows]
         self.hidden, self.calls = [first for first, _ in records], [calls for _, calls in records]
 
     @torch.no_grad()
@@ -164,7 +164,7 @@ class Frontier:
         for ids, x, calls in zip(self.windows, self.hidden, self.calls, strict=True):
             for each in (block, *self.blocks[self.index + 1 :]):
                 x = run_block(each, x, calls[each.index])
-            total += next_token_loss(finish(self.model, ids, x), ids, "sum").double().item()
+            total += next_token_loss(logits_from(self.model, ids, x), ids, "sum").double().item()
             count += ids[:, 1:].numel()
         value = float(torch.tensor(total / count, dtype=torch.float64).exp())
         return value if math.isfinite(value) else None

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from plprune.architecture.blocks import Block, Group, blocks_of
+from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.architecture.families import family_of
 from plprune.architecture.modeling_plprune import Gather, Scatter
 from plprune.architecture.modules import innermost, matrix, tied
@@ -630,7 +630,7 @@ def _query_factor(block: Block, config: PreTrainedConfig, name: str) -> float:
 
 def _parts(block: Block) -> dict[str, tuple[str, Tensor]]:
     """The projections of a block, by llama.cpp's names: path and rows."""
-    groups: list[tuple[tuple[str, ...], str, Group]] = [(FFN_IN, "ffn_down", block.groups("none")[0])]
+    groups: list[tuple[tuple[str, ...], str, UnitGroup]] = [(FFN_IN, "ffn_down", block.groups("none")[0])]
     if block.has_attention:
         groups.insert(0, (QKV, "attn_output", block.groups()[0]))
     parts = {}

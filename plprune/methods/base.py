@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune.architecture.blocks import Attention, Block, blocks_of
+from plprune.architecture.blocks import AttentionUnit, Block, blocks_of
 from plprune.io.checks import check_values
 from plprune.planning.needs import Work
 from plprune.planning.serving import adds_biases
@@ -124,7 +124,7 @@ class Repairing(PruningMethod):
         """What repairs consumers."""
         return Repairer(self.repair, self.damping, self.bias, calibration)
 
-    def repair_work(self, model: PreTrainedModel, tokens: int, length: int, attention: Attention) -> Work:
+    def repair_work(self, model: PreTrainedModel, tokens: int, length: int, attention: AttentionUnit) -> Work:
         """A walk that repairs: each block again for each of its groups, and once pruned; to restore, second moments of
         the consumers' inputs (half a matrix) and their factors, one for each damping that is tried.
         """

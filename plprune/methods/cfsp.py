@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune.architecture.blocks import Block, Group, blocks_of
+from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.architecture.modules import matrix
 from plprune.methods.base import Repairing
-from plprune.planning.extremes import distinct, extreme_sizes
+from plprune.planning.extremes import extreme_sizes, unique_cases
 from plprune.planning.needs import Work
 from plprune.pruning.allocation import (
     Budget,
@@ -110,7 +110,7 @@ class CFSP(Repairing):
         cases = [self._widths(budget, u, p) for u in importances]
         if constraint == FREE and self.multiple_of > 1 and len(importances) > 1:
             cases += self._rounded(budget)
-        return distinct(budget.rows, cases)
+        return unique_cases(budget.rows, cases)
 
     def work(self, model: PreTrainedModel, count: int, length: int, constraint: Constraint = FREE) -> Work:
         """The walk that repairs."""
@@ -138,7 +138,7 @@ class CFSP(Repairing):
         budget.check(self.sparsity, budget.whole if self.sparsity_of == "ffn" else None)
         return budget
 
-    def _score(self, block: Block, group: Group, norm: Tensor) -> Tensor:  # [n]
+    def _score(self, block: Block, group: UnitGroup, norm: Tensor) -> Tensor:  # [n]
         if self.score == "activation":
             return norm**self.c
         down = block.weight(group).squeeze(-1)

@@ -23,7 +23,7 @@ from typing import Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune.architecture.blocks import Block, Group, blocks_of
+from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.methods.base import Repairing
 from plprune.planning.needs import Work
 from plprune.planning.sizes import block_flops
@@ -110,7 +110,7 @@ def column_score(
     return (weight.double().abs().sum(0) * norm.double()).sum(1)
 
 
-def kept_counts(block: Block, groups: list[Group], fraction: float) -> list[int]:
+def kept_counts(block: Block, groups: list[UnitGroup], fraction: float) -> list[int]:
     """Units to keep in each of a block's groups: the last group, the FFN, makes up for the rounding of the others.
 
     Raises:

@@ -28,15 +28,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune.architecture.blocks import Block, Group, blocks_of
+from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.methods.base import Repairing
-from plprune.planning.extremes import attention_by_window, distinct, extreme_sizes
+from plprune.planning.extremes import attention_by_span, extreme_sizes, unique_cases
 from plprune.planning.needs import Work
 from plprune.pruning.allocation import (
     Budget,
     Rows,
     check_best,
-    fit,
+    fit_counts,
     fraction_to_remove,
     global_ranking,
     importance,
@@ -90,7 +90,7 @@ class FLAP(Repairing):
         p = self._fraction(blocks, constraint)
         budget, repairer = self._budget(blocks, p, constraint), self.repairer(calibration)
         means: dict[str, Tensor] = {}
-        scores: list[tuple[Block, Group, Tensor]] = []
+        scores: list[tuple[Block, UnitGroup, Tensor]] = []
         distances = []
         for block, inputs in stream(model, calibration, "FLAP"):
             for group, moments in observe(block, inputs, Moments, budget.attention):
@@ -120,16 +120,16 @@ class FLAP(Repairing):
         blocks = blocks_of(model)
         p = self._fraction(blocks, constraint)
         budget = self._budget(blocks, p, constraint)
-        heads = attention_by_window(model, budget.rows)
+        heads = attention_by_span(model, budget.rows)
         if self.structure == "AL-AM":
-            return distinct(budget.rows, self._contests(budget, heads, p))
+            return unique_cases(budget.rows, self._contests(budget, heads, p))
         if self.structure == "UL-UM":
             cases = [[size - removed_alike(p, size) for size in budget.sizes]]
         else:
             cases = self._mixes(budget.rows, heads, p)
         if constraint != FREE:
             cases = [self._counts(budget, case) for case in cases]
-        return distinct(budget.rows, cases)
+        return unique_cases(budget.rows, cases)
 
     def work(self, model: PreTrainedModel, count: int, length: int, constraint: Constraint = FREE) -> Work:
         """The walk that restores; compensation needs none."""
@@ -225,14 +225,14 @@ class FLAP(Repairing):
             budget.check(self.sparsity, self._whole(blocks), self._counts(budget, self._rehearsed(budget)))
         return budget
 
-    def _score(self, block: Block, group: Group, moments: Moments) -> Tensor:  # [units, columns per unit]
+    def _score(self, block: Block, group: UnitGroup, moments: Moments) -> Tensor:  # [units, columns per unit]
         weight = block.weight(group).double()
         index = group.consumer.index
         variance = moments.running_variance if self.variance == "running" else moments.variance
         score = METRICS[self.metric](weight, variance[index], moments.norm[index])
         return score.square() if group.kind == "attention" and self.square_attention else score
 
-    def _choose(self, scores: list[tuple[Block, Group, Tensor]], p: float) -> list[Tensor]:
+    def _choose(self, scores: list[tuple[Block, UnitGroup, Tensor]], p: float) -> list[Tensor]:
         if self.structure == "AL-AM":
             costs = [block.cost(group) for block, group, _ in scores]
             return global_ranking([standardised(s) for *_, s in scores], costs, p)
@@ -251,7 +251,7 @@ class FLAP(Repairing):
             share = sum(costs[i] * wanted[i] for i in own) if kind == "attention" else left
             keep = share / sum(costs[i] * budget.sizes[i] for i in own)
             every = [rows[i] for i in own], [wanted[i] for i in own]
-            found = fit(*every, keep, budget.constraint, budget.each_block)
+            found = fit_counts(*every, keep, budget.constraint, budget.each_block)
             counts |= dict(zip(own, found, strict=True))
             left -= sum(costs[i] * counts[i] for i in own)
         return [counts[i] for i in range(len(rows))]
@@ -265,7 +265,7 @@ class FLAP(Repairing):
         gone = int(gone) if self.structure == "UL-MM" else gone
         return [len(g) - gone if g.kind == "attention" else w for (_, g), w in zip(rows, wanted, strict=True)]
 
-    def _mixed(self, scores: list[tuple[Block, Group, Tensor]], p: float) -> list[Tensor]:
+    def _mixed(self, scores: list[tuple[Block, UnitGroup, Tensor]], p: float) -> list[Tensor]:
         """UL-MM and AL-MM: `remove_heads` heads go, and channels for the rest of the budget."""
         rows = [(block, group) for block, group, _ in scores]
         choose = _within_blocks if self.structure == "UL-MM" else _among_themselves
@@ -351,13 +351,13 @@ def removed_alike(p: float, size: int) -> int:
     return int(p * size + 1e-9)
 
 
-def _within_blocks(rows: list[tuple[Block, Group, Tensor]], remove: int) -> list[Tensor]:
+def _within_blocks(rows: list[tuple[Block, UnitGroup, Tensor]], remove: int) -> list[Tensor]:
     """UL-MM: a ranking of one kind's units in each block, which loses `remove` of them."""
     _check_removal(remove, min((len(g) for _, g, _ in rows), default=1), "in each block")
     return [top_k(score.sum(1), len(score) - remove) for *_, score in rows]
 
 
-def _among_themselves(rows: list[tuple[Block, Group, Tensor]], remove: int) -> list[Tensor]:
+def _among_themselves(rows: list[tuple[Block, UnitGroup, Tensor]], remove: int) -> list[Tensor]:
     """AL-MM: one ranking of all units of one kind."""
     units = sum(len(g) for _, g, _ in rows)
     _check_removal(remove, units - len(rows) + 1, "in all blocks")
@@ -374,7 +374,7 @@ def _check_removal(remove: int, there: int, where: str) -> None:
         )
 
 
-def _compensate(surgery: Surgery, decided: list[tuple[Block, Group, Tensor]], means: dict[str, Tensor]) -> None:
+def _compensate(surgery: Surgery, decided: list[tuple[Block, UnitGroup, Tensor]], means: dict[str, Tensor]) -> None:
     """Prunes what was decided, and has the means of the dense model's inputs go into the biases."""
     for block, rows in itertools.groupby(decided, lambda row: row[0]):
         with block.present():
@@ -383,9 +383,9 @@ def _compensate(surgery: Surgery, decided: list[tuple[Block, Group, Tensor]], me
                 surgery.keep(block, group, keep, bias_gain=gain)
 
 
-def _consumer(block: Block, group: Group) -> Tensor:  # [d_out, columns of the group]
+def _consumer(block: Block, group: UnitGroup) -> Tensor:  # [d_out, columns of the group]
     return block.weight(group).flatten(1)
 
 
-def _columns(group: Group, keep: Tensor) -> Tensor:
+def _columns(group: UnitGroup, keep: Tensor) -> Tensor:
     return group.consumer.index[keep].flatten()

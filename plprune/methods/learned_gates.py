@@ -46,7 +46,7 @@ from plprune.architecture.modules import innermost, matrix, on_device
 from plprune.io import distributed
 from plprune.io.progress import Progress
 from plprune.methods.base import Repairing
-from plprune.planning.extremes import distinct, extreme_sizes
+from plprune.planning.extremes import extreme_sizes, unique_cases
 from plprune.planning.needs import Work
 from plprune.planning.sizes import block_flops
 from plprune.pruning.allocation import (
@@ -63,7 +63,7 @@ from plprune.pruning.calibration import Calibration
 from plprune.pruning.constraints import FREE, Constraint
 from plprune.pruning.forward import evaluating
 from plprune.pruning.journal import journal_of
-from plprune.pruning.losses import divergence, events, next_token_loss
+from plprune.pruning.losses import divergence, next_token_loss, top_k_log_probs
 from plprune.pruning.plan import PruningPlan
 from plprune.pruning.repair import Damping, Repair
 from plprune.pruning.statistics import Norms
@@ -170,7 +170,7 @@ class LearnedGates(Repairing):
         else:
             alike = budget.fit(budget.alike)
         if constraint.uniform or len(blocks) == 1 or not p:
-            return distinct(budget.rows, [alike])
+            return unique_cases(budget.rows, [alike])
         allowed = [range(1, len(g) + 1) if constraint == FREE else constraint.counts(b, g) for b, g in budget.rows]
         step = max(c * (a[-1] - a[-2] if len(a) > 1 else 1) for c, a in zip(costs, allowed, strict=True))
         target, forth = budget.keep * budget.whole, list(range(len(blocks)))
@@ -179,7 +179,7 @@ class LearnedGates(Repairing):
             for limit in (target + step / 2, target - 1.5 * step)
             for order, even in ((forth, True), (forth, False), (forth[::-1], False))
         ]
-        return distinct(budget.rows, [alike, *cases])
+        return unique_cases(budget.rows, [alike, *cases])
 
     def work(self, model: PreTrainedModel, count: int, length: int, constraint: Constraint = FREE) -> Work:
         """A forward pass that asks the dense model; for every step of gates and of gains one and a backward pass, which
@@ -268,7 +268,7 @@ def started(norm: Tensor, fraction: float) -> Tensor:  # [n] -> [n]
 @torch.no_grad()
 def lesson(model: PreTrainedModel, ids: Tensor) -> Lesson:  # [1, s]
     """A window with what a model says of it."""
-    values, tokens = events(model(input_ids=ids, use_cache=False).logits[:, :-1], LIKELIEST, temperature=1.0)
+    values, tokens = top_k_log_probs(model(input_ids=ids, use_cache=False).logits[:, :-1], LIKELIEST, temperature=1.0)
     return Lesson(ids, values, tokens.int())
 
 

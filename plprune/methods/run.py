@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import blocks_of
-from plprune.architecture.modeling_plprune import Written
+from plprune.architecture.modeling_plprune import PrunedConfigMixin
 from plprune.checkpoint import sharing
 from plprune.io import distributed
 from plprune.io.cache import sources
@@ -23,7 +23,7 @@ from plprune.planning import serving
 from plprune.planning.needs import Work
 from plprune.planning.serving import Runtime
 from plprune.planning.sizes import Ledger
-from plprune.planning.targets import Target, solve
+from plprune.planning.targets import Target, least_sparsity
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.constraints import FREE, Constraint
 from plprune.pruning.plan import PruningPlan, fingerprint
@@ -112,7 +112,7 @@ class Request:
                 return None
 
         try:
-            sparsity, share = solve(excess)
+            sparsity, share = least_sparsity(excess)
         except ValueError:
             self.predict_sizes(model)  # says why
             raise
@@ -124,7 +124,7 @@ class Request:
         self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor], seed: int | None = None
     ) -> PruningPlan:
         """Prunes a model in place, as by :func:`prune`."""
-        if isinstance(model.config, Written) and plan_of(model) is None:
+        if isinstance(model.config, PrunedConfigMixin) and plan_of(model) is None:
             raise ValueError("the pruned model lacks its plan: load it by plprune.load_pruned from its folder")
         calibration = Calibration.of(batches)
         sharing.receive(model, calibration.group)

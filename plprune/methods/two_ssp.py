@@ -33,11 +33,11 @@ from plprune.io import distributed
 from plprune.io.progress import Progress
 from plprune.methods.base import Repairing
 from plprune.planning.needs import Work
-from plprune.planning.sizes import block_flops, windows
+from plprune.planning.sizes import attention_spans, block_flops
 from plprune.pruning.allocation import Budget, check_sparsity, importance, top_k
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.constraints import FREE, Constraint
-from plprune.pruning.forward import evaluating, finish, record, run_block
+from plprune.pruning.forward import evaluating, logits_from, record_inputs, run_block
 from plprune.pruning.journal import DiskStates, journal_of
 from plprune.pruning.losses import next_token_loss
 from plprune.pruning.plan import PruningPlan
@@ -219,7 +219,7 @@ class SecondStage:
         self.surgery, self.windows, self.device, self.group = surgery, windows, device, group
         self.blocks, self.journal = surgery.blocks, journal_of(surgery.model)
         self.evaluations = 0
-        records = [record(surgery.model, ids) for ids in windows]
+        records = [record_inputs(surgery.model, ids) for ids in windows]
         self.calls = [[calls[b.index].to(device) for _, calls in records] for b in self.blocks]
         self._rooms = itertools.count()
         self.entering = [self._kept([first.to(device) for first, _ in records])]  # what enters each block, and the head
@@ -310,7 +310,7 @@ class SecondStage:
         """Mean loss per token of all windows; NaN counts as infinite."""
         model, total = self.surgery.model, torch.zeros((), dtype=torch.float64, device=self.surgery.model.device)
         for ids, x in zip(self.windows, hidden, strict=True):
-            logits = finish(model, ids, x.to(model.device))
+            logits = logits_from(model, ids, x.to(model.device))
             total += next_token_loss(logits, ids, "sum").double()
         loss = float(total) / sum(ids[:, 1:].numel() for ids in self.windows)
         return loss if math.isfinite(loss) else math.inf
@@ -318,7 +318,7 @@ class SecondStage:
 
 def _ends(model: PreTrainedModel, candidates: list[Block], drop: int) -> list[list[Block]]:
     """The attentions whose absence spares least and most: of the cache, and of the parameters."""
-    size = windows(model)
+    size = attention_spans(model)
     cached = sorted(candidates, key=lambda b: b.kv_heads * min(size[b.index], 1 << 40))
     weighing = sorted(candidates, key=lambda b: b.parameters(b.family.attention))
     return [end for ranked in (cached, weighing) for end in (ranked[:drop], ranked[len(ranked) - drop :])]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from plprune.planning.sizes import windows
+from plprune.planning.sizes import attention_spans
 from plprune.pruning.allocation import Rows
 
 
@@ -37,14 +37,14 @@ def extreme_sizes(
     return counts
 
 
-def attention_by_window(model: PreTrainedModel, rows: Rows) -> list[int]:
+def attention_by_span(model: PreTrainedModel, rows: Rows) -> list[int]:
     """Which of the groups are of attention, in ascending order of how much of the sequence they see."""
-    size = windows(model)
+    size = attention_spans(model)
     own = [i for i, (_, group) in enumerate(rows) if group.kind == "attention"]
     return sorted(own, key=lambda i: size[rows[i][0].index])
 
 
-def distinct(rows: Rows, cases: Sequence[Sequence[int]]) -> list[dict[str, int]]:
+def unique_cases(rows: Rows, cases: Sequence[Sequence[int]]) -> list[dict[str, int]]:
     """Cases of sizes by the groups' names, each once."""
     names = [group.name for _, group in rows]
     return [dict(zip(names, case, strict=True)) for case in dict.fromkeys(map(tuple, cases))]

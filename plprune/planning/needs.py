@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from plprune.architecture.blocks import Block, blocks_of
 from plprune.architecture.modules import innermost, matrix
 from plprune.planning.hardware import CROSSING, Machine
-from plprune.planning.sizes import block_flops, linear_layers, structure, windows
-from plprune.pruning.losses import rows_at_a_time
+from plprune.planning.sizes import attention_spans, block_flops, linear_layers, structure
+from plprune.pruning.losses import rows_per_chunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def calibration_need(
     count, length, batch = windows_
     blocks, dtype = blocks_of(model), model.dtype
     tokens, size = count * length, dtype.itemsize
-    once = sum(block_flops(block, length, window) for block, window in zip(blocks, windows(model), strict=True))
+    once = sum(block_flops(block, length, window) for block, window in zip(blocks, attention_spans(model), strict=True))
     block = max(block.parameters() for block in blocks) * size
     states = 2 * tokens * model.config.hidden_size * size  # what enters a block and what leaves it
     running = block + states + batch * length * size * max(map(_live, blocks)) + work.bytes
@@ -105,11 +105,13 @@ def recovery_need(
     each = [_kept_for_backward(block, size) for block in blocks]
     kept = len(blocks) * model.config.hidden_size * size + max(each) if checkpointing else sum(each)
     vocabulary = model.config.vocab_size
-    rows = min(tokens, rows_at_a_time(vocabulary, on_cpu=not where.separate))
+    rows = min(tokens, rows_per_chunk(vocabulary, on_cpu=not where.separate))
     logits = rows * vocabulary * (2 * size + 12)  # float32: logits, their logarithms, gradients
     memory = weights + 16 * trained + tokens * kept + logits
     flops = structure(model, length).reading_flops
-    inside = sum(block_flops(block, length, window) for block, window in zip(blocks, windows(model), strict=True))
+    inside = sum(
+        block_flops(block, length, window) for block, window in zip(blocks, attention_spans(model), strict=True)
+    )
     once = 2 * flops + (inside if checkpointing else 0)  # backward: only what leads to inputs
     once += 3 * 2 * trained
     return Need(steps * tokens * once / where.rate(model.dtype), memory, memory if not where.separate else weights)

@@ -1,7 +1,7 @@
 """Parameters, memory and operations of a model by its shapes alone; its weights may be on the meta device.
 
 There are two counts of a pruned model. :class:`Ledger` adds up the costs of units and takes no time; targets are solved
-by it. :func:`rehearse` prunes a copy of the skeleton by the code that prunes. The tests hold them together.
+by it. :func:`pruned_skeleton` prunes a copy of the skeleton by the code that prunes. The tests hold them together.
 """
 
 import copy
@@ -43,7 +43,7 @@ class Structure:
     generating_flops: int
 
 
-def windows(model: PreTrainedModel) -> list[float]:
+def attention_spans(model: PreTrainedModel) -> list[float]:
     """How many tokens back each block attends to at most; infinite where there is no sliding window."""
     layers, blocks = DynamicCache(config=model.config).layers, blocks_of(model)
     found = [getattr(layer, "sliding_window", None) for layer in layers]
@@ -69,7 +69,7 @@ class Ledger:
         self.width = model.dtype.itemsize
         self._heads = {
             f"blocks.{b.index}.attention": (b.kv_heads, 2 * b.head_dim, window)
-            for b, window in zip(blocks, windows(model), strict=True)
+            for b, window in zip(blocks, attention_spans(model), strict=True)
             if b.has_attention
         }
 
@@ -93,7 +93,7 @@ class Ledger:
         return (self.sizes[name] - count) * self.costs[name] - self.biases[name]
 
 
-def rehearse(
+def pruned_skeleton(
     model: PreTrainedModel, counts: Counts, biased: bool = False, method: str = "", sparsity: float = 0.0
 ) -> PreTrainedModel:
     """A copy of a skeleton that has been pruned, by the code that prunes, to so many units in each group.
@@ -130,7 +130,7 @@ def structure(model: PreTrainedModel, context: int) -> Structure:
     blocks, parameters = blocks_of(model), list(model.parameters())
     linear = 2 * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
     cache, reading, generating = 0, 0.0, 0.0
-    for block, window in zip(blocks, windows(model), strict=True):
+    for block, window in zip(blocks, attention_spans(model), strict=True):
         if block.has_attention:
             width = block.kv_heads * block.head_dim
             cache += round(2 * width * model.dtype.itemsize * min(context, window))

@@ -47,7 +47,7 @@ class Target:
         return {name: every[name] for name in self.limits}
 
 
-def solve(excess: Callable[[float], float | None], steps: int = 16) -> tuple[float, float]:
+def least_sparsity(excess: Callable[[float], float | None], steps: int = 16) -> tuple[float, float]:
     """The least sparsity at which a model is small enough, nearly, and by how much it misses.
 
     Where sizes come in steps, a smaller sparsity may rarely do too.
@@ -63,7 +63,7 @@ def solve(excess: Callable[[float], float | None], steps: int = 16) -> tuple[flo
         ValueError: The method refuses every sparsity.
 
     Example:
-        >>> sparsity, share = solve(lambda s: (1 - s) / 0.7 if s < 0.9 else None)
+        >>> sparsity, share = least_sparsity(lambda s: (1 - s) / 0.7 if s < 0.9 else None)
         >>> round(sparsity, 3), round(share, 3)
         (0.3, 1.0)
     """

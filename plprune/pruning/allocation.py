@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from plprune.architecture.blocks import Attention, Block, Group
+from plprune.architecture.blocks import AttentionUnit, Block, UnitGroup
 from plprune.pruning.constraints import FREE, Constraint
 
-Rows = Sequence[tuple[Block, Group]]
+Rows = Sequence[tuple[Block, UnitGroup]]
 NEAR = 0.05  # how far from the sparsity that is asked for a constraint may lead
 
 
@@ -57,7 +57,7 @@ def rescale(sparsity: float, total: int, prunable: int, what: str, added: int = 
 def fraction_to_remove(
     sparsity: float,
     blocks: Sequence[Block],
-    attention: Attention,
+    attention: AttentionUnit,
     what: str,
     biased: bool = False,
 ) -> float:
@@ -143,7 +143,9 @@ def next_sparsity(sparsity: float, left: float, number: int, rounds: int) -> flo
     return max(0.0, 1 - (1 - sparsity) ** (number / rounds) / left)
 
 
-def fitted(wanted: Sequence[float], counts: Sequence[Sequence[int]], costs: Sequence[int], target: float) -> list[int]:
+def nearest_counts(
+    wanted: Sequence[float], counts: Sequence[Sequence[int]], costs: Sequence[int], target: float
+) -> list[int]:
     """Numbers of units that may be kept, near the `wanted` ones, whose cost together is as near to `target` as steps of
     single groups get it.
 
@@ -154,9 +156,9 @@ def fitted(wanted: Sequence[float], counts: Sequence[Sequence[int]], costs: Sequ
         target: What all kept units should cost.
 
     Example:
-        >>> fitted([40.0, 50.0, 90.0], [range(32, 97, 32)] * 3, [1] * 3, 180)
+        >>> nearest_counts([40.0, 50.0, 90.0], [range(32, 97, 32)] * 3, [1] * 3, 180)
         [32, 64, 96]
-        >>> fitted([40.0, 50.0, 90.0], [range(32, 97, 32)] * 3, [1] * 3, 165)
+        >>> nearest_counts([40.0, 50.0, 90.0], [range(32, 97, 32)] * 3, [1] * 3, 165)
         [32, 32, 96]
     """
     at = [min(range(len(c)), key=lambda i, w=w, c=c: (abs(c[i] - w), -i)) for w, c in zip(wanted, counts, strict=True)]
@@ -174,7 +176,7 @@ def fitted(wanted: Sequence[float], counts: Sequence[Sequence[int]], costs: Sequ
         at[best[1]] += way
 
 
-def fit(
+def fit_counts(
     rows: Rows,
     wanted: Sequence[float],
     keep: float,
@@ -199,7 +201,7 @@ def fit(
         own = [i for i, (block, _) in enumerate(rows) if scope in (None, block.index)]
         costs = [rows[i][0].cost(rows[i][1]) for i in own]
         target = keep * sum(cost * len(rows[i][1]) for i, cost in zip(own, costs, strict=True))
-        found = fitted([wanted[i] for i in own], [asked.counts(*rows[i]) for i in own], costs, target)
+        found = nearest_counts([wanted[i] for i in own], [asked.counts(*rows[i]) for i in own], costs, target)
         for i, count in zip(own, found, strict=True):
             chosen[i] = count
     return chosen
@@ -243,7 +245,7 @@ class Budget:
     blocks: Sequence[Block]
     keep: float
     constraint: Constraint = FREE
-    attention: Attention = "none"
+    attention: AttentionUnit = "none"
     each_block: bool = False
 
     @functools.cached_property
@@ -272,8 +274,8 @@ class Budget:
         return [size * self.keep for size in self.sizes]
 
     def fit(self, wanted: Sequence[float]) -> list[int]:
-        """Units to keep in each group, as by :func:`fit`."""
-        return fit(self.rows, wanted, self.keep, self.constraint, self.each_block)
+        """Units to keep in each group, as by :func:`fit_counts`."""
+        return fit_counts(self.rows, wanted, self.keep, self.constraint, self.each_block)
 
     def check(self, sparsity: float, of: int | None = None, chosen: Sequence[int] | None = None) -> None:
         """Makes sure that the constraint can be met, near enough to the sparsity that is asked for.

@@ -13,9 +13,9 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from transformers import PreTrainedModel
 
-from plprune.architecture.blocks import Block, Group, blocks_of
+from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.pruning.calibration import Calibration, Observations, Observed
-from plprune.pruning.forward import BlockInputs, Call, MemoryStates, checksums, record, same_values
+from plprune.pruning.forward import BlockInputs, Call, MemoryStates, checksums, record_inputs, same_values
 from plprune.pruning.journal import BlockRecord, DiskStates, Journal, PassLog, journal_of
 from plprune.pruning.statistics import BlockInfluence, Statistic
 from plprune.pruning.surgery import replay
@@ -59,7 +59,7 @@ class Fresh:
     @cached_property
     def calls(self) -> list[list[Call]]:
         """For each batch, the arguments of each block without its hidden states."""
-        records = (record(self.model, ids) for ids in self.calibration.share())
+        records = (record_inputs(self.model, ids) for ids in self.calibration.share())
         if self.hidden is not None:
             return [calls for _, calls in records]
         self.hidden, every = self.states(), []
@@ -177,7 +177,7 @@ class ReplayedInputs(BlockInputs):
             "cannot go on after a stop; start again by --overwrite without --resume"
         )
 
-    def known(self, groups: list[Group], statistic: Callable[[], S]) -> list[tuple[Group, S]] | None:
+    def known(self, groups: list[UnitGroup], statistic: Callable[[], S]) -> list[tuple[UnitGroup, S]] | None:
         """The recorded result of the next observation; empty if the earlier run has pruned the block."""
         if self.decided:
             return []
@@ -220,7 +220,7 @@ class RecalledInputs(BlockInputs):
         """Whether the block was changed since it was observed."""
         return not same_values(checksums(self.block.module), self.before)
 
-    def known(self, groups: list[Group], statistic: Callable[[], S]) -> list[tuple[Group, S]] | None:
+    def known(self, groups: list[UnitGroup], statistic: Callable[[], S]) -> list[tuple[UnitGroup, S]] | None:
         """The statistics, if their class was observed and the block is unchanged; else None."""
         name = getattr(statistic, "__name__", "")
         found = [self.seen.statistics.get(group.consumer.path, {}).get(name) for group in groups]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedConfig
 
-from plprune.architecture.blocks import Block, Group
+from plprune.architecture.blocks import Block, UnitGroup
 from plprune.architecture.modules import innermost, matrix
 
 
@@ -51,7 +51,7 @@ class Constraint:
             **{name: getattr(self, name) or getattr(other, name) for name in flags},
         )
 
-    def counts(self, block: Block, group: Group) -> Sequence[int]:
+    def counts(self, block: Block, group: UnitGroup) -> Sequence[int]:
         """The numbers of units that a block may keep of a group, ascending.
 
         Raises:

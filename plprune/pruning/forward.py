@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plprune.architecture.blocks import Block, Group, blocks_of
+from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.architecture.modules import lacks_weights
 from plprune.io import distributed
 from plprune.pruning.journal import DiskStates, NotFinite
@@ -79,7 +79,7 @@ class BlockInputs:
         self._outputs: MemoryStates | DiskStates | None = None
         self._weights: dict[str, Tensor] = {}  # checksums of the weights that made the outputs
 
-    def known(self, groups: list[Group], statistic: Callable[[], S]) -> list[tuple[Group, S]] | None:
+    def known(self, groups: list[UnitGroup], statistic: Callable[[], S]) -> list[tuple[UnitGroup, S]] | None:
         """The groups' statistics, if they are known without running the block; else None."""
         return None
 
@@ -168,7 +168,7 @@ def checking_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 @torch.no_grad()
-def record(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:  # ids: [b, s]
+def record_inputs(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:  # ids: [b, s]
     """The hidden states that enter the first block, and the other arguments of each block."""
     first: list[Tensor] = []
     calls: list[Call] = []
@@ -183,17 +183,19 @@ def record(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:  #
             raise _Enough
         return hidden
 
-    with standing_in([b.module for b in blocks], [transparent] * len(blocks)), contextlib.suppress(_Enough):
+    with replaced_forwards([b.module for b in blocks], [transparent] * len(blocks)), contextlib.suppress(_Enough):
         model(input_ids=ids.to(model.device), use_cache=False)
     return first[0], calls
 
 
 @torch.no_grad()
-def finish(model: PreTrainedModel, ids: Tensor, hidden: Tensor) -> Tensor:  # [b, s], [b, s, d] -> [b, s, vocabulary]
+def logits_from(
+    model: PreTrainedModel, ids: Tensor, hidden: Tensor
+) -> Tensor:  # [b, s], [b, s, d] -> [b, s, vocabulary]
     """The logits that the model computes from the last block's output."""
     blocks = blocks_of(model)
     forwards = [lambda *a, **k: split_call(a, k)[0]] * (len(blocks) - 1) + [lambda *_, **__: hidden]
-    with standing_in([block.module for block in blocks], forwards):
+    with replaced_forwards([block.module for block in blocks], forwards):
         return model(input_ids=ids.to(model.device), use_cache=False).logits
 
 
@@ -247,7 +249,7 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, C
 
 
 @contextlib.contextmanager
-def standing_in(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+def replaced_forwards(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
     """Replaces the modules' forward functions within the context."""
     own = [module.__dict__.get("forward") for module in modules]
     for module, forward in zip(modules, forwards, strict=True):

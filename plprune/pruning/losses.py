@@ -24,16 +24,16 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from plprune.io.text import IGNORED
-from plprune.pruning.forward import standing_in
+from plprune.pruning.forward import replaced_forwards
 
 
-def events(
+def top_k_log_probs(
     logits: Tensor, top_k: int, temperature: float
 ) -> tuple[Tensor, Tensor]:  # [..., v] -> [..., k + 1], [..., k]
     """Log-probabilities of the likeliest tokens and, last, of all others together; and which tokens those are.
 
     Example:
-        >>> values, tokens = events(torch.tensor([4.0, 1.0, 2.0, 1.0]).log(), 2, 1.0)
+        >>> values, tokens = top_k_log_probs(torch.tensor([4.0, 1.0, 2.0, 1.0]).log(), 2, 1.0)
         >>> values.exp(), tokens
         (tensor([0.5000, 0.2500, 0.2500]), tensor([0, 2]))
     """
@@ -51,7 +51,7 @@ def divergence(
     tokens: Tensor,  # [n, k]
     temperature: float,
 ) -> Tensor:
-    """The divergences of a model's distributions from a teacher's :func:`events`, summed, times temperature squared."""
+    """KL divergence of a model from a teacher's :func:`top_k_log_probs`, summed, times the temperature squared."""
     index = tokens.long()
     own = logits.gather(-1, index).float() / temperature
     if values.shape[-1] > index.shape[-1]:
@@ -77,11 +77,11 @@ def next_token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> 
 # Bytes of logits in float32 at a time. On a CPU, malloc keeps no more than 32 MB at hand, and new pages are slow.
 ROOM, ROOM_ON_CPU = 1 << 28, 3 << 23
 LEAST = 64  # positions, as the head is read anew for each part
-Loss = Callable[[Tensor, slice], Tensor]  # logits [r, v], and which of all positions they are of: their sum
+Criterion = Callable[[Tensor, slice], Tensor]  # logits [r, v], and which of all positions they are of: their sum
 
 
 @dataclass(frozen=True)
-class States:
+class HeadInputs:
     """What enters a model's head, at some positions.
 
     Args:
@@ -106,53 +106,55 @@ class States:
         return [slice(start, start + self.rows) for start in range(0, max(1, len(self.values)), self.rows)]
 
 
-def rows_at_a_time(vocabulary: int, on_cpu: bool) -> int:
+def rows_per_chunk(vocabulary: int, on_cpu: bool) -> int:
     """Of how many positions there are logits at a time."""
     return max(LEAST, (ROOM_ON_CPU if on_cpu else ROOM) // (4 * vocabulary))
 
 
-def counting(labels: Tensor) -> Tensor:  # [b, s] -> [n]
+def counted_positions(labels: Tensor) -> Tensor:  # [b, s] -> [n]
     """The positions, in all windows one after another, whose next token counts. A GPU is waited for.
 
     Example:
-        >>> counting(torch.tensor([[5, 6, 7], [5, -100, 7]]))
+        >>> counted_positions(torch.tensor([[5, 6, 7], [5, -100, 7]]))
         tensor([0, 1, 4])
     """
     return nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1)).flatten().nonzero().squeeze(1)
 
 
-def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a model is given of a batch: the tokens and, where documents are apart, their positions in them."""
     return {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
 
 
-def states(model: PreTrainedModel, given: dict[str, Tensor], positions: Tensor, whole: bool = True) -> States:
+def head_inputs(model: PreTrainedModel, given: dict[str, Tensor], positions: Tensor, whole: bool = True) -> HeadInputs:
     """What enters the head of a model at some positions of windows.
 
     Args:
         model: The model.
-        given: Its :func:`inputs`, [b, s] each.
-        positions: As :func:`counting` has them.
+        given: Its :func:`model_inputs`, [b, s] each.
+        positions: As :func:`counted_positions` has them.
         whole: Whether this process holds the whole head. Where it has a shard, the model must be called as one: its
             logits are then made at once, in its dtype, and taken for the states of a head that does nothing.
     """
-    rows = rows_at_a_time(model.config.vocab_size, positions.device.type == "cpu")
+    rows = rows_per_chunk(model.config.vocab_size, positions.device.type == "cpu")
     if not whole:
         logits = model(**given, use_cache=False).logits
-        return States(logits.flatten(0, 1).index_select(0, positions), lambda values: values, [], rows)
+        return HeadInputs(logits.flatten(0, 1).index_select(0, positions), lambda values: values, [], rows)
     base = model.get_decoder()  # which the model calls before its head
     output = base(**given, use_cache=False)
 
     def head(values: Tensor) -> Tensor:
         said = type(output)(last_hidden_state=values[None])
-        with standing_in([base], [lambda *_, **__: said]):
+        with replaced_forwards([base], [lambda *_, **__: said]):
             return model(**given, use_cache=False).logits[0]
 
     trained = [p for p in cast(nn.Module, model.get_output_embeddings()).parameters() if p.requires_grad]
-    return States(output.last_hidden_state.flatten(0, 1).index_select(0, positions), head, trained, rows)
+    return HeadInputs(output.last_hidden_state.flatten(0, 1).index_select(0, positions), head, trained, rows)
 
 
-def summed(states: States, losses: Sequence[Loss], weights: Sequence[float]) -> tuple[Tensor, Tensor]:  # [], [losses]
+def weighted_loss(
+    states: HeadInputs, losses: Sequence[Criterion], weights: Sequence[float]
+) -> tuple[Tensor, Tensor]:  # [], [losses]
     """The sum of some losses over all positions by their weights, and, without a gradient, of each.
 
     Args:
@@ -163,7 +165,7 @@ def summed(states: States, losses: Sequence[Loss], weights: Sequence[float]) -> 
     return _Summed.apply(states.values, states, losses, weights, *states.trained)  # type: ignore[no-any-return]
 
 
-def next_token(labels: Tensor, positions: Tensor) -> Loss:  # [b, s], [n]
+def next_token_criterion(labels: Tensor, positions: Tensor) -> Criterion:  # [b, s], [n]
     """The cross-entropy of the next tokens."""
     following = labels.flatten()[positions + 1]
     return lambda logits, where: _NextToken.apply(logits, following[where, None])  # type: ignore[no-any-return]
@@ -192,14 +194,14 @@ class _NextToken(torch.autograd.Function):
 
 
 class _Summed(torch.autograd.Function):
-    """:func:`summed`, whose gradient is made in the forward pass."""
+    """:func:`weighted_loss`, whose gradient is made in the forward pass."""
 
     @staticmethod
     def forward(
         ctx: Any,
         values: Tensor,
-        states: States,
-        losses: Sequence[Loss],
+        states: HeadInputs,
+        losses: Sequence[Criterion],
         weights: Sequence[float],
         *trained: nn.Parameter,
     ) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from plprune.architecture.blocks import Block, Group
+from plprune.architecture.blocks import Block, UnitGroup
 from plprune.architecture.modules import dense_weight
 from plprune.io import distributed
 from plprune.pruning.allocation import complement
@@ -68,7 +68,7 @@ class Repairer:
             return Moments
         return partial(HoldoutGram, self.calibration.first) if self.damping == "auto" else Gram
 
-    def carry_out(self, surgery: Surgery, chosen: Sequence[tuple[Block, Group, Tensor]], title: str) -> None:
+    def carry_out(self, surgery: Surgery, chosen: Sequence[tuple[Block, UnitGroup, Tensor]], title: str) -> None:
         """Prunes what was chosen, and repairs it, if at all, in a walk of its own.
 
         Args:
@@ -89,7 +89,7 @@ class Repairer:
         self,
         surgery: Surgery,
         block: Block,
-        group: Group,
+        group: UnitGroup,
         keep: Tensor,  # [kept]
         seen: Seen,
     ) -> None:
@@ -100,7 +100,7 @@ class Repairer:
         surgery.keep(block, group, keep, *self._values(dense_weight(block.part(consumer.path)), columns, seen))
 
     def _carry_out(
-        self, surgery: Surgery, block: Block, inputs: BlockInputs, chosen: list[tuple[Group, Tensor]]
+        self, surgery: Surgery, block: Block, inputs: BlockInputs, chosen: list[tuple[UnitGroup, Tensor]]
     ) -> None:
         for group, keep in chosen:
             if len(keep) == len(group):

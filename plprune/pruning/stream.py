@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from plprune.architecture.blocks import Attention, Block, Group, blocks_of
+from plprune.architecture.blocks import AttentionUnit, Block, UnitGroup, blocks_of
 from plprune.io import distributed
 from plprune.io.progress import Progress
 from plprune.pruning.block_sources import BlockSource, Fresh, Recalled, Replayed
@@ -55,8 +55,8 @@ def observe(
     block: Block,
     inputs: BlockInputs,
     statistic: Callable[[], S],
-    attention: Attention = "kv_heads",
-) -> list[tuple[Group, S]]:
+    attention: AttentionUnit = "kv_heads",
+) -> list[tuple[UnitGroup, S]]:
     """Runs a block once over its inputs, of all processes.
 
     The same run measures how far the block moves its hidden states (`inputs.influence`) and keeps its outputs.
@@ -68,8 +68,8 @@ def observe(
 
 
 def observe_groups(
-    block: Block, inputs: BlockInputs, statistic: Callable[[], S], groups: list[Group]
-) -> list[tuple[Group, S]]:
+    block: Block, inputs: BlockInputs, statistic: Callable[[], S], groups: list[UnitGroup]
+) -> list[tuple[UnitGroup, S]]:
     """Like :func:`observe`, for some of the block's groups."""
     if (known := inputs.known(groups, statistic)) is not None:
         return known

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from plprune.architecture.blocks import Block, Decision, Group, blocks_of
+from plprune.architecture.blocks import Block, Decision, UnitGroup, blocks_of
 from plprune.architecture.modeling_plprune import Gather, NoAttention, Scatter, replace, set_count
 from plprune.architecture.modules import Side, innermost, is_transposed, matrix, tied, width, width_name
 from plprune.pruning.allocation import complement
@@ -40,7 +40,7 @@ class Surgery:
     def keep(
         self,
         block: Block,
-        group: Group,
+        group: UnitGroup,
         keep: Tensor,  # [kept]
         weight: Tensor | None = None,  # [d, kept columns]
         bias_gain: Tensor | None = None,  # [d]
@@ -100,7 +100,7 @@ class Surgery:
         attach(self.model, plan)
         return plan
 
-    def _repair(self, block: Block, group: Group, weight: Tensor | None, bias_gain: Tensor | None) -> list[str]:
+    def _repair(self, block: Block, group: UnitGroup, weight: Tensor | None, bias_gain: Tensor | None) -> list[str]:
         """Gives the consumer new values; the names of the parameters that got them."""
         consumer = block.part(group.consumer.path)
         linear, repaired = innermost(consumer), []
@@ -175,7 +175,7 @@ def replay(block: Block, decisions: list[Decision], model: PreTrainedModel) -> N
         _add_biases(model, decision.repaired)
 
 
-def shrink(block: Block, group: Group, keep: Tensor) -> None:
+def shrink(block: Block, group: UnitGroup, keep: Tensor) -> None:
     """Removes all units of a group but `keep` from every projection that holds a part of them."""
     if group.kind == "attention" and not len(keep):
         return drop_attention(block)
@@ -255,12 +255,12 @@ def _check_fit(blocks: list[Block], plan: PruningPlan) -> None:
             )
 
 
-def _planned(block: Block, plan: PruningPlan) -> list[Group]:
+def _planned(block: Block, plan: PruningPlan) -> list[UnitGroup]:
     """The block's groups that a plan speaks of."""
     return [group for group in _groups(block) if group.name in plan.keep]
 
 
-def _groups(block: Block) -> list[Group]:
+def _groups(block: Block) -> list[UnitGroup]:
     """The block's groups of every kind."""
     return [*block.groups("kv_heads"), *block.groups("value_channels")[:-1]]
 

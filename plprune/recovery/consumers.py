@@ -20,7 +20,7 @@ from plprune.pruning.plan import PruningPlan
 STORED = "stored_dtype"  # attribute of a projection that is kept in float32, but is not saved in it
 
 
-def free(model: PreTrainedModel, plan: PruningPlan | None) -> list[str]:
+def unfreeze(model: PreTrainedModel, plan: PruningPlan | None) -> list[str]:
     """Has the consumers of all groups that lost units trained, weights and biases, and nothing else; gives their names.
 
     Args:
@@ -51,7 +51,7 @@ def consumers(block: Block, plan: PruningPlan | None) -> list[str]:
     return list(dict.fromkeys(path for kind, path in by_kind.items() if f"blocks.{block.index}.{kind}" in lost))
 
 
-def as_stored(module: nn.Module, value: Tensor) -> Tensor:
+def to_saved_dtype(module: nn.Module, value: Tensor) -> Tensor:
     """A parameter's value in the dtype in which it is saved."""
     return value.to(saved_dtype(module, value))
 
@@ -62,12 +62,12 @@ def saved_dtype(module: nn.Module, value: Tensor) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def rounded(model: nn.Module) -> Iterator[None]:
+def weights_in_saved_dtype(model: nn.Module) -> Iterator[None]:
     """The model with all weights in the dtypes in which they are saved, for the time of the context."""
     kept = [(p, module) for module in model.modules() if hasattr(module, STORED) for p in module.parameters()]
     full = [p.data for p, _ in kept]
     for parameter, module in kept:
-        parameter.data = as_stored(module, parameter.data)
+        parameter.data = to_saved_dtype(module, parameter.data)
     try:
         yield
     finally:
@@ -91,4 +91,4 @@ def _to_own(linear: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
 
 
 def _to_others(linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return as_stored(linear, output)
+    return to_saved_dtype(linear, output)

@@ -51,7 +51,7 @@ from plprune.io.checks import check_sizes
 from plprune.io.progress import Progress
 from plprune.io.text import IGNORED
 from plprune.io.units import shown
-from plprune.pruning.losses import Loss, divergence, events, inputs
+from plprune.pruning.losses import Criterion, divergence, model_inputs, top_k_log_probs
 from plprune.pruning.plan import PruningPlan, fingerprint
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class Distillation:
         n = 0 if self.of == "logits" else min(BLOCKS, count)
         return [(i + 1) * count // n - 1 for i in range(n)]
 
-    def loss(self, answers: Answers, positions: Tensor) -> Loss:  # [n]
+    def criterion(self, answers: Answers, positions: Tensor) -> Criterion:  # [n]
         """How far a model's distributions are from the teacher's, at positions of the windows that it answered for."""
         values, tokens = (answers[name] for name in ("values", "tokens"))
         of = positions - positions // (values.shape[1] + 1)  # there is no answer to a window's last token
@@ -115,11 +115,11 @@ class Distillation:
         return lambda logits, where: divergence(logits, values[where], tokens[where], self.temperature)
 
 
-def sizes(labels: Tensor, answers: Answers) -> Tensor:  # [1 + n]
+def loss_denominators(labels: Tensor, answers: Answers) -> Tensor:  # [1 + n]
     """What the losses of some windows are divided by: how many tokens count, and what a teacher's states measure there.
 
     Example:
-        >>> sizes(torch.tensor([[5, 6, -100, 7]]), {"hidden": torch.ones(1, 1, 3, 8)})
+        >>> loss_denominators(torch.tensor([[5, 6, -100, 7]]), {"hidden": torch.ones(1, 1, 3, 8)})
         tensor([ 2., 16.])
     """
     counts, hidden = labels[:, 1:] != IGNORED, answers.get("hidden")
@@ -127,7 +127,7 @@ def sizes(labels: Tensor, answers: Answers) -> Tensor:  # [1 + n]
     return torch.stack([counts.sum().float(), *norms])
 
 
-def distances(
+def hidden_distances(
     states: Sequence[Tensor], labels: Tensor, hidden: Tensor
 ) -> Tensor:  # [b, s, d] each, [b, n, s - 1, d] -> [n]
     """The squared distances of what leaves blocks from a teacher's, summed."""
@@ -142,7 +142,7 @@ def _squares(values: Tensor, counts: Tensor) -> Tensor:  # [b, t, d], [b, t]
 
 
 @contextlib.contextmanager
-def recorded(model: PreTrainedModel, blocks: Sequence[int]) -> Iterator[list[Tensor]]:
+def recorded_outputs(model: PreTrainedModel, blocks: Sequence[int]) -> Iterator[list[Tensor]]:
     """What leaves some blocks, in depth order, for the time of the context."""
     found: list[Tensor] = []
 
@@ -159,7 +159,7 @@ def recorded(model: PreTrainedModel, blocks: Sequence[int]) -> Iterator[list[Ten
 
 
 @dataclass(frozen=True)
-class Source:
+class TeacherModel:
     """Which model a teacher is.
 
     Args:
@@ -190,7 +190,9 @@ class Source:
         return model
 
 
-def source(settings: Distillation, plan: PruningPlan | None, name: str, weights: str | None, dtype: Dtype) -> Source:
+def choose_teacher(
+    settings: Distillation, plan: PruningPlan | None, name: str, weights: str | None, dtype: Dtype
+) -> TeacherModel:
     """Which model is the teacher of one that was loaded by a name, and pruned by a plan if there is one.
 
     Args:
@@ -201,13 +203,13 @@ def source(settings: Distillation, plan: PruningPlan | None, name: str, weights:
         dtype: Of its weights.
     """
     if settings.teacher is not None:
-        return Source(settings.teacher, None, dtype)
+        return TeacherModel(settings.teacher, None, dtype)
     if plan is None:
-        return Source(name, weights, dtype)
+        return TeacherModel(name, weights, dtype)
     first = plan.chain()[0]
     made_in = str(first.config.get("dtype")).removeprefix("torch.")
     known = cast(Dtype, made_in) if made_in in get_args(Dtype) else dtype
-    return Source(first.origin.get("model", name), first.origin.get("weights"), known)
+    return TeacherModel(first.origin.get("model", name), first.origin.get("weights"), known)
 
 
 def check_teacher(settings: Distillation, model: PreTrainedModel) -> None:
@@ -242,14 +244,14 @@ class Teacher:
     """
 
     def __init__(
-        self, settings: Distillation, source: Source, dtype: Dtype, device: torch.device, folder: Path
+        self, settings: Distillation, source: TeacherModel, dtype: Dtype, device: torch.device, folder: Path
     ) -> None:
         self.settings, self.source, self.dtype, self.device, self.root = settings, source, dtype, device, folder
         self._model: PreTrainedModel | None = None
 
     def prepare(self, windows: Iterable[dict[str, Tensor]], quiet: bool = False) -> None:  # [1, s] each
         """Asks for all windows that have no answer yet, and frees the model."""
-        files = {self.file(given): given for given in map(inputs, windows)}
+        files = {self.file(given): given for given in map(model_inputs, windows)}
         lacking = {file: given for file, given in files.items() if not file.exists()}
         with Progress(len(lacking), "asking the teacher", "window", quiet=quiet) as progress:
             for i, (file, given) in enumerate(lacking.items()):
@@ -298,11 +300,11 @@ class Teacher:
         model, settings, answer = self._loaded(), self.settings, {}
         blocks = settings.blocks(len(blocks_of(model)))
         fewer = {} if settings.events else {"logits_to_keep": 1}  # the head costs time for each
-        with recorded(model, blocks) as states:
+        with recorded_outputs(model, blocks) as states:
             on_device = {name: each.to(self.device) for name, each in given.items()}
             logits = model(**on_device, use_cache=False, **fewer).logits[0, :-1]
         if settings.events:
-            values, tokens = events(logits, settings.top_k, settings.temperature)
+            values, tokens = top_k_log_probs(logits, settings.top_k, settings.temperature)
             answer |= {"values": values.clamp(min=LEAST).half().cpu(), "tokens": tokens.int().cpu()}
         if blocks:
             answer["hidden"] = torch.cat(states)[:, :-1].bfloat16().cpu().contiguous()

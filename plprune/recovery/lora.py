@@ -39,7 +39,7 @@ from plprune.architecture.modules import is_transposed
 from plprune.io.checks import check_sizes
 from plprune.pruning.allocation import largest_remainder
 from plprune.pruning.plan import PruningPlan
-from plprune.recovery.consumers import as_stored, rounded
+from plprune.recovery.consumers import to_saved_dtype, weights_in_saved_dtype
 
 OWN = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.")  # in the names of adapters' parameters
 
@@ -78,18 +78,18 @@ class LoRA:
             raise ValueError("targets is empty: name linear layers, or leave it out for all")
 
 
-def weights(lora: LoRA, plan: PruningPlan | None, blocks: int) -> Tensor:  # [blocks]
+def rank_weights(lora: LoRA, plan: PruningPlan | None, blocks: int) -> Tensor:  # [blocks]
     """What the blocks' ranks are proportional to; all the same for a model that was not pruned."""
     if plan is None or lora.by == "uniform":
         return torch.ones(blocks)
     return plan.importance if lora.by == "importance" else plan.damage.clamp(min=0)
 
 
-def ranks(weights: Sequence[float], rank: int) -> list[int]:
+def allocate_ranks(weights: Sequence[float], rank: int) -> list[int]:
     """Ranks proportional to `weights`, at least 1, that sum to `rank` times their number.
 
     Example:
-        >>> ranks([1.0, 2.0, 3.0], 4)
+        >>> allocate_ranks([1.0, 2.0, 3.0], 4)
         [2, 4, 6]
     """
     return largest_remainder(weights, rank * len(weights))
@@ -102,7 +102,7 @@ def inject(model: PreTrainedModel, lora: LoRA, plan: PruningPlan | None) -> list
         ValueError: No linear layer has one of the names in `lora.targets`, or one has rows that have no magnitude.
     """
     blocks = blocks_of(model)
-    by_block = ranks(weights(lora, plan, len(blocks)).tolist(), lora.rank)
+    by_block = allocate_ranks(rank_weights(lora, plan, len(blocks)).tolist(), lora.rank)
     prefix = family_of(model.config).blocks
     rank_of = {
         f"{prefix}.{block.index}.{name}": rank
@@ -160,7 +160,7 @@ def merged(model: nn.Module) -> Iterator[None]:
         base.weight.data = _merged(layer, base.weight.detach(), lambda p: p.detach())
         _set(model, name, base)
     try:
-        with rounded(model):
+        with weights_in_saved_dtype(model):
             yield
     finally:
         for (name, layer), weight in zip(layers, originals, strict=True):
@@ -183,7 +183,7 @@ def merged_state(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterato
         value = whole(parameter)
         if layer is not None and kind == "weight":
             value = _merged(layer, value, whole)
-        yield name.replace(".base_layer.", "."), as_stored(model.get_submodule(path), value)
+        yield name.replace(".base_layer.", "."), to_saved_dtype(model.get_submodule(path), value)
 
 
 def _measure(model: nn.Module) -> None:

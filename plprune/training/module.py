@@ -26,12 +26,27 @@ from plprune.io import distributed
 from plprune.io.checks import check_rates
 from plprune.io.progress import Progress
 from plprune.io.text import IGNORED
-from plprune.pruning.losses import States, counting, inputs, next_token, states, summed
+from plprune.pruning.losses import (
+    HeadInputs,
+    counted_positions,
+    head_inputs,
+    model_inputs,
+    next_token_criterion,
+    weighted_loss,
+)
 from plprune.pruning.plan import fingerprint
 from plprune.pruning.surgery import plan_of
 from plprune.recovery import consumers
 from plprune.recovery import lora as adapters
-from plprune.recovery.distillation import Distillation, Teacher, check_teacher, distances, recorded, sizes, source
+from plprune.recovery.distillation import (
+    Distillation,
+    Teacher,
+    check_teacher,
+    choose_teacher,
+    hidden_distances,
+    loss_denominators,
+    recorded_outputs,
+)
 from plprune.recovery.lora import LoRA
 from plprune.training import lightning_internals, random_states, resuming
 from plprune.training.data import Ahead
@@ -295,7 +310,7 @@ class Recovery(pl.LightningModule):
         weights = distributed.same(None if lacking else fingerprint(self.model.named_parameters()), group)
         self._base = {"weights": weights, "plan": plan.digest if plan else None}
         if self.trains == "consumers":
-            log.info("%d consumers are trained, in float32", len(consumers.free(self.model, plan)))
+            log.info("%d consumers are trained, in float32", len(consumers.unfreeze(self.model, plan)))
             return
         self.ranks = adapters.inject(self.model, self.lora, plan)
         log.info("LoRA ranks by %s: %s", self.lora.by if plan else "nothing, as there is no plan", self.ranks)
@@ -325,7 +340,7 @@ class Recovery(pl.LightningModule):
         if shards(self.trainer.strategy):
             raise ValueError("a teacher is a whole model, which ZeRO-3 and FSDP2 are to avoid: leave out model.distill")
         dtype, weights = self._loaded_in, self._base["weights"]
-        teacher = source(settings, plan_of(self.model), self.name_or_path, weights, dtype)
+        teacher = choose_teacher(settings, plan_of(self.model), self.name_or_path, weights, dtype)
         folder = Path(self.trainer.default_root_dir) / "teacher"
         self._teacher = Teacher(settings, teacher, dtype, self.trainer.strategy.root_device, folder)
 
@@ -351,27 +366,28 @@ class Recovery(pl.LightningModule):
 
     def _size(self, batch: dict[str, Tensor]) -> Tensor:
         hidden = self._teacher is not None and self._teacher.settings.of != "logits"
-        answers = self._teacher.answers(inputs(batch)) if self._teacher is not None and hidden else {}
-        return sizes(batch["labels"], answers)
+        answers = self._teacher.answers(model_inputs(batch)) if self._teacher is not None and hidden else {}
+        return loss_denominators(batch["labels"], answers)
 
     def _shares_of(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """What a batch adds to the losses of its step."""
-        given, labels, settings, positions = inputs(batch), batch["labels"], self.distill, counting(batch["labels"])
-        own, tokens = next_token(labels, positions), self._step[0]
+        given, labels, settings = model_inputs(batch), batch["labels"], self.distill
+        positions = counted_positions(labels)
+        own, tokens = next_token_criterion(labels, positions), self._step[0]
         if self._teacher is None or settings is None:
-            return {"train_loss": summed(self._states(given, positions), [own], [1.0])[0] / tokens}
+            return {"train_loss": weighted_loss(self._states(given, positions), [own], [1.0])[0] / tokens}
         weight, answers = settings.weight, self._teacher.answers(given)
-        losses = [own, settings.loss(answers, positions)] if settings.events else [own]
-        with recorded(self.model, settings.blocks(len(blocks_of(self.model)))) as hidden:
-            loss, sums = summed(self._states(given, positions), losses, [1 - weight, weight][: len(losses)])
+        losses = [own, settings.criterion(answers, positions)] if settings.events else [own]
+        with recorded_outputs(self.model, settings.blocks(len(blocks_of(self.model)))) as hidden:
+            loss, sums = weighted_loss(self._states(given, positions), losses, [1 - weight, weight][: len(losses)])
         loss, distilled = loss / tokens, sums[1:].sum() / tokens
         if hidden:
-            apart = (distances(hidden, labels, answers["hidden"]) / self._step[1:]).mean()
+            apart = (hidden_distances(hidden, labels, answers["hidden"]) / self._step[1:]).mean()
             loss, distilled = loss + weight * apart, distilled + apart
         return {"train_loss": loss, "next_token_loss": sums[0] / tokens, "distillation_loss": distilled}
 
-    def _states(self, given: dict[str, Tensor], positions: Tensor) -> States:
-        return states(self.model, given, positions, whole=not shards(self.trainer.strategy))
+    def _states(self, given: dict[str, Tensor], positions: Tensor) -> HeadInputs:
+        return head_inputs(self.model, given, positions, whole=not shards(self.trainer.strategy))
 
     def _logged(self) -> list[str]:
         """The metrics that a callback can monitor."""
@@ -390,9 +406,9 @@ class Recovery(pl.LightningModule):
 
     def _judge(self, batch: dict[str, Tensor], name: str) -> None:
         self.val_perplexity.to(self.device)  # ZeRO-3 leaves what is no parameter on the CPU
-        positions = counting(batch["labels"])
+        positions = counted_positions(batch["labels"])
         following = batch["labels"].flatten()[positions + 1]
-        for logits, where in self._states(inputs(batch), positions).logits():
+        for logits, where in self._states(model_inputs(batch), positions).logits():
             self.val_perplexity.update(logits[None].float(), following[None, where])
         self.log(name, self.val_perplexity, prog_bar=True, batch_size=len(batch["labels"]))
 

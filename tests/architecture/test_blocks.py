@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from plprune.architecture.blocks import Block, Group, blocks_of
+from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.architecture.families import FAMILIES, family_of
 from plprune.architecture.modeling_plprune import Gather, Scatter
 from plprune.architecture.modules import dense_weight, innermost, is_transposed, kept_rows, matrix, width
@@ -23,7 +23,7 @@ def block(family: str = "llama", index: int = 1) -> Block:
     return blocks_of(tiny(family))[index]
 
 
-def indices(group: Group, unit: int) -> dict[str, list[list[int]]]:
+def indices(group: UnitGroup, unit: int) -> dict[str, list[list[int]]]:
     """What leaves with one unit: rows of each producer as they are named, columns of the consumer."""
     parts: dict[str, list[list[int]]] = {}
     for part in (*group.producers, group.consumer):
@@ -139,7 +139,7 @@ def test_a_producer_reaches_the_consumer_at_its_own_unit_only(family: str, atten
         assert torch.equal(after[:, others], before[:, others])
 
 
-def consumer_inputs(model: PreTrainedModel, block: Block, group: Group) -> Tensor:  # [tokens, columns]
+def consumer_inputs(model: PreTrainedModel, block: Block, group: UnitGroup) -> Tensor:  # [tokens, columns]
     seen: list[Tensor] = []
     hook = block.part(group.consumer.path).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad(), hook:

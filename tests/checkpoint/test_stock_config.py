@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from plprune import load_pruned, prune, save_pruned
 from plprune.architecture.families import FAMILIES
-from plprune.architecture.modeling_plprune import Pruned
+from plprune.architecture.modeling_plprune import PrunedModelMixin
 from plprune.checkpoint.load import load_model
 from plprune.checkpoint.stock_config import stock_config
 from tests.builders import UNLIKE, logits, method, tiny, tokenizer, windows
@@ -143,7 +143,7 @@ def test_a_pruned_model_without_its_plan_is_not_pruned_again(tmp_path: Path) -> 
     save_pruned(pruned("llama", "FLAP AL-AM"), tmp_path / "out")
     (tmp_path / "out" / "plan.safetensors").unlink()
     model = load_model(str(tmp_path / "out"))
-    assert isinstance(model, Pruned)
+    assert isinstance(model, PrunedModelMixin)
     with pytest.raises(ValueError, match="lacks its plan"):
         prune(model, method("CFSP activation"), [windows()])
 

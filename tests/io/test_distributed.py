@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from plprune import Calibration, prune
 from plprune.architecture.families import FAMILIES
-from plprune.architecture.modules import put
+from plprune.architecture.modules import set_parameter
 from plprune.checkpoint import sharing
 from plprune.io import distributed
 from plprune.pruning.plan import PruningPlan
@@ -120,7 +120,7 @@ def peak_of_receiving(group: distributed.Group) -> float:
 
 def to_meta(model: PreTrainedModel) -> None:
     for name, parameter in list(model.named_parameters()):
-        put(model, name, parameter.to("meta"))
+        set_parameter(model, name, parameter.to("meta"))
 
 
 def received(group: distributed.Group) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plprune import FASP, prune
-from plprune.architecture.blocks import Group, blocks_of
+from plprune.architecture.blocks import UnitGroup, blocks_of
 from plprune.architecture.families import FAMILIES
 from plprune.architecture.modules import innermost
 from plprune.methods.fasp import column_score, kept_counts
@@ -136,7 +136,7 @@ def test_the_plan_names_what_was_repaired(settings: dict[str, Any], repaired: se
 @pytest.mark.parametrize("attention", ["value_channels", "kv_heads", "none"])
 def test_kept_counts_meet_the_budget_within_half_a_channel(family: str, attention: Any) -> None:
     block = blocks_of(tiny(family))[0]
-    groups: list[Group] = block.groups(attention)
+    groups: list[UnitGroup] = block.groups(attention)
     total = sum(len(g) * block.cost(g) for g in groups)
     dice, met = random.Random(0), 0
     for fraction in [0.0, *(dice.random() for _ in range(40))]:

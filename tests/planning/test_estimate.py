@@ -21,8 +21,8 @@ from plprune.io.units import amount
 from plprune.methods import Request
 from plprune.planning import hardware, needs
 from plprune.planning import sizes as sizes_
-from plprune.planning.sizes import Ledger, Structure, rehearse, structure
-from plprune.planning.targets import solve
+from plprune.planning.sizes import Ledger, Structure, pruned_skeleton, structure
+from plprune.planning.targets import least_sparsity
 from plprune.pruning.plan import PruningPlan
 from plprune.pruning.surgery import plan_of
 from plprune.recovery.lora import LoRA, inject
@@ -63,7 +63,7 @@ def assert_predicted(model: PreTrainedModel, request: Request, seed: int = 1) ->
         with pytest.raises(ValueError, match=re.escape(str(refusal))):
             request.prune(model, [windows(seed=seed)])
         return
-    rehearsed = [rehearse(skeleton, case, request.method.biased) for case in predicted]
+    rehearsed = [pruned_skeleton(skeleton, case, request.method.biased) for case in predicted]
     each = [structure(one, CONTEXT) for one in rehearsed]
     assert [ledger.parameters(case) for case in predicted] == [one.parameters for one in each]
     memory = [one.weight_bytes + 3 * one.cache_bytes for one in each]
@@ -143,7 +143,7 @@ def test_the_cache_is_as_large_as_that_of_transformers(family: str) -> None:
         model(input_ids=windows(1, CONTEXT), past_key_values=cache)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)  # type: ignore[union-attr]
     spans = [getattr(layer, "sliding_window", None) for layer in cache.layers]
-    assert [size for size in sizes_.windows(model) if size < CONTEXT] == [size for size in spans if size]
+    assert [size for size in sizes_.attention_spans(model) if size < CONTEXT] == [size for size in spans if size]
     lacking = sum(  # transformers keeps one token less than a window, as the next one is added
         2 * block.kv_heads * block.head_dim * 4 for block, span in zip(blocks_of(model), spans, strict=True) if span
     )
@@ -153,7 +153,7 @@ def test_the_cache_is_as_large_as_that_of_transformers(family: str) -> None:
 def test_a_dropped_attention_has_no_cache_and_takes_no_time() -> None:
     model = tiny()
     dense = structure(model, CONTEXT)
-    without = structure(rehearse(bare(model), {"blocks.1.attention": 0}), CONTEXT)
+    without = structure(pruned_skeleton(bare(model), {"blocks.1.attention": 0}), CONTEXT)
     assert without.cache_bytes * 3 == dense.cache_bytes * 2
     weights = 2 * (32 * 32 * 2 + 32 * 16 * 2)  # of q, o, k and v
     assert dense.generating_flops - without.generating_flops == weights + 4 * 32 * CONTEXT
@@ -268,11 +268,11 @@ def test_targets_are_checked_at_once() -> None:
 
 
 def test_the_least_sparsity_is_found_behind_gaps() -> None:
-    assert solve(lambda s: None if s < 0.3 else (1 - s) / 0.6)[0] == pytest.approx(0.4, abs=1e-3)
-    sparsity, share = solve(lambda s: None if s > 0.51 else (1 - s) / 0.1)
+    assert least_sparsity(lambda s: None if s < 0.3 else (1 - s) / 0.6)[0] == pytest.approx(0.4, abs=1e-3)
+    sparsity, share = least_sparsity(lambda s: None if s > 0.51 else (1 - s) / 0.1)
     assert (sparsity, share) == (pytest.approx(0.51, abs=1e-3), pytest.approx(4.9, abs=1e-2))
     with pytest.raises(ValueError, match="no sparsity"):
-        solve(lambda s: None)
+        least_sparsity(lambda s: None)
 
 
 # ---- machines
@@ -343,7 +343,7 @@ def test_the_formats_are_those_that_export_would_write(tmp_path: Path) -> None:
     skeleton = bare(tiny("llama", intermediate_size=512))
     for request in (Request(CFSP(0.2), serve_on=["vllm"]), Request(CFSP(0.2)), Request(FASP(0.2))):
         model, biased = tiny("llama", intermediate_size=512), request.method.biased
-        predicted = [fits.exports(rehearse(skeleton, case, biased)) for case in request.predict_sizes(skeleton)]
+        predicted = [fits.exports(pruned_skeleton(skeleton, case, biased)) for case in request.predict_sizes(skeleton)]
         request.prune(model, [windows()])
         assert bool(decilm.refusals(model)) in {bool(each["decilm"]) for each in predicted}
 

@@ -7,15 +7,15 @@ import random
 import pytest
 import torch
 
-from plprune.architecture.blocks import Block, Group, blocks_of
+from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.pruning.allocation import (
     check_near,
     check_sparsity,
     complement,
-    fit,
-    fitted,
+    fit_counts,
     importance,
     largest_remainder,
+    nearest_counts,
     rescale,
     top_k,
 )
@@ -126,7 +126,7 @@ def allowed_counts(count: int = 200):
 
 def test_fitted_counts_are_allowed_and_no_single_step_leads_nearer_to_the_target() -> None:
     for wanted, counts, costs, target in allowed_counts():
-        found = fitted(wanted, counts, costs, target)
+        found = nearest_counts(wanted, counts, costs, target)
         total = sum(n * cost for n, cost in zip(found, costs, strict=True))
         assert all(n in c for n, c in zip(found, counts, strict=True))
         for n, c, cost in zip(found, counts, costs, strict=True):
@@ -139,7 +139,7 @@ def test_of_equal_multiples_the_nearest_total_is_found_and_at_the_least_cost() -
     dice = random.Random(1)
     for _ in range(50):
         wanted = [dice.random() * 100 for _ in range(4)]
-        found = fitted(wanted, [range(16, 97, 16)] * 4, [1] * 4, sum(wanted))
+        found = nearest_counts(wanted, [range(16, 97, 16)] * 4, [1] * 4, sum(wanted))
         every = list(itertools.product(range(16, 97, 16), repeat=4))
         nearest = min(abs(sum(each) - sum(wanted)) for each in every)
         assert abs(sum(found) - sum(wanted)) == pytest.approx(nearest)
@@ -149,9 +149,9 @@ def test_of_equal_multiples_the_nearest_total_is_found_and_at_the_least_cost() -
 
 
 def test_allowed_counts_that_meet_the_target_stay_as_they_are() -> None:
-    assert fitted([3, 8, 2], [range(1, 10)] * 3, [5, 1, 2], 27) == [3, 8, 2]
-    assert fitted([1], [[4, 9]], [1], 1000) == [9]
-    assert fitted([6.5], [[4, 9]], [1], 6.5) == [9]
+    assert nearest_counts([3, 8, 2], [range(1, 10)] * 3, [5, 1, 2], 27) == [3, 8, 2]
+    assert nearest_counts([1], [[4, 9]], [1], 1000) == [9]
+    assert nearest_counts([6.5], [[4, 9]], [1], 6.5) == [9]
 
 
 def test_what_each_block_has_to_keep_is_fitted_within_it() -> None:
@@ -159,7 +159,7 @@ def test_what_each_block_has_to_keep_is_fitted_within_it() -> None:
     wanted = [n * keep for n, keep in zip((4, 96) * 3, (1.0, 0.9, 0.6, 0.5, 0.8, 0.7), strict=True)]
     asked = Constraint(width_multiple=16, tensor_parallel=2)
     costs = [block.cost(group) for block, group in rows]
-    together, apart = fit(rows, wanted, 0.75, asked), fit(rows, wanted, 0.75, asked, each_block=True)
+    together, apart = fit_counts(rows, wanted, 0.75, asked), fit_counts(rows, wanted, 0.75, asked, each_block=True)
     assert together != apart
     for found in (together, apart):
         assert all(n % 2 == 0 for n in found)
@@ -169,7 +169,7 @@ def test_what_each_block_has_to_keep_is_fitted_within_it() -> None:
         assert _kept(rows[i : i + 2], costs[i : i + 2], apart[i : i + 2]) == pytest.approx(0.75, abs=1 / 18)
 
 
-def _kept(rows: list[tuple[Block, Group]], costs: list[int], counts: list[int]) -> float:
+def _kept(rows: list[tuple[Block, UnitGroup]], costs: list[int], counts: list[int]) -> float:
     whole = sum(cost * len(group) for cost, (_, group) in zip(costs, rows, strict=True))
     return sum(cost * count for cost, count in zip(costs, counts, strict=True)) / whole
 

@@ -18,12 +18,12 @@ from plprune.pruning.forward import (
     checking_ids,
     checksums,
     evaluating,
-    finish,
-    record,
+    logits_from,
+    record_inputs,
+    replaced_forwards,
     run_block,
     same_values,
     split_call,
-    standing_in,
 )
 from plprune.pruning.journal import NotFinite
 from tests.builders import logits, tiny, tokenizer, windows
@@ -38,7 +38,7 @@ def model() -> PreTrainedModel:
 
 def first_block(model: PreTrainedModel) -> BlockInputs:
     """The first block on two batches."""
-    hidden, calls = zip(*(record(model, ids) for ids in windows(4).split(2)), strict=True)
+    hidden, calls = zip(*(record_inputs(model, ids) for ids in windows(4).split(2)), strict=True)
     return BlockInputs(blocks_of(model)[0], list(hidden), [each[0] for each in calls], CPU, lambda: MemoryStates(CPU))
 
 
@@ -46,11 +46,11 @@ def first_block(model: PreTrainedModel) -> BlockInputs:
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "gemma2"])  # windows, positions and scales differ
 def test_blocks_one_by_one_are_the_model(family: str) -> None:
     model, ids = tiny(family), windows(2, 12, seed=7)
-    hidden, calls = record(model, ids)
+    hidden, calls = record_inputs(model, ids)
     assert len(calls) == len(blocks_of(model))
     for block, call in zip(blocks_of(model), calls, strict=True):
         hidden = run_block(block, hidden, call)
-    torch.testing.assert_close(finish(model, ids, hidden), logits(model, ids))
+    torch.testing.assert_close(logits_from(model, ids, hidden), logits(model, ids))
     torch.testing.assert_close(logits(model, ids), logits(tiny(family), ids))  # and it is itself again
 
 
@@ -123,7 +123,7 @@ def test_a_mode_is_left_as_it_was() -> None:
 def test_forwards_are_put_back_whatever_happens() -> None:
     plain, replaced = nn.ReLU(), nn.ReLU()
     own = vars(replaced)["forward"] = lambda x: x + 1
-    with contextlib.suppress(KeyError), standing_in([plain, replaced], [lambda x: x * 2] * 2):
+    with contextlib.suppress(KeyError), replaced_forwards([plain, replaced], [lambda x: x * 2] * 2):
         assert [int(each(torch.tensor(3))) for each in (plain, replaced)] == [6, 6]
         raise KeyError
     assert "forward" not in vars(plain)

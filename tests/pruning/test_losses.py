@@ -14,7 +14,16 @@ from plprune.architecture.families import FAMILIES
 from plprune.io.text import IGNORED
 from plprune.pruning import losses
 from plprune.pruning.forward import check_masking
-from plprune.pruning.losses import States, counting, divergence, events, next_token, next_token_loss, states, summed
+from plprune.pruning.losses import (
+    HeadInputs,
+    counted_positions,
+    divergence,
+    head_inputs,
+    next_token_criterion,
+    next_token_loss,
+    top_k_log_probs,
+    weighted_loss,
+)
 from plprune.recovery.distillation import Distillation
 from plprune.recovery.lora import inject
 from tests.builders import VOCABULARY, logits, tiny, windows
@@ -56,8 +65,10 @@ def gradients(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
 def test_loss_and_gradients_are_those_of_all_logits(family: str, whole: bool) -> None:
     model, (ids, labels) = adapted(family), batch()
     expected = next_token_loss(model(input_ids=ids).logits, labels, "sum")
-    positions = counting(labels)
-    found, sums = summed(states(model, {"input_ids": ids}, positions, whole), [next_token(labels, positions)], [1.0])
+    positions = counted_positions(labels)
+    found, sums = weighted_loss(
+        head_inputs(model, {"input_ids": ids}, positions, whole), [next_token_criterion(labels, positions)], [1.0]
+    )
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0.0)
     torch.testing.assert_close(sums, expected[None], rtol=1e-6, atol=0.0)
     wanted, own = gradients(model, expected / 3), gradients(model, found / 3)
@@ -71,8 +82,8 @@ def test_documents_that_are_apart_have_the_losses_that_they_have_alone() -> None
     alone = [next_token_loss(model(input_ids=each).logits, each, "sum") for each in ids.split([9, 15], 1)]
     crossing = next_token_loss(model(ids).logits, labels, "sum")
     for given, expected in (({"position_ids": places}, sum(alone)), ({}, crossing)):
-        own = states(model, {"input_ids": ids} | given, counting(labels))
-        found, _ = summed(own, [next_token(labels, counting(labels))], [1.0])
+        own = head_inputs(model, {"input_ids": ids} | given, counted_positions(labels))
+        found, _ = weighted_loss(own, [next_token_criterion(labels, counted_positions(labels))], [1.0])
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0.0)
 
 
@@ -86,7 +97,7 @@ def test_a_model_that_does_not_keep_documents_apart_is_refused(family: str) -> N
 @pytest.mark.parametrize("count", [0, 1, 20])
 def test_several_losses_by_their_weights_and_a_head_that_is_trained(count: int) -> None:
     head, x = nn.Linear(5, VOCABULARY), torch.randn(count, 5, requires_grad=True)
-    labels, answers = torch.randint(VOCABULARY, (count,)), events(torch.randn(count, VOCABULARY), 3, 2.0)
+    labels, answers = torch.randint(VOCABULARY, (count,)), top_k_log_probs(torch.randn(count, VOCABULARY), 3, 2.0)
     trained: list[Tensor] = [x, *head.parameters()]
     z = head(x)
     plain = nn.functional.cross_entropy(z, labels, reduction="sum"), divergence(z, *answers, 2.0)
@@ -95,19 +106,19 @@ def test_several_losses_by_their_weights_and_a_head_that_is_trained(count: int) 
     def taught(logits: Tensor, where: slice) -> Tensor:
         return divergence(logits, answers[0][where], answers[1][where], 2.0)
 
-    own = next_token(torch.cat([labels[:1], labels])[None], torch.arange(count))
-    found, sums = summed(States(x, head, list(head.parameters()), ROWS), [own, taught], [0.3, 0.7])
+    own = next_token_criterion(torch.cat([labels[:1], labels])[None], torch.arange(count))
+    found, sums = weighted_loss(HeadInputs(x, head, list(head.parameters()), ROWS), [own, taught], [0.3, 0.7])
     torch.testing.assert_close(sums, torch.stack(plain).detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.autograd.grad(5 * found, trained), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_teacher_is_compared_at_the_positions_that_count() -> None:
     (ids, labels), settings = batch(), Distillation(temperature=2.0, top_k=5)
-    ours, (values, tokens) = logits(tiny(), ids), events(logits(tiny(seed=1), ids)[:, :-1], 5, 2.0)
+    ours, (values, tokens) = logits(tiny(), ids), top_k_log_probs(logits(tiny(seed=1), ids)[:, :-1], 5, 2.0)
     counts = labels[:, 1:] != IGNORED
     expected = divergence(ours[:, :-1][counts], values[counts], tokens[counts], 2.0)
-    positions = counting(labels)
-    loss = settings.loss({"values": values, "tokens": tokens}, positions)
+    positions = counted_positions(labels)
+    loss = settings.criterion({"values": values, "tokens": tokens}, positions)
     torch.testing.assert_close(loss(ours.flatten(0, 1)[positions], slice(None)), expected)
 
 
@@ -132,10 +143,10 @@ def test_there_are_never_more_logits_than_a_few(dtype: torch.dtype) -> None:
     model, (ids, labels) = adapted(), batch()
     made = []
     with Widest() as widest, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        positions = counting(labels)
-        own = states(model, {"input_ids": ids}, positions)
-        noted = States(own.values, lambda x: made.append(own.head(x)) or made[-1], [], own.rows)
-        loss, _ = summed(noted, [next_token(labels, positions)], [1.0])
+        positions = counted_positions(labels)
+        own = head_inputs(model, {"input_ids": ids}, positions)
+        noted = HeadInputs(own.values, lambda x: made.append(own.head(x)) or made[-1], [], own.rows)
+        loss, _ = weighted_loss(noted, [next_token_criterion(labels, positions)], [1.0])
     loss.backward()
     assert loss.dtype == torch.float32
     assert {each.dtype for each in made} == {dtype}

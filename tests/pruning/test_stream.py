@@ -15,7 +15,7 @@ from plprune import prune
 from plprune.architecture.blocks import Block, blocks_of
 from plprune.architecture.families import FAMILIES
 from plprune.pruning.calibration import Calibration, Observations
-from plprune.pruning.forward import checksums, evaluating, finish, record, run_block, same_values
+from plprune.pruning.forward import checksums, evaluating, logits_from, record_inputs, run_block, same_values
 from plprune.pruning.observations import load, save, survey
 from plprune.pruning.statistics import BlockInfluence, Gram, Moments, Norms
 from plprune.pruning.stream import observe, stream
@@ -173,11 +173,11 @@ def test_observing_again_sees_the_changed_block() -> None:
 @every_family
 def test_finish_gives_the_models_logits(family: str) -> None:
     model, ids = tiny(family), windows(2)
-    hidden, calls = record(model, ids)
+    hidden, calls = record_inputs(model, ids)
     with torch.no_grad():
         for block in blocks_of(model):
             hidden = run_block(block, hidden, calls[block.index])
-        assert torch.equal(finish(model, ids, hidden), model(input_ids=ids).logits)
+        assert torch.equal(logits_from(model, ids, hidden), model(input_ids=ids).logits)
 
 
 @every_family
@@ -233,7 +233,7 @@ def error_in_the_model(model: PreTrainedModel) -> None:
 
 
 def error_while_finishing(model: PreTrainedModel) -> None:
-    finish(model, windows(2), torch.zeros(2, 16, 5))
+    logits_from(model, windows(2), torch.zeros(2, 16, 5))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from plprune import FASP, FLAP, TwoSSP, prune
-from plprune.architecture.blocks import Block, Decision, Group, blocks_of
+from plprune.architecture.blocks import Block, Decision, UnitGroup, blocks_of
 from plprune.architecture.families import FAMILIES
 from plprune.architecture.modeling_plprune import BlockConfig, Gather, NoAttention, Scatter
 from plprune.architecture.modules import innermost, matrix
@@ -22,7 +22,7 @@ every_family = pytest.mark.parametrize("family", [*FAMILIES, *VARIANTS])
 every_unit = pytest.mark.parametrize("attention", ["kv_heads", "value_channels", "none"])
 
 
-def silence(block: Block, group: Group, keep: Tensor) -> None:
+def silence(block: Block, group: UnitGroup, keep: Tensor) -> None:
     """Sets what the consumer reads of all other units to zero, and what norms over all heads see of them."""
     gone = complement(keep, len(group))
     matrix(block.part(group.consumer.path)).data[:, group.consumer.index[gone].flatten()] = 0
@@ -41,7 +41,7 @@ def same_function(a: PreTrainedModel, b: PreTrainedModel) -> None:
     torch.testing.assert_close(logits(a), logits(b), rtol=1e-5, atol=1e-5)
 
 
-def chosen(group: Group) -> Tensor:
+def chosen(group: UnitGroup) -> Tensor:
     """About half of the units, not evenly spread."""
     order = torch.randperm(len(group), generator=torch.Generator().manual_seed(len(group)))
     return order[: (len(group) + 1) // 2].sort().values

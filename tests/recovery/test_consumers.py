@@ -11,7 +11,7 @@ from plprune.architecture.blocks import blocks_of
 from plprune.architecture.families import FAMILIES, family_of
 from plprune.architecture.modules import innermost
 from plprune.pruning.surgery import plan_of
-from plprune.recovery.consumers import free, rounded
+from plprune.recovery.consumers import unfreeze, weights_in_saved_dtype
 from plprune.recovery.lora import merged_state
 from tests.builders import logits, tiny, windows
 
@@ -23,7 +23,7 @@ def trained(model: torch.nn.Module) -> set[str]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_consumers_are_trained_without_a_plan(family: str) -> None:
     model = tiny(family)
-    names = free(model, None)
+    names = unfreeze(model, None)
     paths = [(block, path) for block in blocks_of(model) for path in (block.family.output, block.family.ffn_out)]
     assert names == [f"{family_of(model.config).blocks}.{block.index}.{path}" for block, path in paths]
     assert trained(model) == {
@@ -35,7 +35,7 @@ def test_all_consumers_are_trained_without_a_plan(family: str) -> None:
 def test_only_consumers_that_lost_units_are_trained(method: Any) -> None:
     model = tiny()
     plan = prune(model, method, [windows()])
-    free(model, plan)
+    unfreeze(model, plan)
     expected = set()
     for block in blocks_of(model):
         for group in [*block.groups("kv_heads"), *block.groups("value_channels")]:
@@ -50,10 +50,10 @@ def test_an_earlier_plan_counts_too_and_one_that_removed_nothing_is_refused() ->
     model = tiny()
     prune(model, FLAP(0.3), [windows()])
     prune(model, FASP(0.1, attention="none"), [windows()])
-    free(model, plan_of(model))
+    unfreeze(model, plan_of(model))
     assert any("self_attn.o_proj" in name for name in trained(model))
     with pytest.raises(ValueError, match="removed nothing"):
-        free(whole := tiny(), prune(whole, FLAP(0.0), [windows()]))
+        unfreeze(whole := tiny(), prune(whole, FLAP(0.0), [windows()]))
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
@@ -61,14 +61,14 @@ def test_masters_in_float32_are_saved_in_the_dtype_of_the_rest(family: str) -> N
     model = tiny(family).bfloat16()  # type: ignore[operator]
     plan = prune(model, FLAP(0.3), [windows()])
     before = copy.deepcopy(model)
-    free(model, plan)
+    unfreeze(model, plan)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert logits(model).dtype == torch.bfloat16
     torch.testing.assert_close(logits(model), logits(before), rtol=0.02, atol=0.05)
     model(input_ids=windows(2), labels=windows(2)).loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
     masters = [p.detach().clone() for p in model.parameters()]
-    with rounded(model):
+    with weights_in_saved_dtype(model):
         assert torch.equal(logits(model), logits(before))
     state = dict(merged_state(model, lambda p: p.detach()))
     for (name, value), p, master in zip(before.named_parameters(), model.parameters(), masters, strict=True):

@@ -18,9 +18,16 @@ from plprune.comparison.engine import compare
 from plprune.comparison.study import Study, Training
 from plprune.evaluation.perplexity import Protocol
 from plprune.io.text import IGNORED
-from plprune.pruning.losses import divergence, events, next_token_loss
+from plprune.pruning.losses import divergence, next_token_loss, top_k_log_probs
 from plprune.pruning.plan import fingerprint
-from plprune.recovery.distillation import Distillation, Source, Teacher, distances, recorded, sizes
+from plprune.recovery.distillation import (
+    Distillation,
+    Teacher,
+    TeacherModel,
+    hidden_distances,
+    loss_denominators,
+    recorded_outputs,
+)
 from plprune.training.data import collate
 from tests.builders import VOCABULARY, jsonl, logits, numbers, save_tiny, tiny, windows
 from tests.probes import StopAfter, Stopped
@@ -68,7 +75,7 @@ def same(a: Recovery, b: Recovery) -> bool:
 
 
 def teacher(settings: Distillation, name: str, root: Path) -> Teacher:
-    return Teacher(settings, Source(name, None, "float32"), "float32", torch.device("cpu"), root)
+    return Teacher(settings, TeacherModel(name, None, "float32"), "float32", torch.device("cpu"), root)
 
 
 def one_by_one(count: int) -> list[dict[str, Tensor]]:
@@ -100,7 +107,7 @@ def test_with_all_tokens_it_is_the_divergence_of_the_whole_distributions(tempera
         expected += (q * (q.log() - p.log())).sum().item()
         count += 1
     assert count == 2 * 15 - 4 - 2
-    said = rows(ours, labels), *events(rows(theirs, labels), VOCABULARY, temperature)
+    said = rows(ours, labels), *top_k_log_probs(rows(theirs, labels), VOCABULARY, temperature)
     found = divergence(*said, temperature)
     assert found.item() == pytest.approx(temperature**2 * expected, rel=1e-4)
 
@@ -114,7 +121,7 @@ def test_what_is_left_of_the_vocabulary_is_one_event() -> None:
         q, p = (torch.cat([each[best], (1 - each[best].sum())[None]]) for each in (q, p))
         terms.append((q * (q / p).log()).sum())
     ours.requires_grad_()
-    found = divergence(rows(ours, labels), *events(rows(theirs, labels), 5, 1.0), 1.0)
+    found = divergence(rows(ours, labels), *top_k_log_probs(rows(theirs, labels), 5, 1.0), 1.0)
     assert found.item() == pytest.approx(torch.stack(terms).sum().item(), rel=1e-4)
     found.backward()
     grad = cast(Tensor, ours.grad)
@@ -125,7 +132,7 @@ def test_what_is_left_of_the_vocabulary_is_one_event() -> None:
 
 def test_it_is_zero_for_the_teacher_itself_and_its_gradient_that_of_the_formula() -> None:
     z = torch.randn(2, 7, dtype=torch.float64).float().requires_grad_()
-    loss = divergence(z, *events(z.detach(), 3, 2.0), 2.0)
+    loss = divergence(z, *top_k_log_probs(z.detach(), 3, 2.0), 2.0)
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-6)
     torch.testing.assert_close(cast(Tensor, z.grad), torch.zeros_like(z), atol=1e-6, rtol=0.0)
@@ -138,13 +145,13 @@ def test_hidden_states_are_compared_relative_to_the_teachers() -> None:
     for i in range(3):
         rows = [(ours[i, b, t], theirs[b, i, t]) for b, t in (labels[:, 1:] != IGNORED).nonzero().tolist()]
         expected.append(sum((a - b).square().sum() for a, b in rows) / sum(b.square().sum() for _, b in rows))
-    found = distances(list(ours), labels, theirs) / sizes(labels, {"hidden": theirs})[1:]
+    found = hidden_distances(list(ours), labels, theirs) / loss_denominators(labels, {"hidden": theirs})[1:]
     torch.testing.assert_close(found, torch.stack(expected), atol=0.0, rtol=1e-5)
 
 
 def test_what_is_recorded_is_what_leaves_the_blocks() -> None:
     model = tiny()
-    with torch.no_grad(), recorded(model, [0, 2]) as states:
+    with torch.no_grad(), recorded_outputs(model, [0, 2]) as states:
         hidden = model.model(windows(2), output_hidden_states=True)
     assert torch.equal(states[0], hidden.hidden_states[1])
     assert torch.equal(model.model.norm(states[1]), hidden.last_hidden_state)
@@ -172,12 +179,12 @@ def test_answers_are_the_dense_models_and_do_not_depend_on_the_batch(folder: str
     )
     model = tiny()
     if of != "hidden":
-        values, tokens = events(logits(model, windows(3))[:, :-1], 7, 2.0)
+        values, tokens = top_k_log_probs(logits(model, windows(3))[:, :-1], 7, 2.0)
         assert (found["values"].dtype, found["tokens"].dtype) == (torch.float16, torch.int32)
         torch.testing.assert_close(found["values"].float(), values, atol=0.01, rtol=1e-3)
         assert torch.equal(found["tokens"].long(), tokens)
     if of != "logits":
-        with torch.no_grad(), recorded(model, [0, 1, 2]) as states:
+        with torch.no_grad(), recorded_outputs(model, [0, 1, 2]) as states:
             model(windows(3))
         assert found["hidden"].dtype == torch.bfloat16
         torch.testing.assert_close(found["hidden"].float(), torch.stack(states, 1)[:, :, :-1], atol=0.01, rtol=0.01)
@@ -189,9 +196,9 @@ def test_the_model_is_loaded_for_what_is_new_only_and_freed(folder: str, tmp_pat
     assert first._model is None
     files = sorted(tmp_path.rglob("*.safetensors"))
     assert len(files) == 3
-    known = Source(folder, fingerprint(tiny().named_parameters()), "float32")
+    known = TeacherModel(folder, fingerprint(tiny().named_parameters()), "float32")
     again = Teacher(Distillation(), known, "float32", torch.device("cpu"), tmp_path)
-    monkeypatch.setattr(Source, "load", lambda *_: pytest.fail("loaded again"))
+    monkeypatch.setattr(TeacherModel, "load", lambda *_: pytest.fail("loaded again"))
     again.prepare(one_by_one(3))
     some = {"input_ids": windows(2)}
     assert torch.equal(again.answers(some)["tokens"], first.answers(some)["tokens"])
@@ -226,13 +233,13 @@ def test_the_loss_is_shared_between_text_and_teacher(folder: str, tmp_path: Path
     batch = {"input_ids": windows(2, 24), "labels": labelled(windows(2, 24))}
     module.model.eval()
     dense, ids, labels = tiny(), batch["input_ids"], batch["labels"]
-    with torch.no_grad(), recorded(module.model, [0, 1, 2]) as ours:
+    with torch.no_grad(), recorded_outputs(module.model, [0, 1, 2]) as ours:
         own = module(ids)
-    with torch.no_grad(), recorded(dense, [0, 1, 2]) as theirs:
-        values, tokens = events(dense(ids).logits[:, :-1], 5, 1.0)
+    with torch.no_grad(), recorded_outputs(dense, [0, 1, 2]) as theirs:
+        values, tokens = top_k_log_probs(dense(ids).logits[:, :-1], 5, 1.0)
     answers = {"values": values, "tokens": tokens, "hidden": torch.stack(theirs, 1)[:, :, :-1]}
-    module._step = sizes(labels, answers)
-    expected = (distances(ours, labels, answers["hidden"]) / module._step[1:]).mean()
+    module._step = loss_denominators(labels, answers)
+    expected = (hidden_distances(ours, labels, answers["hidden"]) / module._step[1:]).mean()
     expected += divergence(rows(own, labels), rows(values, labels), rows(tokens, labels), 1.0) / module._step[0]
     assert module._shares_of(batch)["train_loss"].item() == pytest.approx(
         (0.7 * next_token_loss(own, labels) + 0.3 * expected).item(), rel=2e-3
@@ -264,7 +271,7 @@ def test_a_second_run_finds_all_answers_and_ends_with_the_same_weights(
     settings = Distillation(of)
     first = run(tmp_path, folder, text, distill=settings)
     assert cast(Teacher, first._teacher)._model is None
-    monkeypatch.setattr(Source, "load", lambda *_: pytest.fail("loaded again"))
+    monkeypatch.setattr(TeacherModel, "load", lambda *_: pytest.fail("loaded again"))
     second = run(tmp_path, folder, text, distill=settings)
     assert same(first, second)
 
@@ -337,7 +344,7 @@ def test_the_teacher_of_a_pruned_folder_is_what_it_was_made_from(text: str, tmp_
     run(tmp_path / "first", folder, text, Export(str(tmp_path / "out")), steps=1)
     found = run(tmp_path / "second", str(tmp_path / "out"), text, steps=1, dtype="bfloat16", distill=Distillation())
     expected = fingerprint(tiny().named_parameters())
-    assert cast(Teacher, found._teacher).source == Source(folder, expected, "float32")
+    assert cast(Teacher, found._teacher).source == TeacherModel(folder, expected, "float32")
 
     save_tiny(tmp_path / "model", seed=5)
     (tmp_path / "second" / "teacher").rename(tmp_path / "gone")

@@ -16,7 +16,7 @@ from plprune.architecture.blocks import blocks_of
 from plprune.architecture.families import FAMILIES, family_of
 from plprune.pruning.plan import PruningPlan
 from plprune.pruning.surgery import plan_of
-from plprune.recovery.lora import adapters, base_parameters, inject, merged, merged_state, ranks, weights
+from plprune.recovery.lora import adapters, allocate_ranks, base_parameters, inject, merged, merged_state, rank_weights
 from tests.builders import logits, tiny, windows
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -77,15 +77,15 @@ def test_blocks_beyond_the_ninth_have_their_own_ranks() -> None:
 
 def test_what_ranks_are_proportional_to() -> None:
     pruned = plan([1.0, 3.0], after=[90, 110])
-    assert weights(LoRA(by="importance"), pruned, 2).tolist() == [1.0, 3.0]
-    assert weights(LoRA(by="damage"), pruned, 2).tolist() == pytest.approx([0.1, 0.0])
-    assert weights(LoRA(by="uniform"), pruned, 2).tolist() == [1.0, 1.0]
-    assert weights(LoRA(by="importance"), None, 2).tolist() == [1.0, 1.0]
+    assert rank_weights(LoRA(by="importance"), pruned, 2).tolist() == [1.0, 3.0]
+    assert rank_weights(LoRA(by="damage"), pruned, 2).tolist() == pytest.approx([0.1, 0.0])
+    assert rank_weights(LoRA(by="uniform"), pruned, 2).tolist() == [1.0, 1.0]
+    assert rank_weights(LoRA(by="importance"), None, 2).tolist() == [1.0, 1.0]
 
 
 def test_every_block_has_at_least_rank_1_and_damage_to_none_is_equal_ranks() -> None:
-    assert ranks([1e-9, 1.0, 1.0], 2) == [1, 3, 2]
-    assert ranks([0.0, 0.0, 0.0], 4) == [4, 4, 4]
+    assert allocate_ranks([1e-9, 1.0, 1.0], 2) == [1, 3, 2]
+    assert allocate_ranks([0.0, 0.0, 0.0], 4) == [4, 4, 4]
 
 
 @every_family
