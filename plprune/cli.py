@@ -30,7 +30,7 @@ import plprune
 from plprune import report
 from plprune.checkpoint.load import load_skeleton
 from plprune.commands import COMMANDS
-from plprune.io.atomic import check_free, clear, resolved
+from plprune.io.atomic import check_output, remove_leftovers, resolve_path
 from plprune.io.checks import check_sizes
 from plprune.io.progress import Progress
 from plprune.methods import CFSP, FASP, FLAP, LearnedGates, Request, TwoSSP, preflight
@@ -148,7 +148,7 @@ class CLI(OpenCLI):
                         export.overwrite = True
             elif not kwargs["ckpt_path"] and not dry:
                 for export in self._exports():
-                    check_free(export.output, export.overwrite)
+                    check_output(export.output, export.overwrite)
                 begin_anew(trainer)
             trainer.fit(**kwargs)
         if trainer.is_global_zero:
@@ -200,11 +200,11 @@ class CLI(OpenCLI):
         for name in ("Prune", "Evaluate", "Report", "Checkpoint"):
             if listed.count(name) > 1:
                 raise ValueError(f"trainer.callbacks has {name} {listed.count(name)} times: list it once")
-        resolved(config.trainer.default_root_dir or ".")
+        resolve_path(config.trainer.default_root_dir or ".")
         for each in config.trainer.callbacks or []:
             for output in ("output", "folder", "dirpath"):
                 if (place := each.get("init_args", {}).get(output)) is not None:
-                    resolved(place)
+                    resolve_path(place)
             if each.class_path.endswith("Prune"):
                 parser = LightningArgumentParser(exit_on_error=False)
                 parser.add_class_arguments(Request)
@@ -217,15 +217,15 @@ class CLI(OpenCLI):
         """Removes what killed runs have left half-written."""
         for each in cast(Any, self.trainer).callbacks:
             if isinstance(each, checkpointing.Checkpoint):
-                clear(each.folder(self.trainer))
+                remove_leftovers(each.folder(self.trainer))
             elif isinstance(each, Export):
-                clear(resolved(each.output).parent, glob.escape(resolved(each.output).name))
+                remove_leftovers(resolve_path(each.output).parent, glob.escape(resolve_path(each.output).name))
             elif isinstance(each, Prune):
-                clear(resolved(each.folder or self.trainer.default_root_dir) / "plans")
+                remove_leftovers(resolve_path(each.folder or self.trainer.default_root_dir) / "plans")
 
     def _nothing_left(self) -> bool:
         outputs = [export.output for export in self._exports()]
-        if not is_finished(self.trainer) or not all(resolved(output).exists() for output in outputs):
+        if not is_finished(self.trainer) or not all(resolve_path(output).exists() for output in outputs):
             return False
         model, data = cast(Recovery, self.model), cast(RecoveryData, self.datamodule)
         data.tokenizer = data.tokenizer or model.tokenizer  # it asks its trainer, which knows no model yet

@@ -27,7 +27,7 @@ from plprune.checkpoint.save import write
 from plprune.checkpoint.stored import Dtype, Source
 from plprune.checkpoint.weights import SINGLE, check_saved, check_values, mapped, write_index
 from plprune.io import distributed
-from plprune.io.atomic import check_free, resolved, writing
+from plprune.io.atomic import check_output, resolve_path, write_errors
 from plprune.methods.run import Request, origin, source_of
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.forward import checksums, same_values
@@ -100,19 +100,19 @@ def prune_streamed(
     """
     if distributed.launched_count() > 1:
         raise ValueError("a model that streams from disk is pruned by one process: start it without torchrun")
-    check_output(output, True, resume, overwrite)
-    if not unfinished(output):
-        check_free(output, overwrite)
-    with Journal(place_of_journal(output), asked(model, request, calibration, seed), resume, overwrite) as journal:
+    check_run_output(output, True, resume, overwrite)
+    if not has_unfinished_run(output):
+        check_output(output, overwrite)
+    with Journal(journal_path(output), run_inputs(model, request, calibration, seed), resume, overwrite) as journal:
         journal.blocks = len(blocks_of(model))
-        keep_in(model, journal)
+        attach_journal(model, journal)
         plan = request.prune(model, calibration, seed)
-        _save(model, journal, resolved(output), tokenizer, overwrite)
+        _save(model, journal, resolve_path(output), tokenizer, overwrite)
         journal.remove()
     return plan
 
 
-def asked(
+def run_inputs(
     model: PreTrainedModel, request: Request, calibration: Calibration, seed: int | None = None
 ) -> dict[str, Any]:
     """Everything that decides the result of a pruning, in JSON's types."""
@@ -127,51 +127,51 @@ def asked(
     }
 
 
-def finished(output: str | os.PathLike[str], asked: dict[str, Any]) -> PruningPlan | None:
+def finished_plan(output: str | os.PathLike[str], inputs: dict[str, Any]) -> PruningPlan | None:
     """The plan in the output folder, if it is the one that is asked for; what is left of its journal is removed."""
-    if not (resolved(output) / FILE).exists():
+    if not (resolve_path(output) / FILE).exists():
         return None
-    plan = PruningPlan.load(resolved(output))
+    plan = PruningPlan.load(resolve_path(output))
     there = {"method": plan.method, "settings": plan.settings, **plan.origin}
     keys = ("method", "settings", "weights", "calibration", "seed")
-    if any(json.dumps(there.get(key), sort_keys=True) != json.dumps(asked[key], sort_keys=True) for key in keys):
+    if any(json.dumps(there.get(key), sort_keys=True) != json.dumps(inputs[key], sort_keys=True) for key in keys):
         return None
-    if place_of_journal(output).exists():  # a kill came before it was gone, or it is another run's
-        with contextlib.suppress(ValueError), Journal(place_of_journal(output), asked, resume=True) as journal:
+    if journal_path(output).exists():  # a kill came before it was gone, or it is another run's
+        with contextlib.suppress(ValueError), Journal(journal_path(output), inputs, resume=True) as journal:
             journal.remove()
     return plan
 
 
-def check_output(output: str | os.PathLike[str], stream: bool, resume: bool, overwrite: bool) -> None:
+def check_run_output(output: str | os.PathLike[str], stream: bool, resume: bool, overwrite: bool) -> None:
     """Makes sure, before anything is loaded, that nothing is in the way of a run.
 
     Raises:
         ValueError: An unfinished run is.
         FileExistsError: Something would be lost.
     """
-    journal = place_of_journal(output)
-    if unfinished(output) and not stream:
+    journal = journal_path(output)
+    if has_unfinished_run(output) and not stream:
         raise ValueError(
             f"an unfinished run is in {journal}: go on with it by --stream --resume, or remove that folder"
         )
-    if unfinished(output) and not resume and not overwrite:
+    if has_unfinished_run(output) and not resume and not overwrite:
         raise ValueError(f"an unfinished run is in {journal}: go on with it by --resume, or start again by --overwrite")
     if not resume:
-        check_free(output, overwrite)
+        check_output(output, overwrite)
 
 
-def unfinished(output: str | os.PathLike[str]) -> bool:
+def has_unfinished_run(output: str | os.PathLike[str]) -> bool:
     """Whether a run to this output was stopped before its end."""
-    return (place_of_journal(output) / ASKED).exists()
+    return (journal_path(output) / ASKED).exists()
 
 
-def place_of_journal(output: str | os.PathLike[str]) -> Path:
+def journal_path(output: str | os.PathLike[str]) -> Path:
     """Where the journal of a run is: beside the output, so that what is in it need only be renamed."""
-    path = resolved(output)
+    path = resolve_path(output)
     return path.with_name(f".{path.name}.progress")
 
 
-def keep_in(model: PreTrainedModel, journal: Journal) -> None:
+def attach_journal(model: PreTrainedModel, journal: Journal) -> None:
     """Makes a streamed model keep in a journal what is done to it."""
     cast(Any, model).journal = journal
     for block in blocks_of(model):
@@ -267,7 +267,7 @@ def _save(
     """Puts the output together, one shard for each block and one for the rest, and gives it its name."""
     room, blocks = journal.room("output"), blocks_of(model)
     shards = [f"model-{i + 1:05}-of-{len(blocks) + 1:05}.safetensors" for i in range(len(blocks) + 1)]
-    with writing(output):
+    with write_errors(output):
         rest = {name: p.detach() for name, p in model.named_parameters() if not p.is_meta}
         write(model, rest, room, tokenizer, max_shard_size="1000TB")
         os.replace(room / SINGLE, room / shards[0])
@@ -275,7 +275,7 @@ def _save(
             _save_block(block, journal, room / shard)
         write_index(room, shards)
         check_saved(room, model, itertools.chain(rest.items(), _of_blocks(blocks)))
-        check_free(output, overwrite)
+        check_output(output, overwrite)
         output.parent.mkdir(parents=True, exist_ok=True)
         if output.exists():
             os.replace(output, journal.room("replaced"))

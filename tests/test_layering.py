@@ -53,7 +53,7 @@ ORDER = {
     "architecture": [["blocks"], ["families", "modeling_plprune", "modules"]],
     "io": [
         ["text"],
-        ["cache", "progress", "sources"],
+        ["cache", "progress", "readers"],
         ["atomic", "chats", "checks", "distributed", "state", "tables", "units"],
     ],
 }

@@ -37,7 +37,7 @@ from plprune.pruning.forward import run_block
 from plprune.pruning.statistics import Norms
 from plprune.pruning.stream import observe, stream
 from plprune.pruning.surgery import Surgery
-from plprune.streaming import open_streamed, place_of_journal, prune_streamed
+from plprune.streaming import journal_path, open_streamed, prune_streamed
 from tests.builders import METHODS, REPAIRED, logits, method, numbers, save_tiny, tiny, tokenizer, windows
 from tests.runs import KILLS
 
@@ -63,7 +63,7 @@ def assert_same(output: Path, model: PreTrainedModel, plan: PruningPlan) -> None
     again = load_pruned(output)
     assert surgery.plan_of(again).digest == plan.digest  # type: ignore[union-attr]
     assert torch.equal(logits(again), logits(model))
-    assert not place_of_journal(output).exists()
+    assert not journal_path(output).exists()
 
 
 @pytest.fixture(scope="module")
@@ -406,7 +406,7 @@ def test_starting_again_forgets_what_was_done(here: Path) -> None:
     assert stops(lambda: main(command("FLAP", "--stream")), 4)
     main(command("CFSP", "--stream", "--overwrite"))
     assert PruningPlan.load("out").method == "CFSP"
-    assert not place_of_journal("out").exists()
+    assert not journal_path("out").exists()
 
 
 def test_what_there_was_is_replaced_only_at_the_end(here: Path) -> None:
@@ -448,8 +448,8 @@ def test_a_full_disk_loses_nothing(size: int, here: Path, capsys: pytest.Capture
     with no_file_larger_than(size):
         said = complaint(capsys, *command("FLAP", "--stream"))
     assert said.startswith("cannot write ")
-    assert "check the space and the rights there, and go on with --resume" in said
-    done = sorted(path.name for path in place_of_journal("out").glob("walks/0/*"))
+    assert "check free space and permissions, and continue with --resume" in said
+    done = sorted(path.name for path in journal_path("out").glob("walks/0/*"))
     main(command("FLAP", "--stream", "--resume"))
     plan = PruningPlan.load("out")
     main(command("FLAP", "--overwrite"))
@@ -570,7 +570,7 @@ def killed_at_random(folder: Path, name: str, trials: int, seed: int) -> None:
         process.join(100)
         assert process.exitcode == 0, (name, seed, trial)
         assert {file.name: file.read_bytes() for file in (folder / "out").iterdir()} == expected, (name, seed, trial)
-        assert not place_of_journal(folder / "out").exists()
+        assert not journal_path(folder / "out").exists()
     assert kills >= trials
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plprune.architecture.blocks import UNITS
-from plprune.io.tables import markdown
+from plprune.io.tables import markdown_table
 from plprune.pruning.plan import PruningPlan
 
 CARD, RECORD = "README.md", "record.json"
@@ -102,7 +102,7 @@ def _step(plan: PruningPlan) -> str:
     rows = [["block", "parameters left", "what stays"]]
     for i, (before, after) in enumerate(zip(plan.before, plan.after, strict=True)):
         rows.append([str(i), f"{after:,} of {before:,}", _kept(plan, i)])
-    return f"By {plan.method} ({settings}): {plan.reached:.1%} of the blocks' parameters.\n\n{markdown(rows)}"
+    return f"By {plan.method} ({settings}): {plan.reached:.1%} of the blocks' parameters.\n\n{markdown_table(rows)}"
 
 
 def _kept(plan: PruningPlan, block: int) -> str:
@@ -118,7 +118,7 @@ def _quality(record: dict[str, Any]) -> str:
         return ""
     rows = record.get("perplexity", {})
     cells = [["", "perplexity"], *([name, f"{value:.2f}"] for name, value in rows.items())]
-    lines = ["## What it cost", "", markdown(cells)] if rows else ["## Recovery", ""]
+    lines = ["## What it cost", "", markdown_table(cells)] if rows else ["## Recovery", ""]
     if text := record.get("text"):
         lines += ["", "Judged on held-out text of the run: " + _listed(text) + "."] if rows else []
     if training := record.get("training"):

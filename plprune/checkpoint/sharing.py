@@ -8,11 +8,11 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from plprune.architecture.modules import lacks_weights, set_parameter, tie, tied
-from plprune.io.distributed import Group, agree, gathered, same, sent
+from plprune.io.distributed import ProcessGroup, broadcast, broadcast_object, check_agreement, gather_objects
 
 
 @torch.no_grad()
-def receive(model: PreTrainedModel, group: Group) -> None:
+def receive(model: PreTrainedModel, group: ProcessGroup) -> None:
     """Fills the parameters that are on meta with those of a process that has them, of the same node if one there has.
 
     Every process must hold the same structure. Nothing is sent if nobody lacks anything.
@@ -20,31 +20,31 @@ def receive(model: PreTrainedModel, group: Group) -> None:
     Raises:
         ValueError: The structures differ, or no process has the weights.
     """
-    lacking = gathered(lacks_weights(model), group)
+    lacking = gather_objects(lacks_weights(model), group)
     if group is None or not any(lacking):
         return
-    heads = [each for each in gathered(None if lacks_weights(model) else tied(model), group) if each is not None]
+    heads = [each for each in gather_objects(None if lacks_weights(model) else tied(model), group) if each is not None]
     to_embedding = heads[0] if heads else model.config.tie_word_embeddings
     if lacks_weights(model):
         tie(model, to_embedding)  # the configuration may say otherwise than the weights
     parameters = dict(model.named_parameters())
     own = {name: f"{p.dtype} {tuple(p.shape)}" for name, p in parameters.items()}
-    first = same(own, group)
+    first = broadcast_object(own, group)
     odd = [name for name in {**first, **own} if own.get(name) != first.get(name)]
-    agree(f"another {odd[0]} ({own.get(odd[0])})" if odd else "its own", "the model's structure", group)
+    check_agreement(f"another {odd[0]} ({own.get(odd[0])})" if odd else "its own", "the model's structure", group)
     senders, source = _senders(lacking, group)
     for name, parameter in parameters.items():
         value = torch.empty_like(parameter, device="cpu") if parameter.is_meta else parameter.detach()
-        value = sent(value, source, senders)
+        value = broadcast(value, source, senders)
         if parameter.is_meta:
             set_parameter(model, name, value)
     if tied(model) != to_embedding:  # the embedding was replaced, and the head with it
         tie(model, to_embedding)
 
 
-def _senders(lacking: list[bool], group: Group) -> tuple[Group, int]:
+def _senders(lacking: list[bool], group: ProcessGroup) -> tuple[ProcessGroup, int]:
     """The group in which this process's weights are sent, and the rank there of the process that sends them."""
-    hosts = gathered(platform.node(), group)
+    hosts = gather_objects(platform.node(), group)
     nodes = {host: [i for i, each in enumerate(hosts) if each == host] for host in hosts}
     if all(lacking):
         raise ValueError("no process has the model's weights: one of each node must load them")
@@ -52,4 +52,4 @@ def _senders(lacking: list[bool], group: Group) -> tuple[Group, int]:
         return group, lacking.index(False)
     groups = {host: dist.new_group(node) for host, node in nodes.items()}  # all take part in making each of them
     mine = platform.node()
-    return cast(Group, groups[mine]), next(k for k, i in enumerate(nodes[mine]) if not lacking[i])
+    return cast(ProcessGroup, groups[mine]), next(k for k, i in enumerate(nodes[mine]) if not lacking[i])

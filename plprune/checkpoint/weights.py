@@ -20,7 +20,7 @@ from transformers.core_model_loading import WeightRenaming, WeightTransform
 
 from plprune.architecture.modules import tie, tied
 from plprune.checkpoint.stock_config import config_from, pruned_skeleton, skeleton
-from plprune.io.units import shown
+from plprune.io.units import format_value
 from plprune.pruning.journal import NotFinite
 from plprune.pruning.plan import FILE, PruningPlan
 
@@ -162,7 +162,7 @@ def check_values(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """
     left, size = contents(folder), sum(file.stat().st_size for file in files(folder))
     if size > LONG:
-        log.info("reading %s back, to compare them with what is in memory", shown(size, "bytes"))
+        log.info("reading %s back, to compare them with what is in memory", format_value(size, "bytes"))
     for name, tensor in tensors:
         check_finite(name, tensor)
         file, _ = left.pop(name, (None, None))

@@ -8,9 +8,9 @@ from plprune.comparison.study import CalibrationText, Study, Training
 from plprune.comparison.table import comparison_table
 from plprune.evaluation.lm_eval import named
 from plprune.evaluation.perplexity import Protocol
-from plprune.io.distributed import device_called, launched_rank
-from plprune.io.sources import PYDOC
-from plprune.io.text import DROPPED
+from plprune.io.distributed import launched_rank, resolve_device
+from plprune.io.readers import PYDOC
+from plprune.io.text import MAX_DROPPED
 from plprune.methods import PruningMethod
 from plprune.planning.serving import Runtime
 
@@ -32,7 +32,7 @@ def compare(
     stride: int | None = None,
     bos: bool | None = None,
     max_windows: int | None = None,
-    max_dropped: float = DROPPED,
+    max_dropped: float = MAX_DROPPED,
     recover: list[Training] | Training | None = None,
     tasks: str = "",
     task_data: str | None = None,
@@ -96,7 +96,7 @@ def compare(
         limit=limit,
         max_batch=max_batch,
         dtype=dtype,
-        device=device_called(device),
+        device=resolve_device(device),
     )
     record = engine.compare(study, output)
     if not launched_rank():

@@ -19,11 +19,11 @@ from plprune.evaluation.perplexity import Passage, Protocol, passage
 from plprune.evaluation.speed import Speed
 from plprune.evaluation.task_results import Figure, TaskResult
 from plprune.io import distributed
-from plprune.io.atomic import check_file, staged
-from plprune.io.checks import check_share, check_sizes
-from plprune.io.distributed import device_called
-from plprune.io.sources import PYDOC, check_source
-from plprune.io.text import DROPPED
+from plprune.io.atomic import check_output_file, staged
+from plprune.io.checks import check_max_dropped, check_sizes
+from plprune.io.distributed import resolve_device
+from plprune.io.readers import PYDOC, check_text
+from plprune.io.text import MAX_DROPPED
 from plprune.pruning.forward import check_ids
 from plprune.pruning.plan import FILE, PruningPlan
 from plprune.training.callbacks.record import summary
@@ -39,7 +39,7 @@ def evaluate(
     stride: int | None = None,
     bos: bool | None = None,
     max_windows: int | None = None,
-    max_dropped: float = DROPPED,
+    max_dropped: float = MAX_DROPPED,
     dense: str = OWN,
     tasks: str | None = None,
     task_data: str | None = None,
@@ -84,11 +84,11 @@ def evaluate(
         overwrite: Whether to replace it.
     """
     check_sizes(limit=limit, batch_size=batch_size)
-    protocol, place = Protocol(seq_len, stride, bos, max_windows), device_called(device)
-    check_source(text)
-    check_share(max_dropped)
+    protocol, place = Protocol(seq_len, stride, bos, max_windows), resolve_device(device)
+    check_text(text)
+    check_max_dropped(max_dropped)
     if output is not None:
-        check_file(output, overwrite)
+        check_output_file(output, overwrite)
     names = lm_eval.named(tasks)
     stages, plan = _stages(model, dense)
     passages = {
@@ -97,7 +97,7 @@ def evaluate(
     if names:
         lm_eval.check_tasks(names, task_data)
     judged = {}
-    with distributed.launched(torch.device("cpu")) as group:  # NCCL would not wait for as long as a speed may take
+    with distributed.process_group(torch.device("cpu")) as group:  # NCCL would not wait for as long as a speed may take
         asked = {"limit": limit, "folder": task_data, "batch_size": batch_size, "bos": bos, "group": group}
         for stage, name in stages.items():
             network, tokenizer = _loaded(name, dtype, place, passages[stage])
@@ -128,13 +128,15 @@ def _loaded(name: str, dtype: Dtype | None, place: torch.device, read: Passage) 
     """A model where it is judged, and its tokenizer."""
     network, tokenizer = load_model(name, dtype), load_tokenizer(name)
     check_ids(network, read.windows, tokenizer)
-    distributed.announce(place, network.dtype)
+    distributed.log_device(place, network.dtype)
     return network.to(place), tokenizer  # type: ignore[arg-type]
 
 
-def _speed(network: PreTrainedModel, group: distributed.Group) -> Speed:
+def _speed(network: PreTrainedModel, group: distributed.ProcessGroup) -> Speed:
     """Measured by the first process, while the others wait."""
-    return cast(Speed, distributed.same(None if distributed.rank(group) else speeds.measure_speed(network), group))
+    return cast(
+        Speed, distributed.broadcast_object(None if distributed.rank(group) else speeds.measure_speed(network), group)
+    )
 
 
 def _stages(model: str, dense: str) -> tuple[dict[str, str], PruningPlan | None]:

@@ -5,10 +5,10 @@ import functools
 from plprune.checkpoint.load import load_model, load_skeleton, load_tokenizer
 from plprune.checkpoint.stored import Dtype
 from plprune.export import formats, parity
-from plprune.io.atomic import check_free
-from plprune.io.checks import check_share, check_sizes
-from plprune.io.sources import PYDOC, check_source
-from plprune.io.text import DROPPED, bos_token, pack, tokenised
+from plprune.io.atomic import check_output
+from plprune.io.checks import check_max_dropped, check_sizes
+from plprune.io.readers import PYDOC, check_text
+from plprune.io.text import MAX_DROPPED, bos_token, pack, tokenised
 from plprune.pruning.forward import check_ids
 
 
@@ -24,7 +24,7 @@ def export(
     seq_len: int = 128,
     max_windows: int = 2,
     bos: bool | None = None,
-    max_dropped: float = DROPPED,
+    max_dropped: float = MAX_DROPPED,
     overwrite: bool = False,
 ) -> None:
     """Writes a model in the formats of other programs, loads it again there, and compares.
@@ -50,9 +50,9 @@ def export(
     check_sizes(seq_len=seq_len, max_windows=max_windows)
     wanted, how = [each.strip() for each in to.split(",")], formats.Options(gguf, widen, pad_to)
     formats.check_formats(wanted)
-    check_free(output, overwrite)
-    check_source(text)
-    check_share(max_dropped)
+    check_output(output, overwrite)
+    check_text(text)
+    check_max_dropped(max_dropped)
     tokenizer = load_tokenizer(model)
     stream = tokenised(text, tokenizer, max_dropped=max_dropped)
     windows = pack(stream, seq_len, "comparison", bos_token(tokenizer, bos)).tensors[0][:max_windows].clone()

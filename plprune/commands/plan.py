@@ -13,10 +13,10 @@ from plprune.architecture.blocks import UNITS, blocks_of
 from plprune.checkpoint.load import chosen, load_skeleton, stored_at
 from plprune.checkpoint.stored import Dtype
 from plprune.export.fits import exports, is_stock, unknown_formats
-from plprune.io.atomic import check_file, staged
+from plprune.io.atomic import check_output_file, staged
 from plprune.io.checks import check_sizes
-from plprune.io.distributed import device_here
-from plprune.io.units import Form, duration, shown
+from plprune.io.distributed import default_device
+from plprune.io.units import Form, format_duration, format_value
 from plprune.methods import PruningMethod, Request
 from plprune.planning import hardware, needs, sizes
 from plprune.planning.hardware import Machine
@@ -79,9 +79,9 @@ def plan(
     check_sizes(num_samples=num_samples, seq_len=seq_len, batch_size=batch_size, context=context, steps=steps)
     check_sizes(train_seq_len=train_seq_len, train_batch_size=train_batch_size, rank=rank)
     if output is not None:
-        check_file(output, overwrite)
+        check_output_file(output, overwrite)
     dtype = chosen(stored_at(model, fetch=False), dtype)
-    network, where = load_skeleton(model, dtype), hardware.machine(device or device_here())
+    network, where = load_skeleton(model, dtype), hardware.machine(device or default_device())
     request = Request(method, target, serve_on, tensor_parallel)
     resolved = request.resolve_target(network)
     record, rehearsed = predicted(network, request, resolved, context or target.context)
@@ -188,7 +188,8 @@ def _head(record: Record) -> list[str]:
     lines = [f"{record['method']} on {record['model']} in {record['dtype']}, sparsity {record['sparsity']:.4g}"]
     for name, found in record["targets"].items():
         form = "bytes" if name == "memory" else "short"
-        lines.append(f"target.{name}: at most {shown(found['reached'], form)} ({shown(found['asked'], form)} asked)")
+        reached, asked = (format_value(found[key], form) for key in ("reached", "asked"))
+        lines.append(f"target.{name}: at most {reached} ({asked} asked)")
     if record["guess"]:
         lines.append("a guess: the method does not say what sizes it will come to")
     return lines
@@ -209,8 +210,8 @@ def _sizes(record: Record) -> list[str]:
         rows.pop()
     lines = [f"{'':<28}{'before':>12}   after"]
     for title, key, form, of in rows:
-        later = _between(after[key], lambda x, f=form, n=of: shown(x / n, f))
-        lines.append(f"{title:<28}{shown(before[key] / of, form):>12}   {later}")
+        later = _between(after[key], lambda x, f=form, n=of: format_value(x / n, f))
+        lines.append(f"{title:<28}{format_value(before[key] / of, form):>12}   {later}")
     removed = _between(record["removed"], lambda x: f"{x:.1%}")
     return [*lines, f"{'removed of the blocks':<28}{'':>12}   {removed}"]
 
@@ -235,7 +236,7 @@ def _needs(record: Record, stream: bool, checkpointing: bool) -> list[str]:
     calibration, recovery = record["calibration"], record["recovery"]
     at = where.rate(getattr(torch, record["dtype"]))
     source = f"{hardware.UTILISATION:.0%} of its peak assumed" if where.name in hardware.GPUS else "measured"
-    memory = shown(where.memory, "bytes")
+    memory = format_value(where.memory, "bytes")
     lines = [f"on {where.name}: {at / 1e12:.3g} TFLOPS in {record['dtype']} ({source}), {memory} to be had"]
     lines.append(
         f"calibration, {calibration['num_samples']} windows of {calibration['seq_len']} tokens, "
@@ -255,8 +256,8 @@ def _needs(record: Record, stream: bool, checkpointing: bool) -> list[str]:
 def _need(values: Record, where: Machine) -> str:
     need = Need(**values)
     fits = "" if need.device_bytes <= where.memory else ", which does not fit"
-    host = f", and {shown(need.host_bytes, 'bytes')} of main memory" if where.separate else ""
-    return f"about {duration(need.seconds)}, {shown(need.device_bytes, 'bytes')}{fits}{host}"
+    host = f", and {format_value(need.host_bytes, 'bytes')} of main memory" if where.separate else ""
+    return f"about {format_duration(need.seconds)}, {format_value(need.device_bytes, 'bytes')}{fits}{host}"
 
 
 def _formats(record: Record) -> list[str]:

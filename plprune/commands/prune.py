@@ -10,11 +10,11 @@ from plprune.checkpoint.load import load_model, load_skeleton, load_tokenizer
 from plprune.checkpoint.save import save_pruned
 from plprune.checkpoint.stored import Dtype
 from plprune.io import distributed
-from plprune.io.atomic import check_free
-from plprune.io.checks import check_seed, check_share, check_sizes
-from plprune.io.distributed import device_called
-from plprune.io.sources import PYDOC, check_source
-from plprune.io.text import DROPPED, bos_token, draw, tokenised
+from plprune.io.atomic import check_output
+from plprune.io.checks import check_max_dropped, check_seed, check_sizes
+from plprune.io.distributed import resolve_device
+from plprune.io.readers import PYDOC, check_text
+from plprune.io.text import MAX_DROPPED, bos_token, draw, tokenised
 from plprune.methods import PruningMethod, Request
 from plprune.planning.serving import Runtime
 from plprune.planning.targets import Target
@@ -42,7 +42,7 @@ def prune(
     offload: Literal["cpu", "disk"] | None = None,
     seed: int = 0,
     bos: bool | None = None,
-    max_dropped: float = DROPPED,
+    max_dropped: float = MAX_DROPPED,
     stream: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -79,9 +79,9 @@ def prune(
         overwrite: Whether to replace what is in the output folder, and to forget an unfinished run unless `resume`.
     """
     check_sizes(num_samples=num_samples, seq_len=seq_len, batch_size=batch_size)
-    streaming.check_output(output, stream, resume, overwrite)
+    streaming.check_run_output(output, stream, resume, overwrite)
     _check_text(text, seed, max_dropped)
-    place, tokenizer = device_called(device), load_tokenizer(model)
+    place, tokenizer = resolve_device(device), load_tokenizer(model)
     ids, _ = tokenised(text, tokenizer, join, seed=seed, max_dropped=max_dropped)
     windows = draw(ids, num_samples, seq_len, seed, bos_token(tokenizer, bos))
     load = streaming.open_streamed if stream else load_skeleton if distributed.local_rank() else load_model
@@ -89,18 +89,20 @@ def prune(
     methods.preflight(request, lambda: load_skeleton(model, dtype))
     network = load(model, dtype)
     check_ids(network, [ids], tokenizer)
-    distributed.announce(place, network.dtype)
-    with distributed.launched(place) as group:
+    distributed.log_device(place, network.dtype)
+    with distributed.process_group(place) as group:
         calibration = Calibration(list(windows.split(batch_size)), place, offload, group)
         if not stream:
             sharing.receive(network, group)
         begin, first = "", distributed.rank(group) == 0
-        if resume and (plan := streaming.finished(output, streaming.asked(network, request, calibration, seed))):
+        if resume and (
+            plan := streaming.finished_plan(output, streaming.run_inputs(network, request, calibration, seed))
+        ):
             begin = "this run is finished: "
         elif stream:
             plan = streaming.prune_streamed(network, request, calibration, output, tokenizer, seed, resume, overwrite)
         else:
-            check_free(output, overwrite)
+            check_output(output, overwrite)
             plan = request.prune(network, calibration, seed)
             if first:
                 save_pruned(network, output, tokenizer, overwrite)
@@ -109,8 +111,8 @@ def prune(
 
 
 def _check_text(text: str, seed: int, max_dropped: float) -> None:
-    check_source(text)
+    check_text(text)
     check_seed(seed)
-    check_share(max_dropped)
+    check_max_dropped(max_dropped)
     if text == PYDOC and not distributed.local_rank():
         log.warning("calibrating on %s, which is about Python only: give --text what the model is for", text)

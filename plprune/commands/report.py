@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from plprune.io.atomic import check_file
+from plprune.io.atomic import check_output_file
 from plprune.report import NAME, check_ours, write
 from plprune.report.found import found
 from plprune.report.page import at
@@ -22,7 +22,7 @@ def report(folder: str, output: str | None = None, overwrite: bool = False) -> N
     if page.suffix != ".html":
         raise ValueError(f"the output is {page}, but a report is a file whose name ends in .html")
     if output is not None:
-        check_file(page, overwrite)
+        check_output_file(page, overwrite)
     else:
         check_ours(page)
     write(record, page, overwrite=overwrite or output is None)

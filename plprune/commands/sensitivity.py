@@ -7,12 +7,12 @@ from plprune.checkpoint.load import load_model, load_tokenizer
 from plprune.checkpoint.stored import Dtype
 from plprune.evaluation.sensitivity import as_record, check_fractions, sensitivity_table
 from plprune.evaluation.sensitivity import sensitivity as found_by
-from plprune.io.atomic import resolved
+from plprune.io.atomic import resolve_path
 from plprune.io.cache import Cache
-from plprune.io.checks import check_seed, check_share, check_sizes
-from plprune.io.distributed import announce, device_called, launched_rank
-from plprune.io.sources import PYDOC, check_source
-from plprune.io.text import DROPPED, bos_token, draw, pack, tokenised
+from plprune.io.checks import check_max_dropped, check_seed, check_sizes
+from plprune.io.distributed import launched_rank, log_device, resolve_device
+from plprune.io.readers import PYDOC, check_text
+from plprune.io.text import MAX_DROPPED, bos_token, draw, pack, tokenised
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.forward import check_ids
 
@@ -30,7 +30,7 @@ def sensitivity(
     device: str | None = None,
     seed: int = 0,
     bos: bool | None = None,
-    max_dropped: float = DROPPED,
+    max_dropped: float = MAX_DROPPED,
 ) -> None:
     """Measures what each block's FFN and attention are worth, by pruning it alone.
 
@@ -58,10 +58,10 @@ def sensitivity(
     """
     check_sizes(seq_len=seq_len, max_windows=max_windows, num_samples=num_samples)
     wanted = _numbers(fractions)
-    check_source(text)
+    check_text(text)
     check_seed(seed)
-    check_share(max_dropped)
-    place, page = device_called(device), resolved(output) / "sensitivity.html"
+    check_max_dropped(max_dropped)
+    place, page = resolve_device(device), resolve_path(output) / "sensitivity.html"
     report.check_ours(page)
     tokenizer = load_tokenizer(model)
     ids, first = tokenised(text, tokenizer, join, max_dropped=max_dropped)[0], bos_token(tokenizer, bos)
@@ -70,7 +70,7 @@ def sensitivity(
     chosen_by = draw(rest, num_samples, seq_len, seed, first)
     network = load_model(model, dtype).to(place)  # type: ignore[arg-type]
     check_ids(network, [ids], tokenizer)
-    announce(place, network.dtype)
+    log_device(place, network.dtype)
     calibration = Calibration(list(chosen_by.split(1)))
     found = found_by(network, list(windows.split(1)), calibration, Cache(page.parent / "cells"), wanted)
     if launched_rank():

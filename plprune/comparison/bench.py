@@ -28,9 +28,9 @@ from plprune.evaluation.measurement import parameters
 from plprune.evaluation.perplexity import Passage, judge, passage
 from plprune.evaluation.speed import measure_speed
 from plprune.evaluation.task_results import TaskResult, average, counted, paired
-from plprune.io.atomic import alone
-from plprune.io.cache import Cache, digest, sources
-from plprune.io.distributed import announce
+from plprune.io.atomic import file_lock
+from plprune.io.cache import Cache, digest, source_digest
+from plprune.io.distributed import log_device
 from plprune.io.text import bos_token, draw, tokenised
 from plprune.methods import PruningMethod, Request, prune
 from plprune.methods.run import source_of
@@ -75,7 +75,7 @@ class Bench:
         self.bos = bos_token(self.tokenizer, study.protocol.bos)
         self._calibrations: dict[tuple[CalibrationText, int], Calibration] = {}
         self._seen: dict[str, Observations] = {}  # the last, by the fingerprint of the calibration
-        announce(study.device, self.dense.dtype)
+        log_device(study.device, self.dense.dtype)
 
     def cells(self, first: bool = True) -> Iterator[tuple[int, Cell]]:
         """The dense model, every pruning and its recoveries, with the part each is of, as far as no one else is at it.
@@ -86,7 +86,7 @@ class Bench:
         left, wait = dict(enumerate(self._parts())), False
         while left:
             for place, (of, cells) in left.items():
-                with self.cache.alone(of, wait) as own:
+                with self.cache.lock(of, wait) as own:
                     if own:
                         yield from ((place, cell) for cell in cells())
                         break
@@ -115,7 +115,7 @@ class Bench:
         common = {"weights": self.weights, "dtype": dtype, "device": self.study.device.type}
         common |= {name: version(name) for name in ("plprune", "torch", "transformers")}
         bench = Path(__file__).read_text(encoding="utf-8")
-        return common | {"source": digest({"bench": bench, "models": sources("plprune.checkpoint.load")})}
+        return common | {"source": digest({"bench": bench, "models": source_digest("plprune.checkpoint.load")})}
 
     def _dense(self) -> Iterator[Cell]:
         """The dense model."""
@@ -126,7 +126,7 @@ class Bench:
     @functools.cached_property
     def _dense_tasks(self) -> dict[str, Any]:
         """What the dense model scores, once whoever is at it is done."""
-        with self.cache.alone(self._common, wait=True):
+        with self.cache.lock(self._common, wait=True):
             return self._judged(self._common, lambda: self.dense)["tasks"]
 
     def _pruned(self, of: dict[str, Any], text: CalibrationText, seed: int, method: PruningMethod) -> Iterator[Cell]:
@@ -137,7 +137,7 @@ class Bench:
         facts = self._structure(of, model)
         yield self._completed(cells[0] | facts, of, lambda: model()[0])
         for cell, training, made_by in zip(cells[1:], self.study.recoveries, self._trainings, strict=True):
-            by = of | {"recover": made_by, "by": sources(*TRAINING)}
+            by = of | {"recover": made_by, "by": source_digest(*TRAINING)}
             by |= {name: version(name) for name in ("lightning", "peft")}
             if training.rounds > 1:
                 again = functools.cache(lambda training=training: self._in_rounds(method, text, seed, training))
@@ -192,9 +192,9 @@ class Bench:
         """The calibration windows with what was observed of the dense model on them, once."""
         calibration = self._calibrated(text, seed)
         if calibration.fingerprint not in self._seen:
-            name = f"{self.weights}-{calibration.fingerprint}-{sources('plprune.pruning.observations')}"
+            name = f"{self.weights}-{calibration.fingerprint}-{source_digest('plprune.pruning.observations')}"
             file = self.folder / "observations" / f"{name}.safetensors"
-            with alone(file.parent / "locks" / name, wait=True):
+            with file_lock(file.parent / "locks" / name, wait=True):
                 if not file.exists():
                     save(survey(self.dense, calibration), file)
             self._seen = {calibration.fingerprint: load(file, self.study.device)}
@@ -246,7 +246,7 @@ class Bench:
         if study.tasks:
             data = study.task_data and str(Path(study.task_data).resolve())
             limited = of | {"limit": study.limit, "bos": study.protocol.bos, "data": data}
-            limited |= {"lm_eval": version("lm_eval"), "by": sources("plprune.evaluation.lm_eval")}
+            limited |= {"lm_eval": version("lm_eval"), "by": source_digest("plprune.evaluation.lm_eval")}
             cell["tasks"] = {}
             for name in study.tasks:
                 cell["tasks"] |= self.cache.get(limited | {"tasks": name}, lambda name=name: self._tasks(model(), name))
@@ -259,7 +259,7 @@ class Bench:
         """How well a model predicts a text."""
         tokens = fingerprint([("ids", torch.cat([ids.flatten() for ids in text.windows]))], values=1 << 30)
         protocol = of | {"text": tokens, "protocol": dataclasses.asdict(self.study.protocol)}
-        protocol |= {"by": sources("plprune.evaluation.measurement")}
+        protocol |= {"by": source_digest("plprune.evaluation.measurement")}
         return self.cache.get(protocol | {"result": "quality"}, lambda: self._quality(model(), text))
 
     def _timed(self, of: dict[str, Any], model: Callable[[], PreTrainedModel]) -> Cell:
@@ -267,7 +267,8 @@ class Bench:
         if self.study.max_batch is None:
             return {}
         where = machine() | {"host": platform.node()}
-        timed = of | {"machine": where, "max_batch": self.study.max_batch, "by": sources("plprune.evaluation.speed")}
+        by = source_digest("plprune.evaluation.speed")
+        timed = of | {"machine": where, "max_batch": self.study.max_batch, "by": by}
         return {"speed": self.cache.get(timed, lambda: self._speed(model()))}
 
     def _speed(self, model: PreTrainedModel) -> Cell:
@@ -299,8 +300,8 @@ class Bench:
     def _trainings(self) -> list[dict[str, Any]]:
         """What makes each recovery that recovery, its text by its tokens, and whatever it is called."""
         made_by = [dataclasses.asdict(training) for training in self.study.recoveries]
-        sources = {each["text"] for each in made_by}
-        texts = {source: fingerprint([("ids", self._ids(source))], values=1 << 30) for source in sources}
+        texts_read = {each["text"] for each in made_by}
+        texts = {source: fingerprint([("ids", self._ids(source))], values=1 << 30) for source in texts_read}
         once = [{k: v for k, v in each.items() if k != "name" and (k, v) != ("rounds", 1)} for each in made_by]
         return [each | {"text": texts[each["text"]], "bos": self.bos} for each in once]
 

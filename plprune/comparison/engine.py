@@ -17,8 +17,8 @@ from typing import Any
 
 from plprune.comparison.bench import Bench, Cell, machine
 from plprune.comparison.study import Study
-from plprune.io.atomic import resolved, staged
-from plprune.io.distributed import apart
+from plprune.io.atomic import resolve_path, staged
+from plprune.io.distributed import without_launcher
 from plprune.io.progress import Progress
 from plprune.report import NAME, check_ours, completed, write
 from plprune.report.comparison import plots
@@ -43,7 +43,7 @@ def compare(study: Study, output: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: A model, text or task is not there, or a setting is out of range.
     """
     study.check()
-    output = resolved(output)
+    output = resolve_path(output)
     page = output / NAME
     check_ours(page)
     found: dict[tuple[int, int], list[Cell]] = {}  # by model and part
@@ -52,7 +52,7 @@ def compare(study: Study, output: str | os.PathLike[str]) -> dict[str, Any]:
     def so_far(status: str) -> dict[str, Any]:
         return record(study, [cell for place in sorted(found) for cell in found[place]], status, start)
 
-    with apart() as rank, Progress(study.size, "comparing", "cell", quiet=rank > 0) as bar:
+    with without_launcher() as rank, Progress(study.size, "comparing", "cell", quiet=rank > 0) as bar:
         for i, name in enumerate(study.models):
             for part, cell in Bench(study, name, output).cells(first=rank == 0):
                 found.setdefault((i, part), []).append(cell)

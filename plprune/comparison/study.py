@@ -10,9 +10,9 @@ import torch
 from plprune.checkpoint.stored import Dtype
 from plprune.evaluation.lm_eval import check_tasks
 from plprune.evaluation.perplexity import Protocol
-from plprune.io.checks import check_rates, check_seed, check_share, check_sizes
-from plprune.io.sources import READERS, check_source
-from plprune.io.text import DROPPED
+from plprune.io.checks import check_max_dropped, check_non_negative, check_seed, check_sizes
+from plprune.io.readers import READERS, check_text
+from plprune.io.text import MAX_DROPPED
 from plprune.methods import PruningMethod, Request
 from plprune.planning.serving import Runtime
 from plprune.recovery.distillation import Distillation
@@ -110,7 +110,7 @@ class Study:
     num_samples: int = 32
     calibration_seq_len: int = 256
     protocol: Protocol = dataclasses.field(default_factory=Protocol)
-    max_dropped: float = DROPPED
+    max_dropped: float = MAX_DROPPED
     recover: Training | Sequence[Training] | None = None
     tasks: Sequence[str] = ()
     task_data: str | None = None
@@ -135,15 +135,15 @@ class Study:
             check_sizes(num_samples=each.num_samples, calibration_seq_len=each.seq_len)
         for each in self.recoveries:
             check_sizes(steps=each.steps, rounds=each.rounds, seq_len=each.seq_len, batch_size=each.batch_size)
-            check_rates(learning_rate=each.learning_rate)
+            check_non_negative(learning_rate=each.learning_rate)
             if each.rounds > each.steps:
                 raise ValueError(f"{each.rounds} rounds share steps, of which there are {each.steps}: give more")
         check_sizes(limit=self.limit, max_batch=self.max_batch)
-        check_share(self.max_dropped)
+        check_max_dropped(self.max_dropped)
         for seed in self.seeds:
             check_seed(seed)
         for source in (*self.sources, *(each.text for each in (*self.calibrations, *self.recoveries))):
-            check_source(source)
+            check_text(source)
         check_distinct("models", self.models)
         check_distinct("text", self.sources)
         check_distinct("calibration", [each.name for each in self.calibrations])

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from plprune.io.tables import markdown
+from plprune.io.tables import markdown_table
 from plprune.report.comparison import name_of, summarised
 from plprune.report.page import at
 
@@ -26,7 +26,7 @@ def comparison_table(record: dict[str, Any]) -> str:
     lines = [[*key, *(_figure(own, *column[1:]) for column in columns)] for key, own in rows.items()]
     failed = [cell for cell in record["cells"] if cell.get("error")]
     errors = {f"- {name_of(c, record['cells'])} at {c['sparsity']:.1%}: {c['error']}" for c in failed}
-    return "\n".join([markdown([header, *lines]), *sorted(errors)])
+    return "\n".join([markdown_table([header, *lines]), *sorted(errors)])
 
 
 def _columns(summary: list[dict[str, Any]]) -> list[Column]:

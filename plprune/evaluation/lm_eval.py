@@ -77,7 +77,7 @@ def run_tasks(
     folder: str | None = None,
     batch_size: int = 8,
     bos: bool | None = None,
-    group: distributed.Group = None,
+    group: distributed.ProcessGroup = None,
 ) -> dict[str, TaskResult]:
     """Runs tasks on a model where it is.
 
@@ -110,10 +110,10 @@ def run_tasks(
         own = _beginning(tokenizer) if bos and bos_token(tokenizer) is None else tokenizer
         wrapped = wrap(model, tokenizer=own, backend="causal", batch_size=batch_size, add_bos_token=bos)
         found = run(wrapped, tasks=loaded["asked"], limit=limit, task_manager=loaded["manager"])
-    return distributed.same(_results(found, loaded) if not distributed.rank(group) else {}, group)
+    return distributed.broadcast_object(_results(found, loaded) if not distributed.rank(group) else {}, group)
 
 
-def _sharing(wrapper: Any, group: distributed.Group) -> type:
+def _sharing(wrapper: Any, group: distributed.ProcessGroup) -> type:
     """A model of lm-eval that shares examples among processes, as one does among those that accelerate has started."""
 
     class Sharing(wrapper):
@@ -121,10 +121,10 @@ def _sharing(wrapper: Any, group: distributed.Group) -> type:
         world_size = property(lambda self: distributed.size(group))
 
         def all_gather(self, tensor: Tensor) -> Tensor | None:
-            return distributed.joined(tensor.reshape(1), group)
+            return distributed.gather_rows(tensor.reshape(1), group)
 
         def barrier(self) -> None:
-            distributed.same(None, group)
+            distributed.broadcast_object(None, group)
 
     return Sharing
 

@@ -14,8 +14,8 @@ from plprune.architecture.blocks import blocks_of
 from plprune.checkpoint.stock_config import described
 from plprune.evaluation.perplexity import Passage, judge, perplexity
 from plprune.io import distributed
-from plprune.io.tables import aligned
-from plprune.io.units import shown
+from plprune.io.tables import text_table
+from plprune.io.units import format_value
 from plprune.pruning.forward import evaluating
 from plprune.recovery.consumers import saved_dtype
 from plprune.recovery.lora import base_parameters
@@ -76,7 +76,7 @@ class Measurement:
 def measure(
     model: PreTrainedModel,
     text: Sequence[Tensor] | Passage,  # [b, s] each
-    group: distributed.Group = None,
+    group: distributed.ProcessGroup = None,
     speed: bool = True,
 ) -> Measurement:
     """Measures a model as it stands.
@@ -94,7 +94,7 @@ def measure(
     else:
         found, bits, first = perplexity(model, text, group), None, text[0][:1]
     alone = speed and distributed.rank(group) == 0
-    rate = distributed.same(tokens_per_second(model, first) if alone else None, group)
+    rate = distributed.broadcast_object(tokens_per_second(model, first) if alone else None, group)
     return Measurement(found, in_blocks, in_all, saved_bytes(model), rate, bits)
 
 
@@ -111,10 +111,10 @@ def measurement_table(rows: dict[str, Measurement]) -> str:
     for name, row in rows.items():
         quality = [f"{row.perplexity:.2f}"]
         quality += ["-" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"] * bits
-        size = [f"{row.block_parameters:,}", f"{row.parameters:,}", shown(row.bytes, "bytes")]
+        size = [f"{row.block_parameters:,}", f"{row.parameters:,}", format_value(row.bytes, "bytes")]
         speed = "-" if row.tokens_per_second is None else f"{row.tokens_per_second:.1f}"
         lines.append([name, *quality, *size, speed])
-    return aligned(lines, [11, 11, *[11] * bits, 12, 12, 10, 11])
+    return text_table(lines, [11, 11, *[11] * bits, 12, 12, 10, 11])
 
 
 def as_dict(rows: dict[str, Measurement]) -> dict[str, dict[str, float]]:

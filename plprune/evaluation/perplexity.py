@@ -24,8 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from plprune.io import distributed
 from plprune.io.checks import check_sizes
 from plprune.io.progress import Progress
-from plprune.io.sources import read
-from plprune.io.text import DROPPED, Tally, bos_token, documents, ending, put
+from plprune.io.readers import read_rows
+from plprune.io.text import MAX_DROPPED, Tally, bos_token, end_tokens, needs_bos, to_documents
 from plprune.pruning.forward import check_ids, evaluating
 from plprune.pruning.losses import next_token_loss
 
@@ -129,7 +129,7 @@ def passage(
     tokenizer: PreTrainedTokenizerBase,
     protocol: Protocol,
     join: str | None = None,
-    max_dropped: float = DROPPED,
+    max_dropped: float = MAX_DROPPED,
 ) -> Passage:
     """Cuts a text into windows.
 
@@ -151,7 +151,7 @@ def passage(
     windows: list[Tensor] = []
     spans, start, reached = [], 0, 0
     while start < len(ids) and len(spans) < most:
-        first = put(ids, start, bos)
+        first = needs_bos(ids, start, bos)
         room = protocol.seq_len - first
         end = min(start + room, len(ids))
         reached = max(reached, start + (not first))  # a first token without BOS is given
@@ -168,7 +168,7 @@ def passage(
     return Passage(source, protocol, windows, counts, told)
 
 
-def judge(model: PreTrainedModel, passage: Passage, group: distributed.Group = None) -> Quality:
+def judge(model: PreTrainedModel, passage: Passage, group: distributed.ProcessGroup = None) -> Quality:
     r"""Perplexity and bits per byte of a model on a passage.
 
     .. math:: \mathrm{bits} = -\frac{1}{\mathrm{bytes}} \sum_{t\ \text{of the text}} \log_2 p(x_t \mid x_{<t})
@@ -184,7 +184,7 @@ def judge(model: PreTrainedModel, passage: Passage, group: distributed.Group = N
     return Quality(_exp(total / passage.tokens), bits, passage.tokens)
 
 
-def perplexity(model: PreTrainedModel, windows: Iterable[Tensor], group: distributed.Group = None) -> float:
+def perplexity(model: PreTrainedModel, windows: Iterable[Tensor], group: distributed.ProcessGroup = None) -> float:
     r"""Perplexity over windows of token ids, the first token of each given.
 
     .. math:: \exp\Bigl(-\frac1N \sum_{w} \sum_{t > 1} \log p(x_{w,t} \mid x_{w,<t})\Bigr)
@@ -212,11 +212,11 @@ def _cost(
     windows: Sequence[Tensor],  # [b, s] each
     counts: Sequence[int],
     in_text: Sequence[Tensor] | None,  # [count] each
-    group: distributed.Group,
+    group: distributed.ProcessGroup,
 ) -> tuple[float, float]:
     """What the last `counts` tokens of the windows cost in nats, all of them and those of the text."""
     check_ids(model, windows)
-    mine = distributed.share(range(len(windows)), group)
+    mine = distributed.shard(range(len(windows)), group)
     total = torch.zeros(2, dtype=torch.float64)
     steps = -(-len(windows) // distributed.size(group))  # as many for each process, as shards of a model need
     quiet = distributed.rank(group) > 0
@@ -228,7 +228,7 @@ def _cost(
                 part = losses[:, in_text[i].to(losses.device)] if in_text else losses
                 total += torch.stack([losses.sum(), part.sum()]).double().cpu()
             progress.update()
-    first, second = distributed.total(total, group).tolist()
+    first, second = distributed.all_reduce_sum(total, group).tolist()
     return first, second
 
 
@@ -247,8 +247,8 @@ def _tokens(
     ids: list[int] = []
     sizes: list[int] = []
     exact, tally = cast(bool, tokenizer.is_fast), Tally(source, join is None and tokenizer.eos_token_id is None)
-    for document in documents(read(source), tokenizer, tally, join):
-        end, text = ending(document, tokenizer), document.text
+    for document in to_documents(read_rows(source), tokenizer, tally, join):
+        end, text = end_tokens(document, tokenizer), document.text
         encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=exact, verbose=False)
         ids += encoded.input_ids + end
         if exact:

@@ -31,9 +31,9 @@ from transformers import PreTrainedModel
 from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.architecture.modules import matrix
 from plprune.evaluation.perplexity import perplexity
-from plprune.io.cache import Cache, sources
+from plprune.io.cache import Cache, source_digest
 from plprune.io.progress import Progress
-from plprune.io.tables import aligned
+from plprune.io.tables import text_table
 from plprune.pruning.allocation import top_k
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.forward import evaluating, logits_from, record_inputs, run_block
@@ -113,16 +113,16 @@ def sensitivity(
     same |= {
         "dtype": str(model.dtype),
         "device": model.device.type,
-        "source": sources("plprune.evaluation.sensitivity"),
+        "source": source_digest("plprune.evaluation.sensitivity"),
     }
     same |= {name: version(name) for name in ("torch", "transformers")}
     chosen_by = calibration.fingerprint
     keys = [(each, _key(each, same, chosen_by)) for each in _candidates(blocks, fractions)]
     of_dense = same | {"of": "the dense model"}
-    with cache.alone(of_dense, wait=True):
+    with cache.lock(of_dense, wait=True):
         dense = cache.get(of_dense, lambda: perplexity(model, windows))
     for wait in (False, True):  # in the end for what others are at
-        missing = [(each, key) for each, key in keys if not cache.known(key)]
+        missing = [(each, key) for each, key in keys if not cache.has(key)]
         if missing:
             _measure(model, windows, calibration, cache, missing, wait)
     return Sensitivity(dense, [_cell(each, cache.get(key, _not_there)) for each, key in keys])
@@ -209,7 +209,7 @@ def sensitivity_table(found: Sensitivity) -> str:
         elif i == SHOWN:
             lines.append([f"... {left_out} more ..."])
     lines.append(["dense", *[f"{found.dense:.2f}"] * len(fractions)])
-    return aligned(lines, [20, *[10] * len(fractions)])
+    return text_table(lines, [20, *[10] * len(fractions)])
 
 
 def _measure(
@@ -226,8 +226,8 @@ def _measure(
     runs = [len(blocks_of(model)) - each.block.index for each, _ in missing]
     with evaluating(model), Progress(sum(runs), "sensitivity", "block run") as bar:
         for (each, key), count in zip(missing, runs, strict=True):
-            with cache.alone(key, wait) as own:
-                if own and not cache.known(key):
+            with cache.lock(key, wait) as own:
+                if own and not cache.has(key):
                     block = _pruned(each, scores)
                     front().advance(each.block)
                     cache.get(key, functools.partial(front().perplexity, block))

@@ -25,8 +25,8 @@ from plprune.architecture.modeling_plprune import Gather, Scatter
 from plprune.architecture.modules import matrix
 from plprune.evaluation.alone import write_greedily
 from plprune.io.checks import check_sizes
-from plprune.io.tables import aligned
-from plprune.io.units import shown
+from plprune.io.tables import text_table
+from plprune.io.units import format_value
 from plprune.pruning.forward import evaluating
 
 GAIN = 1.1  # a doubled batch that gives less is one too many
@@ -184,15 +184,15 @@ def speed_table(stages: dict[str, Speed]) -> str:
         ["writing, batch 1, tokens/s", *(_cell(s.writing) for s in speeds)],
         ["writing, saturated, tokens/s", *(_cell(s.saturated) for s in speeds)],
         ["batch, saturated", *(f"{s.batch} ({ENDS[s.ended_by]})" for s in speeds)],
-        ["peak, batch 1", *(shown(s.peak, "bytes") for s in speeds)],
-        ["peak, all batches", *(shown(s.saturated_peak, "bytes") for s in speeds)],
+        ["peak, batch 1", *(format_value(s.peak, "bytes") for s in speeds)],
+        ["peak, all batches", *(format_value(s.saturated_peak, "bytes") for s in speeds)],
     ]
     one = speeds[0]
     foot = (
         f"{one.prompt} tokens read, {one.new_tokens} written; {one.dtype}, {one.device}, {one.threads} CPU threads; "
         f"medians and quartiles of {one.repeats} runs after one to warm up; the peak is of the {one.peak_of}"
     )
-    return aligned(rows, [30, *[34] * len(speeds)], "<" * len(rows[0])) + f"\n{foot}"
+    return text_table(rows, [30, *[34] * len(speeds)], "<" * len(rows[0])) + f"\n{foot}"
 
 
 def _cell(spread: Spread, scale: float = 1) -> str:

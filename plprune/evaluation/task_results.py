@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
-from plprune.io.tables import aligned
+from plprune.io.tables import text_table
 
 AVERAGE = "average"
 
@@ -138,7 +138,7 @@ def score_table(stages: dict[str, dict[str, TaskResult]]) -> str:
     for name in next(iter(found.values())):
         metric = first[name].metric if name in first else ""
         rows.append(["  " * _depth(name, first) + name, metric, *(_cell(column[name]) for column in found.values())])
-    return aligned(rows, [20, 14, *[18] * len(found)], "<" * len(rows[0]))
+    return text_table(rows, [20, 14, *[18] * len(found)], "<" * len(rows[0]))
 
 
 def _depth(name: str, results: dict[str, TaskResult]) -> int:

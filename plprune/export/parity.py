@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from plprune.evaluation import alone
 from plprune.export import llama_cpp
-from plprune.io.tables import markdown
-from plprune.io.units import shown
+from plprune.io.tables import markdown_table
+from plprune.io.units import format_value
 from plprune.pruning.forward import evaluating
 
 
@@ -146,7 +146,7 @@ def parity_table(rows: list[Row]) -> str:
         - decilm: block 0 has no attention
     """
     remarks = [f"- {row.format}: {remark}" for row in rows for remark in (*row.refused, row.note) if remark]
-    return "\n".join([markdown([HEADER, *map(_cells, rows)]), *([""] if remarks else []), *remarks])
+    return "\n".join([markdown_table([HEADER, *map(_cells, rows)]), *([""] if remarks else []), *remarks])
 
 
 def _cells(row: Row) -> list[str]:
@@ -156,6 +156,6 @@ def _cells(row: Row) -> list[str]:
         "refused" if row.refused else row.program or "not checked",
         "" if row.difference is None else f"{row.difference:.2g}",
         same,
-        "" if row.bytes is None else shown(row.bytes, "bytes"),
+        "" if row.bytes is None else format_value(row.bytes, "bytes"),
         "" if row.tokens_per_second is None else f"{row.tokens_per_second:.0f}",
     ]

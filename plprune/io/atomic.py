@@ -1,7 +1,8 @@
-"""Files and folders that appear whole or not at all: written beside their place under another name, then renamed.
+"""Files and folders that appear whole or not at all, even if the process that writes them is killed.
 
-The other name is that of a folder, the room, which its writer keeps locked. A lock ends with its process, however that
-ends: rooms without one are what killed writers have left, and the next writer removes them.
+A writer works in a staging folder beside the output and renames the result into place. It holds a lock on the staging
+folder, which the system releases when the process ends. A staging folder without a lock was left behind by a killed
+writer; the next writer to the same output removes it.
 """
 
 import contextlib
@@ -17,57 +18,56 @@ from safetensors import SafetensorError
 
 try:
     import fcntl
-except ImportError:  # Windows, where nothing is locked or flushed, and what a killed writer leaves stays
+except ImportError:  # on Windows nothing is locked or flushed, and the leftovers of killed writers stay
     fcntl = None
 
-OLD = "old"  # in a room: what was there before
+OLD = "old"  # in a staging folder: the previous output
 SUFFIX = ".partial"
 
 
-class CannotWrite(OSError):
-    """Something could not be written; what was written before is kept."""
-
-
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns what goes wrong with writing to `path` into a line that says what to do."""
+def write_errors(path: Path, resumable: bool = True) -> Iterator[None]:
+    """Turns errors of writing to `path` into an OSError of one line that says what to do.
+
+    Args:
+        path: The output that the message names.
+        resumable: Whether --resume continues after the failure.
+    """
     try:
         yield
     except Exception as error:
-        plain = type(error) is Exception  # which is what tokenizers raises when it cannot write
-        if isinstance(error, CannotWrite) or not (plain or isinstance(error, OSError | SafetensorError)):
+        # Errors of the system have a number; tokenizers raises a bare Exception. Ours have neither, and are clear.
+        if not (getattr(error, "errno", None) or isinstance(error, SafetensorError) or type(error) is Exception):
             raise
+        resume = ", and continue with --resume; finished work is kept" if resumable else ""
         reason = " ".join(str(error).split())
-        raise CannotWrite(
-            f"cannot write {path} ({reason}): check the space and the rights there, and go on with --resume; "
-            "what was done is kept"
-        ) from error
+        raise OSError(f"cannot write {path} ({reason}): check free space and permissions{resume}") from error
 
 
-def resolved(path: str | os.PathLike[str]) -> Path:
-    """Where a path leads, `~` and symbolic links followed: a link stays, and what it names is written or replaced.
+def resolve_path(path: str | os.PathLike[str]) -> Path:
+    """The absolute path that an output is written to: `~` is expanded, symbolic links are followed.
 
     Raises:
-        OSError: A link leads nowhere.
+        OSError: The path goes through a link to a missing target.
         ValueError: The path is empty.
     """
     if not os.fspath(path):
-        raise ValueError("an output has no name: give one, or leave the option out if it has a default")
+        raise ValueError("the output path is empty: give a path, or leave the option out if it has a default")
     path = Path(os.path.abspath(os.path.expanduser(path)))
     for each in (path, *path.parents):
         if each.is_symlink() and not each.exists():
-            raise OSError(f"{each} is a link to {os.readlink(each)}, which is not there: make that, or remove the link")
+            raise OSError(f"{each} links to {os.readlink(each)}, which does not exist: create it, or remove the link")
     return Path(os.path.realpath(path))
 
 
-def check_free(path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Makes sure, before hours of work, that :func:`staged` will be able to write to `path`.
+def check_output(path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Checks, before hours of work, that :func:`staged` will be able to write to `path`.
 
     Raises:
-        FileExistsError: Something would be lost, an empty folder aside, and `overwrite` is not set.
-        OSError: The place cannot be renamed, nothing can be written beside it, or it is a link that leads nowhere.
+        FileExistsError: `path` is a file or a folder that is not empty, and `overwrite` is not set.
+        OSError: `path` cannot be renamed, its parent is not writable, or it is a link to a missing target.
     """
-    path = resolved(path)
+    path = resolve_path(path)
     if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not empty: choose another output, or pass --overwrite")
     if path.is_mount() or Path.cwd().is_relative_to(path):
@@ -77,109 +77,99 @@ def check_free(path: str | os.PathLike[str], overwrite: bool = False) -> None:
         raise OSError(f"cannot write to {parent}: choose another output")
 
 
-def check_file(path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """As :func:`check_free`, of what is to be a file: no folder is replaced by one, not even an empty one.
+def check_output_file(path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Like :func:`check_output`, for an output that is a file: it never replaces a folder, not even an empty one.
 
     Raises:
-        OSError: There is a folder, or as above.
+        IsADirectoryError: `path` is a folder.
     """
-    if resolved(path).is_dir():
-        raise IsADirectoryError(f"{path} is a folder: name a file, as one inside it")
-    check_free(path, overwrite)
+    if resolve_path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file, for example one inside it")
+    check_output(path, overwrite)
 
 
 @contextlib.contextmanager
-def staged(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """A temporary path to write a file or a folder to, which takes the name `path` when the context ends well.
+def staged(path: str | os.PathLike[str], overwrite: bool = False, keep: bool = True) -> Iterator[Path]:
+    """A temporary path for a file or a folder, which is renamed to `path` if the context ends without an error.
+
+    Args:
+        path: The output.
+        overwrite: Whether to replace what is there.
+        keep: Whether to keep what was written; otherwise `path` stays as it is, as in a dry run.
 
     Raises:
-        FileExistsError: `path` is there already, and `overwrite` is not set.
-        OSError: It could not be written, for want of space for example; nothing is left behind.
+        FileExistsError: `path` exists, and `overwrite` is not set.
+        OSError: Writing failed, for example because the disk is full; nothing is left behind.
     """
-    check_free(path, overwrite)
-    path = resolved(path)
+    check_output(path, overwrite)
+    path = resolve_path(path)
     created = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    clear(path.parent, glob.escape(path.name))
-    room, handle = _new_room(path)
+    remove_leftovers(path.parent, glob.escape(path.name))
+    staging, handle = _staging_folder(path)
     try:
-        yield room / path.name
-        _open_to_readers(room / path.name)
-        flush(room / path.name)
-        if path.is_dir() or (path.exists() and (room / path.name).is_dir()):  # these a rename does not replace
-            os.replace(path, room / OLD)
-        os.replace(room / path.name, path)
-        _sync(path.parent)
-    except Exception as error:
-        if getattr(error, "errno", None) or isinstance(error, SafetensorError) or type(error) is Exception:
-            reason = " ".join(str(error).split())  # a bare Exception is what tokenizers raises when it cannot write
-            raise OSError(f"cannot write {path} ({reason}): check the space and the rights there") from error
-        raise
+        with write_errors(path, resumable=False):
+            yield staging / path.name
+            if keep:
+                _move_into_place(staging, path)
     finally:
-        _discard(room, path)
+        _discard(staging, path)
         _unlock(handle)
-        with contextlib.suppress(OSError):  # of folders, only those that are empty go
+        with contextlib.suppress(OSError):  # rmdir removes empty folders only
             for folder in created:
                 folder.rmdir()
 
 
-@contextlib.contextmanager
-def rehearsed(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """As :func:`staged`, but what was written is removed when the context ends, and `path` stays as it is."""
-    with contextlib.suppress(_Rehearsed), staged(path, overwrite=True) as temporary:
-        yield temporary
-        raise _Rehearsed
+def remove_leftovers(folder: str | os.PathLike[str], names: str = "*") -> None:
+    """Removes what killed writers left in a folder.
 
-
-class _Rehearsed(Exception):
-    """All went well."""
-
-
-def clear(folder: str | os.PathLike[str], names: str = "*") -> None:
-    """Removes what killed writers have left in a folder, of files and folders whose names match a pattern."""
-    for room in Path(folder).glob(f".*.*{SUFFIX}"):
-        name = room.name[1:].removesuffix(SUFFIX).rpartition(".")[0]
-        if not fnmatch.fnmatchcase(name, names) or not room.is_dir() or room.is_symlink():
+    Args:
+        folder: The folder that holds their outputs.
+        names: Pattern of the names of these outputs.
+    """
+    for staging in Path(folder).glob(f".*.*{SUFFIX}"):
+        name = staging.name[1:].removesuffix(SUFFIX).rpartition(".")[0]
+        if not fnmatch.fnmatchcase(name, names) or not staging.is_dir() or staging.is_symlink():
             continue
-        with contextlib.suppress(OSError):  # someone writes there, or was faster
-            handle = _lock(room)
-            _discard(room, room.parent / name)
+        with contextlib.suppress(OSError):  # another process writes there, or has just removed it
+            handle = _lock_folder(staging)
+            _discard(staging, staging.parent / name)
             _unlock(handle)
 
 
 @contextlib.contextmanager
-def alone(file: str | os.PathLike[str], wait: bool = False) -> Iterator[bool]:
-    """Whether this process has what a file stands for to itself, for the time of the context.
+def file_lock(file: str | os.PathLike[str], wait: bool = False) -> Iterator[bool]:
+    """Holds an exclusive lock on a file during the context, and yields whether this process got it.
 
-    The file is made, stays, and is empty. The lock on it, by `flock`, ends with its process, however that ends. Between
-    machines it needs a file system that passes such locks on, as NFS does. Where there are none, each process has
-    everything to itself: what they do may be done twice, and must not be harmed by it.
+    The file is created, stays empty, and is not removed. Several machines can share the lock if their file system
+    passes `flock` on, as NFS does. On a file system without locks every process gets it: work may then be done twice,
+    and must bear that.
 
     Args:
-        file: What all name who do the same.
-        wait: Whether to wait for whoever has it.
+        file: The lock file, the same for all processes that compete.
+        wait: Whether to wait until the lock is free.
     """
-    file, own = Path(file), True
+    file, acquired = Path(file), True
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "ab") as handle:  # NFS locks nothing that cannot be written to
+    with open(file, "ab") as handle:  # NFS locks only files that are open for writing
         try:
             lock(handle.fileno(), wait)
         except BlockingIOError:
-            own = False
+            acquired = False
         except OSError:
-            pass  # there are no locks
-        yield own
+            pass  # the file system has no locks
+        yield acquired
 
 
 def lock(handle: int, wait: bool = False) -> None:
-    """Locks an open file or folder until it is closed or the process ends; on Windows, nothing is locked.
+    """Locks an open file or folder until it is closed or the process ends; does nothing on Windows.
 
     Args:
-        handle: The open file.
-        wait: Whether to wait for another process that has it.
+        handle: The file descriptor.
+        wait: Whether to wait for another process that holds the lock.
 
     Raises:
-        BlockingIOError: Another process has it.
+        BlockingIOError: Another process holds the lock.
         OSError: The file system has no locks.
     """
     if fcntl is not None:
@@ -187,29 +177,20 @@ def lock(handle: int, wait: bool = False) -> None:
 
 
 def remove(path: str | os.PathLike[str]) -> None:
-    """Removes a file or a folder at once: what is killed meanwhile leaves something that :func:`clear` removes."""
+    """Removes a file or a folder at once: if killed midway, :func:`remove_leftovers` removes the rest."""
     path = Path(path)
-    room = path.with_name(f".{path.name}.removed{SUFFIX}")
-    shutil.rmtree(room, ignore_errors=True)
-    room.mkdir()
-    os.replace(path, room / "removed")
-    shutil.rmtree(room)
+    staging = path.with_name(f".{path.name}.removed{SUFFIX}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    os.replace(path, staging / "removed")
+    shutil.rmtree(staging)
 
 
 def flush(path: str | os.PathLike[str]) -> None:
-    """Has a file, or a folder with all that is in it, written to the disk, so that it survives a loss of power."""
+    """Writes a file, or a folder with everything in it, to the disk, so that it survives a loss of power."""
     path = Path(path)
     for each in [*path.rglob("*"), path] if path.is_dir() else [path]:
         _sync(each)
-
-
-def _open_to_readers(path: Path) -> None:
-    """Gives files the rights that new ones have here: safetensors makes its own for their owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for each in path.rglob("*") if path.is_dir() else [path]:
-        if each.is_file():
-            each.chmod(each.stat().st_mode | 0o666 & ~mask)
 
 
 def _sync(path: Path) -> None:
@@ -222,33 +203,52 @@ def _sync(path: Path) -> None:
         os.close(file)
 
 
-def _discard(room: Path, path: Path) -> None:
-    """Removes a room, and puts back what it had been about to replace."""
-    if not path.exists() and (room / OLD).exists():
-        os.replace(room / OLD, path)
-    shutil.rmtree(room, ignore_errors=True)
+def _move_into_place(staging: Path, path: Path) -> None:
+    written = staging / path.name
+    _apply_umask(written)
+    flush(written)
+    if path.is_dir() or (path.exists() and written.is_dir()):  # a rename does not replace these
+        os.replace(path, staging / OLD)
+    os.replace(written, path)
+    _sync(path.parent)
 
 
-def _new_room(path: Path) -> tuple[Path, int | None]:
-    """A room beside a path, and its lock, if the file system has locks."""
+def _apply_umask(path: Path) -> None:
+    """Gives files the usual permissions of new files: safetensors makes them readable by their owner only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for each in path.rglob("*") if path.is_dir() else [path]:
+        if each.is_file():
+            each.chmod(each.stat().st_mode | 0o666 & ~mask)
+
+
+def _discard(staging: Path, path: Path) -> None:
+    """Removes a staging folder; an output that it was about to replace is put back."""
+    if not path.exists() and (staging / OLD).exists():
+        os.replace(staging / OLD, path)
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def _staging_folder(path: Path) -> tuple[Path, int | None]:
+    """A new staging folder beside a path, and its lock, or None if the file system has no locks."""
     while True:
-        room, handle = Path(tempfile.mkdtemp(SUFFIX, f".{path.name}.", path.parent)), None
+        staging, handle = Path(tempfile.mkdtemp(SUFFIX, f".{path.name}.", path.parent)), None
         try:
-            handle = _lock(room)
+            handle = _lock_folder(staging)
         except BlockingIOError:
-            continue  # someone who clears was faster, and took it for what a killed writer has left
+            continue  # remove_leftovers in another process was faster than this lock
         except OSError:
             pass
-        if room.exists():
-            return room, handle
+        if staging.exists():
+            return staging, handle
         _unlock(handle)
 
 
-def _lock(room: Path) -> int | None:
-    """Raises OSError if another process has it."""
+def _lock_folder(folder: Path) -> int | None:
+    """Raises OSError if another process holds the lock."""
     if fcntl is None:
         return None
-    handle = os.open(room, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY)
     try:
         lock(handle)
     except OSError:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from plprune.io.atomic import alone, staged
+from plprune.io.atomic import file_lock, staged
 
 T = TypeVar("T")
 
@@ -37,18 +37,18 @@ class Cache:
             self._keep(file, of, compute())
         return json.loads(file.read_text())["result"]
 
-    def known(self, of: dict[str, Any]) -> bool:
+    def has(self, of: dict[str, Any]) -> bool:
         """Whether a result is here."""
         return self.file(of).exists()
 
-    def alone(self, of: dict[str, Any], wait: bool = False) -> AbstractContextManager[bool]:
+    def lock(self, of: dict[str, Any], wait: bool = False) -> AbstractContextManager[bool]:
         """Whether this process alone computes something, for the time of the context: the others leave it, or wait.
 
         Args:
             of: What they know it by.
             wait: Whether to wait for whoever is at it, who may have kept the result then.
         """
-        return alone(self.folder / "locks" / digest(of), wait)
+        return file_lock(self.folder / "locks" / digest(of), wait)
 
     def file(self, of: dict[str, Any]) -> Path:
         """Where a result is, or would be."""
@@ -70,7 +70,7 @@ def digest(of: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def sources(*names: str) -> str:
+def source_digest(*names: str) -> str:
     """A short hash of the source of modules, and of all that they import from beside them.
 
     What is beside a module is in the same package, or in the same folder if that is not one of installed packages:

@@ -2,7 +2,7 @@
 
 A row holds `messages`, or `conversations` as ShareGPT has them; or `instruction`, `input` and `output`; or `prompt` and
 `completion`, as text or as messages. `system`, `history` and `tools` may stand beside. What would be lost on the way,
-or not be learnt from, is not passed over: the row is :class:`Unusable`, with the reason.
+or not be learnt from, is not passed over: the row is :class:`UnusableRow`, with the reason.
 """
 
 import json
@@ -26,7 +26,7 @@ ROLES = {  # what others call them
 }
 
 
-class Unusable(ValueError):
+class UnusableRow(ValueError):
     """Why a row cannot be used."""
 
 
@@ -53,7 +53,7 @@ def to_chat(record: Record) -> Chat | None:
         [{'role': 'user', 'content': 'Add.\\n\\n1 1'}, {'role': 'assistant', 'content': '2'}]
 
     Raises:
-        Unusable: A message has no role, or its content is no text.
+        UnusableRow: A message has no role, or its content is no text.
     """
     talk = next((found for key in TALKS if isinstance(found := _parsed(record.get(key)), list)), None)
     given = 0
@@ -74,21 +74,21 @@ def to_chat(record: Record) -> Chat | None:
     return Chat(messages, _tools(record.get("tools")), given)
 
 
-def conversation(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[range]]:
+def render_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[range]]:
     """The text of a conversation, and where in it the assistant speaks, the end of each turn included.
 
     Without a chat template the turns are put below each other. Of a turn that the template changes once others follow
     it (the reasoning of some models), only what stays as it was counts.
 
     Raises:
-        Unusable: The template refuses the conversation, or leaves a part of it out; or the assistant says nothing.
+        UnusableRow: The template refuses the conversation, or leaves a part of it out; or the assistant says nothing.
     """
     messages, text = chat.messages, _render(chat.messages, tokenizer, chat.tools)
     silent = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
     if silent != messages and text == _render(silent, tokenizer, chat.tools):
-        raise Unusable("the chat template leaves tool calls out")
+        raise UnusableRow("the chat template leaves tool calls out")
     if chat.tools and text == _render(messages, tokenizer, None):
-        raise Unusable("the chat template leaves tools out")
+        raise UnusableRow("the chat template leaves tools out")
     answers = []
     for i, message in enumerate(messages):
         learnt = message.get("weight", True) and message.get("train", True)  # as OpenAI and Axolotl have it
@@ -98,7 +98,7 @@ def conversation(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, l
             answers.append(range(_common(text, before), len(upto.rstrip())))
     if not any(answers):
         said = ", ".join(dict.fromkeys(str(message["role"]) for message in messages)) or "nobody"
-        raise Unusable(f"the assistant says nothing to learn from (there is {said})")
+        raise UnusableRow(f"the assistant says nothing to learn from (there is {said})")
     return text, answers
 
 
@@ -111,17 +111,17 @@ def _render(
     try:
         made = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-        raise Unusable(f"the chat template refuses it ({' '.join(str(error).split())})") from error
+        raise UnusableRow(f"the chat template refuses it ({' '.join(str(error).split())})") from error
     return cast(str, made)
 
 
 def _message(turn: Any) -> Message:
     if not isinstance(turn, dict):
-        raise Unusable("a message has neither role nor content")
+        raise UnusableRow("a message has neither role nor content")
     role = next((turn[key] for key in ("role", "from") if isinstance(turn.get(key), str)), None)
     content = next((turn[key] for key in ("content", "value") if turn.get(key) is not None), None)
     if role is None:
-        raise Unusable("a message has no role")
+        raise UnusableRow("a message has no role")
     name, calls = role.strip().lower(), turn.get("tool_calls") or None
     if name in CALLS:
         name, calls, content = ASSISTANT, _parsed(content), None
@@ -129,7 +129,7 @@ def _message(turn: Any) -> Message:
     if isinstance(content, list):
         content = "".join(map(_part, content))
     if not isinstance(content, str) and (content is not None or not calls):
-        raise Unusable(f"the content of a message is {'missing' if content is None else 'not text'}")
+        raise UnusableRow(f"the content of a message is {'missing' if content is None else 'not text'}")
     known = ("role", "from", "content", "value", "tool_calls")
     others = {key: value for key, value in turn.items() if value is not None and key not in known}
     if calls:
@@ -141,7 +141,7 @@ def _part(part: Any) -> str:
     """One of several parts of a content."""
     text = part.get("text") if isinstance(part, dict) else part
     if not isinstance(text, str):
-        raise Unusable("a message has parts that are not text")
+        raise UnusableRow("a message has parts that are not text")
     return text
 
 
@@ -149,7 +149,7 @@ def _call(call: Any) -> dict[str, Any]:
     """A call of a tool as templates expect it."""
     function = call.get("function") or call if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise Unusable("a tool call has no name")
+        raise UnusableRow("a tool call has no name")
     function = {"name": function["name"], "arguments": _parsed(function.get("arguments"))}
     return {**{key: call[key] for key in ("id",) if key in call}, "type": "function", "function": function}
 
@@ -158,7 +158,7 @@ def _tools(tools: Any) -> list[Any] | None:
     """Tools as templates expect them; None if there are none."""
     tools = _parsed(tools) or None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise Unusable("its tools are no list of functions")
+        raise UnusableRow("its tools are no list of functions")
     return tools and [tool if "name" not in tool else {"type": "function", "function": tool} for tool in tools]
 
 
@@ -175,7 +175,7 @@ def _history(pairs: Any) -> list[Any]:
     """What was said before, as pairs of question and answer."""
     pairs = pairs or []
     if not (isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)):
-        raise Unusable("its history is no list of pairs")
+        raise UnusableRow("its history is no list of pairs")
     return [turn for question, answer in pairs for turn in _spoken("user", question) + _spoken(ASSISTANT, answer)]
 
 

@@ -18,20 +18,20 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed is {seed}, but must be at least 0 and less than 2**32")
 
 
-def check_share(max_dropped: float) -> None:
+def check_max_dropped(max_dropped: float) -> None:
     """Raises ValueError for a share of rows that cannot be."""
     if not 0 <= max_dropped <= 1:
         raise ValueError(f"max_dropped is {max_dropped}, but it is a share of rows in [0, 1]")
 
 
-def check_rates(**rates: float) -> None:
+def check_non_negative(**rates: float) -> None:
     """Raises ValueError for a rate that cannot be."""
     for name, value in rates.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} is {value}, but must be a number that is not negative")
 
 
-def check_values(settings: Any, within: str = "") -> None:
+def check_required(settings: Any, within: str = "") -> None:
     """Makes sure that every setting of a dataclass that needs a value has one: parsers let null through to any type.
 
     Args:

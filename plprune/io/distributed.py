@@ -19,10 +19,10 @@ from torch import Tensor
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")  # what torchrun sets
-Group = dist.ProcessGroup | None
+ProcessGroup = dist.ProcessGroup | None
 
 
-def world() -> Group:
+def world() -> ProcessGroup:
     """All processes of the run; None if there is only this one."""
     ready = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return dist.group.WORLD if ready else None
@@ -39,7 +39,7 @@ def launched_rank() -> int:
 
 
 @contextlib.contextmanager
-def apart() -> Iterator[int]:
+def without_launcher() -> Iterator[int]:
     """The rank; within the context all, Lightning too, take this process for the only one."""
     with mock.patch.dict(os.environ):
         own = launched_rank()
@@ -48,12 +48,12 @@ def apart() -> Iterator[int]:
         yield own
 
 
-def device_here() -> str:
+def default_device() -> str:
     """A GPU if there is one, and the CPU otherwise."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def device_called(name: str | None) -> torch.device:
+def resolve_device(name: str | None) -> torch.device:
     """The device of that name; a GPU if none is given and there is one, and the CPU otherwise.
 
     Of several processes, each gets a GPU of its own, which is then its current device.
@@ -61,7 +61,7 @@ def device_called(name: str | None) -> torch.device:
     Raises:
         ValueError: It is not there.
     """
-    name = name or device_here()
+    name = name or default_device()
     own = f"cuda:{local_rank()}" if name == "cuda" and launched_count() > 1 else name
     try:
         place = torch.empty(0, device=own).device
@@ -72,14 +72,14 @@ def device_called(name: str | None) -> torch.device:
         raise ValueError(f"there is no device {name!r} here ({error}): give cpu, cuda or cuda:1") from error
 
 
-def announce(where: torch.device, dtype: torch.dtype) -> None:
+def log_device(where: torch.device, dtype: torch.dtype) -> None:
     """Says where is computed, and in what."""
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else "the CPU" if where.type == "cpu" else where
     log.info("computing on %s in %s", name, str(dtype).removeprefix("torch."))
 
 
 @contextlib.contextmanager
-def launched(where: torch.device) -> Iterator[Group]:
+def process_group(where: torch.device) -> Iterator[ProcessGroup]:
     """The processes that torchrun has started, for the time of the context; None if there is only this one.
 
     Args:
@@ -95,12 +95,12 @@ def launched(where: torch.device) -> Iterator[Group]:
         yield None
 
 
-def size(group: Group) -> int:
+def size(group: ProcessGroup) -> int:
     """How many processes there are."""
     return dist.get_world_size(group) if group else 1
 
 
-def rank(group: Group) -> int:
+def rank(group: ProcessGroup) -> int:
     """Which of them this one is."""
     return dist.get_rank(group) if group else 0
 
@@ -110,12 +110,12 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
 
 
-def device(group: Group) -> torch.device:
+def device(group: ProcessGroup) -> torch.device:
     """Where tensors must be to be sent."""
     return torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
 
 
-def share(items: Sequence[T], group: Group) -> list[T]:
+def shard(items: Sequence[T], group: ProcessGroup) -> list[T]:
     """This process's part of a sequence: in order, without gaps, of sizes that differ by one at most.
 
     The first process has something if anyone has.
@@ -125,22 +125,22 @@ def share(items: Sequence[T], group: Group) -> list[T]:
     return list(items[start:end])
 
 
-def total(tensor: Tensor, group: Group) -> Tensor:
+def all_reduce_sum(tensor: Tensor, group: ProcessGroup) -> Tensor:
     """The sum over all processes; a scalar zero stands for a process that had nothing to count, of whatever shape."""
     if group is None:
         return tensor
-    shape = max(gathered(tuple(tensor.shape), group), key=len)
+    shape = max(gather_objects(tuple(tensor.shape), group), key=len)
     result = tensor.to(device(group)).expand(shape).clone(memory_format=torch.contiguous_format)
     dist.all_reduce(result, group=group)
     return result.to(tensor.device) if tensor.ndim else result
 
 
-def joined(tensor: Tensor | None, group: Group) -> Tensor | None:
+def gather_rows(tensor: Tensor | None, group: ProcessGroup) -> Tensor | None:
     """The rows of all processes, in the order of their ranks; None from one that has none."""
     if group is None:
         return tensor
     own = None if tensor is None else (len(tensor), tuple(tensor.shape[1:]), tensor.dtype)
-    parts = gathered(own, group)
+    parts = gather_objects(own, group)
     if not any(parts):
         return None
     _, row, dtype = next(part for part in parts if part)
@@ -152,7 +152,7 @@ def joined(tensor: Tensor | None, group: Group) -> Tensor | None:
     return rows if tensor is None else rows.to(tensor.device)
 
 
-def same(value: T, group: Group) -> T:
+def broadcast_object(value: T, group: ProcessGroup) -> T:
     """The first process's value, for all."""
     if group is None:
         return value
@@ -161,7 +161,7 @@ def same(value: T, group: Group) -> T:
     return values[0]
 
 
-def sent(tensor: Tensor, source: int, group: Group) -> Tensor:
+def broadcast(tensor: Tensor, source: int, group: ProcessGroup) -> Tensor:
     """The tensor of the process of rank `source`, for all; the others give one of the same shape and dtype."""
     if group is None:
         return tensor
@@ -170,13 +170,13 @@ def sent(tensor: Tensor, source: int, group: Group) -> Tensor:
     return buffer.to(tensor.device)
 
 
-def agree(value: str, what: str, group: Group) -> None:
+def check_agreement(value: str, what: str, group: ProcessGroup) -> None:
     """Makes sure that all processes came to the same value.
 
     Raises:
         ValueError: They did not; the message names those that differ from the first.
     """
-    values = gathered(value, group)
+    values = gather_objects(value, group)
     others = [i for i, each in enumerate(values) if each != values[0]]
     if others:
         raise ValueError(
@@ -186,7 +186,7 @@ def agree(value: str, what: str, group: Group) -> None:
         )
 
 
-def gathered(value: T, group: Group) -> list[T]:
+def gather_objects(value: T, group: ProcessGroup) -> list[T]:
     """What each process has, by rank."""
     if group is None:
         return [value]

@@ -14,7 +14,7 @@ from rich import get_console, progress
 from rich.console import Console
 from typing_extensions import Self
 
-from plprune.io.units import duration
+from plprune.io.units import format_duration
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Progress:
         if now - self._said >= self.seconds:
             self._said = now
             left = (now - self._start) / (self.n - self._first) * (self.total - self.n)
-            log.info("%s: %d of %d %ss, %s left", self.title, self.n, self.total, self.unit, duration(left))
+            log.info("%s: %d of %d %ss, %s left", self.title, self.n, self.total, self.unit, format_duration(left))
 
     @staticmethod
     def _live() -> progress.Progress:

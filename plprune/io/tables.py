@@ -6,7 +6,7 @@ from itertools import zip_longest
 Rows = Sequence[Sequence[str]]
 
 
-def aligned(rows: Rows, widths: Sequence[int], flush: str = "<") -> str:
+def text_table(rows: Rows, widths: Sequence[int], flush: str = "<") -> str:
     """Rows in columns.
 
     Args:
@@ -27,7 +27,7 @@ def aligned(rows: Rows, widths: Sequence[int], flush: str = "<") -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def markdown(rows: Rows) -> str:
+def markdown_table(rows: Rows) -> str:
     """Rows in Markdown, the first of them as the heading.
 
     Example:

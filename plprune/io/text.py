@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 from transformers import PreTrainedTokenizerBase
 
-from plprune.io.chats import Record, Unusable, conversation, to_chat
-from plprune.io.sources import Placed, read
+from plprune.io.chats import Record, UnusableRow, render_chat, to_chat
+from plprune.io.readers import Placed, read_rows
 
 log = logging.getLogger(__name__)
-Stream = tuple[Tensor, ...]  # token ids and labels of a whole text, and where each document starts: [tokens] each
+TokenStream = tuple[Tensor, ...]  # token ids and labels of a whole text, and where each document starts: [tokens] each
 IGNORED = -100  # label of a token that no loss counts
 BATCH = 1000  # texts that are tokenised at once
-DROPPED = 0.1  # the share of rows that may be unusable, unasked
+MAX_DROPPED = 0.1  # the share of rows that may be unusable, unasked
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ def tokenised(
     join: str | None = None,
     limit: int | None = None,
     seed: int | None = None,
-    max_dropped: float = DROPPED,
+    max_dropped: float = MAX_DROPPED,
     begin: list[int] | None = None,
-) -> Stream:
+) -> TokenStream:
     """A text as one stream of tokens; how much of it was used is logged.
 
     Args:
@@ -107,19 +107,19 @@ def tokenised(
     Raises:
         ValueError: The text cannot be read, or too many rows cannot be used.
     """
-    rows = list(read(source, limit))
+    rows = list(read_rows(source, limit))
     if join is None and seed is not None:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
         rows = [rows[i] for i in order]
     tally = Tally(source, join is None and not _end(tokenizer))
-    used = list(documents(rows, tokenizer, tally, join))
+    used = list(to_documents(rows, tokenizer, tally, join))
     tally.check(max_dropped)
     stream = encode(used, tokenizer, begin)
     tally.report(len(stream[0]), int((stream[1] != IGNORED).sum()))
     return stream
 
 
-def documents(
+def to_documents(
     rows: Iterable[Placed], tokenizer: PreTrainedTokenizerBase, tally: Tally, join: str | None = None
 ) -> Iterator[Document]:
     """The rows that can be used, as documents; the tally has the others.
@@ -134,8 +134,8 @@ def documents(
     for place, record in rows:
         tally.rows += 1
         try:
-            made = document(record, tokenizer) if join is None else _checked(Document(to_text(record)))
-        except Unusable as reason:
+            made = to_document(record, tokenizer) if join is None else _checked(Document(to_text(record)))
+        except UnusableRow as reason:
             tally.dropped.setdefault(str(reason), []).append(place)
             continue
         if join is not None:
@@ -148,22 +148,24 @@ def documents(
         yield Document(join.replace("\\n", "\n").join(texts))  # as a shell passes it on
 
 
-def document(record: Record, tokenizer: PreTrainedTokenizerBase) -> Document:
+def to_document(record: Record, tokenizer: PreTrainedTokenizerBase) -> Document:
     """A row as a document.
 
     Raises:
-        Unusable: It cannot be one.
+        UnusableRow: It cannot be one.
     """
     chat = to_chat(record)
     if chat is None:
         return _checked(Document(to_text(record)))
-    made = _checked(Document(*conversation(chat, tokenizer), ends=tokenizer.chat_template is None))
+    made = _checked(Document(*render_chat(chat, tokenizer), ends=tokenizer.chat_template is None))
     if not tokenizer.is_fast:
         _counted(made, _ids(made.text, tokenizer), None, tokenizer)
     return made
 
 
-def encode(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, begin: list[int] | None = None) -> Stream:
+def encode(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, begin: list[int] | None = None
+) -> TokenStream:
     """Documents as one stream of tokens; labels of what the loss does not count are ignored.
 
     Args:
@@ -172,7 +174,7 @@ def encode(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, be
         begin: If each is to be read by itself, what it begins with, unless it does so already. Nothing stands before
             its first token, which is then not learnt, and the stream has where each starts.
     """
-    parts: list[Stream] = []
+    parts: list[TokenStream] = []
     for partly, run in groupby(documents, lambda each: each.answers is not None):
         told = partly and bool(tokenizer.is_fast)
         while batch := list(islice(run, BATCH)):  # ids as Python numbers take tens of bytes each
@@ -181,7 +183,7 @@ def encode(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, be
             offsets = cast(list[Any], encoded["offset_mapping"] if told else [None] * len(batch))
             for each, own, places in zip(batch, cast(list[list[int]], encoded["input_ids"]), offsets, strict=True):
                 first = begin if begin and own[: len(begin)] != begin else []
-                ids = torch.tensor(first + own + ending(each, tokenizer), dtype=torch.long)
+                ids = torch.tensor(first + own + end_tokens(each, tokenizer), dtype=torch.long)
                 labels = ids
                 if partly:
                     labels = ids.clone()
@@ -194,7 +196,7 @@ def encode(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, be
     return tuple(torch.cat(each) for each in zip(*parts, strict=True))
 
 
-def ending(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a document."""
     return _end(tokenizer) if document.ends else []
 
@@ -203,11 +205,11 @@ def to_text(record: Record) -> str:
     """The plain text of a row.
 
     Raises:
-        Unusable: None of the known columns holds text.
+        UnusableRow: None of the known columns holds text.
     """
     text = next((record[key] for key in ("text", "content") if isinstance(record.get(key), str)), None)
     if text is None:
-        raise Unusable(
+        raise UnusableRow(
             f"a row with the columns {sorted(record)} has no text: it is needed in text, in messages, in instruction "
             "and output, or in prompt and completion"
         )
@@ -231,21 +233,21 @@ def bos_token(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) -> in
     return token if (own if bos is None else bos) else None
 
 
-def put(ids: Tensor, start: int, bos: int | None) -> bool:
+def needs_bos(ids: Tensor, start: int, bos: int | None) -> bool:
     """Whether the BOS token is put before a window: not where the text has it, as chat templates write it."""
     return bos is not None and int(ids[start]) != bos
 
 
-def cut(ids: Tensor, seq_len: int, bos: int | None = None) -> list[slice]:
+def window_slices(ids: Tensor, seq_len: int, bos: int | None = None) -> list[slice]:
     """Where full windows are in a text, one after the other; each has the BOS token before it, if there is one."""
     found, start = [], 0
-    while start < len(ids) and (stop := start + seq_len - put(ids, start, bos)) <= len(ids):
+    while start < len(ids) and (stop := start + seq_len - needs_bos(ids, start, bos)) <= len(ids):
         found.append(slice(start, stop))
         start = stop
     return found
 
 
-def pack(stream: Stream, seq_len: int, what: str, bos: int | None = None) -> TensorDataset:
+def pack(stream: TokenStream, seq_len: int, what: str, bos: int | None = None) -> TensorDataset:
     """A stream cut into windows [n, seq_len]; those without a token to predict and the rest at the end are dropped.
 
     Where the stream has the starts of documents, each token's position in its document, or what is there of it, goes
@@ -255,18 +257,18 @@ def pack(stream: Stream, seq_len: int, what: str, bos: int | None = None) -> Ten
         ValueError: There is not even one window.
     """
     ids, labels, *starts = stream
-    places = cut(ids, seq_len, bos)
+    places = window_slices(ids, seq_len, bos)
     if not places:
         raise ValueError(f"the {what} text has {len(ids)} tokens, but a window needs {seq_len}: give more text")
     ids, labels = _stacked(ids, places, seq_len, bos), _stacked(labels, places, seq_len, IGNORED)
     useful = (labels[:, 1:] != IGNORED).any(1)  # the mean loss over no token is NaN
     if not useful.any():
         raise ValueError(f"no window of the {what} text has an answer to predict: raise seq_len, or give other text")
-    windows = [ids, labels, *(restarting(_stacked(each, places, seq_len, 0)) for each in starts)]
+    windows = [ids, labels, *(document_positions(_stacked(each, places, seq_len, 0)) for each in starts)]
     return TensorDataset(*(each[useful] for each in windows))
 
 
-def restarting(starts: Tensor) -> Tensor:  # [n, s]
+def document_positions(starts: Tensor) -> Tensor:  # [n, s]
     """Positions that begin anew at each start.
 
     Example:
@@ -277,10 +279,10 @@ def restarting(starts: Tensor) -> Tensor:  # [n, s]
     return places - (places * starts).cummax(1).values
 
 
-def split(stream: Stream, held_out: float) -> tuple[Stream, Stream]:
+def hold_out(stream: TokenStream, held_out: float) -> tuple[TokenStream, TokenStream]:
     """The stream without its last part, and that part."""
-    cut = int(len(stream[0]) * (1 - held_out))
-    return tuple(each[:cut] for each in stream), tuple(each[cut:] for each in stream)
+    size = int(len(stream[0]) * (1 - held_out))
+    return tuple(each[:size] for each in stream), tuple(each[size:] for each in stream)
 
 
 def draw(
@@ -291,7 +293,7 @@ def draw(
     Raises:
         ValueError: The text is shorter than that.
     """
-    places = cut(ids, seq_len, bos)
+    places = window_slices(ids, seq_len, bos)
     if len(places) < num_samples:
         raise ValueError(
             f"the calibration text has {len(places)} windows of {seq_len} tokens, but num_samples is {num_samples}: "
@@ -320,7 +322,7 @@ def _checked(document: Document) -> Document:
     try:
         document.text.encode()
     except UnicodeEncodeError as error:
-        raise Unusable("its text has half of a surrogate pair") from error
+        raise UnusableRow("its text has half of a surrogate pair") from error
     return document
 
 
@@ -336,6 +338,6 @@ def _counted(
             continue
         before, upto = (_ids(document.text[:place], tokenizer) for place in (answer.start, answer.stop))
         if ids[: len(before)] != before or ids[: len(upto)] != upto:
-            raise Unusable("its tokens reach from one turn into another, and the tokenizer does not say how far")
+            raise UnusableRow("its tokens reach from one turn into another, and the tokenizer does not say how far")
         counted[len(before) : len(upto)] = True
     return counted

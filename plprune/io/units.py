@@ -8,7 +8,7 @@ Form = Literal["number", "count", "short", "percent", "bytes", "score", "signed"
 LARGE = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))  # a thousand million bytes are a GB
 
 
-def shown(value: object, form: Form = "number") -> str:
+def format_value(value: object, form: Form = "number") -> str:
     """A number for people; all that is not a number as it is.
 
     Args:
@@ -36,7 +36,7 @@ def shown(value: object, form: Form = "number") -> str:
     return f"{value:,.4g}" if abs(value) >= 1e-4 else f"{value:.2e}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A time as people say it.
 
     Example:
@@ -54,7 +54,7 @@ def duration(seconds: float) -> str:
 PREFIXES = {"": 0, "K": 1, "M": 2, "G": 3, "B": 3, "T": 4}
 
 
-def amount(given: int | float | str, name: str, unit: str = "") -> int:
+def parse_amount(given: int | float | str, name: str, unit: str = "") -> int:
     """A number that may be given with a prefix: K, M, B or G, T for powers of 1000, and Ki, Mi, Gi, Ti of 1024.
 
     Args:

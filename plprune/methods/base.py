@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import AttentionUnit, Block, blocks_of
-from plprune.io.checks import check_values
+from plprune.io.checks import check_required
 from plprune.planning.needs import Work
 from plprune.planning.serving import adds_biases
 from plprune.planning.sizes import block_flops
@@ -35,7 +35,7 @@ class PruningMethod(ABC):
     sparsity: float
 
     def __post_init__(self) -> None:
-        check_values(self)
+        check_required(self)
         check_sparsity(self.sparsity)
 
     @abstractmethod

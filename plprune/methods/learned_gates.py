@@ -232,7 +232,7 @@ class LearnedGates(Repairing):
         theta = torch.cat(scores).to(device)
         with trainable(model, device):
             train_gates(model, rows, theta, cost.to(device), 1 - p, lessons, self.learning_rate)
-        return list(distributed.sent(theta, 0, calibration.group).cpu().split([len(s) for s in scores]))
+        return list(distributed.broadcast(theta, 0, calibration.group).cpu().split([len(s) for s in scores]))
 
     def _learn_gains(self, surgery: Surgery, lessons: Sequence[Lesson]) -> None:
         """Gains of what stays, in the weights."""

@@ -15,9 +15,9 @@ from plprune.architecture.blocks import blocks_of
 from plprune.architecture.modeling_plprune import PrunedConfigMixin
 from plprune.checkpoint import sharing
 from plprune.io import distributed
-from plprune.io.cache import sources
-from plprune.io.checks import check_values
-from plprune.io.units import shown
+from plprune.io.cache import source_digest
+from plprune.io.checks import check_required
+from plprune.io.units import format_value
 from plprune.methods.base import PruningMethod
 from plprune.planning import serving
 from plprune.planning.needs import Work
@@ -51,7 +51,7 @@ class Request:
     tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
-        check_values(self)
+        check_required(self)
         serving.constraint(self.serve_on, self.tensor_parallel, self.method.conflicts)
 
     @property
@@ -207,22 +207,22 @@ def preflight(request: Request, load: Callable[[], PreTrainedModel]) -> None:
         request.resolve_target(model).predict_sizes(model)
 
 
-def equalise(model: PreTrainedModel, plan: PruningPlan, group: distributed.Group) -> None:
+def equalise(model: PreTrainedModel, plan: PruningPlan, group: distributed.ProcessGroup) -> None:
     """Makes sure that all processes have one plan, and gives them the first one's repaired values.
 
     Those are computed by each of them, and may differ in the last bit where the processors do.
     """
-    distributed.agree(plan.digest, "the plan", group)
+    distributed.check_agreement(plan.digest, "the plan", group)
     if group is not None:
         state = model.state_dict()
         for name in plan.repaired:
-            state[name].copy_(distributed.sent(state[name], 0, group))
+            state[name].copy_(distributed.broadcast(state[name], 0, group))
 
 
 def source_of(method: PruningMethod) -> str:
     """A hash of the source that a method's decisions depend on: its own, and that of all below it."""
     own = {each.__module__ for each in type(method).__mro__ if issubclass(each, PruningMethod)}
-    return sources(*sorted({__name__, *own}))
+    return source_digest(*sorted({__name__, *own}))
 
 
 def origin(model: PreTrainedModel, calibration: Calibration, seed: int | None = None) -> dict[str, Any]:
@@ -245,4 +245,4 @@ def _given(constraint: Constraint) -> tuple[Any, ...]:
 
 
 def _amount(name: str, size: float) -> str:
-    return shown(size, "bytes") if name == "memory" else f"{shown(size, 'short')} parameters"
+    return format_value(size, "bytes") if name == "memory" else f"{format_value(size, 'short')} parameters"

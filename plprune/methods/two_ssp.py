@@ -214,7 +214,7 @@ class SecondStage:
     """
 
     def __init__(
-        self, surgery: Surgery, windows: list[Tensor], device: torch.device, group: distributed.Group = None
+        self, surgery: Surgery, windows: list[Tensor], device: torch.device, group: distributed.ProcessGroup = None
     ) -> None:
         self.surgery, self.windows, self.device, self.group = surgery, windows, device, group
         self.blocks, self.journal = surgery.blocks, journal_of(surgery.model)
@@ -237,7 +237,7 @@ class SecondStage:
                 plain += len(candidates) * len(self.blocks) * len(self.windows)
                 self._drop_one(candidates, step)
                 bar.update()
-        evaluations = int(distributed.total(torch.tensor(self.evaluations), self.group))
+        evaluations = int(distributed.all_reduce_sum(torch.tensor(self.evaluations), self.group))
         log.info(
             "2SSP stage 2: %d block evaluations, %.0f%% of the plain loop's %d",
             *(evaluations, 100 * evaluations / plain, plain),
@@ -270,7 +270,7 @@ class SecondStage:
         source = chosen % distributed.size(self.group)
         mine = trail if source == distributed.rank(self.group) else self.entering[best.index + 1 :]
         self.entering[best.index + 1 :] = [
-            [distributed.sent(x, source, self.group) for x in hidden] for hidden in cast(list[States], mine)
+            [distributed.broadcast(x, source, self.group) for x in hidden] for hidden in cast(list[States], mine)
         ]
 
     def _search(self, candidates: list[Block]) -> tuple[int, list[States] | None]:
@@ -283,7 +283,7 @@ class SecondStage:
             if trail is None or losses[i] < lowest:
                 lowest, trail, trial = losses[i], trial, trail or []
             _forget(trial)
-        every = distributed.total(losses, self.group).tolist()
+        every = distributed.all_reduce_sum(losses, self.group).tolist()
         return every.index(min(every)), trail
 
     @torch.no_grad()

@@ -5,8 +5,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import cast
 
-from plprune.io.checks import check_values
-from plprune.io.units import amount
+from plprune.io.checks import check_required
+from plprune.io.units import parse_amount
 from plprune.planning.sizes import Ledger
 
 
@@ -29,7 +29,7 @@ class Target:
     context: int = 4096
 
     def __post_init__(self) -> None:
-        check_values(self, "target.")
+        check_required(self, "target.")
         if self.batch < 1 or self.context < 1:
             raise ValueError("target.memory is of at least one sequence of one token: target.batch and target.context")
         _ = self.limits
@@ -38,7 +38,7 @@ class Target:
     def limits(self) -> dict[str, int]:
         """Parameters, and bytes of memory; empty if there is no target."""
         given = {"parameters": (self.parameters, ""), "memory": (self.memory, "B")}
-        return {name: amount(at, f"target.{name}", unit) for name, (at, unit) in given.items() if at is not None}
+        return {name: parse_amount(at, f"target.{name}", unit) for name, (at, unit) in given.items() if at is not None}
 
     def sizes(self, ledger: Ledger, counts: Mapping[str, int] = {}) -> dict[str, int]:
         """What a model would be, in terms of the limits, if its groups kept so many units."""

@@ -30,7 +30,7 @@ class Calibration:
     batches: list[Tensor]
     device: torch.device | None = None
     offload: Literal["cpu", "disk"] | None = None
-    group: distributed.Group = None
+    group: distributed.ProcessGroup = None
     known: "Observations | None" = None
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -59,14 +59,14 @@ class Calibration:
         if self.group is None:
             return self.batches
         size = max(len(ids) for ids in self.batches)
-        mine = distributed.share(self._windows(), self.group)
+        mine = distributed.shard(self._windows(), self.group)
         alike = [list(run) for _, run in itertools.groupby(mine, lambda ids: ids.shape[1])]
         return [torch.cat(run[i : i + size]) for run in alike for i in range(0, len(run), size)]
 
     @property
     def first(self) -> int:
         """The index, among all windows, of this process's first."""
-        return next(iter(distributed.share(range(len(self._windows())), self.group)), 0)
+        return next(iter(distributed.shard(range(len(self._windows())), self.group)), 0)
 
     @property
     def fingerprint(self) -> str:

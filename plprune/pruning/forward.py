@@ -70,7 +70,7 @@ class BlockInputs:
         calls: list[Call],
         device: torch.device,
         states: Callable[[], MemoryStates | DiskStates],
-        group: distributed.Group = None,
+        group: distributed.ProcessGroup = None,
     ) -> None:
         self.block, self.hidden, self.calls = block, hidden, calls
         self.device, self.states, self.group = device, states, group
@@ -135,7 +135,7 @@ def check_masking(model: PreTrainedModel) -> None:
     Raises:
         ValueError: The logits of two documents in one window differ from those of each document alone.
     """
-    gap = distributed.same(None if lacks_weights(model) else _crossing(model), distributed.world())
+    gap = distributed.broadcast_object(None if lacks_weights(model) else _crossing(model), distributed.world())
     if gap is not None and not gap <= (1e-3 if model.dtype == torch.float32 else 0.06):
         raise ValueError(
             f"{type(model).__name__} does not keep documents of a window apart (logits differ by {gap:.2g} of the "

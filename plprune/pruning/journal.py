@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from plprune.architecture.blocks import Decision
-from plprune.io.atomic import flush, lock, writing
+from plprune.io.atomic import flush, lock, write_errors
 from plprune.io.progress import Progress
 from plprune.io.state import read_state, read_tensors, write_state
 
@@ -66,7 +66,7 @@ class Journal:
         self.folder, self.walks, self.walking, self.blocks = folder, 0, False, 0
         self._bar: Progress | None = None
         self.taken_over: list[Decision] = []  # decisions of earlier runs that no plan has yet
-        with writing(folder):
+        with write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
         try:
@@ -105,7 +105,7 @@ class Journal:
     def publish(self, name: str) -> Iterator[Path]:
         """An empty folder, which is renamed to `name` if the context ends without an error."""
         room, place = self.room(name.replace("/", "-")), self.folder / name
-        with writing(place):
+        with write_errors(place):
             try:
                 yield room
                 flush(room)
@@ -119,7 +119,7 @@ class Journal:
     def room(self, name: str) -> Path:
         """An empty folder for files that are not needed after the process ends."""
         room = self.folder / NEW / name
-        with writing(room):
+        with write_errors(room):
             shutil.rmtree(room, ignore_errors=True)
             room.mkdir(parents=True)
         return room
@@ -173,7 +173,7 @@ class Journal:
             )
         if file.exists() and resume:
             return _check_same(json.loads(file.read_text()), asked, self.folder)
-        with writing(file):
+        with write_errors(file):
             file.unlink(missing_ok=True)
             for path in [path for path in self.folder.iterdir() if path.is_dir()]:
                 shutil.rmtree(path)
@@ -260,7 +260,7 @@ class DiskStates(Sequence[Tensor]):
 
     def append(self, tensor: Tensor) -> None:
         """Writes one more."""
-        with writing(self.folder):
+        with write_errors(self.folder):
             save_file({"x": tensor.detach().cpu().contiguous()}, self._file(len(self)))
 
     def discard(self) -> None:

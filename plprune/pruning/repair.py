@@ -119,13 +119,13 @@ class Repairer:
         restored = None
         if not isinstance(seen, Moments):  # the rows of a weight are independent: each process restores some
             peers, damping = self.calibration.group, self.damping
-            rows = weight[distributed.share(range(len(weight)), peers)]
+            rows = weight[distributed.shard(range(len(weight)), peers)]
             if isinstance(seen, HoldoutGram):
                 damping, seen = self._best_damping(rows, columns, seen), seen.pooled()
             assert damping != "auto"
             moments = seen.covariance() if self.bias else seen.second_moment()
             seen.release()
-            restored = distributed.joined(restore(rows, moments, columns, damping), peers)
+            restored = distributed.gather_rows(restore(rows, moments, columns, damping), peers)
         gains = self.repair != "none" and self.bias
         return restored, compensation(weight, seen.mean, columns, restored) if gains else None
 
@@ -136,7 +136,7 @@ class Repairer:
             moments = fitting.covariance(), held_out.about(fitting.mean)
         else:
             moments = fitting.second_moment(), held_out.second_moment()
-        errors = distributed.total(held_out_errors(rows, *moments, columns), self.calibration.group)
+        errors = distributed.all_reduce_sum(held_out_errors(rows, *moments, columns), self.calibration.group)
         return DAMPINGS[int(errors.argmin())]
 
 

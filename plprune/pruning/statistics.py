@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from plprune.io.distributed import Group, joined, total
+from plprune.io.distributed import ProcessGroup, all_reduce_sum, gather_rows
 
 Distance = Literal["angular", "cosine", "mse", "mae", "uniform"]
 HALF = (torch.bfloat16, torch.float16)
@@ -32,7 +32,7 @@ class Statistic(ABC):
         """Adds one batch."""
 
     @abstractmethod
-    def merge(self, group: Group) -> None:
+    def merge(self, group: ProcessGroup) -> None:
         """Adds the batches of all other processes, so that every process has the statistic of all batches."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class StatisticGroup(Statistic):
         for part in self.parts.values():
             part.update(x)
 
-    def merge(self, group: Group) -> None:
+    def merge(self, group: ProcessGroup) -> None:
         for part in self.parts.values():
             part.merge(group)
 
@@ -110,10 +110,10 @@ class Moments(Statistic):
         self._means.append(mean)
         self._m2.append(m2 - s * (mean - pivot).square())
 
-    def merge(self, group: Group) -> None:  # samples keep their order: no bit differs from one process's
+    def merge(self, group: ProcessGroup) -> None:  # samples keep their order: no bit differs from one process's
         for rows in (self._means, self._m2):
-            rows[:] = [merged] if (merged := joined(torch.cat(rows) if rows else None, group)) is not None else []
-        counts = joined(torch.tensor(self._counts, dtype=torch.int64) if self._counts else None, group)
+            rows[:] = [merged] if (merged := gather_rows(torch.cat(rows) if rows else None, group)) is not None else []
+        counts = gather_rows(torch.tensor(self._counts, dtype=torch.int64) if self._counts else None, group)
         self._counts = counts.tolist() if counts is not None else []
 
     @property
@@ -178,9 +178,9 @@ class Norms(Statistic):
         self._squares = self._squares.to(x.device) + norms.square().sum(0)
         self.samples += len(x)
 
-    def merge(self, group: Group) -> None:
-        self._sum, self._squares = total(self._sum, group), total(self._squares, group)
-        self.samples = int(total(torch.tensor(self.samples), group))
+    def merge(self, group: ProcessGroup) -> None:
+        self._sum, self._squares = all_reduce_sum(self._sum, group), all_reduce_sum(self._squares, group)
+        self.samples = int(all_reduce_sum(torch.tensor(self.samples), group))
 
     @property
     def mean(self) -> Tensor:  # [d]
@@ -227,16 +227,16 @@ class Gram(Statistic):
         self._sum += x.sum(0, dtype=torch.float64)
         self.count += len(x)
 
-    def merge(self, group: Group) -> None:
+    def merge(self, group: ProcessGroup) -> None:
         r"""Converts the sums to the pivot p of the first process that has one, and adds them up."""
-        pivots = joined(None if self._pivot is None else self._pivot[None], group)
+        pivots = gather_rows(None if self._pivot is None else self._pivot[None], group)
         assert pivots is not None, "no process has seen anything"
         if self._pivot is None:
             self._start(pivots[0])
         self._move(pivots[0])
-        self._sum = total(self._sum, group)
-        self.count = int(total(torch.tensor(self.count), group))
-        upper = total(torch.cat([tile.flatten() for tile in self._tiles()]), group)
+        self._sum = all_reduce_sum(self._sum, group)
+        self.count = int(all_reduce_sum(torch.tensor(self.count), group))
+        upper = all_reduce_sum(torch.cat([tile.flatten() for tile in self._tiles()]), group)
         for tile, part in zip(self._tiles(), upper.split([tile.numel() for tile in self._tiles()]), strict=True):
             tile.copy_(part.view_as(tile))
 
@@ -338,7 +338,7 @@ class HoldoutGram(Statistic):
                 part.update(x[own.nonzero().flatten().to(x.device, non_blocking=True)])
         self.next += len(x)
 
-    def merge(self, group: Group) -> None:
+    def merge(self, group: ProcessGroup) -> None:
         self.fitting.merge(group)
         self.held_out.merge(group)
 
@@ -384,9 +384,9 @@ class BlockInfluence:
             self._sums[name] = self._sums[name].to(value.device) + value.sum(dtype=torch.float64)
         self.count += len(x)
 
-    def merge(self, group: Group) -> None:
+    def merge(self, group: ProcessGroup) -> None:
         """Adds the batches of all other processes."""
-        sums = total(torch.tensor([*self._sums.values(), self.count], dtype=torch.float64), group)
+        sums = all_reduce_sum(torch.tensor([*self._sums.values(), self.count], dtype=torch.float64), group)
         self._sums, self.count = dict(zip(self._sums, sums, strict=False)), int(sums[-1])
 
     def state_dict(self) -> dict[str, Any]:

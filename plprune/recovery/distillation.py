@@ -50,7 +50,7 @@ from plprune.io.cache import digest
 from plprune.io.checks import check_sizes
 from plprune.io.progress import Progress
 from plprune.io.text import IGNORED
-from plprune.io.units import shown
+from plprune.io.units import format_value
 from plprune.pruning.losses import Criterion, divergence, model_inputs, top_k_log_probs
 from plprune.pruning.plan import PruningPlan, fingerprint
 
@@ -258,7 +258,7 @@ class Teacher:
                 self._ask(file, given)
                 progress.update()
                 if not i and not quiet:
-                    size = shown(file.stat().st_size * len(lacking), "bytes")
+                    size = format_value(file.stat().st_size * len(lacking), "bytes")
                     log.info("what %s says of %d windows: %s in %s", self.source.name, len(lacking), size, self.folder)
         self.free()
 

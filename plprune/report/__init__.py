@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from plprune.io.atomic import check_file, resolved, staged
+from plprune.io.atomic import check_output_file, resolve_path, staged
 from plprune.report import comparison, run, sensitivity
 from plprune.report.comparison import summarised
 from plprune.report.page import MARK, readable
@@ -44,7 +44,7 @@ def write(record: dict[str, Any], path: str | os.PathLike[str], overwrite: bool 
     page, whole = page_of(path), completed(record)
     texts = {page: html(whole), page.with_suffix(".json"): json.dumps(whole, indent=1, allow_nan=False) + "\n"}
     for file in texts:
-        check_file(file, overwrite)
+        check_output_file(file, overwrite)
     for file, text in texts.items():
         with staged(file, overwrite) as temporary:
             temporary.write_text(text, encoding="utf-8", errors="replace")  # names of files need not be UTF-8
@@ -53,7 +53,7 @@ def write(record: dict[str, Any], path: str | os.PathLike[str], overwrite: bool 
 def page_of(path: str | os.PathLike[str]) -> Path:
     """The page of a report that is asked for as a folder or as a file."""
     path = Path(path).expanduser()
-    return path if path.suffix == ".html" else resolved(path) / NAME
+    return path if path.suffix == ".html" else resolve_path(path) / NAME
 
 
 def check_ours(page: str | os.PathLike[str]) -> None:
@@ -64,7 +64,7 @@ def check_ours(page: str | os.PathLike[str]) -> None:
         OSError: Nothing can be written there.
     """
     for file, mark in ((Path(page), MARK), (Path(page).with_suffix(".json"), WRITTEN)):
-        check_file(file, overwrite=True)
+        check_output_file(file, overwrite=True)
         if file.exists() and mark not in file.read_text(encoding="utf-8", errors="replace")[:400]:
             raise FileExistsError(f"{file} exists and is no report of plprune: choose another output, or move it away")
 

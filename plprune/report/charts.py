@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from html import escape
 
 from plprune.architecture.blocks import UNITS
-from plprune.io.units import Form, shown
+from plprune.io.units import Form, format_value
 from plprune.report.svg import (
     HEIGHT,
     LETTER,
@@ -103,9 +103,9 @@ def bars(
         drawn.append(words(left - 8, middle + 4, name, "end"))
         drawn.append(
             f'<rect class="s{colour}" x="{left:.1f}" y="{middle - 10}" width="{max(length, 1):.1f}" height="20" rx="3" '
-            f'data-value="{escape(str(value))}">{tooltip(f"{name}: {shown(value, form)}")}</rect>'
+            f'data-value="{escape(str(value))}">{tooltip(f"{name}: {format_value(value, form)}")}</rect>'
         )
-        drawn.append(words(left + length + 8, middle + 4, shown(value, form)))
+        drawn.append(words(left + length + 8, middle + 4, format_value(value, form)))
     return drawing("".join(drawn), title, about, 52 + 34 * len(values))
 
 
@@ -137,7 +137,7 @@ def heat_map(
     for i, row in enumerate(values):
         for j, value in enumerate(row):  # a cell is a little too wide, and the next one covers what is too much
             colour = "bg" if value is None else f"h{shade(value)}"
-            told = "" if value is None else tooltip(f"{rows[i]}, {label} {columns[j]}: {shown(value, form)}")
+            told = "" if value is None else tooltip(f"{rows[i]}, {label} {columns[j]}: {format_value(value, form)}")
             data = "" if value is None else f' data-value="{escape(str(value))}"'
             cells.append(
                 f'<rect class="{colour}" {place_across(wide * j, left)} y="{top + tall * i}" width="{100 * wide:.3f}%" '
@@ -206,11 +206,11 @@ def _grid(across: Scale, up: Scale, box: tuple[float, float, float, float]) -> s
     for tick in up.ticks():
         at = up(tick)
         drawn.append(f'<line class="gr" x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        drawn.append(words(left - 8, at + 4, shown(tick, up.axis.form), "end", "mu"))
+        drawn.append(words(left - 8, at + 4, format_value(tick, up.axis.form), "end", "mu"))
     for tick in across.ticks():
         at = across(tick)
         drawn.append(f'<line class="gr" x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{bottom}"/>')
-        drawn.append(words(at, bottom + 17, shown(tick, across.axis.form), "middle", "mu"))
+        drawn.append(words(at, bottom + 17, format_value(tick, across.axis.form), "middle", "mu"))
     return "".join(drawn)
 
 
@@ -226,7 +226,7 @@ def _curve(series: Series, across: Scale, up: Scale, marked: bool) -> str:
     if marked or len(places) == 1:
         for (px, py), (x, y) in zip(places, series.points, strict=True):
             name = ", ".join(filter(None, (series.name, series.kind)))
-            tip = f"{name}: {shown(x, across.axis.form)}, {shown(y, up.axis.form)}"
+            tip = f"{name}: {format_value(x, across.axis.form)}, {format_value(y, up.axis.form)}"
             drawn.append(marker(colour, series.hollow, px, py, tip, f' data-x="{x}" data-y="{y}"'))
     return "".join(drawn)
 
@@ -282,6 +282,6 @@ def _columns(name: str, values: Sequence[float], top: float, height: float, colo
     for i, value in enumerate(values):
         tall = height * max(0.02, value / largest) if finite(value) else 0
         place = f'y="{top + height - tall:.1f}" height="{tall:.1f}" data-value="{escape(str(value))}"'
-        tip = tooltip(f"block {i}: {name} {shown(value)}")
+        tip = tooltip(f"block {i}: {name} {format_value(value)}")
         drawn.append(f'<rect class="s{colour}" {column(i, len(values))} {place}>{tip}</rect>')
     return "".join(drawn)

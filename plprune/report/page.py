@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 from jinja2 import Environment, PackageLoader
 
-from plprune.io.units import Form, shown
+from plprune.io.units import Form, format_value
 
 Record = Mapping[str, Any]
 MARK = '<meta name="generator" content="plprune">'
@@ -95,7 +95,7 @@ def number(record: Any, *keys: str | int, form: Form | None = None) -> str:
     names = [key for key in keys if isinstance(key, str)]
     usual: list[Form] = [FORMS[name] for name in names if name in FORMS]
     form = form or (usual or ["number"])[-1]
-    text = "∞" if math.isinf(value) else shown(value, form)
+    text = "∞" if math.isinf(value) else format_value(value, form)
     return f'<data value="{value!r}" data-path="{escape(pointer(keys))}" data-form="{form}">{text}</data>'
 
 
@@ -112,7 +112,7 @@ def pointer(keys: Iterable[str | int]) -> str:
 def said(value: Any) -> str:
     """A value in words, where it is not one number."""
     if isinstance(value, str | int | float) or value is None:
-        return shown(value)
+        return format_value(value)
     if isinstance(value, Mapping):
         return ", ".join(f"{label(key)} {_plain(each)}" for key, each in value.items()) or "-"
     return ", ".join(_plain(each) for each in value) or "-"
@@ -230,7 +230,7 @@ def _value(record: Any, keys: Iterable[str | int]) -> Any:
 
 
 def _plain(value: Any) -> str:
-    return f"({said(value)})" if isinstance(value, Mapping | list | tuple) else shown(value)
+    return f"({said(value)})" if isinstance(value, Mapping | list | tuple) else format_value(value)
 
 
 def _inner(record: Any, path: tuple[str | int, ...]) -> str:

@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from plprune.architecture.blocks import UNITS
-from plprune.io.units import Form, shown
+from plprune.io.units import Form, format_value
 from plprune.report.charts import Blocks, Series, bars, block_picture, line
 from plprune.report.page import (
     Section,
@@ -157,7 +157,7 @@ def _quality(record: dict[str, Any]) -> str:
         charts += figure(bars(values, "Perplexity, lower is better", _listed(values), colours=colours))
     if loss:
         series = [Series("training loss", [(step, value) for step, value in loss], 0)]
-        about = f"{len(loss)} logged steps, loss {shown(loss[0][1])} first and {shown(loss[-1][1])} last"
+        about = f"{len(loss)} logged steps, loss {format_value(loss[0][1])} first and {format_value(loss[-1][1])} last"
         charts += figure(line(series, "Training loss", Axis("step", "count"), Axis("loss"), about))
     steps = [[number(record, "loss", i, 0), number(record, "loss", i, 1)] for i in range(len(loss))]
     told = folded("The loss in numbers", table(["step", "loss"], steps, "Training loss")) if loss else ""
@@ -308,4 +308,4 @@ def _stage(name: str) -> str:
 
 
 def _listed(values: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {shown(value)}" for name, value in values.items())
+    return ", ".join(f"{name} {format_value(value)}" for name, value in values.items())

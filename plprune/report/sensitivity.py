@@ -3,7 +3,7 @@
 from html import escape
 from typing import Any
 
-from plprune.io.units import shown
+from plprune.io.units import format_value
 from plprune.report.charts import heat_map
 from plprune.report.page import Section, document, facts, figure, figures, folded, number, table, tile
 from plprune.report.run import notice, provenance, rest
@@ -37,8 +37,8 @@ def heat(record: dict[str, Any]) -> str:
     of = {(c["kind"], c["fraction"], c["block"]): c.get("perplexity") for c in cells}
     values = [[of.get((*pair, block)) for block in blocks] for pair in pairs]
     rows = [f"{NAMES.get(kind, kind)} -{100 * fraction:.0f}%" for kind, fraction in pairs]
-    about = f"The dense model has {shown(record.get('dense'))}. " + " ".join(
-        f"{name}: highest {shown(max(known))} in block {blocks[row.index(max(known))]}."
+    about = f"The dense model has {format_value(record.get('dense'))}. " + " ".join(
+        f"{name}: highest {format_value(max(known))} in block {blocks[row.index(max(known))]}."
         for name, row in zip(rows, values, strict=True)
         if (known := [v for v in row if v is not None and finite(v)])
     )

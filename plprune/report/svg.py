@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from plprune.io.units import Form, shown
+from plprune.io.units import Form, format_value
 
 WIDTH, HEIGHT, MARGIN = 460, 300, 16
 FLUID = 760  # pixels that a chart of rectangles is wide by itself
@@ -58,7 +58,7 @@ class Axis:
 
     Args:
         label: The quantity and its unit.
-        form: How its numbers are written, a form of `plprune.io.units.shown`.
+        form: How its numbers are written, a form of `plprune.io.units.format_value`.
         log: Whether equal steps are equal ratios.
     """
 
@@ -119,13 +119,13 @@ class Shade:
         return min(STEPS - 1, int(STEPS * (value - low) / (high - low))) if high > low else 0
 
     def legend(self, form: Form) -> str:
-        note = "" if self.above is None else f" (log scale of what is above {shown(self.above, form)})"
-        start, at = shown(self.low, form), MARGIN + LETTER * len(shown(self.low, form)) + 8
+        note = "" if self.above is None else f" (log scale of what is above {format_value(self.above, form)})"
+        start, at = format_value(self.low, form), MARGIN + LETTER * len(format_value(self.low, form)) + 8
         cells = "".join(
             f'<rect class="h{i}" x="{at + 15 * i:.1f}" y="34" width="15" height="12" stroke="var(--o)"/>'
             for i in range(STEPS)
         )
-        return words(MARGIN, 44, start) + cells + words(at + 15 * STEPS + 8, 44, shown(self.high, form) + note)
+        return words(MARGIN, 44, start) + cells + words(at + 15 * STEPS + 8, 44, format_value(self.high, form) + note)
 
     def _place(self, value: float) -> float:
         return value if self.above is None else math.log(max(value - self.above, 0.001 * abs(self.above) + 1e-12))

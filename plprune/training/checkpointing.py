@@ -26,7 +26,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
-from plprune.io.atomic import clear, remove, resolved, staged
+from plprune.io.atomic import remove, remove_leftovers, resolve_path, staged
 from plprune.training import lightning_internals, resuming
 from plprune.training.checkpoint_files import (
     FINISHED,
@@ -84,7 +84,7 @@ class Checkpoint(LightningCheckpoint):
 
     def folder(self, trainer: pl.Trainer) -> Path:
         """Where a trainer's checkpoints are."""
-        return resolved(self.dirpath or Path(trainer.default_root_dir) / "checkpoints")
+        return resolve_path(self.dirpath or Path(trainer.default_root_dir) / "checkpoints")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -92,7 +92,7 @@ class Checkpoint(LightningCheckpoint):
         self._run = resuming.asked(trainer, pl_module, getattr(trainer, "datamodule", None))
         self._origin, self._noted, self._owed = origin(trainer), None, {}
         if trainer.is_global_zero and not is_dry(trainer):
-            clear(self.folder(trainer), PATTERN)
+            remove_leftovers(self.folder(trainer), PATTERN)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lightning sets its own handler next, and there is no hook between that and further collective operations."""

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from plprune.io.atomic import staged
-from plprune.io.units import duration
+from plprune.io.units import format_duration
 from plprune.training.lightning_internals import OpenBar, OpenCSVLogger, OpenWriter
 
 FOLDER = "lightning_logs"
@@ -111,7 +111,7 @@ def summary(trainer: pl.Trainer, outputs: dict[str, list[str]], seconds: float) 
     rows = [(what, path) for what, paths in outputs.items() for path in paths]
     places = [logger.log_dir or logger.save_dir for logger in trainer.loggers]  # trainer.log_dir would be a broadcast
     rows += [("logs", place) for place in dict.fromkeys(places) if place]
-    return "\n".join(f"{what:<11}{value}" for what, value in [*rows, ("time", duration(seconds))])
+    return "\n".join(f"{what:<11}{value}" for what, value in [*rows, ("time", format_duration(seconds))])
 
 
 class _Writer(OpenWriter):

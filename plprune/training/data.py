@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plprune.checkpoint.load import load_tokenizer
-from plprune.io.checks import check_seed, check_share, check_sizes
-from plprune.io.sources import PYDOC, check_source
-from plprune.io.text import DROPPED, IGNORED, Stream, bos_token, draw, pack, split, tokenised
+from plprune.io.checks import check_max_dropped, check_seed, check_sizes
+from plprune.io.readers import PYDOC, check_text
+from plprune.io.text import IGNORED, MAX_DROPPED, TokenStream, bos_token, draw, hold_out, pack, tokenised
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.forward import check_ids, check_masking
 from plprune.pruning.plan import fingerprint
@@ -87,11 +87,11 @@ class RecoveryData(pl.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         bos: bool | None = None,
-        max_dropped: float = DROPPED,
+        max_dropped: float = MAX_DROPPED,
         intra_document_masking: bool = False,
     ) -> None:
         super().__init__()
-        check_share(max_dropped)
+        check_max_dropped(max_dropped)
         check_seed(seed)
         if not 0 < held_out < 1:
             raise ValueError(f"held_out is {held_out}, but it is a fraction in (0, 1): 0.1 holds out a tenth")
@@ -107,12 +107,12 @@ class RecoveryData(pl.LightningDataModule):
         self.join, self.num_workers, self.seed = join, num_workers, seed
         self.bos, self.max_dropped = bos, max_dropped
         self.intra_document_masking = intra_document_masking
-        self._train: Stream | None = None
+        self._train: TokenStream | None = None
         self._parts: dict[str, TensorDataset] = {}
         self._done = (0, 0)  # epoch, and samples of it that all processes together were trained on before a resume
         self._sampler: ResumableSampler | None = None
         for source in self.sources.values():
-            check_source(source)
+            check_text(source)
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and tokenises the texts, once."""
@@ -122,7 +122,7 @@ class RecoveryData(pl.LightningDataModule):
         if self.sources["validation"]:
             parts["validation"] = cut(self._read("validation"), "validation")
         else:
-            train, tail = split(train, self.held_out)
+            train, tail = hold_out(train, self.held_out)
             parts["validation"] = cut(tail[:2], "held-out")
         parts["train"] = cut(train, "training")
         parts["test"] = cut(self._read("test"), "test") if self.sources["test"] else parts["validation"]
@@ -131,7 +131,7 @@ class RecoveryData(pl.LightningDataModule):
     def calibration(self) -> Calibration:
         """The calibration windows."""
         self.setup()
-        ids, *_ = self._read("calibration") if self.sources["calibration"] else cast(Stream, self._train)
+        ids, *_ = self._read("calibration") if self.sources["calibration"] else cast(TokenStream, self._train)
         bos = bos_token(self._tokenizer(), self.bos)
         windows = draw(ids, self.num_samples, self.calibration_seq_len, self.seed, bos)
         return Calibration(list(windows.split(self.calibration_batch_size)))
@@ -243,7 +243,7 @@ class RecoveryData(pl.LightningDataModule):
             raise ValueError("RecoveryData has no tokenizer: give `tokenizer`, or train a module that has one")
         return tokenizer
 
-    def _read(self, part: str) -> Stream:
+    def _read(self, part: str) -> TokenStream:
         source, join = cast(str, self.sources[part]), None if part == "train" else self.join
         tokenizer, model = self._tokenizer(), self.trainer and getattr(self.trainer.lightning_module, "model", None)
         begin = None
@@ -256,7 +256,7 @@ class RecoveryData(pl.LightningDataModule):
             check_ids(model, stream[:1], tokenizer)
         return stream
 
-    def _pack(self, stream: Stream, what: str) -> TensorDataset:
+    def _pack(self, stream: TokenStream, what: str) -> TensorDataset:
         return pack(stream, self.seq_len, what, bos_token(self._tokenizer(), self.bos))
 
 

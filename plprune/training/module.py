@@ -23,7 +23,7 @@ from plprune.checkpoint import sharing
 from plprune.checkpoint.load import load_model, load_skeleton, load_tokenizer
 from plprune.checkpoint.stored import Dtype
 from plprune.io import distributed
-from plprune.io.checks import check_rates
+from plprune.io.checks import check_non_negative
 from plprune.io.progress import Progress
 from plprune.io.text import IGNORED
 from plprune.pruning.losses import (
@@ -103,7 +103,7 @@ class Recovery(pl.LightningModule):
         distill: Distillation | None = None,
     ) -> None:
         super().__init__()
-        check_rates(learning_rate=learning_rate, weight_decay=weight_decay, warmup=warmup)
+        check_non_negative(learning_rate=learning_rate, weight_decay=weight_decay, warmup=warmup)
         self.tokenizer = load_tokenizer(name_or_path)
         load = load_skeleton if distributed.local_rank() else load_model
         self.model = load(name_or_path, dtype)
@@ -139,7 +139,7 @@ class Recovery(pl.LightningModule):
     def contents(self, data: Any) -> dict[str, str | None]:
         """Hashes of what the model and the texts of a data module hold, by the names of their options."""
         texts = data.fingerprint() if hasattr(data, "fingerprint") else {}
-        model = distributed.same(self._content, distributed.world())
+        model = distributed.broadcast_object(self._content, distributed.world())
         return {"model.name_or_path": model} | {f"data.{part}": content for part, content in texts.items()}
 
     def configure_callbacks(self) -> list[pl.Callback]:
@@ -307,7 +307,7 @@ class Recovery(pl.LightningModule):
     def _begin(self) -> None:
         plan, group = plan_of(self.model), distributed.world()
         lacking = modules.lacks_weights(self.model)
-        weights = distributed.same(None if lacking else fingerprint(self.model.named_parameters()), group)
+        weights = distributed.broadcast_object(None if lacking else fingerprint(self.model.named_parameters()), group)
         self._base = {"weights": weights, "plan": plan.digest if plan else None}
         if self.trains == "consumers":
             log.info("%d consumers are trained, in float32", len(consumers.unfreeze(self.model, plan)))
@@ -414,7 +414,7 @@ class Recovery(pl.LightningModule):
 
     def _agree_on(self, batches: Any) -> None:
         """Refuses what would otherwise hang: a process that has run out of batches waits for nobody."""
-        distributed.agree(str(batches), "the number of batches", distributed.world())
+        distributed.check_agreement(str(batches), "the number of batches", distributed.world())
 
     def _check_losses(self) -> None:
         """Ends the run, in all processes, once a loss was not finite.

@@ -24,7 +24,7 @@ def gradient_norms(parameters: list[list[nn.Parameter]]) -> Tensor:  # [groups]
     local = [[grad.to_local() if isinstance(grad, DTensor) else grad for grad in group] for group in grads]
     place = next(p.device for group in parameters for p in group)
     squares = torch.stack([get_total_norm(group).to(place) for group in local]).square()
-    return (distributed.total(squares, distributed.world()) if sharded else squares).sqrt()
+    return (distributed.all_reduce_sum(squares, distributed.world()) if sharded else squares).sqrt()
 
 
 def warmup_cosine(step: int, steps: int, warmup: float) -> float:

@@ -21,7 +21,7 @@ def gathered(device: torch.device) -> dict[str, Tensor]:  # [processes, bytes] e
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     group = distributed.world()
-    return {kind: cast(Tensor, distributed.joined(state[None], group)).cpu() for kind, state in states.items()}
+    return {kind: cast(Tensor, distributed.gather_rows(state[None], group)).cpu() for kind, state in states.items()}
 
 
 def restore(states: dict[str, Tensor], device: torch.device) -> None:

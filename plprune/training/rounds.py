@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from plprune.io.atomic import check_free
+from plprune.io.atomic import check_output
 from plprune.pruning.plan import PruningPlan
 from plprune.training.preemption import AGAIN
 from plprune.training.round_schedule import Round, schedule
@@ -73,7 +73,7 @@ def check(config: Config, rounds: int) -> None:
         )
     for export in _callbacks(config, "Export"):
         if not config["resume"]:
-            check_free(export["output"], export["overwrite"])
+            check_output(export["output"], export["overwrite"])
 
 
 def round_config(config: Config, each: Round, last: bool) -> Config:

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import blocks_of
-from plprune.io.units import shown
+from plprune.io.units import format_value
 from plprune.training.deepspeed_internals import compile_nothing
 from plprune.training.lightning_internals import data_source, set_data_parallel_size
 
@@ -243,7 +243,7 @@ def description(strategy: Strategy, processes: int, size: int) -> str:
         2 processes, ZeRO-2: each takes 1/2 of every batch, and holds the whole model (538 MB) and 1/2 of the gradients
         and optimizer states
     """
-    weights, part = shown(size, "bytes"), f"1/{processes} of"
+    weights, part = format_value(size, "bytes"), f"1/{processes} of"
     zero = _zero(strategy)
     stage = 3 if isinstance(strategy, ModelParallelStrategy) else zero.get("stage", 0)
     held = {

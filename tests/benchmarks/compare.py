@@ -16,7 +16,7 @@ from plprune.checkpoint.load import load_model, load_tokenizer
 from plprune.comparison.bench import Bench
 from plprune.comparison.study import Study
 from plprune.evaluation.perplexity import Protocol, judge, passage
-from plprune.io.sources import PYDOC
+from plprune.io.readers import PYDOC
 from plprune.io.text import bos_token, draw, tokenised
 from tests.shared import SMOLLM2
 

@@ -43,7 +43,7 @@ def measure(samples: int, seq_len: int, repeats: int) -> dict[str, tuple[float, 
     }
 
 
-def once(dense, method: PruningMethod, text, group: distributed.Group) -> float:
+def once(dense, method: PruningMethod, text, group: distributed.ProcessGroup) -> float:
     model = copy.deepcopy(dense)
     dist.barrier()
     start = time.perf_counter()

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from plprune import CFSP, FASP, FLAP, PruningMethod, TwoSSP, perplexity
 from plprune.checkpoint.load import load_model, load_tokenizer
-from plprune.io.sources import PYDOC
-from plprune.io.tables import markdown
-from plprune.io.text import draw, split, tokenised
+from plprune.io.readers import PYDOC
+from plprune.io.tables import markdown_table
+from plprune.io.text import draw, hold_out, tokenised
 from plprune.methods import Request
 from tests.shared import SMOLLM2
 
@@ -38,7 +38,7 @@ METHODS: dict[str, tuple[type[PruningMethod], dict[str, Any], tuple[str, ...]]] 
 
 def windows(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """For calibration, and for evaluation."""
-    text, held_out = split(tokenised(args.text, load_tokenizer(SMOLLM2), join="\n\n"), 0.25)
+    text, held_out = hold_out(tokenised(args.text, load_tokenizer(SMOLLM2), join="\n\n"), 0.25)
     calibration = draw(text[0], args.samples, args.seq_len, SEED)
     return calibration, torch.as_tensor(held_out[0][: args.windows * args.seq_len]).view(args.windows, args.seq_len)
 
@@ -56,7 +56,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
     for name in METHODS:
         cells = [results.get(f"{name} / {place}") for place in PLACES]
         rows.append([name, *(f"{c['perplexity']:.2f} ({c['reached']:.1%})" if c else "" for c in cells)])
-    return markdown(rows)
+    return markdown_table(rows)
 
 
 def main() -> None:

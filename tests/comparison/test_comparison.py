@@ -29,7 +29,7 @@ from plprune.comparison.engine import compare
 from plprune.comparison.study import CalibrationText, Study, Training
 from plprune.comparison.table import comparison_table
 from plprune.evaluation.perplexity import Protocol
-from plprune.io.cache import sources
+from plprune.io.cache import source_digest
 from plprune.io.text import draw, tokenised
 from plprune.methods import Request
 from plprune.recovery.lora import LoRA
@@ -126,14 +126,14 @@ def test_each_process_takes_what_nobody_is_at(study: Study, tmp_path: Path, monk
     bench = Bench(small, small.models[0], out)
     (_, _), (cfsp, _), _ = bench._parts()
     monkeypatch.setenv("RANK", "1")
-    with bench.cache.alone(cfsp):
+    with bench.cache.lock(cfsp):
         cells = compare(small, out)["cells"]
     assert [cell["method"] for cell in cells] == ["dense", "FLAP"]
     assert counts == {"prune": 1, "survey": 1, "judge": 2}
     assert not (out / "report.json").exists()
     monkeypatch.delenv("RANK")
     with ExitStack() as held:
-        assert held.enter_context(bench.cache.alone(cfsp))
+        assert held.enter_context(bench.cache.lock(cfsp))
         threading.Timer(0.3, held.close).start()  # the first waits for it
         assert timeless(compare(small, out)) == whole
     assert counts == {"prune": 2, "survey": 1, "judge": 3}
@@ -307,11 +307,11 @@ def test_a_helper_beside_a_method_is_of_its_source(tmp_path: Path, monkeypatch: 
         "from plprune import CFSP\nfrom scale import a\n\n\nclass Owned(CFSP):\n    a = a\n"
     )
     (tmp_path / "scale.py").write_text("a = 1\n")
-    before = sources("owned")
+    before = source_digest("owned")
     (tmp_path / "another.py").write_text("")
-    assert sources("owned") == before
+    assert source_digest("owned") == before
     (tmp_path / "scale.py").write_text("a = 2\n")
-    assert sources("owned") != before
+    assert source_digest("owned") != before
 
 
 @pytest.mark.parametrize(

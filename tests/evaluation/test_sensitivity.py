@@ -17,7 +17,7 @@ from plprune.architecture.modules import matrix
 from plprune.cli import main
 from plprune.evaluation import sensitivity
 from plprune.evaluation.sensitivity import Frontier, Sensitivity
-from plprune.io.atomic import alone
+from plprune.io.atomic import file_lock
 from plprune.io.cache import Cache
 from plprune.pruning.allocation import top_k
 from plprune.pruning.calibration import Calibration
@@ -128,7 +128,7 @@ def test_each_process_takes_what_nobody_is_at(tmp_path: Path, computed: list[int
     computed.clear()
     with ExitStack() as held, ThreadPoolExecutor() as other:
         for cell in [path for path in (tmp_path / "a").glob("*.json") if "removed" in path.read_text()][:4]:
-            held.enter_context(alone(locks / cell.stem))
+            held.enter_context(file_lock(locks / cell.stem))
         result = other.submit(found, tiny("llama"), tmp_path / "b")
         end = time.monotonic() + 60
         while len(computed) < 14:

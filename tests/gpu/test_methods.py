@@ -13,7 +13,7 @@ from plprune.checkpoint.load import load_model
 from plprune.methods import Request
 from plprune.pruning import surgery
 from plprune.pruning.calibration import Calibration
-from plprune.streaming import open_streamed, place_of_journal, prune_streamed
+from plprune.streaming import journal_path, open_streamed, prune_streamed
 from tests.builders import METHODS, REPAIRED, method, tokenizer
 from tests.gpu.models import JUDGED, TEXT, model, save, unlike
 
@@ -109,7 +109,7 @@ def test_a_stopped_streaming_run_goes_on_there(
         patch.setattr(surgery.Surgery, "keep", stopping)
         with pytest.raises(KeyboardInterrupt):
             prune_streamed(open_streamed(folder), Request(how), calibration, tmp_path / "out")
-    assert place_of_journal(tmp_path / "out").exists()
+    assert journal_path(tmp_path / "out").exists()
     found = prune_streamed(open_streamed(folder), Request(how), calibration, tmp_path / "out", resume=True)
     assert found.digest == expected.digest
     whole, stopped = load_pruned(tmp_path / "whole"), load_pruned(tmp_path / "out")

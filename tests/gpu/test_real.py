@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from plprune import CFSP, FASP, FLAP, LearnedGates, PruningMethod, TwoSSP, perplexity, prune
 from plprune.checkpoint.load import load_model, load_tokenizer
-from plprune.io.sources import PYDOC
+from plprune.io.readers import PYDOC
 from plprune.io.text import draw, tokenised
 from plprune.pruning.calibration import Calibration
 from tests.gpu.models import unlike

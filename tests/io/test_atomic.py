@@ -12,7 +12,7 @@ import pytest
 from safetensors import SafetensorError
 
 from plprune.io import atomic
-from plprune.io.atomic import alone, check_file, check_free, clear, remove, resolved, staged
+from plprune.io.atomic import check_output, check_output_file, file_lock, remove, remove_leftovers, resolve_path, staged
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -44,10 +44,10 @@ def test_what_is_written_takes_the_place_of_all_that_was_there(
         (path if before == "file" else path / "old").write_text("old")
     with staged(path, overwrite=True) as temporary:
         write(temporary)
-    alone = tmp_path / "alone"
-    write(alone)
+    expected = tmp_path / "alone"
+    write(expected)
     assert [p.name for p in path.parent.iterdir()] == ["b"]
-    assert (tree(path), path.is_file()) == (tree(alone), alone.is_file())
+    assert (tree(path), path.is_file()) == (tree(expected), expected.is_file())
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -99,12 +99,12 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
     before = tree(tmp_path)
     for name in ("folder", "file"):
         with pytest.raises(FileExistsError, match="--overwrite"):
-            check_free(tmp_path / name)
+            check_output(tmp_path / name)
         with pytest.raises(FileExistsError), staged(tmp_path / name):
             pass
-        check_free(tmp_path / name, overwrite=True)
-    check_free(tmp_path / "empty")
-    check_free(tmp_path / "not" / "there")
+        check_output(tmp_path / name, overwrite=True)
+    check_output(tmp_path / "empty")
+    check_output(tmp_path / "not" / "there")
     assert tree(tmp_path) == before
 
 
@@ -114,12 +114,12 @@ def test_a_place_that_cannot_be_written_is_refused_beforehand(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path / "here")
     for path in (".", "..", tmp_path, "/"):  # replacing these would pull the ground from under the process
         with pytest.raises(OSError, match="name a folder inside"):
-            check_free(path, overwrite=True)
+            check_output(path, overwrite=True)
     with pytest.raises(OSError, match="choose another output"):
-        check_free(tmp_path / "file" / "out")
+        check_output(tmp_path / "file" / "out")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(OSError, match="choose another output"):
-        check_free(tmp_path / "out")
+        check_output(tmp_path / "out")
 
 
 def test_a_path_may_be_relative_and_have_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,9 +173,9 @@ def test_what_others_write_or_have_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / ".other.12345678.partial").mkdir()
     with writer(tmp_path / "out"):
         before = tree(tmp_path)
-        clear(tmp_path, "out")
+        remove_leftovers(tmp_path, "out")
         assert tree(tmp_path) == before
-    clear(tmp_path, "o*")
+    remove_leftovers(tmp_path, "o*")
     assert tree(tmp_path) == {".out.original": ""}
 
 
@@ -183,7 +183,7 @@ def test_a_writer_killed_between_its_renames_loses_nothing(tmp_path: Path) -> No
     room = tmp_path / ".out.12345678.partial"
     room.mkdir()
     write_folder(room / "old")
-    clear(tmp_path)
+    remove_leftovers(tmp_path)
     assert tree(tmp_path) == {"out": "", "out/new": "new"}
 
 
@@ -222,8 +222,8 @@ def test_a_link_stays_and_what_it_names_is_replaced(tmp_path: Path, write: Calla
         with staged(tmp_path / path, overwrite=True) as temporary:
             assert temporary.parent.parent == tmp_path / "disk"
             write(temporary)
-        write(alone := tmp_path / f"alone {target}")
-        assert tree(tmp_path / "disk" / target) == tree(alone)
+        write(expected := tmp_path / f"alone {target}")
+        assert tree(tmp_path / "disk" / target) == tree(expected)
     assert (tmp_path / "link").is_symlink()
     assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["other", "there"]
 
@@ -231,14 +231,14 @@ def test_a_link_stays_and_what_it_names_is_replaced(tmp_path: Path, write: Calla
 @pytest.mark.parametrize("path", ["link", "link/inside"])
 def test_a_link_to_nothing_is_refused_before_any_work(tmp_path: Path, path: str) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "gone")
-    with pytest.raises(OSError, match=r"link is a link to .*gone, which is not there"):
-        check_free(tmp_path / path, overwrite=True)
+    with pytest.raises(OSError, match=r"link links to .*gone, which does not exist"):
+        check_output(tmp_path / path, overwrite=True)
     assert not (tmp_path / "gone").exists()
 
 
 def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert resolved("~/out") == tmp_path / "out"
+    assert resolve_path("~/out") == tmp_path / "out"
     with staged("~/out") as temporary:
         write_file(temporary)
     assert tree(tmp_path) == {"out": "new"}
@@ -246,22 +246,22 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_file_takes_the_place_of_no_folder(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
-    check_free(tmp_path / "there")
+    check_output(tmp_path / "there")
     with pytest.raises(IsADirectoryError, match="there is a folder: name a file"):
-        check_file(tmp_path / "there", overwrite=True)
-    check_file(tmp_path / "there" / "file")
+        check_output_file(tmp_path / "there", overwrite=True)
+    check_output_file(tmp_path / "there" / "file")
 
 
 def test_an_output_without_a_name() -> None:
-    with pytest.raises(ValueError, match="an output has no name"):
-        resolved("")
+    with pytest.raises(ValueError, match="the output path is empty"):
+        resolve_path("")
 
 
 def test_what_one_has_alone_others_leave_or_wait_for(tmp_path: Path) -> None:
     file = tmp_path / "locks" / "a"
-    with alone(file) as own, alone(file) as others, alone(tmp_path / "b") as another:
+    with file_lock(file) as own, file_lock(file) as others, file_lock(tmp_path / "b") as another:
         assert (own, others, another) == (True, False, True)
-    with alone(file, wait=True) as own:
+    with file_lock(file, wait=True) as own:
         assert own
     assert file.read_bytes() == b""
 
@@ -270,30 +270,30 @@ def test_what_a_killed_process_had_alone_is_free(tmp_path: Path) -> None:
     here, there = multiprocessing.Pipe(duplex=False)
 
     def keep() -> None:
-        with alone(tmp_path / "a"):
+        with file_lock(tmp_path / "a"):
             there.send(None)
             time.sleep(60)
 
     child = multiprocessing.get_context("fork").Process(target=keep)
     child.start()
     here.recv()
-    with alone(tmp_path / "a") as own:
+    with file_lock(tmp_path / "a") as own:
         assert not own
     threading.Timer(0.05, child.kill).start()
-    with alone(tmp_path / "a", wait=True) as own:
+    with file_lock(tmp_path / "a", wait=True) as own:
         assert own
 
 
 def test_a_room_that_is_cleared_as_it_begins_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lock, cleared = atomic._lock, []
+    lock, cleared = atomic._lock_folder, []
 
     def late(room: Path) -> int | None:
         if not cleared:
             cleared.append(room)
-            clear(tmp_path)
+            remove_leftovers(tmp_path)
         return lock(room)
 
-    monkeypatch.setattr(atomic, "_lock", late)
+    monkeypatch.setattr(atomic, "_lock_folder", late)
     with staged(tmp_path / "a") as temporary:
         write_file(temporary)
     assert cleared

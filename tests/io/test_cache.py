@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from plprune.io.cache import Cache, digest, sources
+from plprune.io.cache import Cache, digest, source_digest
 
 
 def never() -> Any:
@@ -17,9 +17,9 @@ def never() -> Any:
 
 def test_a_result_is_computed_once(tmp_path: Path) -> None:
     cache, of = Cache(tmp_path / "made" / "later"), {"text": "a", "sizes": [1, 2]}
-    assert not cache.known(of)
+    assert not cache.has(of)
     assert cache.get(of, lambda: {"loss": [0.5, None]}) == {"loss": [0.5, None]}
-    assert cache.known(of)
+    assert cache.has(of)
     assert Cache(cache.folder).get({"sizes": [1, 2], "text": "a"}, never) == {"loss": [0.5, None]}
     assert json.loads(cache.file(of).read_text())["of"] == of
 
@@ -28,7 +28,7 @@ def test_a_result_is_computed_once(tmp_path: Path) -> None:
 def test_another_key_is_another_result(other: dict[str, Any], tmp_path: Path) -> None:
     cache = Cache(tmp_path)
     assert cache.get({"a": 1}, lambda: "one") == "one"
-    assert not cache.known(other)
+    assert not cache.has(other)
     assert cache.get(other, lambda: "other") == "other"
     assert cache.get({"a": 1}, never) == "one"
 
@@ -39,7 +39,7 @@ def test_what_fails_or_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
         cache.get({"a": 1}, lambda: 1 / 0)
     with pytest.raises(TypeError):
         cache.get({"a": 1}, lambda: {1, 2})
-    assert not cache.known({"a": 1})
+    assert not cache.has({"a": 1})
     assert [path for path in tmp_path.rglob("*") if path.suffix == ".json"] == []
     assert cache.get({"a": 1}, lambda: "whole") == "whole"
 
@@ -66,22 +66,22 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.mark.parametrize("name", ["first", "near", "plain", "named", "inner/late"])
 def test_a_change_in_what_is_imported_is_seen(name: str, package: Path) -> None:
-    before = sources("kept.plain", "kept.near")
-    assert sources("kept.plain", "kept.near") == before
+    before = source_digest("kept.plain", "kept.near")
+    assert source_digest("kept.plain", "kept.near") == before
     (package / f"{name}.py").write_text((package / f"{name}.py").read_text() + "# another\n")
-    assert sources("kept.plain", "kept.near") != before
+    assert source_digest("kept.plain", "kept.near") != before
 
 
 def test_a_change_elsewhere_is_not(package: Path) -> None:
-    before = sources("kept.near")
+    before = source_digest("kept.near")
     (package / "apart.py").write_text("# another\n")
-    assert sources("kept.near") == before
-    assert sources("kept.plain") != sources("kept.named")  # by their places, as their text is the same
+    assert source_digest("kept.near") == before
+    assert source_digest("kept.plain") != source_digest("kept.named")  # by their places, as their text is the same
 
 
 def test_what_is_in_no_file_has_no_source() -> None:
     with pytest.raises(ValueError, match="builtins is not written in a file, so no result of it can be kept"):
-        sources("builtins")
+        source_digest("builtins")
 
 
 def test_a_digest_is_short_and_of_the_values() -> None:

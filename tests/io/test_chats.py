@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from plprune.io.chats import Chat, Record, Unusable, to_chat
-from plprune.io.text import IGNORED, document, encode, tokenised
+from plprune.io.chats import Chat, Record, UnusableRow, to_chat
+from plprune.io.text import IGNORED, encode, to_document, tokenised
 from tests.builders import decode, jsonl, tokenizer
 
 CHATML = (
@@ -42,14 +42,14 @@ def talk(*roles: str, role: str = "role", content: str = "content") -> list[dict
 def learnt(row: Record, template: str | None = CHATML) -> str:
     """What the loss counts of a row."""
     own = words(template)
-    ids, labels = encode([document(row, own)], own)
+    ids, labels = encode([to_document(row, own)], own)
     assert ((labels == ids) | (labels == IGNORED)).all()
     return decode(ids[labels != IGNORED])
 
 
 def refused(row: Record, template: str | None = CHATML) -> str:
-    with pytest.raises(Unusable) as raised:
-        document(row, words(template))
+    with pytest.raises(UnusableRow) as raised:
+        to_document(row, words(template))
     return str(raised.value)
 
 
@@ -152,7 +152,7 @@ def test_calls_of_tools_as_sharegpt_has_them_are_learnt() -> None:
     row = {"conversations": turns, "tools": json.dumps([FUNCTION])}
     said = learnt(row, TOOLS)
     assert said == '<call>{"name": "weather", "arguments": {"town": "Ulm"}}<end>It rains.<end>'
-    assert document(row, words(TOOLS)).text.startswith('<tools>[{"type": "function", "function": {"name": "weather"')
+    assert to_document(row, words(TOOLS)).text.startswith('<tools>[{"type": "function", "function": {"name": "weather"')
     assert refused(row | {"conversations": turns[:1] + turns[3:]}) == "the chat template leaves tools out"
     called["value"] = "weather of Ulm"
     assert refused(row, TOOLS) == "a tool call has no name"
@@ -204,8 +204,8 @@ def test_a_tokenizer_that_gives_no_offsets_counts_the_same(tmp_path: Path, templ
         assert mine.equal(theirs)
     slow.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     pair = next(token for token in slow.get_vocab() if len(token) == 2 and token.isascii() and token.isalpha())
-    with pytest.raises(Unusable, match="reach from one turn into another"):
-        document({"prompt": pair[0], "completion": pair[1]}, slow)
+    with pytest.raises(UnusableRow, match="reach from one turn into another"):
+        to_document({"prompt": pair[0], "completion": pair[1]}, slow)
 
 
 LONG = "so it goes. " * 20
@@ -257,8 +257,8 @@ def test_whatever_a_row_holds_it_is_used_or_named(row: Record, template: str | N
     for value in VALUES:
         for other in changed(row, value):
             try:
-                made = document(other, own)
-            except Unusable as reason:
+                made = to_document(other, own)
+            except UnusableRow as reason:
                 outcomes.append(str(reason))
             else:
                 ids, labels = encode([made], own)

@@ -61,7 +61,7 @@ def values(all_of: dict[str, Any]) -> dict[str, Any]:
 
 def merged(items: list[int]) -> dict[str, Any]:
     group = distributed.world()
-    own = statistics(distributed.share(items, group))
+    own = statistics(distributed.shard(items, group))
     for statistic in own.values():
         statistic.merge(group)
     return values(own)
@@ -80,16 +80,16 @@ def everything() -> dict[str, Any]:
         "pruned": {run: pruned(*run, [windows(4), windows(3, seed=2)]) for run in RUNS},
         "short": [pruned("llama", name, ONE) for name in ("FLAP AL-AM", "FASP kv_heads", "TwoSSP", "CFSP relative")],
         "ragged": pruned("llama", "FLAP AL-AM", SHORT),
-        "same": distributed.same(f"from {distributed.rank(group)}", group),
-        "sent": distributed.sent(torch.tensor([distributed.rank(group)]), 1, group),
-        "nothing": distributed.joined(None, group),
+        "same": distributed.broadcast_object(f"from {distributed.rank(group)}", group),
+        "sent": distributed.broadcast(torch.tensor([distributed.rank(group)]), 1, group),
+        "nothing": distributed.gather_rows(None, group),
     }
     empty, unlike = tiny(), tiny(intermediate_size=32 + 16 * distributed.rank(group))
     for model in (empty, unlike):
         to_meta(model)
     found["faults"] = [
-        fault(distributed.agree, "x", "a thing", group),
-        fault(distributed.agree, str(distributed.rank(group)), "a thing", group),
+        fault(distributed.check_agreement, "x", "a thing", group),
+        fault(distributed.check_agreement, str(distributed.rank(group)), "a thing", group),
         fault(sharing.receive, empty, group),
         fault(sharing.receive, unlike, group),
         fault(pruned, "llama", "FLAP AL-AM", [windows(4, seed=distributed.rank(group))]),
@@ -105,7 +105,7 @@ def fault(function: Callable[..., Any], *args: Any) -> str:
     return ""
 
 
-def peak_of_receiving(group: distributed.Group) -> float:
+def peak_of_receiving(group: distributed.ProcessGroup) -> float:
     """Memory that it takes to get a model of 100 MB, over the model's."""
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "vocab_size": 2000}
     model = tiny("llama", **sizes)
@@ -123,7 +123,7 @@ def to_meta(model: PreTrainedModel) -> None:
         set_parameter(model, name, parameter.to("meta"))
 
 
-def received(group: distributed.Group) -> Tensor:
+def received(group: distributed.ProcessGroup) -> Tensor:
     model = tiny("llama", tie_word_embeddings=True)
     expected = logits(model)
     if distributed.rank(group):
@@ -224,16 +224,16 @@ def test_other_text_in_one_process_stops_all(ranks: list[dict[str, Any]]) -> Non
 
 def test_the_device_is_a_gpu_if_there_is_one_and_each_process_has_its_own(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert distributed.device_called(None) == torch.device("cpu")
+    assert distributed.resolve_device(None) == torch.device("cpu")
     current: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch, "empty", lambda *_, device: SimpleNamespace(device=device))
-    assert distributed.device_called(None) == "cuda"
+    assert distributed.resolve_device(None) == "cuda"
     assert current == []
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert distributed.device_called(None) == "cuda:1"
+    assert distributed.resolve_device(None) == "cuda:1"
     assert current == ["cuda:1"]
 
 
@@ -241,14 +241,14 @@ def test_the_log_says_where_and_in_what_is_computed(monkeypatch, caplog) -> None
     caplog.set_level("INFO")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
     for place in ("cpu", "cuda:0"):
-        distributed.announce(torch.device(place), torch.bfloat16)
+        distributed.log_device(torch.device(place), torch.bfloat16)
     assert caplog.messages == ["computing on the CPU in bfloat16", "computing on H100 in bfloat16"]
 
 
 def test_a_process_apart_is_alone(monkeypatch) -> None:
     for name in distributed.LAUNCHED:
         monkeypatch.setenv(name, "3")
-    with distributed.apart() as rank:
+    with distributed.without_launcher() as rank:
         assert rank == 3
         assert (distributed.launched_count(), distributed.launched_rank(), distributed.local_rank()) == (1, 0, 0)
     assert (distributed.launched_count(), distributed.launched_rank(), distributed.local_rank()) == (3, 3, 3)
@@ -256,10 +256,10 @@ def test_a_process_apart_is_alone(monkeypatch) -> None:
 
 def test_alone() -> None:
     assert distributed.world() is None
-    assert distributed.share(SEVEN, None) == SEVEN
+    assert distributed.shard(SEVEN, None) == SEVEN
     assert merged(SEVEN)["counts"] == values(statistics(SEVEN))["counts"]
-    assert distributed.same("x", None) == "x"
-    distributed.agree("x", "a thing", None)
+    assert distributed.broadcast_object("x", None) == "x"
+    distributed.check_agreement("x", "a thing", None)
     model = tiny()
     sharing.receive(model, None)
     assert not any(p.is_meta for p in model.parameters())
@@ -268,7 +268,7 @@ def test_alone() -> None:
 def test_one_process_of_each_node_sends(monkeypatch) -> None:
     nodes = ["a", "a", "b", "b"]
     monkeypatch.setattr(distributed.dist, "new_group", lambda ranks: ranks)
-    monkeypatch.setattr(sharing, "gathered", lambda value, group: nodes)
+    monkeypatch.setattr(sharing, "gather_objects", lambda value, group: nodes)
     monkeypatch.setattr(platform, "node", lambda: "b")
     assert sharing._senders([False, True, False, True], None) == ([2, 3], 0)
     assert sharing._senders([True, False, True, False], None) == ([2, 3], 1)

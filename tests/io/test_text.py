@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from plprune.io import chats, text
 from plprune.io.chats import Record, to_chat
-from plprune.io.sources import PYDOC, check_source, read
-from plprune.io.text import IGNORED, Stream, bos_token, document, draw, pack, split, tokenised
+from plprune.io.readers import PYDOC, check_text, read_rows
+from plprune.io.text import IGNORED, TokenStream, bos_token, draw, hold_out, pack, to_document, tokenised
 from tests.builders import decode, jsonl, tokenizer
 
 BOS, END = 1, "</s>"
@@ -38,8 +38,8 @@ TALK = [
 ]
 
 
-def encode(rows: list[Record], words: PreTrainedTokenizerFast) -> Stream:
-    return text.encode([document(row, words) for row in rows], words)
+def encode(rows: list[Record], words: PreTrainedTokenizerFast) -> TokenStream:
+    return text.encode([to_document(row, words) for row in rows], words)
 
 
 def with_template(template: str) -> PreTrainedTokenizerFast:
@@ -59,12 +59,12 @@ def test_all_kinds_of_files_give_the_same_text(tmp_path: Path, suffix: str) -> N
         path.write_text(json.dumps([{"text": text}], indent=1))
     else:
         pq.write_table(pa.table({"text": [text]}), path)
-    assert [row for _, row in read(str(path))] == [{"text": text}]
+    assert [row for _, row in read_rows(str(path))] == [{"text": text}]
     assert decode(tokenised(str(path), tokenizer())[0]) == text + END
 
 
 def test_the_text_of_python_is_there_without_any_file() -> None:
-    rows = list(read(PYDOC, limit=3))
+    rows = list(read_rows(PYDOC, limit=3))
     assert len(rows) == 3
     assert all(len(row["text"]) > 100 for _, row in rows)
 
@@ -72,12 +72,12 @@ def test_the_text_of_python_is_there_without_any_file() -> None:
 def test_what_separates_lines_elsewhere_may_stand_inside_a_json_string(tmp_path: Path) -> None:
     text = "a\u2028b\u0085c\x1cd"
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert [row["text"] for _, row in read(str(tmp_path / "rows.jsonl"))] == [text]
+    assert [row["text"] for _, row in read_rows(str(tmp_path / "rows.jsonl"))] == [text]
 
 
 def test_files_from_windows_are_read(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}\r\n')
-    assert [row["text"] for _, row in read(str(tmp_path / "rows.jsonl"))] == ["a", "b"]
+    assert [row["text"] for _, row in read_rows(str(tmp_path / "rows.jsonl"))] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -96,19 +96,19 @@ def test_files_from_windows_are_read(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named_with_the_place(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=said) as raised:
-        list(read(str(tmp_path / name)))
+        list(read_rows(str(tmp_path / name)))
     assert str(tmp_path / name) in str(raised.value)
 
 
 @pytest.mark.parametrize("source", ["no.txt", "no", "a/b.jsonl", "/no/where", "./no/where", "a/b/c", "~/text.txt"])
 def test_a_text_that_cannot_be_there_is_refused_before_anything_is_loaded(source: str) -> None:
     with pytest.raises(ValueError, match=r"does not exist: give a \.txt, \.jsonl, \.json, \.parquet file"):
-        check_source(source)
+        check_text(source)
 
 
 @pytest.mark.parametrize("source", [None, PYDOC, "org/name", "org/name:config", "org/name:config:split", "."])
 def test_a_text_that_may_be_there_is_not_refused(source: str | None) -> None:
-    check_source(source)
+    check_text(source)
 
 
 @pytest.fixture
@@ -136,21 +136,21 @@ def test_a_dataset_is_named_by_configuration_and_split(hub: Path, limit: int | N
     sources = {"org/plain": "p", "org/name": "a", "org/name:other": "b", "org/name:other:test": "c"}
     for source, letter in sources.items():
         expected = [f"{letter}{i}" for i in range(5)][:limit]
-        assert [row["text"] for _, row in read(source, limit)] == expected
-        assert [row["text"] for _, row in read(f"{hub}/{source}", limit)] == expected
+        assert [row["text"] for _, row in read_rows(source, limit)] == expected
+        assert [row["text"] for _, row in read_rows(f"{hub}/{source}", limit)] == expected
 
 
 @pytest.mark.parametrize("source", ["org/name:no", "org/name:other:no", "org/other"])
 def test_a_dataset_that_is_not_there_is_named(hub: Path, source: str) -> None:
     with pytest.raises(ValueError, match=f"cannot load {source} .*: check its name, configuration and split"):
-        list(read(source))
+        list(read_rows(source))
 
 
 def test_a_damaged_dataset_is_named(hub: Path) -> None:
     (hub / "org" / "name" / "b.jsonl").write_text('{"text": \n')
     for limit in (None, 1):
         with pytest.raises(ValueError, match="cannot load org/name:other"):
-            list(read("org/name:other", limit))
+            list(read_rows("org/name:other", limit))
 
 
 # ---- tokenising
@@ -335,7 +335,7 @@ def test_a_text_shorter_than_one_window_is_refused() -> None:
 @pytest.mark.parametrize("held_out", [0.1, 0.25, 0.5])
 def test_a_split_takes_the_last_part(held_out: float) -> None:
     ids = torch.arange(1000)
-    (front, front_labels), (tail, tail_labels) = split((ids, -ids), held_out)
+    (front, front_labels), (tail, tail_labels) = hold_out((ids, -ids), held_out)
     assert torch.cat([front, tail]).equal(ids)
     assert torch.cat([front_labels, tail_labels]).equal(-ids)
     assert len(tail) == pytest.approx(1000 * held_out, abs=1)
@@ -386,7 +386,7 @@ def test_every_window_begins_with_the_bos_token_and_no_token_is_lost() -> None:
 @pytest.mark.parametrize("begin", [[], [BOS]])
 def test_documents_that_are_read_by_themselves_start_anew(with_bos: PreTrainedTokenizerFast, begin: list[int]) -> None:
     rows: list[Record] = [{"text": "One, two."}, {"messages": TALK[1:3]}, {"text": "Three."}]
-    ids, labels, starts = text.encode([document(row, with_bos) for row in rows], with_bos, begin)
+    ids, labels, starts = text.encode([to_document(row, with_bos) for row in rows], with_bos, begin)
     plain, counted = encode(rows, with_bos)
     put = starts & (ids == BOS) & (starts.cumsum(0) != 2)  # a template has put its own
     assert int(starts.sum()) == 3
@@ -405,7 +405,7 @@ def test_documents_that_are_read_by_themselves_start_anew(with_bos: PreTrainedTo
 @pytest.mark.parametrize(("name", "row"), [("a.txt", "So\nit\n"), ("a.jsonl", '{"text": "So\\nit\\n"}')])
 def test_a_byte_order_mark_and_carriage_returns_are_no_text(tmp_path: Path, name: str, row: str) -> None:
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + row.replace("\n", "\r\n").encode() + b"\r\n" * (name != "a.txt"))
-    assert list(read(str(tmp_path / name))) == [("line 1", {"text": "So\nit\n"})]
+    assert list(read_rows(str(tmp_path / name))) == [("line 1", {"text": "So\nit\n"})]
 
 
 def test_a_bos_token_that_is_there_is_not_put_twice(with_bos: PreTrainedTokenizerFast) -> None:

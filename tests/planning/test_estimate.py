@@ -17,7 +17,7 @@ from plprune.checkpoint import stock_config
 from plprune.checkpoint.load import load_skeleton
 from plprune.cli import main
 from plprune.export import decilm, fits
-from plprune.io.units import amount
+from plprune.io.units import parse_amount
 from plprune.methods import Request
 from plprune.planning import hardware, needs
 from plprune.planning import sizes as sizes_
@@ -202,7 +202,7 @@ def test_what_training_keeps_is_about_what_is_estimated() -> None:
     ],
 )
 def test_amounts(given: str | int, unit: str, value: int) -> None:
-    assert amount(given, "target", unit) == value
+    assert parse_amount(given, "target", unit) == value
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_amounts(given: str | int, unit: str, value: int) -> None:
 )
 def test_amounts_that_are_none(given: str | int, unit: str) -> None:
     with pytest.raises(ValueError, match=r"target is .* but it is an amount like"):
-        amount(given, "target", unit)
+        parse_amount(given, "target", unit)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if "MM" not in name])
@@ -256,7 +256,7 @@ def test_a_target_out_of_reach_names_the_nearest(method: Any) -> None:
     skeleton = bare(tiny())
     with pytest.raises(ValueError, match=r"target\.parameters 10K is out of reach") as error:
         Request(method(), Target("10K")).resolve_target(skeleton)
-    least = amount(str(error.value).partition("leaves is ")[2].split()[0], "least")
+    least = parse_amount(str(error.value).partition("leaves is ")[2].split()[0], "least")
     assert Request(method(), Target(round(least * 1.01))).resolve_target(skeleton).method.sparsity < 1
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from plprune.architecture.blocks import Decision
 from plprune.checkpoint.weights import check_values
 from plprune.io import state
-from plprune.io.atomic import CannotWrite, writing
+from plprune.io.atomic import write_errors
 from plprune.io.state import read_state, write_state
 from plprune.pruning.journal import BlockRecord, DiskStates, Journal, PassLog
 from plprune.pruning.statistics import BlockInfluence, Gram, HoldoutGram, Moments, Norms, Statistic, StatisticGroup
@@ -172,9 +172,12 @@ def test_what_is_half_written_does_not_count(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [OSError(28, "no space"), Exception("no\nspace")])
 def test_what_cannot_be_written_is_one_line(error: Exception, tmp_path: Path) -> None:
-    with pytest.raises(CannotWrite, match=r"cannot write .*no space\): check the space .*--resume"), writing(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"cannot write .*no space\): check free space .*--resume"),
+        write_errors(tmp_path),
+    ):
         raise error
-    with pytest.raises(KeyError), writing(tmp_path):
+    with pytest.raises(KeyError), write_errors(tmp_path):
         raise KeyError
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from plprune.io.units import Form, shown
+from plprune.io.units import Form, format_value
 from plprune.report.charts import Blocks, Series, bars, block_picture, heat_map, line, scatter
 from plprune.report.svg import HEIGHT, WIDTH, Axis, ticks
 
@@ -154,7 +154,7 @@ def test_blocks_show_what_was_kept() -> None:
     ],
 )
 def test_numbers_are_written_for_people(value: Any, form: Form, text: str) -> None:
-    assert shown(value, form) == text
+    assert format_value(value, form) == text
 
 
 @pytest.mark.parametrize(

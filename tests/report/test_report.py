@@ -21,7 +21,7 @@ import yaml
 
 from plprune import CFSP, Evaluate, Export, LoRA, Prune, Recovery, RecoveryData, Report, TwoSSP, prune, report
 from plprune.cli import main
-from plprune.io.units import Form, shown
+from plprune.io.units import Form, format_value
 from plprune.pruning.plan import PruningPlan
 from plprune.report.comparison import plots, summarised
 from plprune.report.found import as_it_is, found, of_plan, of_process
@@ -209,7 +209,7 @@ def test_every_number_is_that_of_the_json(pages: Path, kind: str) -> None:
     for attributes, text in page.numbers:
         value = at(record, attributes["data-path"])
         assert attributes["value"] == repr(value)
-        assert text == shown(value, cast(Form, attributes["data-form"]))
+        assert text == format_value(value, cast(Form, attributes["data-form"]))
 
 
 @every_kind
@@ -501,7 +501,7 @@ def test_a_fit_leaves_a_report(finished: tuple[Path, list[int]]) -> None:
     assert record["versions"].keys() >= {"plprune", "torch", "transformers", "lightning", "peft"}
     assert record["fingerprints"].keys() == {"weights", "calibration", "plan"}
     for attributes, text in Reader(page).numbers:
-        assert text == shown(at(record, attributes["data-path"]), cast(Form, attributes["data-form"]))
+        assert text == format_value(at(record, attributes["data-path"]), cast(Form, attributes["data-form"]))
     kept = found(root / "out")
     assert kept["blocks"] == [{k: v for k, v in block.items() if k != "rank"} for block in record["blocks"]]
     assert kept["stages"]["recovered"]["perplexity"] == record["stages"]["recovered"]["perplexity"]

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from plprune.architecture.modules import on_device
 from plprune.checkpoint.load import rebuilt
 from plprune.checkpoint.save import save_pruned
-from plprune.io.atomic import check_free, rehearsed
+from plprune.io.atomic import check_output, staged
 from plprune.recovery.lora import merged_state
 from plprune.training.callbacks.order import check_order
 from plprune.training.callbacks.record import run_record
@@ -38,7 +38,7 @@ class Export(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             check_order(trainer)
-            check_free(self.output, self.overwrite)
+            check_output(self.output, self.overwrite)
             self._due = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -61,7 +61,7 @@ class Export(pl.Callback):
             tokenizer = getattr(pl_module, "tokenizer", None)
             record = run_record(trainer, pl_module)
             dry = is_dry(trainer)
-            with rehearsed(self.output) if dry else contextlib.nullcontext(self.output) as output:
+            with staged(self.output, True, keep=False) if dry else contextlib.nullcontext(self.output) as output:
                 save_pruned(rebuilt(model, state), output, tokenizer, self.overwrite, record=record)
             log.info("%s", "a dry run: no model is kept" if dry else f"saved the recovered model to {self.output}")
         trainer.strategy.barrier()

@@ -22,7 +22,7 @@ from plprune.checkpoint import sharing
 from plprune.checkpoint.load import load_stage
 from plprune.checkpoint.save import save_stage
 from plprune.io import distributed
-from plprune.io.atomic import check_free, resolved
+from plprune.io.atomic import check_output, resolve_path
 from plprune.methods.base import PruningMethod
 from plprune.methods.run import Request, equalise
 from plprune.planning.serving import Runtime
@@ -108,26 +108,30 @@ class Prune(pl.Callback):
     def _prune(self, trainer: pl.Trainer, model: PreTrainedModel) -> PruningPlan:
         group, batches = distributed.world(), self._batches(trainer)
         key = None if distributed.rank(group) else self._key(model, batches)
-        folder = resolved(self.folder or trainer.default_root_dir) / "plans" / cast(str, distributed.same(key, group))
-        if distributed.same((folder / FILE).exists(), group):
+        folder = (
+            resolve_path(self.folder or trainer.default_root_dir)
+            / "plans"
+            / cast(str, distributed.broadcast_object(key, group))
+        )
+        if distributed.broadcast_object((folder / FILE).exists(), group):
             return self._reload(trainer, model, folder, group)
         if not distributed.rank(group):
-            check_free(folder)
+            check_output(folder)
         plan = self.request.prune(model, batches, getattr(trainer_data(trainer), "seed", None))
         if not distributed.rank(group):
             save_stage(model, plan, folder)
         return plan
 
     def _reload(
-        self, trainer: pl.Trainer, model: PreTrainedModel, folder: Path, group: distributed.Group
+        self, trainer: pl.Trainer, model: PreTrainedModel, folder: Path, group: distributed.ProcessGroup
     ) -> PruningPlan:
         """The first process reads the plan, the others get its structure before its weights."""
         log.info("using the plan in %s", folder)
-        plan = distributed.same(None if distributed.rank(group) else load_stage(model, folder), group)
+        plan = distributed.broadcast_object(None if distributed.rank(group) else load_stage(model, folder), group)
         assert plan is not None
         if distributed.rank(group):
             surgery.apply(model, plan)
-        lacking = distributed.total(torch.tensor(modules.lacks_weights(model), dtype=torch.int64), group)
+        lacking = distributed.all_reduce_sum(torch.tensor(modules.lacks_weights(model), dtype=torch.int64), group)
         if not shards(trainer.strategy) or not lacking:  # those that lack weights get shards of them later
             sharing.receive(model, group)
             equalise(model, plan, group)

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 
-from plprune.io.units import shown
+from plprune.io.units import format_value
 from plprune.pruning.plan import PruningPlan
 from plprune.training.callbacks.evaluate import Evaluate
 from plprune.training.callbacks.shared import trainer_data
@@ -59,7 +59,7 @@ def summary(plan: PruningPlan) -> str:
         f"{'for the target' if targets else 'asked'}), {plan.reached_of_model:.1%} of the model's"
     ]
     for name, found in targets.items():
-        left = shown(found["reached"], "bytes" if name == "memory" else "short")
+        left = format_value(found["reached"], "bytes" if name == "memory" else "short")
         what = "parameters"
         if name == "memory":
             batch, context = (plan.settings[f"target_{key}"] for key in ("batch", "context"))

@@ -14,8 +14,8 @@ from unittest.mock import patch
 import torch
 
 from plprune.io.atomic import staged
-from plprune.io.tables import aligned
-from plprune.io.units import shown
+from plprune.io.tables import text_table
+from plprune.io.units import format_value
 from tests.benchmarks.gpu.decode import decode
 from tests.benchmarks.gpu.models import Cells, called
 from tests.benchmarks.gpu.plan import plan
@@ -97,7 +97,9 @@ def table(record: dict[str, Any]) -> str:
         measured = {name: cell for name, cell in own["cells"].items() if is_measured(cell)}
         keys = [k for k in dict.fromkeys(k for cell in measured.values() for k in cell) if k != "measured"]
         rows = [[f"{section}, {own['device']}", *keys]]
-        rows += [[name, *(shown(cell[key]) if key in cell else "" for key in keys)] for name, cell in measured.items()]
+        rows += [
+            [name, *(format_value(cell[key]) if key in cell else "" for key in keys)] for name, cell in measured.items()
+        ]
         lines = [f"{name}: {cell['missing']}" for name, cell in own["cells"].items() if not is_measured(cell)]
-        parts.append("\n".join([aligned(rows, [0] * len(rows[0])), *lines]))
+        parts.append("\n".join([text_table(rows, [0] * len(rows[0])), *lines]))
     return "\n\n".join(parts)

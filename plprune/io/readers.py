@@ -13,7 +13,7 @@ Placed = tuple[str, Record]  # where a row is in its text, and the row
 PYDOC = "pydoc_data.topics"
 
 
-def check_source(source: str | None) -> None:
+def check_text(source: str | None) -> None:
     """Raises ValueError for a text that cannot be there, as far as that shows without reading it."""
     if source is not None and not source.split(":")[0]:
         raise ValueError(f"a text has no name: give a {', '.join(READERS)} file, {PYDOC}, or ORG/NAME of a hub")
@@ -26,13 +26,13 @@ def check_source(source: str | None) -> None:
         raise ValueError(f"{source} does not exist: give a {', '.join(READERS)} file, {PYDOC}, or ORG/NAME of a hub")
 
 
-def read(source: str, limit: int | None = None) -> Iterator[Placed]:
+def read_rows(source: str, limit: int | None = None) -> Iterator[Placed]:
     """The rows of a text, `limit` of them at most, each with its place there.
 
     Raises:
         ValueError: The text is not there, empty, not UTF-8, or has a broken line.
     """
-    check_source(source)
+    check_text(source)
     rows = islice(_rows(source, limit), limit)
     first = next(rows, None)
     if first is None:
