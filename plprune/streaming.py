@@ -12,15 +12,17 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plprune.architecture.blocks import Block, Decision, blocks_of
+from plprune.architecture.attached import attach, attached
+from plprune.architecture.blocks import Block, Decision, Home, blocks_of
 from plprune.architecture.modules import set_parameter
 from plprune.checkpoint.load import chosen, load_skeleton, read_generation_config, stored_at
 from plprune.checkpoint.save import write
@@ -32,6 +34,7 @@ from plprune.methods.run import Request, origin, source_of
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.forward import checksums, same_values
 from plprune.pruning.journal import ASKED, SHARD, Journal
+from plprune.pruning.model_state import model_state
 from plprune.pruning.plan import FILE, PruningPlan, fingerprint
 
 MMAP_THRESHOLD, LARGE = -3, 1 << 17  # of malloc.h, and its initial value
@@ -55,16 +58,15 @@ def open_streamed(name_or_path: str, dtype: Dtype | None = None) -> PreTrainedMo
     dtype = chosen(stored, dtype)
     model = load_skeleton(name_or_path, dtype)
     source = Source(stored, model, getattr(torch, dtype))
-    cast(Any, model).weights_fingerprint = fingerprint(
-        (name, source.mapped(name)) for name, _ in model.named_parameters()
-    )
+    weights = fingerprint((name, source.mapped(name)) for name, _ in model.named_parameters())
+    attach(model, replace(model_state(model), fingerprint=weights))
     inside = {id(p) for block in blocks_of(model) for p in block.module.parameters()}
     for name, parameter in list(model.named_parameters()):
         if id(parameter) not in inside:
             set_parameter(model, name, source.mapped(name))
     model.tie_weights()
     for block in blocks_of(model):
-        cast(Any, block.module).home = DiskHome(block, source)
+        attach(block.module, DiskHome(block, source))
     read_generation_config(model, stored.folder)
     model.config.dtype = model.dtype
     return model.eval()
@@ -173,12 +175,12 @@ def journal_path(output: str | os.PathLike[str]) -> Path:
 
 def attach_journal(model: PreTrainedModel, journal: Journal) -> None:
     """Makes a streamed model keep in a journal what is done to it."""
-    cast(Any, model).journal = journal
+    attach(model, replace(model_state(model), journal=journal))
     for block in blocks_of(model):
-        cast(DiskHome, block.home).journal = journal
+        _home(block).journal = journal
 
 
-class DiskHome:
+class DiskHome(Home):
     """A block's place on disk: the model's own file at first, and the journal once the block was changed.
 
     Args:
@@ -286,11 +288,17 @@ def _of_blocks(blocks: list[Block]) -> Iterator[tuple[str, Tensor]]:
     """The weights of all blocks, of which one is in memory at a time."""
     for block in blocks:
         with block.present():
-            yield from cast(DiskHome, block.home).tensors().items()
+            yield from _home(block).tensors().items()
+
+
+def _home(block: Block) -> DiskHome:
+    home = attached(block.module, DiskHome)
+    assert home is not None
+    return home
 
 
 def _save_block(block: Block, journal: Journal, file: Path) -> None:
-    home = cast(DiskHome, block.home)
+    home = _home(block)
     if home.version == 0:
         with block.present():
             return save_file(home.tensors(), file, metadata={"format": "pt"})

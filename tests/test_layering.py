@@ -47,10 +47,10 @@ ORDER = {
         ["stream"],
         ["block_sources"],
         ["losses", "surgery"],
-        ["allocation", "calibration", "forward"],
+        ["allocation", "calibration", "forward", "model_state"],
         ["constraints", "journal", "plan", "statistics"],
     ],
-    "architecture": [["blocks"], ["families", "modeling_plprune", "modules"]],
+    "architecture": [["blocks"], ["attached", "families", "modeling_plprune", "modules"]],
     "io": [
         ["text"],
         ["cache", "progress", "readers"],

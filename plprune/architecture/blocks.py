@@ -20,14 +20,16 @@ Symbols: B blocks, d model width, n FFN width, H query heads, hd head dimension,
 """
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from plprune.architecture.attached import attached
 from plprune.architecture.families import Family, family_of
 from plprune.architecture.modules import dense_weight, innermost, kept_rows, matrix, on_device, width
 
@@ -85,18 +87,18 @@ class UnitGroup:
         return len(self.consumer.index)
 
 
-class Home(Protocol):
-    """Where the weights of a block are while they are not in memory; its module carries it as `home`."""
+class Home(ABC):
+    """Where the weights of a block are while they are not in memory; it is attached to the block's module."""
 
     version: int  # how often the block was written there
 
+    @abstractmethod
     def present(self, device: torch.device | None) -> contextlib.AbstractContextManager[None]:
         """The weights in memory, for the time of the context."""
-        ...
 
+    @abstractmethod
     def note(self, decision: Decision) -> None:
         """A decision that was carried out on the block, which is present."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Block:
     @property
     def home(self) -> Home | None:
         """Where the weights are, if they are not in memory."""
-        return getattr(self.module, "home", None)
+        return attached(self.module, Home)
 
     def present(self, device: torch.device | None = None) -> contextlib.AbstractContextManager[None]:
         """The block in memory, and on `device` if one is given, for the time of the context; what changed is kept."""

@@ -62,8 +62,8 @@ from plprune.pruning.allocation import (
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.constraints import FREE, Constraint
 from plprune.pruning.forward import evaluating
-from plprune.pruning.journal import journal_of
 from plprune.pruning.losses import divergence, next_token_loss, top_k_log_probs
+from plprune.pruning.model_state import model_state
 from plprune.pruning.plan import PruningPlan
 from plprune.pruning.repair import Damping, Repair
 from plprune.pruning.statistics import Norms
@@ -136,7 +136,7 @@ class LearnedGates(Repairing):
         calibration, blocks = Calibration.of(batches), blocks_of(model)
         p = self._fraction(blocks)
         budget, repairer = self._budget(blocks, p, constraint), self.repairer(calibration)
-        if journal_of(model) is not None:
+        if model_state(model).journal is not None:
             raise ValueError(
                 "gates are trained by gradients through the whole model: leave out --stream, or take CFSP, FASP, FLAP "
                 "or TwoSSP"

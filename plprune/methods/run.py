@@ -26,8 +26,9 @@ from plprune.planning.sizes import Ledger
 from plprune.planning.targets import Target, least_sparsity
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.constraints import FREE, Constraint
+from plprune.pruning.model_state import model_state
 from plprune.pruning.plan import PruningPlan, fingerprint
-from plprune.pruning.surgery import attach, plan_of
+from plprune.pruning.surgery import plan_of, set_plan
 
 log = logging.getLogger(__name__)
 version = functools.cache(metadata.version)  # which reads and parses a file
@@ -135,7 +136,7 @@ class Request:
             )
         plan = resolved.method.prune(model, calibration, *_given(resolved.constraint(model)))
         plan = dataclasses.replace(plan, settings=plan.settings | self.settings, origin=of | self.reached(model))
-        attach(model, plan)
+        set_plan(model, plan)
         equalise(model, plan, calibration.group)
         return plan
 
@@ -227,10 +228,9 @@ def source_of(method: PruningMethod) -> str:
 
 def origin(model: PreTrainedModel, calibration: Calibration, seed: int | None = None) -> dict[str, Any]:
     """What a plan is made from, for the record."""
-    weights = getattr(model, "weights_fingerprint", None)  # of a model whose weights are on disk
     return {
         "model": model.config.name_or_path,
-        "weights": weights or fingerprint(model.named_parameters()),
+        "weights": model_state(model).fingerprint or fingerprint(model.named_parameters()),
         "calibration": calibration.fingerprint,
         "tokens": sum(ids.numel() for ids in calibration),
         "seed": seed,

@@ -38,8 +38,9 @@ from plprune.pruning.allocation import Budget, check_sparsity, importance, top_k
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.constraints import FREE, Constraint
 from plprune.pruning.forward import evaluating, logits_from, record_inputs, run_block
-from plprune.pruning.journal import DiskStates, journal_of
+from plprune.pruning.journal import DiskStates
 from plprune.pruning.losses import next_token_loss
+from plprune.pruning.model_state import model_state
 from plprune.pruning.plan import PruningPlan
 from plprune.pruning.repair import Repair
 from plprune.pruning.statistics import Norms
@@ -217,7 +218,7 @@ class SecondStage:
         self, surgery: Surgery, windows: list[Tensor], device: torch.device, group: distributed.ProcessGroup = None
     ) -> None:
         self.surgery, self.windows, self.device, self.group = surgery, windows, device, group
-        self.blocks, self.journal = surgery.blocks, journal_of(surgery.model)
+        self.blocks, self.journal = surgery.blocks, model_state(surgery.model).journal
         self.evaluations = 0
         records = [record_inputs(surgery.model, ids) for ids in windows]
         self.calls = [[calls[b.index].to(device) for _, calls in records] for b in self.blocks]

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.pruning.calibration import Calibration, Observations, Observed
 from plprune.pruning.forward import BlockInputs, Call, MemoryStates, checksums, record_inputs, same_values
-from plprune.pruning.journal import BlockRecord, DiskStates, Journal, PassLog, journal_of
+from plprune.pruning.journal import BlockRecord, DiskStates, Journal, PassLog
+from plprune.pruning.model_state import model_state
 from plprune.pruning.statistics import BlockInfluence, Statistic
 from plprune.pruning.surgery import replay
 
@@ -48,7 +49,7 @@ class Fresh:
     """
 
     def __init__(self, model: PreTrainedModel, calibration: Calibration) -> None:
-        journal = journal_of(model)
+        journal = model_state(model).journal
         if journal is not None and calibration.group is not None:
             raise ValueError("a model that streams from disk is pruned by one process: start it without others")
         self.model, self.calibration, self.log = model, calibration, PassLog(journal) if journal else None

@@ -21,7 +21,7 @@ from typing import Any, overload
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from plprune.architecture.blocks import Decision
 from plprune.io.atomic import flush, lock, write_errors
@@ -277,11 +277,6 @@ class DiskStates(Sequence[Tensor]):
 
 class NotFinite(ValueError):
     """A computed value is NaN or infinite."""
-
-
-def journal_of(model: nn.Module) -> Journal | None:
-    """The journal of a streamed model, or None."""
-    return getattr(model, "journal", None)
 
 
 def _check_same(there: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:

@@ -5,6 +5,7 @@ device too, so that a plan rebuilds the structure of a pruned model before any w
 """
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any, cast
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from plprune.architecture.attached import attach
 from plprune.architecture.blocks import Block, Decision, UnitGroup, blocks_of
 from plprune.architecture.modeling_plprune import Gather, NoAttention, Scatter, replace, set_count
 from plprune.architecture.modules import Side, innermost, is_transposed, matrix, tied, width, width_name
 from plprune.pruning.allocation import complement
-from plprune.pruning.journal import journal_of
+from plprune.pruning.model_state import model_state
 from plprune.pruning.plan import PruningPlan
 
 
@@ -81,7 +83,7 @@ class Surgery:
         self._repaired.append(self._name(linear.weight))
 
     def plan(self, method: str, settings: dict[str, Any], importance: Tensor) -> PruningPlan:
-        """The plan of all that was done, which the model carries from now on as `pruning_plan`."""
+        """The plan of all that was done; it is attached to the model."""
         self._take_over()
         plan = PruningPlan(
             keep=self._keep,
@@ -97,7 +99,7 @@ class Surgery:
             config=dense_config(self.model),
             previous=plan_of(self.model),
         )
-        attach(self.model, plan)
+        set_plan(self.model, plan)
         return plan
 
     def _repair(self, block: Block, group: UnitGroup, weight: Tensor | None, bias_gain: Tensor | None) -> list[str]:
@@ -117,7 +119,7 @@ class Surgery:
 
     def _take_over(self) -> None:
         """Writes down what an earlier run had decided, and this one has not been asked to."""
-        journal = journal_of(self.model)
+        journal = model_state(self.model).journal
         while journal is not None and journal.taken_over:
             self._write_down(journal.taken_over.pop(0))
 
@@ -131,7 +133,7 @@ class Surgery:
 
 def plan_of(model: nn.Module) -> PruningPlan | None:
     """The plan by which a model was pruned, if it was."""
-    return getattr(model, "pruning_plan", None)
+    return model_state(model).plan
 
 
 def dense_config(model: PreTrainedModel) -> dict[str, Any]:
@@ -143,9 +145,9 @@ def dense_config(model: PreTrainedModel) -> dict[str, Any]:
     return values | ({} if model.config.tie_word_embeddings == tied(model) else {"tie_word_embeddings": tied(model)})
 
 
-def attach(model: PreTrainedModel, plan: PruningPlan) -> None:
-    """Makes a model carry its plan."""
-    cast(Any, model).pruning_plan = plan
+def set_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
+    """Attaches its plan to a model."""
+    attach(model, dataclasses.replace(model_state(model), plan=plan))
 
 
 def apply(model: PreTrainedModel, plan: PruningPlan) -> None:
@@ -165,7 +167,7 @@ def apply(model: PreTrainedModel, plan: PruningPlan) -> None:
             for group in _planned(block, step):
                 shrink(block, group, step.keep[group.name])
         _add_biases(model, step.repaired)
-    attach(model, plan)
+    set_plan(model, plan)
 
 
 def replay(block: Block, decisions: list[Decision], model: PreTrainedModel) -> None:

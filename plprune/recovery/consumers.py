@@ -7,17 +7,24 @@ model computes in. It is saved in the dtype of the rest.
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from plprune.architecture.attached import attach, attached
 from plprune.architecture.blocks import Block, blocks_of
 from plprune.architecture.families import family_of
 from plprune.architecture.modules import innermost
 from plprune.pruning.plan import PruningPlan
 
-STORED = "stored_dtype"  # attribute of a projection that is kept in float32, but is not saved in it
+
+@dataclass(frozen=True)
+class SavedDtype:
+    """Attached to a projection that is kept in float32: the dtype in which it is saved."""
+
+    dtype: torch.dtype
 
 
 def unfreeze(model: PreTrainedModel, plan: PruningPlan | None) -> list[str]:
@@ -58,13 +65,14 @@ def to_saved_dtype(module: nn.Module, value: Tensor) -> Tensor:
 
 def saved_dtype(module: nn.Module, value: Tensor) -> torch.dtype:
     """The dtype in which a parameter of a module is saved."""
-    return getattr(module, STORED, value.dtype)
+    saved = attached(module, SavedDtype)
+    return saved.dtype if saved else value.dtype
 
 
 @contextlib.contextmanager
 def weights_in_saved_dtype(model: nn.Module) -> Iterator[None]:
     """The model with all weights in the dtypes in which they are saved, for the time of the context."""
-    kept = [(p, module) for module in model.modules() if hasattr(module, STORED) for p in module.parameters()]
+    kept = [(p, module) for module in model.modules() if attached(module, SavedDtype) for p in module.parameters()]
     full = [p.data for p, _ in kept]
     for parameter, module in kept:
         parameter.data = to_saved_dtype(module, parameter.data)
@@ -79,7 +87,7 @@ def _free(linear: nn.Linear) -> None:
     linear.requires_grad_(True)
     if linear.weight.dtype == torch.float32:
         return
-    setattr(linear, STORED, linear.weight.dtype)
+    attach(linear, SavedDtype(linear.weight.dtype))
     for parameter in linear.parameters():
         parameter.data = parameter.data.float()
     linear.register_forward_pre_hook(_to_own)

@@ -13,9 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from plprune import FASP, FLAP, load_pruned, prune, save_pruned
+from plprune.architecture.blocks import blocks_of
 from plprune.checkpoint.load import load_model, load_skeleton, load_tokenizer, stored_at
 from plprune.cli import main
 from plprune.evaluation.measurement import saved_bytes
+from plprune.pruning.model_state import model_state
 from plprune.streaming import open_streamed
 from tests.builders import save_tiny, tiny, tokenizer, windows
 
@@ -80,11 +82,11 @@ def test_fp8_is_multiplied_out_the_same_in_memory_and_streamed(
     assert getattr(model.config, "quantization_config", None) is None
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, wanted[name]), name
-    for index, block in enumerate(streamed.model.layers):
-        with block.home.present(None):
-            for name, parameter in block.named_parameters():
+    for index, block in enumerate(blocks_of(streamed)):
+        with block.present():
+            for name, parameter in block.module.named_parameters():
                 assert torch.equal(parameter, wanted[f"model.layers.{index}.{name}"]), name
-    assert streamed.weights_fingerprint
+    assert model_state(streamed).fingerprint
 
 
 def test_fp8_is_what_transformers_makes_of_it_where_blocks_fit(tmp_path: Path) -> None:

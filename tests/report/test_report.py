@@ -23,6 +23,7 @@ from plprune import CFSP, Evaluate, Export, LoRA, Prune, Recovery, RecoveryData,
 from plprune.cli import main
 from plprune.io.units import Form, format_value
 from plprune.pruning.plan import PruningPlan
+from plprune.pruning.surgery import plan_of
 from plprune.report.comparison import plots, summarised
 from plprune.report.found import as_it_is, found, of_plan, of_process
 from plprune.report.page import MARK
@@ -423,9 +424,9 @@ def test_a_run_that_has_not_ended_says_so_first(status: str) -> None:
 def test_blocks_are_counted_over_all_prunings() -> None:
     model = tiny()
     prune(model, TwoSSP(0.2), [windows()])
-    first = of_plan(model.pruning_plan)  # type: ignore[arg-type]
+    first = of_plan(plan_of(model))  # type: ignore[arg-type]
     prune(model, CFSP(0.3), [windows()])
-    plan: PruningPlan = model.pruning_plan  # type: ignore[assignment]
+    plan: PruningPlan = plan_of(model)  # type: ignore[assignment]
     record = of_plan(plan)
     for i, block in enumerate(record["blocks"]):
         left = len(plan.keep[f"blocks.{i}.ffn"])
