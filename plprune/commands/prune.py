@@ -4,6 +4,8 @@ import logging
 from collections.abc import Sequence
 from typing import Literal
 
+from transformers import PreTrainedModel
+
 from plprune import methods, streaming
 from plprune.checkpoint import sharing
 from plprune.checkpoint.load import load_model, load_skeleton, load_tokenizer
@@ -84,21 +86,19 @@ def prune(
     place, tokenizer = resolve_device(device), load_tokenizer(model)
     ids, _ = tokenised(text, tokenizer, join, seed=seed, max_dropped=max_dropped)
     windows = draw(ids, num_samples, seq_len, seed, bos_token(tokenizer, bos))
-    load = streaming.open_streamed if stream else load_skeleton if distributed.local_rank() else load_model
     request = Request(method, target, serve_on, tensor_parallel)
     methods.preflight(request, lambda: load_skeleton(model, dtype))
-    network = load(model, dtype)
+    network = _open(model, dtype, stream)
     check_ids(network, [ids], tokenizer)
     distributed.log_device(place, network.dtype)
     with distributed.process_group(place) as group:
         calibration = Calibration(list(windows.split(batch_size)), place, offload, group)
         if not stream:
             sharing.receive(network, group)
-        begin, first = "", distributed.rank(group) == 0
-        if resume and (
-            plan := streaming.finished_plan(output, streaming.run_inputs(network, request, calibration, seed))
-        ):
-            begin = "this run is finished: "
+        inputs = streaming.run_inputs(network, request, calibration, seed) if resume else {}
+        finished, first = resume and streaming.finished_plan(output, inputs), distributed.rank(group) == 0
+        if finished:
+            plan = finished
         elif stream:
             plan = streaming.prune_streamed(network, request, calibration, output, tokenizer, seed, resume, overwrite)
         else:
@@ -107,7 +107,13 @@ def prune(
             if first:
                 save_pruned(network, output, tokenizer, overwrite)
     if first:
-        print(f"{begin}{record.summary(plan)}; saved to {output}")
+        print(f"{'this run is finished: ' if finished else ''}{record.summary(plan)}; saved to {output}")
+
+
+def _open(name_or_path: str, dtype: Dtype | None, stream: bool) -> PreTrainedModel:
+    """The model, with weights in the first process of each node only."""
+    load = streaming.open_streamed if stream else load_skeleton if distributed.local_rank() else load_model
+    return load(name_or_path, dtype)
 
 
 def _check_text(text: str, seed: int, max_dropped: float) -> None:
