@@ -151,7 +151,7 @@ def test_sparsity_out_of_reach(complain_of_pruning: Complain, method: str) -> No
         ("--target.memry=1G", "unrecognized arguments: --target.memry=1G; did you mean --target.memory?"),
         ("--serve_on=[olama]", "serve_on: expected 'llama.cpp', 'vllm', 'transformers'. Got value: olama"),
         ("--tensor_parallel=0", "tensor_parallel is 0, but it is a number of devices: 1 or more"),
-        ("--tensor_parallel=3", "block 0 has 4 kv heads, but for 3 devices there can be only 3"),
+        ("--tensor_parallel=3", "block 0 has 4 kv heads, but 3 devices can share only 3"),
         ("--serve_on=[vllm]", "an FFN of width 48 cannot be a multiple of 256"),
         ("--method.score=relativ", "score: expected 'activation', 'relative'. Got value: relativ"),
         ("--dtype=float8", "dtype: expected 'float32', 'bfloat16', 'float16'. Got value: float8"),

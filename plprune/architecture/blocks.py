@@ -1,11 +1,11 @@
-r"""The blocks of a model, and the groups of units in them that a method prunes.
+r"""The decoder blocks of a model, and the groups of prunable units in each.
 
 A :class:`UnitGroup` holds all units of one kind in one block. Removing unit `u` removes the rows `index[u]` of every
 producer and the columns `index[u]` of the consumer. Groups store indices, so fused projections need no extra code: a
 path that is named twice holds its parts stacked, in the order in which they are named.
 
-Rows are outputs and columns are inputs, however a projection stores its weight: :func:`matrix` returns it as
-[d_out, d_in] for a `Conv1D` too, which stores the transpose.
+Rows are outputs and columns are inputs, also for a `Conv1D`, which stores its weight transposed: :func:`matrix` returns
+every weight as [d_out, d_in].
 
 =============  =======================  ===========================  ==================================
 kind           unit                     producers                    consumer
@@ -36,13 +36,13 @@ from plprune.architecture.modules import dense_weight, innermost, kept_rows, mat
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided for one group of units.
+    """The decision for one group of units.
 
     Args:
         group: Name of the group.
         keep: Indices of the units that stay.
-        size: Units there were.
-        repaired: Names of the parameters that got new values.
+        size: The number of units before.
+        repaired: Names of the parameters that were changed or added.
     """
 
     group: str
@@ -64,7 +64,7 @@ AttentionUnit = Literal["kv_heads", "value_channels", "none"]  # what a method r
 
 @dataclass(frozen=True)
 class Slice:
-    """The part of one projection that belongs to a group: row or column `u` of `index` is unit `u`'s."""
+    """The part of one projection that belongs to a group: `index[u]` are the rows or columns of unit `u`."""
 
     path: str
     index: Tensor  # [units, rows or columns per unit], int64
@@ -72,7 +72,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class UnitGroup:
-    """Units of one block that leave together."""
+    """All units of one kind in one block, and the rows and columns that each unit consists of."""
 
     block: int
     kind: Kind
@@ -88,22 +88,22 @@ class UnitGroup:
 
 
 class Home(ABC):
-    """Where the weights of a block are while they are not in memory; it is attached to the block's module."""
+    """Stores the weights of a block outside of memory. It is attached to the block's module."""
 
-    version: int  # how often the block was written there
+    version: int  # how many times the block was written
 
     @abstractmethod
     def present(self, device: torch.device | None) -> contextlib.AbstractContextManager[None]:
-        """The weights in memory, for the time of the context."""
+        """Loads the weights for the duration of the context, and stores changes."""
 
     @abstractmethod
     def note(self, decision: Decision) -> None:
-        """A decision that was carried out on the block, which is present."""
+        """Records a decision that was applied to the block while it is loaded."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder block: its place, its module and the names of its parts."""
+    """One decoder block: its index, its module and the names of its parts."""
 
     index: int
     module: nn.Module
@@ -111,11 +111,11 @@ class Block:
 
     @property
     def home(self) -> Home | None:
-        """Where the weights are, if they are not in memory."""
+        """The storage of the weights, if they are not in memory."""
         return attached(self.module, Home)
 
     def present(self, device: torch.device | None = None) -> contextlib.AbstractContextManager[None]:
-        """The block in memory, and on `device` if one is given, for the time of the context; what changed is kept."""
+        """Loads the block, and moves it to `device` if given, for the duration of the context; changes are kept."""
         if self.home is not None:
             return self.home.present(device)
         return contextlib.nullcontext() if device is None else on_device(self.module, device)
@@ -125,23 +125,23 @@ class Block:
         return self.module.get_submodule(path)
 
     def weight(self, group: UnitGroup) -> Tensor:  # [d, units, columns per unit]
-        """The consumer's weight, by unit."""
+        """The columns of the consumer's weight, grouped by unit."""
         with self.present():
             weight, index = dense_weight(self.part(group.consumer.path)), group.consumer.index
             return weight[:, index.to(weight.device)]
 
     def cost(self, group: UnitGroup) -> int:
-        """Parameters that leave with one unit."""
+        """Parameters of one unit."""
         rows = sum(s.index.shape[1] * _per_row(self.part(s.path)) for s in group.producers)
         return rows + group.consumer.index.shape[1] * len(matrix(self.part(group.consumer.path)))
 
     def absent_bias(self, group: UnitGroup) -> int:
-        """Parameters that a bias of the consumer would add: none if it has one."""
+        """Parameters that a bias would add to the consumer; 0 if it has one."""
         consumer = self.part(group.consumer.path)
         return len(matrix(consumer)) if innermost(consumer).bias is None else 0
 
     def parameters(self, path: str = "") -> int:
-        """Parameters of the block, or of the part of it at `path`."""
+        """Parameters of the block, or of its part at `path`."""
         return sum(p.numel() for p in self.part(path).parameters())
 
     @property
@@ -155,16 +155,16 @@ class Block:
 
     @property
     def attention_paths(self) -> list[str]:
-        """Where the projections of the attention are, each once; none if it was dropped."""
+        """Paths of the attention's projections, without duplicates; empty if the attention was dropped."""
         return list(dict.fromkeys((*self.family.qkv, self.family.output))) if self.has_attention else []
 
     @property
     def projections(self) -> list[str]:
-        """Where all projections are, each once."""
+        """Paths of all projections, without duplicates."""
         return list(dict.fromkeys((*self.attention_paths, *self.family.ffn_in, self.family.ffn_out)))
 
     def groups(self, attention: AttentionUnit = "kv_heads") -> list[UnitGroup]:
-        """The block's groups, attention first, with the unit of attention asked for."""
+        """The block's groups: the attention's with the given unit, if any, and the FFN's."""
         make = {"kv_heads": self._kv_heads, "value_channels": self._value_channels}.get(attention)
         return [make(), self._channels()] if make and self.has_attention else [self._channels()]
 
@@ -174,7 +174,7 @@ class Block:
 
     @property
     def queries_per_head(self) -> int:
-        """Query heads of one kv head (g)."""
+        """Query heads per kv head (g)."""
         return cast(int, getattr(self.part(self.family.attention), "num_key_value_groups", 1))
 
     @property
@@ -190,7 +190,7 @@ class Block:
         kv, g, hd = self.kv_heads, self.queries_per_head, self.head_dim
         values = self._projected()[2]
         rows = values.index.flatten()
-        present = torch.isin(rows, kept_rows(self.part(values.path)))  # some may have left in an earlier pruning
+        present = torch.isin(rows, kept_rows(self.part(values.path)))  # an earlier pruning may have removed some
         columns = torch.arange(kv * g * hd).view(kv, g, hd).transpose(1, 2).reshape(kv * hd, g)
         consumer = Slice(self.family.output, columns[present])
         return UnitGroup(self.index, "value", (Slice(values.path, rows[present, None]),), consumer)
@@ -205,7 +205,7 @@ class Block:
         return [Slice(path, rows.view(kv, -1)) for path, rows in stacked]
 
     def _norms(self) -> list[Slice]:
-        """What norms over all heads together have for each kv head."""
+        """The values of norms over all heads, by kv head."""
         sizes = self._per_kv_head()
         return [
             Slice(path, torch.arange(self.kv_heads * size).view(-1, size))
@@ -236,7 +236,7 @@ def _per_row(module: nn.Module) -> int:
 
 
 def _stacked(paths: tuple[str, ...], sizes: tuple[int, ...]) -> list[tuple[str, Tensor]]:
-    """Row indices of each part, counted on within a path that is named again."""
+    """Row indices of each part. Parts with the same path follow each other."""
     start = dict.fromkeys(paths, 0)
     parts = []
     for path, size in zip(paths, sizes, strict=True):

@@ -1,15 +1,14 @@
-"""What each family of models calls the parts of a block. A new family is one record here, and nothing elsewhere.
+"""The names of a decoder block's parts, for each model family. A new family is one record in this file.
 
-A :class:`Family` names modules by dotted paths relative to a decoder block. To add one, read its modelling file in
-transformers and answer:
+To write the record, read the family's modelling file in transformers and answer:
 
-- Which names differ from Llama's?
-- Does the forward pass read a number of heads, or a width, that is not taken from the weights (`counts`)?
-- Is anything else as wide as all heads together (`qk_norms`)?
-- What does its configuration call the sizes (`config_keys`)?
+- Which module names differ from Llama's?
+- Which head counts or widths does the forward pass read from attributes instead of the weights (`counts`)?
+- Which norms are as wide as all heads together (`qk_norms`)?
+- How does the config name the sizes (`config_keys`)?
 
-Then give `tests/builders.py` a tiny configuration of it. The tests run on every family in :data:`FAMILIES`, and report
-what is wrong in the record.
+Then add a tiny config to `tests/builders.py`. The tests run on every family in :data:`FAMILIES`, and report errors in
+the record.
 """
 
 from collections.abc import Mapping
@@ -23,24 +22,22 @@ Count = Literal["heads", "kv_heads", "query_width"]
 
 @dataclass(frozen=True)
 class Family:
-    """Dotted paths, relative to one decoder block (`blocks` to the model).
+    """Dotted paths of modules, relative to one decoder block (`blocks`: relative to the model).
 
     Args:
         blocks: The list of decoder blocks.
-        qkv: Query, key and value projections; one path three times when they are fused.
-        interleaved: Whether fused projections hold queries, keys and values of one head after those of another, and
-            not all queries first.
-        qk_norms: Norms of queries and keys over all heads together, if there are any. Once heads have left they are
-            over those that stay.
+        qkv: Query, key and value projections; the same path three times if they are fused.
+        interleaved: Whether a fused projection is ordered by head, instead of all queries, all keys, all values.
+        qk_norms: Norms of queries and keys over all heads together. After pruning, they cover the remaining heads.
         output: The projection that consumes the heads.
-        ffn_in: The projections that produce the FFN channels; one path twice when gate and up are fused.
+        ffn_in: The projections that produce the FFN channels; the same path twice if gate and up are fused.
         ffn_out: The projection that consumes the FFN channels.
-        attention: The attention sub-block; under grouped queries its `num_key_value_groups` is read.
-        head_dim: What the attention sub-block calls the dimension of a head.
-        counts: Attributes that must follow the number of `heads`, of `kv_heads`, or the `query_width` of all heads,
-            because the family's forward pass does not read them off the weights. `config` in such a path is the
-            block's own view of the config.
-        config_keys: What `config.json` calls the FFN's width, the numbers of heads and their dimension.
+        attention: The attention sub-block. Its `num_key_value_groups`, if any, gives the query heads per kv head.
+        head_dim: The attribute of the attention sub-block with the dimension of a head.
+        counts: Attributes that the forward pass reads instead of the weights' shapes, and whether each is the number of
+            `heads`, of `kv_heads`, or the `query_width` of all heads. A `config` in a path becomes a view of the config
+            for that block alone.
+        config_keys: The keys of `config.json` for the FFN's width, the numbers of heads and their dimension.
     """
 
     blocks: str = "model.layers"
@@ -121,11 +118,11 @@ def family_of(config: PreTrainedConfig) -> Family:
     if any(getattr(config, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
         raise ValueError(
             f"{config.model_type!r} is a mixture of experts, which plprune does not prune; "
-            f"take a dense model of these families: {', '.join(FAMILIES)}"
+            f"use a dense model of one of these families: {', '.join(FAMILIES)}"
         )
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"unknown model family {config.model_type!r}; supported: {', '.join(FAMILIES)}. "
-            "Add one record to FAMILIES in plprune/architecture/blocks.py to support another"
+            "To support another, add a record to FAMILIES in plprune/architecture/families.py"
         )
     return FAMILIES[config.model_type]

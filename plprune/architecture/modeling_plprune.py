@@ -1,18 +1,17 @@
-"""Makes transformers load a pruned model: this file lies beside its weights, and needs nothing of plprune.
+"""Lets transformers load a pruned model. This file is stored beside the weights and does not import plprune.
 
-`config.json` names the family whose code the model runs (`base_model_type`) and says what pruning left of it
-(`pruned`). The family's own class is built from the configuration before pruning, and then cut to size: what the
-family's forward pass does is nobody's business here.
+`config.json` names the model family (`base_model_type`) and the changes by pruning (`pruned`). The family's class is
+built from the config before pruning; then its parameters are cut to their new shapes. Its forward pass is unchanged.
 
 =============  ==========================================================================================
-`blocks`       where the model has its decoder blocks
-`attention`    where a block has its attention
-`layers`       for each block that differs:
-`shapes`       the shape of each parameter that has another one, or that was added (a bias)
-`counts`       attributes that tell the forward pass how many heads there are
-`gather`       projections that read only some of their inputs, and the width of these; `index` is in the weights
-`scatter`      projections that compute only some of their outputs, likewise
-`skip`         `["attention"]` where the attention was removed
+`blocks`       path of the list of decoder blocks
+`attention`    path of the attention in a block
+`layers`       changes by block, with the following keys:
+`shapes`       shapes of parameters that were cut or added (biases)
+`counts`       attributes from which the forward pass reads numbers of heads, and their values
+`gather`       projections that read only some inputs, and the full input width; `index` is in the weights
+`scatter`      projections that compute only some outputs, and the full output width; `index` likewise
+`skip`         `["attention"]` if the attention was removed
 =============  ==========================================================================================
 """
 
@@ -31,12 +30,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 Mixin: Any = object
 
 
-# It warns of the sizes before pruning, which the family's class asks for, and which are then cut.
+# It warns about the sizes before pruning, with which the family's class is built.
 logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").setLevel(logging.ERROR)
 
 
 class PrunedConfig(PreTrainedConfig):
-    """Reads the configuration of a pruned model, as a subclass of the family's own."""
+    """Reads the config of a pruned model, as a subclass of the family's config class."""
 
     model_type = "plprune"
 
@@ -48,7 +47,7 @@ class PrunedConfig(PreTrainedConfig):
 
 
 class PrunedForCausalLM:
-    """Loads a pruned model, as a subclass of the family's own; what `auto_map` in `config.json` names."""
+    """Loads a pruned model, as a subclass of the family's class; `auto_map` in `config.json` names this class."""
 
     mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -63,17 +62,17 @@ class PrunedForCausalLM:
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing to note: a pruned model writes this file beside itself whenever it is saved."""
+        """Does nothing: `save_pretrained` always copies this file."""
 
 
 class PrunedModel(PrunedForCausalLM):
-    """The same without the head."""
+    """Loads a pruned model without its head."""
 
     mapping: Any = MODEL_MAPPING
 
 
 class PrunedModelMixin(Mixin):
-    """What a pruned model does besides what its family's class does."""
+    """Cuts a model to its pruned shapes when it is built, and copies this file when it is saved."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -84,68 +83,68 @@ class PrunedModelMixin(Mixin):
         shutil.copyfile(__file__, Path(save_directory) / Path(__file__).name)
 
     def _get_static_cache_init_shape(self) -> None:
-        """Blocks differ in their heads: each makes its room in the cache when it first writes there."""
+        """Disables allocation in advance: blocks have different numbers of heads, so each allocates its own cache."""
 
 
 class PrunedConfigMixin(Mixin):
-    """What a pruned model's configuration does besides what its family's does: it says so in `config.json`."""
+    """Writes the classes of this file to `config.json`, in addition to the family's config."""
 
     def to_dict(self) -> dict[str, Any]:
         classes = {"AutoConfig": PrunedConfig, "AutoModel": PrunedModel, "AutoModelForCausalLM": PrunedForCausalLM}
         return super().to_dict() | {
             "model_type": PrunedConfig.model_type,
             "base_model_type": type(self).model_type,
-            "auto_map": {auto: f"{Path(__file__).stem}.{own.__name__}" for auto, own in classes.items()},
+            "auto_map": {auto: f"{Path(__file__).stem}.{each.__name__}" for auto, each in classes.items()},
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
-        own = self.to_dict()
-        return super().to_diff_dict() | {key: own[key] for key in ("model_type", "base_model_type", "auto_map")}
+        values = self.to_dict()
+        return super().to_diff_dict() | {key: values[key] for key in ("model_type", "base_model_type", "auto_map")}
 
 
 @functools.cache
 def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """The configuration class of the pruned models of a family, given the family's."""
-    own = type(f"Pruned{base.__name__}", (PrunedConfigMixin, base), {"__module__": __name__})
-    AutoModel.register(own, PrunedModel)
-    AutoModelForCausalLM.register(own, PrunedForCausalLM)
-    return own
+    """Makes the config class of a family's pruned models from the family's config class."""
+    pruned = type(f"Pruned{base.__name__}", (PrunedConfigMixin, base), {"__module__": __name__})
+    AutoModel.register(pruned, PrunedModel)
+    AutoModelForCausalLM.register(pruned, PrunedForCausalLM)
+    return pruned
 
 
 @functools.cache
 def model_class(loader: type[PrunedForCausalLM], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    """The model class of a configuration class that :func:`config_class` has made."""
+    """Makes the model class for a config class from :func:`config_class`."""
     base: Any = loader.mapping[config.__mro__[2]]
     values = {"__module__": __name__, "config_class": config}
     return type(f"Pruned{base.__name__}", (PrunedModelMixin, base), values)
 
 
 def cut(model: PreTrainedModel, pruned: dict[str, Any]) -> None:
-    """Gives a model the structure that its configuration describes; values are the first ones of those there were."""
+    """Cuts a model to the structure in its config. Until weights are loaded, parameters keep their first values."""
     inner = model.base_model
     blocks: Any = inner.get_submodule(pruned["blocks"].removeprefix(f"{inner.base_model_prefix}."))
-    for index, own in pruned["layers"].items():
+    for index, layer in pruned["layers"].items():
         block = blocks[int(index)]
-        if "attention" in own.get("skip", ()):
+        if "attention" in layer.get("skip", ()):
             replace(block, pruned["attention"], NoAttention(int(index)))
-        for path, width in own.get("gather", {}).items():
+        for path, width in layer.get("gather", {}).items():
             replace(block, path, Gather(block.get_submodule(path), torch.arange(width), width))
-        for path, width in own.get("scatter", {}).items():
+        for path, width in layer.get("scatter", {}).items():
             replace(block, path, Scatter(block.get_submodule(path), torch.arange(width), width))
-        for name, shape in own.get("shapes", {}).items():
+        for name, shape in layer.get("shapes", {}).items():
             resize(block, name, shape)
-        for path, count in own.get("counts", {}).items():
+        for path, count in layer.get("counts", {}).items():
             set_count(block, path, count)
 
 
 def replace(block: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts another module in the place of the one at `path`."""
+    """Replaces the module at `path`."""
     parent, _, name = path.rpartition(".")
     setattr(block.get_submodule(parent), name, module)
 
 
 def resize(block: nn.Module, name: str, shape: list[int]) -> None:
-    """Gives the tensor of a dotted name another shape; if there is none it is made, of zeros."""
+    """Cuts the tensor with a dotted name to another shape, or adds it with zeros."""
     path, _, last = name.rpartition(".")
     owner: Any = block.get_submodule(path)
     old = getattr(owner, last)
@@ -162,7 +161,7 @@ def resize(block: nn.Module, name: str, shape: list[int]) -> None:
 
 
 def set_count(block: nn.Module, path: str, count: int) -> None:
-    """Sets an attribute that tells the forward pass a number; in a module's `config`, for that module alone."""
+    """Sets an attribute that the forward pass reads; an attribute of a `config` changes for this block alone."""
     owner, _, attribute = path.rpartition(".")
     if owner.endswith(".config"):
         holder: Any = block.get_submodule(owner.removesuffix(".config"))
@@ -175,9 +174,9 @@ class Gather(nn.Module):
     """A projection that reads only some of its inputs: the consumer of ragged value channels.
 
     Args:
-        linear: The projection of the channels that are read.
-        index: Which those are.
-        in_features: Width of the input.
+        linear: The projection of the inputs that are read.
+        index: Indices of these inputs.
+        in_features: Width of the full input.
     """
 
     index: Tensor
@@ -192,12 +191,12 @@ class Gather(nn.Module):
 
 
 class Scatter(nn.Module):
-    """A projection that computes only some of its outputs and leaves zeros for the others: ragged value channels.
+    """A projection that computes only some of its outputs, and zeros for the others: the producer of ragged channels.
 
     Args:
-        linear: The projection to the channels that are computed.
-        index: Which those are.
-        out_features: Width of the output.
+        linear: The projection to the outputs that are computed.
+        index: Indices of these outputs.
+        out_features: Width of the full output.
     """
 
     index: Tensor
@@ -213,13 +212,13 @@ class Scatter(nn.Module):
 
 
 class NoAttention(nn.Module):
-    """Stands where an attention sub-block was dropped, and adds zero.
+    """Replaces a dropped attention sub-block, and returns zeros.
 
-    The cache gets an entry of width one: it asks its first layer for the length of the sequence, and would silently
-    misplace every token if there were none. Families and releases of transformers call the cache by different names.
+    It stores an entry of width one in the cache, because the cache reads the sequence length from its first layer;
+    without an entry, all positions would be wrong.
     """
 
-    names = ("cache", "past_key_values", "layer_past")
+    names = ("cache", "past_key_values", "layer_past")  # of the cache, in different families and releases
 
     def __init__(self, layer_idx: int) -> None:
         super().__init__()
@@ -235,10 +234,10 @@ class NoAttention(nn.Module):
 
 
 class BlockConfig:
-    """The model's config as one block sees it: a few values of its own, the model's for all others."""
+    """A view of the model's config with different values for one block."""
 
-    def __init__(self, base: Any, **own: Any) -> None:
-        self.__dict__.update(own, _base=base)
+    def __init__(self, base: Any, **values: Any) -> None:
+        self.__dict__.update(values, _base=base)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -1,4 +1,4 @@
-"""The modules of a block: where they are, what they are tied to, and their weights as matrices."""
+"""Helpers for modules: placement, tying, and projections of every kind as one [d_out, d_in] matrix."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 def lacks_weights(model: nn.Module) -> bool:
-    """Whether this process has the structure of a model only."""
+    """Whether some parameters are on the meta device."""
     return any(p.is_meta for p in model.parameters())
 
 
@@ -20,33 +20,33 @@ Side = Literal["in_features", "out_features"]
 
 @contextlib.contextmanager
 def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """The module on `device`, for the time of the context."""
-    home = next(module.parameters()).device
-    if home == device:
+    """Moves the module to `device` for the duration of the context."""
+    before = next(module.parameters()).device
+    if before == device:
         yield
         return
     module.to(device)
     try:
         yield
     finally:
-        module.to(home)
+        module.to(before)
 
 
 def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
-    """Gives a module another parameter under a dotted name."""
+    """Replaces the parameter with a dotted name, and keeps its `requires_grad`."""
     path, _, last = name.rpartition(".")
     owner = module.get_submodule(path)
     setattr(owner, last, nn.Parameter(value, requires_grad=getattr(owner, last).requires_grad))
 
 
 def tied(model: PreTrainedModel) -> bool:
-    """Whether the output head is the embedding: by the parameters, whatever the configuration says."""
+    """Whether head and embedding share one parameter, whatever the config says."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     return head is not None and cast(Any, head).weight is cast(Any, embedding).weight
 
 
 def tie(model: PreTrainedModel, to_embedding: bool) -> None:
-    """Makes the output head the embedding or a parameter of its own, and has the configuration say so."""
+    """Ties the head to the embedding, or gives it a separate parameter, and updates the config."""
     if tied(model) and not to_embedding:
         head = cast(Any, model.get_output_embeddings())
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
@@ -55,7 +55,7 @@ def tie(model: PreTrainedModel, to_embedding: bool) -> None:
 
 
 def innermost(module: nn.Module) -> nn.Linear:
-    """The projection itself, inside a gather or scatter, and below LoRA; it may be a `Conv1D`, or a norm."""
+    """The projection inside any gather, scatter or LoRA wrapper. Other modules are returned unchanged."""
     for name in ("linear", "base_layer"):
         if isinstance(inner := getattr(module, name, None), nn.Module):
             return innermost(inner)
@@ -68,30 +68,30 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def matrix(module: nn.Module) -> Tensor:  # [d_out, d_in]
-    """The weight of a projection, inside whatever is around it; a view of it where it is stored transposed."""
+    """The weight of a projection inside any wrapper, as a view if it is stored transposed."""
     weight = innermost(module).weight
     return weight.T if is_transposed(module) else weight
 
 
 def width_name(module: nn.Module, side: Side) -> str | None:
-    """The attribute in which a projection has the number of its inputs or outputs; a norm has none."""
+    """The attribute with the number of a projection's inputs or outputs; None for a norm."""
     name = {"in_features": "nx", "out_features": "nf"}[side] if isinstance(module, Conv1D) else side
     return name if hasattr(module, name) else None
 
 
 def width(module: nn.Module, side: Side) -> int:
-    """How many inputs or outputs a projection has; of a norm, how many values it scales."""
+    """The number of a projection's inputs or outputs, or of the values of a norm."""
     name = width_name(module, side)
     return len(matrix(module)) if name is None else getattr(module, name)
 
 
 def kept_rows(module: nn.Module) -> Tensor:
-    """The output channels that a projection computes: all of them, unless it is a scatter."""
+    """Indices of the output channels that a projection computes: all, except for a scatter."""
     return cast(Tensor, module.index).cpu() if hasattr(module, "index") else torch.arange(width(module, "out_features"))
 
 
 def dense_weight(module: nn.Module) -> Tensor:  # [d_out, d_in]
-    """A consumer's weight over all its inputs, with zeros for those that a gather leaves out."""
+    """A consumer's weight over all its inputs, with zeros for the inputs that a gather skips."""
     weight = matrix(module).detach()
     if not hasattr(module, "index"):
         return weight

@@ -1,1 +1,1 @@
-"""What a pruning will come to before it is run: sizes, memory, time, and the sparsity for a target."""
+"""Predicts the sizes, memory and time of a pruning, and finds the sparsity that meets a target."""

@@ -1,4 +1,4 @@
-"""The extremes of the sizes that data could decide on, without the data: a target of memory holds for the worst."""
+"""The extreme sizes that a method could choose on any data, so that a memory target holds in the worst case."""
 
 import bisect
 import math
@@ -14,22 +14,26 @@ from plprune.pruning.allocation import Rows
 def extreme_sizes(
     rows: Rows, allowed: Sequence[Sequence[int]], phases: Sequence[Sequence[int]], limit: float, even: bool
 ) -> list[int]:
-    """Units that groups keep if some give before others: an extreme of what data could decide.
+    """Removes units in a given order of groups until the cost is near a limit.
 
     Args:
         rows: Blocks with their groups.
-        allowed: The numbers of units that each group may keep, ascending; from the last one it gives.
-        phases: Which groups give first, which next.
-        limit: Together they cost no less than this in the end, and hardly more if that can be.
-        even: Whether those of a phase give alike, or one after another all they can.
+        allowed: The numbers of units that each group may keep, ascending. It starts with the last one.
+        phases: Indices of the groups that lose units first, then of those that lose units next, and so on.
+        limit: The cost of the units that stay is at least this, and as little more as possible.
+        even: Whether all groups of a phase lose the same fraction, instead of one group after another all it can.
+
+    Returns:
+        The number of units that each group keeps.
     """
     costs, counts = [block.cost(group) for block, group in rows], [numbers[-1] for numbers in allowed]
+    room = [cost * (numbers[-1] - numbers[0]) for cost, numbers in zip(costs, allowed, strict=True)]
     need = sum(map(operator.mul, costs, counts)) - limit
-    for own in phases:
-        room = sum(costs[i] * (allowed[i][-1] - allowed[i][0]) for i in own)
-        share = min(1.0, need / room) if even and room and need > 0 else 0.0
-        gives = [(i, share * costs[i] * (allowed[i][-1] - allowed[i][0])) for i in own if share]
-        for i, most in [*gives, *((i, math.inf) for i in own)]:
+    for phase in phases:
+        total = sum(room[i] for i in phase)
+        share = min(1.0, need / total) if even and total and need > 0 else 0.0
+        evenly = [(i, share * room[i]) for i in phase if share]
+        for i, most in [*evenly, *((i, math.inf) for i in phase)]:
             lowest = counts[i] - max(0.0, min(most, need)) / costs[i] - 1e-9
             count = allowed[i][min(bisect.bisect_left(allowed[i], lowest), len(allowed[i]) - 1)]
             need -= (counts[i] - count) * costs[i]
@@ -38,13 +42,13 @@ def extreme_sizes(
 
 
 def attention_by_span(model: PreTrainedModel, rows: Rows) -> list[int]:
-    """Which of the groups are of attention, in ascending order of how much of the sequence they see."""
-    size = attention_spans(model)
-    own = [i for i, (_, group) in enumerate(rows) if group.kind == "attention"]
-    return sorted(own, key=lambda i: size[rows[i][0].index])
+    """Indices of the attention groups, sorted by how many tokens back they attend to."""
+    spans = attention_spans(model)
+    heads = [i for i, (_, group) in enumerate(rows) if group.kind == "attention"]
+    return sorted(heads, key=lambda i: spans[rows[i][0].index])
 
 
 def unique_cases(rows: Rows, cases: Sequence[Sequence[int]]) -> list[dict[str, int]]:
-    """Cases of sizes by the groups' names, each once."""
+    """Removes duplicate cases, and returns each as the number of units by group name."""
     names = [group.name for _, group in rows]
     return [dict(zip(names, case, strict=True)) for case in dict.fromkeys(map(tuple, cases))]

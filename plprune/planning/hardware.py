@@ -1,11 +1,11 @@
-"""Machines: what they compute in a second, and what they hold.
+"""Speed and memory of machines, from data sheets or measured.
 
-No file states these three, so they are assumptions:
+Three assumptions turn peak values into usable ones:
 
-- A machine reaches :data:`UTILISATION` of its peak. Llama 3 was trained at 0.38 to 0.43 of it
+- A machine reaches :data:`UTILISATION` of its peak speed. Llama 3 was trained at 0.38 to 0.43
   (https://arxiv.org/abs/2407.21783, table 4).
-- A process can use :data:`USABLE` of a GPU's memory. The driver and fragmentation take the rest.
-- A block moves from main memory to a GPU at :data:`CROSSING` bytes a second, the rate of pageable memory.
+- A process can use :data:`USABLE` of the memory. The driver and fragmentation take the rest.
+- Blocks are copied from main memory to a GPU at :data:`COPY_RATE` bytes per second, the rate of pageable memory.
 """
 
 import dataclasses
@@ -14,17 +14,17 @@ import time
 
 import torch
 
-UTILISATION, USABLE, CROSSING = 0.4, 0.92, 8e9
+UTILISATION, USABLE, COPY_RATE = 0.4, 0.92, 8e9
 
 
 @dataclasses.dataclass(frozen=True)
 class GPU:
-    """What a data sheet says of an accelerator.
+    """Peak values from an accelerator's data sheet.
 
     Args:
-        memory: In bytes.
-        half: Operations a second in bfloat16 (float16 where there is none), of dense matrices, summed in float32.
-        single: Operations a second in float32, without TF32, which torch leaves off.
+        memory: Bytes of memory.
+        half: Operations per second in bfloat16 (float16 where that is missing) for dense matrices.
+        single: Operations per second in float32, without TF32, which torch disables by default.
     """
 
     memory: float
@@ -49,21 +49,20 @@ GPUS: dict[str, GPU] = {
         "MI300X": (192, 1307, 163.4),
     }.items()
 }
-"""From the makers' data sheets, dense rates (half of what is given with sparsity), SXM where there is a choice:
-nvidia.com: T4, L4, A10, L40S, A100, H100, H200 and HGX B200 data sheets; the Ampere GA102 and Ada architecture
-whitepapers for the two GeForce; amd.com: Instinct MI300X data sheet."""
+"""By name, for dense matrices (half of the rates stated with sparsity) and SXM modules. Sources: NVIDIA's data sheets,
+the Ampere GA102 and Ada whitepapers for the two GeForce, and AMD's Instinct MI300X data sheet."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Where something is to run.
+    """The usable speed and memory of the device that computes.
 
     Args:
-        name: What it is called.
-        memory: Bytes that can be had where a block is computed.
-        half: Operations a second that can be had in bfloat16 or float16.
-        single: Those in float32.
-        separate: Whether that memory is an accelerator's own, and the model waits in another.
+        name: Name for display.
+        memory: Usable bytes of the device's memory.
+        half: Operations per second in bfloat16 or float16.
+        single: Operations per second in float32.
+        separate: Whether the device has its own memory, apart from the main memory.
     """
 
     name: str
@@ -73,49 +72,44 @@ class Machine:
     separate: bool
 
     def rate(self, dtype: torch.dtype) -> float:
-        """Operations a second in a dtype."""
+        """Operations per second in a dtype."""
         return self.single if dtype == torch.float32 else self.half
 
 
 def machine(device: str, seconds: float = 2.0) -> Machine:
-    """A GPU by its name, or a device of this machine, whose speed is measured.
+    """Looks up a GPU by name, or measures a device of this machine.
 
     Args:
-        device: One of :data:`GPUS`, in any case; or cpu, cuda, cuda:1.
-        seconds: How long to measure.
+        device: A key of :data:`GPUS` in any case, or a device like cpu, cuda or cuda:1.
+        seconds: The time to measure a device.
 
     Raises:
-        ValueError: There is no such GPU.
+        ValueError: The device is unknown.
     """
-    named = {name.lower(): name for name in GPUS}
+    names = {name.lower(): name for name in GPUS}
     key = device.lower().replace(" ", "-")
-    if key in named:
-        gpu = GPUS[named[key]]
-        return Machine(named[key], USABLE * gpu.memory, UTILISATION * gpu.half, UTILISATION * gpu.single, True)
+    if key in names:
+        gpu = GPUS[names[key]]
+        return Machine(names[key], USABLE * gpu.memory, UTILISATION * gpu.half, UTILISATION * gpu.single, True)
     if key.partition(":")[0] not in ("cpu", "cuda") or (key != "cpu" and not torch.cuda.is_available()):
-        here = "cpu, or cuda where there is one"
-        raise ValueError(f"nothing is known of the device {device!r}: give {here}, or one of {', '.join(GPUS)}")
-    place = torch.device(key)
-    half, single = (_measured(place, dtype, seconds / 2) for dtype in (torch.bfloat16, torch.float32))
-    own = key != "cpu"
-    memory = torch.cuda.get_device_properties(place).total_memory if own else _main_memory()
-    return Machine(f"this machine ({key})", USABLE * memory, half, single, own)
+        raise ValueError(f"unknown device {device!r}: give cpu, cuda if there is a GPU, or one of {', '.join(GPUS)}")
+    target, is_gpu = torch.device(key), key != "cpu"
+    half, single = (_measured(target, dtype, seconds / 2) for dtype in (torch.bfloat16, torch.float32))
+    main_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = torch.cuda.get_device_properties(target).total_memory if is_gpu else main_memory
+    return Machine(f"this machine ({key})", USABLE * memory, half, single, is_gpu)
 
 
-def _measured(place: torch.device, dtype: torch.dtype, seconds: float, size: int = 1024) -> float:
-    """Operations a second of matrix products."""
-    size = size if place.type == "cpu" else 8 * size
-    a, b = (torch.randn(size, size, dtype=torch.float32, device=place).to(dtype) for _ in range(2))
-    finished = torch.cuda.synchronize if place.type == "cuda" else lambda: None
+def _measured(device: torch.device, dtype: torch.dtype, seconds: float, size: int = 1024) -> float:
+    """Measures matrix products, in operations per second."""
+    size = size if device.type == "cpu" else 8 * size
+    a, b = (torch.randn(size, size, dtype=torch.float32, device=device).to(dtype) for _ in range(2))
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     torch.mm(a, b)
-    finished()
+    synchronize()
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         torch.mm(a, b)
-        finished()
+        synchronize()
         count += 1
     return 2 * size**3 * count / (time.perf_counter() - start)
-
-
-def _main_memory() -> float:
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

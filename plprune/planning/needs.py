@@ -1,8 +1,8 @@
-r"""Time and memory that calibration and recovery need on a machine.
+r"""Estimates the time and memory that calibration and recovery need on a machine.
 
-Training is assumed to keep, for each token of a step and in each block, what the backward pass reads: the inputs of the
-adapters in float32, as PEFT casts them, and the inputs of activation functions, norms and attention. With gradient
-checkpointing it keeps the input of each block, and one block in full.
+For the backward pass, training is assumed to keep, per token and block, the inputs of the adapters in float32 (PEFT
+casts them) and the inputs of activation functions, norms and attention. With gradient checkpointing it keeps the input
+of each block, and all of these for one block.
 
 Symbols: B blocks, d model width, n FFN width, H query heads, hd head dimension, V vocabulary.
 """
@@ -13,19 +13,19 @@ from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import Block, blocks_of
 from plprune.architecture.modules import innermost, matrix
-from plprune.planning.hardware import CROSSING, Machine
+from plprune.planning.hardware import COPY_RATE, Machine
 from plprune.planning.sizes import attention_spans, block_flops, linear_layers, structure
 from plprune.pruning.losses import rows_per_chunk
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What calibration takes beyond one pass through the blocks.
+    """The work of calibration beyond one pass over the blocks.
 
     Args:
         flops: Operations in the model's dtype.
         single: Operations in float32 or float64.
-        bytes: Memory beside the block, at its peak.
+        bytes: Peak memory in addition to the block.
     """
 
     flops: float = 0.0
@@ -35,13 +35,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """What a stage of the work needs.
-
-    Args:
-        seconds: Time.
-        device_bytes: Memory where it computes.
-        host_bytes: Main memory; the same if it computes there.
-    """
+    """Time in seconds, and memory in bytes on the device and on the host; both are the same memory for a CPU."""
 
     seconds: float
     device_bytes: float
@@ -49,52 +43,44 @@ class Need:
 
 
 def calibration_need(
-    model: PreTrainedModel,
-    work: Work,
-    where: Machine,
-    windows_: tuple[int, int, int],
-    stream: bool = False,
+    model: PreTrainedModel, work: Work, machine: Machine, windows: tuple[int, int, int], stream: bool = False
 ) -> Need:
-    """What `plprune prune` needs for a model, or the pruning of a fit.
+    """Estimates what pruning needs.
 
     Args:
-        model: Dense.
-        work: What the method adds.
-        where: Where blocks are computed.
-        windows_: How many windows, the tokens of each, and how many are run at once.
+        model: The dense model; its parameters may be on the meta device.
+        work: The work that the method adds.
+        machine: The machine that computes.
+        windows: The number of windows, the tokens per window, and the windows per batch.
         stream: Whether the model stays on disk.
     """
-    count, length, batch = windows_
+    count, length, batch = windows
     blocks, dtype = blocks_of(model), model.dtype
     tokens, size = count * length, dtype.itemsize
-    once = sum(block_flops(block, length, window) for block, window in zip(blocks, attention_spans(model), strict=True))
     block = max(block.parameters() for block in blocks) * size
-    states = 2 * tokens * model.config.hidden_size * size  # what enters a block and what leaves it
+    states = 2 * tokens * model.config.hidden_size * size  # inputs and outputs of a block
     running = block + states + batch * length * size * max(map(_live, blocks)) + work.bytes
     every = sum(p.numel() for p in model.parameters()) * size
     inside = sum(block.parameters() for block in blocks) * size
     waiting = every - inside + block if stream else every
-    seconds = (tokens * once + work.flops) / where.rate(dtype) + work.single / where.single
-    if where.separate:
-        return Need(seconds + 2 * inside / CROSSING, running, waiting + block)
+    flops = tokens * _flops_of_blocks(model, length) + work.flops
+    seconds = flops / machine.rate(dtype) + work.single / machine.single
+    if machine.separate:
+        return Need(seconds + 2 * inside / COPY_RATE, running, waiting + block)
     return Need(seconds, waiting + running, waiting + running)
 
 
 def recovery_need(
-    model: PreTrainedModel,
-    where: Machine,
-    batches: tuple[int, int, int],
-    rank: int,
-    checkpointing: bool = False,
+    model: PreTrainedModel, machine: Machine, batches: tuple[int, int, int], rank: int, checkpointing: bool = False
 ) -> Need:
-    """What training by LoRA needs for a pruned model, all on one device.
+    """Estimates what training by LoRA needs on one device.
 
     Args:
-        model: Pruned.
-        where: Where it trains.
-        batches: Steps, windows of each, and the tokens of a window.
-        rank: Mean rank of the adapters.
-        checkpointing: Whether activations are computed again in the backward pass.
+        model: The pruned model; its parameters may be on the meta device.
+        machine: The machine that trains.
+        batches: The number of steps, the windows per step, and the tokens per window.
+        rank: The mean rank of the adapters.
+        checkpointing: Whether activations are recomputed in the backward pass.
     """
     steps, batch, length = batches
     blocks, size, tokens = blocks_of(model), model.dtype.itemsize, batch * length
@@ -102,29 +88,33 @@ def recovery_need(
     trained = sum(
         rank * (m.weight.numel() // len(m.weight) + len(m.weight)) for b in blocks for m in linear_layers(b.module)
     )
-    each = [_kept_for_backward(block, size) for block in blocks]
-    kept = len(blocks) * model.config.hidden_size * size + max(each) if checkpointing else sum(each)
+    activations = [_kept_for_backward(block, size) for block in blocks]
+    kept = len(blocks) * model.config.hidden_size * size + max(activations) if checkpointing else sum(activations)
     vocabulary = model.config.vocab_size
-    rows = min(tokens, rows_per_chunk(vocabulary, on_cpu=not where.separate))
-    logits = rows * vocabulary * (2 * size + 12)  # float32: logits, their logarithms, gradients
+    rows = min(tokens, rows_per_chunk(vocabulary, on_cpu=not machine.separate))
+    logits = rows * vocabulary * (2 * size + 12)  # logits and gradients; in float32 also log-probabilities
     memory = weights + 16 * trained + tokens * kept + logits
-    flops = structure(model, length).reading_flops
-    inside = sum(
-        block_flops(block, length, window) for block, window in zip(blocks, attention_spans(model), strict=True)
-    )
-    once = 2 * flops + (inside if checkpointing else 0)  # backward: only what leads to inputs
-    once += 3 * 2 * trained
-    return Need(steps * tokens * once / where.rate(model.dtype), memory, memory if not where.separate else weights)
+    flops = 2 * structure(model, length).reading_flops  # forward, and backward for inputs only
+    flops += _flops_of_blocks(model, length) if checkpointing else 0
+    flops += 3 * 2 * trained
+    seconds = steps * tokens * flops / machine.rate(model.dtype)
+    return Need(seconds, memory, weights if machine.separate else memory)
+
+
+def _flops_of_blocks(model: PreTrainedModel, length: int) -> float:
+    """Operations of all blocks per token."""
+    spans = attention_spans(model)
+    return sum(block_flops(block, length, span) for block, span in zip(blocks_of(model), spans, strict=True))
 
 
 def _live(block: Block) -> int:
-    """Values for a token that are in memory at once while a block runs: about those of its widest part."""
+    """Values per token in memory while a block runs, estimated by its widest part."""
     d = len(matrix(block.part(block.family.ffn_out)))
     return 3 * d + max(3 * block.channels, 4 * d)
 
 
 def _kept_for_backward(block: Block, size: int) -> int:
-    """Bytes for a token that the backward pass of a block with adapters reads."""
+    """Bytes per token that a block with adapters keeps for its backward pass."""
     d, n = len(matrix(block.part(block.family.ffn_out))), block.channels
     attention = block.kv_heads * block.queries_per_head * block.head_dim if block.has_attention else 0
     keys = 2 * block.kv_heads * block.head_dim if block.has_attention else 0

@@ -1,19 +1,18 @@
-"""What the programs that serve a model ask of a pruned one, as a constraint on the methods before they prune.
+"""Requirements of serving runtimes, as a constraint for the pruning methods.
 
-A runtime loads models by one or more paths: as a stock checkpoint, whose config holds one size for all blocks, or by an
-architecture with sizes of its own for each block. Which path is taken depends on the family and on the method; a path
-that the method cannot serve says what to change. The facts:
+A runtime loads a pruned model either as a stock checkpoint, whose config has one size for all blocks, or by an
+architecture with sizes per block. Which of these load paths applies depends on the family and on the method:
 
-- llama.cpp's architecture `deci` sizes every tensor by block, adds any bias, and refuses a first block without
-  attention; `openelm` does so for Qwen3, with attention everywhere, no biases and the embedding as head. Its other
-  architectures take their sizes from the first block, and most of them the dimension of a head from the model's width.
-  Rows of q8_0 are whole blocks of 32 values.
-- DeciLM, which vLLM, SGLang, TensorRT-LLM and mlx-lm load, stores widths as a factor that is rounded up to 256, has the
-  same query heads everywhere, and no biases.
-- Under tensor parallelism every device takes the same number of channels and of query heads, and as many kv heads or
-  a copy of one.
+- llama.cpp's `deci` architecture allows any sizes and biases per block, but the first block needs attention. Its
+  `openelm` does the same for Qwen3, with attention in every block, no biases and a tied head. Other architectures read
+  sizes from the first block, and most compute the head dimension from the model's width. q8_0 needs rows of whole
+  blocks of 32 values.
+- DeciLM (vLLM, SGLang, TensorRT-LLM, mlx-lm) stores widths as a factor, rounded up to a multiple of 256. All blocks
+  have the same query heads and no biases.
+- Under tensor parallelism, all devices get the same number of channels and query heads, and the same number of kv heads
+  or a copy of one.
 
-A new runtime or architecture is a record in :data:`LOAD_PATHS`.
+A new runtime or architecture is a new record in :data:`LOAD_PATHS`.
 """
 
 import dataclasses
@@ -30,13 +29,13 @@ Runtime = Literal["llama.cpp", "vllm", "transformers"]
 
 @dataclasses.dataclass(frozen=True)
 class LoadPath:
-    """How a runtime loads pruned models of some families.
+    """One way in which a runtime loads pruned models.
 
     Args:
-        name: What it loads them as.
-        families: Which.
-        asks: What they must be like.
-        settings: Keys of the config with the one value that they may have, if they are there.
+        name: The architecture or kind of checkpoint that the runtime sees.
+        families: The families that it loads.
+        asks: The constraint on a model.
+        settings: Required values of config keys; a key may be missing.
     """
 
     name: str
@@ -45,6 +44,7 @@ class LoadPath:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def takes(self, config: PreTrainedConfig) -> bool:
+        """Whether the family and the settings of a model match."""
         settings = all(getattr(config, key, value) == value for key, value in self.settings.items())
         return config.model_type in self.families and settings
 
@@ -57,13 +57,13 @@ _HELD = Constraint(whole_heads=True, first_attention=True)
 _ALIKE = Constraint(whole_heads=True, uniform=True, every_attention=True)
 _PLAIN = dataclasses.replace(_ALIKE, dense_biases=True)
 _DENSE = dataclasses.replace(_PLAIN, dense_heads=True)
-_DIVIDING = Constraint(heads_divide=True)  # as the family's config demands
-_Q8_0 = Constraint(width_multiple=32)  # values that share a scale
+_DIVIDING = Constraint(heads_divide=True)  # required by the config class of the family
+_Q8_0 = Constraint(width_multiple=32)  # the values that share a scale
 _DECILM = Constraint(width_multiple=256, dense_heads=True, dense_biases=True)
 _STOCK, _OWN = "a stock checkpoint", "the family's own architecture"
 
 
-LOAD_PATHS: dict[Runtime, tuple[LoadPath, ...]] = {  # of each, the first that a method can serve is taken
+LOAD_PATHS: dict[Runtime, tuple[LoadPath, ...]] = {  # per runtime, the first path that the method can honour is used
     "llama.cpp": (
         _path("deci", "llama mistral qwen2 granite", _Q8_0 & _HELD),
         _path(
@@ -94,41 +94,41 @@ def constraint(
     conflicts: Callable[[Constraint], list[str]],
     config: PreTrainedConfig | None = None,
 ) -> Constraint:
-    """The strictest of what all runtimes ask.
+    """Combines the constraints of all runtimes.
 
     Args:
-        runtimes: Where the pruned model must load.
-        tensor_parallel: Devices that will share it.
-        conflicts: Why a method cannot honour a constraint, and what to change; empty if it can.
-        config: The model's; if not given, a path counts that is there for any family.
+        runtimes: The runtimes that must load the pruned model.
+        tensor_parallel: The number of devices that will share it.
+        conflicts: Returns the reasons why the method cannot honour a constraint, each with what to change.
+        config: The model's config; without one, the load paths of all families count.
 
     Raises:
-        ValueError: A runtime cannot load models of the family, or the method cannot honour what it asks.
+        ValueError: A runtime cannot load models of the family, or the method cannot honour a constraint.
     """
     if unknown := [runtime for runtime in runtimes if runtime not in get_args(Runtime)]:
-        raise ValueError(f"nothing is known of serving on {unknown[0]!r}; known places: {', '.join(get_args(Runtime))}")
+        raise ValueError(f"unknown runtime {unknown[0]!r} in `serve_on`: use {', '.join(get_args(Runtime))}")
     if tensor_parallel < 1:
-        raise ValueError(f"tensor_parallel is {tensor_parallel}, but it is a number of devices: 1 or more")
-    asked = Constraint(tensor_parallel=tensor_parallel, whole_heads=tensor_parallel > 1)
-    if reasons := conflicts(asked):
+        raise ValueError(f"tensor_parallel is {tensor_parallel}, but must be a number of devices: 1 or more")
+    combined = Constraint(tensor_parallel=tensor_parallel, whole_heads=tensor_parallel > 1)
+    if reasons := conflicts(combined):
         raise ValueError(f"{tensor_parallel} devices could not share the result: {' and '.join(reasons)}")
     for runtime in runtimes:
-        asked &= _asks(runtime, conflicts, config) if LOAD_PATHS[runtime] else FREE
-    return asked
+        combined &= _constraint_of(runtime, conflicts, config) if LOAD_PATHS[runtime] else FREE
+    return combined
 
 
 def adds_biases(blocks: Sequence[Block] | None) -> bool:
-    """Whether biases of all consumers would be new to a model; yes if it is not known."""
+    """Whether giving every consumer a bias would add parameters to a model; assumed if the model is not known."""
     return blocks is None or any(block.absent_bias(group) for block in blocks for group in block.groups())
 
 
-def _asks(
+def _constraint_of(
     runtime: Runtime, conflicts: Callable[[Constraint], list[str]], config: PreTrainedConfig | None
 ) -> Constraint:
-    """What the first path asks that a method can serve."""
+    """The constraint of the first load path that the method can honour."""
     paths = [path for path in LOAD_PATHS[runtime] if config is None or path.takes(config)]
     if not paths and config is not None:
-        raise ValueError(f"{runtime} has no architecture for {config.model_type!r}: take {runtime} out of `serve_on`")
+        raise ValueError(f"{runtime} has no architecture for {config.model_type!r}: remove {runtime} from `serve_on`")
     reasons: dict[str, list[str]] = {}
     for path in paths:
         found = conflicts(path.asks)

@@ -1,14 +1,14 @@
-"""Parameters, memory and operations of a model by its shapes alone; its weights may be on the meta device.
+"""Counts the parameters, memory and operations of a model, dense or pruned. All weights may be on the meta device.
 
-There are two counts of a pruned model. :class:`Ledger` adds up the costs of units and takes no time; targets are solved
-by it. :func:`pruned_skeleton` prunes a copy of the skeleton by the code that prunes. The tests hold them together.
+A pruned model can be counted in two ways. :class:`Ledger` adds up the costs of units, which is fast enough to search
+for a target. :func:`pruned_skeleton` runs the real pruning code on a copy. Tests make sure that both agree.
 """
 
 import copy
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -24,15 +24,15 @@ Counts = Mapping[str, int]
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """What a model is like, by its shapes alone.
+    """The size of a model.
 
     Args:
-        parameters: All, tied ones once.
-        block_parameters: Those in the decoder blocks.
-        weight_bytes: What they take.
-        cache_bytes: What keys and values of one sequence of the context's length take.
-        reading_flops: Operations for a token of a prompt of that length, on average, the output head included.
-        generating_flops: Operations for a token that is generated after it.
+        parameters: All parameters, tied ones once.
+        block_parameters: The parameters of the decoder blocks.
+        weight_bytes: Bytes of all parameters.
+        cache_bytes: Bytes of the KV cache for one sequence of the context's length.
+        reading_flops: Mean operations per token of a prompt of that length, including the output head.
+        generating_flops: Operations per token that is generated after such a prompt.
     """
 
     parameters: int
@@ -44,18 +44,17 @@ class Structure:
 
 
 def attention_spans(model: PreTrainedModel) -> list[float]:
-    """How many tokens back each block attends to at most; infinite where there is no sliding window."""
-    layers, blocks = DynamicCache(config=model.config).layers, blocks_of(model)
-    found = [getattr(layer, "sliding_window", None) for layer in layers]
-    return [float(size) if size else math.inf for size in (found or [None] * len(blocks))]
+    """The sliding window of each block in tokens; infinite without one."""
+    layers: list[Any] = DynamicCache(config=model.config).layers or [None] * len(blocks_of(model))
+    return [float(getattr(layer, "sliding_window", None) or math.inf) for layer in layers]
 
 
 class Ledger:
-    """Adds up what a model would be if its groups kept some of their units only.
+    """Computes the size of a model whose groups keep given numbers of units.
 
     Args:
-        model: Its weights may be on meta.
-        biased: Whether consumers that lose units are given a bias.
+        model: The model before pruning.
+        biased: Whether consumers that lose units gain a bias.
     """
 
     def __init__(self, model: PreTrainedModel, biased: bool = False) -> None:
@@ -68,24 +67,24 @@ class Ledger:
         self.dense = sum(p.numel() for p in model.parameters())
         self.width = model.dtype.itemsize
         self._heads = {
-            f"blocks.{b.index}.attention": (b.kv_heads, 2 * b.head_dim, window)
-            for b, window in zip(blocks, attention_spans(model), strict=True)
+            f"blocks.{b.index}.attention": (b.kv_heads, 2 * b.head_dim, span)
+            for b, span in zip(blocks, attention_spans(model), strict=True)
             if b.has_attention
         }
 
     def parameters(self, counts: Counts) -> int:
-        """All parameters that would be left."""
-        return self.dense - sum(self._gone(name, count) for name, count in counts.items())
+        """The number of parameters."""
+        return self.dense - sum(self._removed(name, count) for name, count in counts.items())
 
     def memory(self, counts: Counts, batch: int, context: int) -> int:
-        """Bytes of the weights that would be left, and of the cache of `batch` sequences of `context` tokens."""
+        """Bytes of the weights, and of the KV cache of `batch` sequences of `context` tokens."""
         cached = sum(
-            counts.get(name, kv_heads) * each * min(context, window)
-            for name, (kv_heads, each, window) in self._heads.items()
+            counts.get(name, kv_heads) * per_head * min(context, span)
+            for name, (kv_heads, per_head, span) in self._heads.items()
         )
         return self.width * (self.parameters(counts) + round(batch * cached))
 
-    def _gone(self, name: str, count: int) -> int:
+    def _removed(self, name: str, count: int) -> int:
         if count == self.sizes[name]:
             return 0
         if not count and name in self.attention:
@@ -96,14 +95,14 @@ class Ledger:
 def pruned_skeleton(
     model: PreTrainedModel, counts: Counts, biased: bool = False, method: str = "", sparsity: float = 0.0
 ) -> PreTrainedModel:
-    """A copy of a skeleton that has been pruned, by the code that prunes, to so many units in each group.
+    """Prunes a copy of a model on the meta device.
 
     Args:
-        model: Its weights are on meta.
-        counts: Units that each group keeps; all of those that are not named.
-        biased: Whether consumers that lose units are given a bias.
-        method: For the plan that the copy carries.
-        sparsity: Likewise.
+        model: The model before pruning.
+        counts: The number of units that each group keeps, by name; other groups stay whole.
+        biased: Whether consumers that lose units gain a bias.
+        method: The name of the method, for the plan of the copy.
+        sparsity: The sparsity, for the plan of the copy.
     """
     pruned = copy.deepcopy(model)
     surgery = Surgery(pruned)
@@ -118,24 +117,20 @@ def pruned_skeleton(
 
 
 def structure(model: PreTrainedModel, context: int) -> Structure:
-    r"""Measures a model by its shapes.
+    r"""Counts the size of a model, for sequences of `context` tokens.
 
-    A token takes two operations for each weight of a linear layer, and :math:`4 H \, hd` in each block for each token
-    that it attends to; norms, activation functions and rotary embeddings are not counted.
-
-    Args:
-        model: Its weights may be on meta.
-        context: Tokens of a sequence.
+    A token takes two operations per weight of a linear layer, and :math:`4 H \, hd` operations per block and attended
+    token, with H query heads of dimension hd. Norms, activation functions and rotary embeddings are not counted.
     """
     blocks, parameters = blocks_of(model), list(model.parameters())
     linear = 2 * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
     cache, reading, generating = 0, 0.0, 0.0
-    for block, window in zip(blocks, attention_spans(model), strict=True):
+    for block, span in zip(blocks, attention_spans(model), strict=True):
         if block.has_attention:
             width = block.kv_heads * block.head_dim
-            cache += round(2 * width * model.dtype.itemsize * min(context, window))
-            reading += 4 * width * block.queries_per_head * mean_span(context, window)
-            generating += 4 * width * block.queries_per_head * min(context, window)
+            cache += round(2 * width * model.dtype.itemsize * min(context, span))
+            reading += 4 * width * block.queries_per_head * mean_span(context, span)
+            generating += 4 * width * block.queries_per_head * min(context, span)
     return Structure(
         parameters=sum(p.numel() for p in parameters),
         block_parameters=sum(block.parameters() for block in blocks),
@@ -147,7 +142,7 @@ def structure(model: PreTrainedModel, context: int) -> Structure:
 
 
 def mean_span(context: int, window: float = math.inf) -> float:
-    """How many tokens those of a sequence attend to, on average, themselves included.
+    """The mean number of tokens that a token of a sequence attends to, including itself.
 
     Example:
         >>> mean_span(4), mean_span(4, 2)
@@ -158,7 +153,7 @@ def mean_span(context: int, window: float = math.inf) -> float:
 
 
 def block_flops(block: Block, length: int, window: float = math.inf) -> float:
-    """Operations of a block for a token of a sequence, on average."""
+    """Mean operations of a block per token of a sequence of `length` tokens."""
     linear = 2 * sum(m.weight.numel() for m in linear_layers(block.module))
     if not block.has_attention:
         return linear
@@ -166,5 +161,5 @@ def block_flops(block: Block, length: int, window: float = math.inf) -> float:
 
 
 def linear_layers(module: nn.Module) -> list[nn.Linear]:
-    """All linear layers of a module."""
+    """All linear layers of a module, including `Conv1D`."""
     return [cast(nn.Linear, m) for m in module.modules() if isinstance(m, nn.Linear | Conv1D)]

@@ -1,4 +1,4 @@
-"""What a pruned model may be at most, and the sparsity that this asks for."""
+"""Limits on a pruned model's parameters and memory, and the search for the least sparsity that meets them."""
 
 import dataclasses
 import math
@@ -12,15 +12,15 @@ from plprune.planning.sizes import Ledger
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a pruned model may be at most: the sparsity is then found by it, and what is given for it does not count.
+    """Limits on the size of a pruned model. The least sparsity that meets them replaces the method's `sparsity`.
 
-    Of two limits the stricter counts; without any there is no target.
+    Both limits must hold. Without a limit, there is no target.
 
     Args:
-        parameters: How many parameters the whole model may have, like 5.0B or 100M.
-        memory: What its weights and the keys and values of `batch` sequences may take, like 8GiB or 500MB.
-        batch: Sequences for which `memory` has to do.
-        context: Tokens of each.
+        parameters: The most parameters of the whole model, like 5.0B or 100M.
+        memory: The most memory for weights and the KV cache of `batch` sequences, like 8GiB or 500MB.
+        batch: The number of sequences that `memory` includes.
+        context: Tokens per sequence.
     """
 
     parameters: int | str | None = None
@@ -31,33 +31,34 @@ class Target:
     def __post_init__(self) -> None:
         check_required(self, "target.")
         if self.batch < 1 or self.context < 1:
-            raise ValueError("target.memory is of at least one sequence of one token: target.batch and target.context")
+            raise ValueError("target.memory needs at least one sequence of one token: check target.batch and context")
         _ = self.limits
 
     @property
     def limits(self) -> dict[str, int]:
-        """Parameters, and bytes of memory; empty if there is no target."""
+        """The limits that are set, in parameters and bytes; empty if there is no target."""
         given = {"parameters": (self.parameters, ""), "memory": (self.memory, "B")}
         return {name: parse_amount(at, f"target.{name}", unit) for name, (at, unit) in given.items() if at is not None}
 
     def sizes(self, ledger: Ledger, counts: Mapping[str, int] = {}) -> dict[str, int]:
-        """What a model would be, in terms of the limits, if its groups kept so many units."""
+        """The size of a model in the units of the limits, if its groups keep the given numbers of units."""
         memory = ledger.memory(counts, self.batch, self.context)
         every = {"parameters": ledger.parameters(counts), "memory": memory}
         return {name: every[name] for name in self.limits}
 
 
 def least_sparsity(excess: Callable[[float], float | None], steps: int = 16) -> tuple[float, float]:
-    """The least sparsity at which a model is small enough, nearly, and by how much it misses.
+    """Searches for the least sparsity at which a model is small enough.
 
-    Where sizes come in steps, a smaller sparsity may rarely do too.
+    Sizes can change in steps, so a smaller sparsity may exist in rare cases.
 
     Args:
-        excess: What a sparsity leaves, as a share of what may be: at most 1 is enough. None if the method refuses it.
-        steps: Parts of the range that are looked at one after another.
+        excess: Returns the size at a sparsity as a share of the limit, so that 1 or less is small enough. Returns None
+            if the method refuses the sparsity.
+        steps: The number of intervals of the first, coarse search.
 
     Returns:
-        The sparsity, and its excess: above 1 if none is enough, for the one that leaves least.
+        The sparsity and its share. If no sparsity is small enough, the one with the least share, above 1.
 
     Raises:
         ValueError: The method refuses every sparsity.
@@ -73,7 +74,7 @@ def least_sparsity(excess: Callable[[float], float | None], steps: int = 16) -> 
         share = excess(at)
         if share is not None and share <= 1:
             return _refined(excess, below, (at, share)) if at else (at, share)
-        if share is None and best[1] < math.inf:  # beyond what the method can do; how far does that go?
+        if share is None and best[1] < math.inf:  # the method refuses this one, but not all before it
             found = _farthest(excess, best[0], at)
             best = min(best, found, key=lambda one: one[1])
             if best[1] <= 1:
@@ -88,7 +89,7 @@ def least_sparsity(excess: Callable[[float], float | None], steps: int = 16) -> 
 def _refined(
     excess: Callable[[float], float | None], low: float, found: tuple[float, float], steps: int = 18
 ) -> tuple[float, float]:
-    """Between a sparsity that is too low and one that is enough, the least that is."""
+    """Bisects between a sparsity that is too low and one that is enough, for the least that is enough."""
     for _ in range(steps):
         if found[1] > 1 - 1e-4 or found[0] - low < 1e-6:
             break
@@ -102,7 +103,7 @@ def _refined(
 
 
 def _farthest(excess: Callable[[float], float | None], low: float, high: float, steps: int = 12) -> tuple[float, float]:
-    """Between a sparsity that the method can do and one that it cannot, the one that leaves least."""
+    """Bisects between a sparsity that the method accepts and one that it refuses, for the least share."""
     best = low, cast(float, excess(low))
     for _ in range(steps):
         middle = (low + high) / 2

@@ -1,10 +1,11 @@
-r"""How many units each block may keep: budgets, top-k, exact rounding, and block importance.
+r"""Decides how many units each block keeps: budgets, rankings, exact rounding, and block importance.
 
-Symbols: B blocks, s sparsity, :math:`S_l` how far block l moves its hidden states, :math:`u_l` its importance.
+Symbols: B blocks, s sparsity, :math:`S_l` distance between input and output of block l, :math:`u_l` its importance.
 """
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ from plprune.architecture.blocks import AttentionUnit, Block, UnitGroup
 from plprune.pruning.constraints import FREE, Constraint
 
 Rows = Sequence[tuple[Block, UnitGroup]]
-NEAR = 0.05  # how far from the sparsity that is asked for a constraint may lead
+TOLERANCE = 0.05  # a constraint may change the requested sparsity by this much
 
 
 def check_sparsity(sparsity: float) -> None:
@@ -26,52 +27,48 @@ def check_sparsity(sparsity: float) -> None:
 
 
 def rescale(sparsity: float, total: int, prunable: int, what: str, added: int = 0) -> float:
-    r"""The fraction of `prunable` parameters to remove so that `sparsity` of `total` is removed.
+    r"""Converts a sparsity of all parameters to a sparsity of the prunable ones.
 
     .. math:: s' = (s \, P + P_{added}) / P_{prunable}
 
     Args:
-        sparsity: s.
-        total: All parameters that count (P).
-        prunable: Those that can leave.
-        what: What those are, for the error.
-        added: Parameters that the pruning itself will add.
+        sparsity: The fraction of `total` to remove (s).
+        total: The number of all parameters (P).
+        prunable: The number of prunable parameters.
+        what: Names the prunable parameters in the error message.
+        added: The number of parameters that pruning adds, such as biases.
 
     Example:
         >>> rescale(0.25, 100, 50, "the FFN")
         0.5
 
     Raises:
-        ValueError: Not even all of `prunable` would be enough.
+        ValueError: Removing all prunable parameters would not be enough.
     """
     check_sparsity(sparsity)
     fraction = (sparsity * total + added) / prunable if sparsity else 0.0
     if fraction >= 1:
         raise ValueError(
             f"sparsity {sparsity} is out of reach: {what} is {prunable / total:.1%} of the blocks' parameters and "
-            f"cannot be removed whole; ask for less than {prunable / total:.3f}"
+            f"cannot be removed entirely; ask for less than {prunable / total:.3f}"
         )
     return fraction
 
 
 def fraction_to_remove(
-    sparsity: float,
-    blocks: Sequence[Block],
-    attention: AttentionUnit,
-    what: str,
-    biased: bool = False,
+    sparsity: float, blocks: Sequence[Block], attention: AttentionUnit, what: str, biased: bool = False
 ) -> float:
-    """The fraction of the blocks' prunable parameters to remove, so that `sparsity` of all their parameters leaves.
+    """The fraction of the blocks' prunable parameters to remove, so that `sparsity` of all their parameters is removed.
 
     Args:
         sparsity: The fraction of the blocks' parameters to remove.
-        blocks: All blocks.
-        attention: The unit of attention that can leave, beside the FFN channels.
-        what: What can leave, for the error.
-        biased: Whether every consumer will be given a bias, which the budget then pays for.
+        blocks: All blocks of the model.
+        attention: The attention units that are prunable besides the FFN channels.
+        what: Names the prunable parameters in the error message.
+        biased: Whether pruning adds a bias to every consumer without one; these parameters are removed elsewhere.
 
     Raises:
-        ValueError: Not even all that can leave would be enough.
+        ValueError: Removing all prunable parameters would not be enough.
     """
     groups = [(block, group) for block in blocks for group in block.groups(attention)]
     prunable = sum(len(group) * block.cost(group) for block, group in groups)
@@ -80,7 +77,7 @@ def fraction_to_remove(
 
 
 def top_k(score: Tensor, k: int) -> Tensor:  # [units] -> [k]
-    """Indices of the `k` best units, ascending; of equals the first.
+    """Indices of the `k` units with the highest scores, ascending. Ties go to the lower index.
 
     Example:
         >>> top_k(torch.tensor([1.0, 3.0, 2.0, 3.0]), 2)
@@ -100,9 +97,9 @@ def complement(keep: Tensor, size: int) -> Tensor:
 
 
 def largest_remainder(shares: Sequence[float], total: int, least: int = 1) -> list[int]:
-    """Whole numbers near `shares`, scaled to sum to `total` exactly, none below `least` (Hamilton's method).
+    """Rounds shares to integers of at least `least` that sum to `total` exactly (Hamilton's method).
 
-    Shares that are all zero count as equal.
+    Shares need not sum to `total`. If all are zero, they count as equal.
 
     Example:
         >>> largest_remainder([2.6, 1.3, 0.1], 4)
@@ -114,7 +111,7 @@ def largest_remainder(shares: Sequence[float], total: int, least: int = 1) -> li
     shares = shares if any(shares) else [1.0] * len(shares)
     scale = total / sum(shares)
     exact = [max(share * scale, float(least)) for share in shares]
-    while (excess := sum(exact) - total) > 1e-9 * total:  # those lifted to the least are paid for by the others
+    while (excess := sum(exact) - total) > 1e-9 * total:  # lifting shares to the least takes from the others
         free = sum(x - least for x in exact)
         exact = [least + (x - least) * (1 - excess / free) for x in exact]
     floors = [int(x + 1e-9) for x in exact]
@@ -125,15 +122,15 @@ def largest_remainder(shares: Sequence[float], total: int, least: int = 1) -> li
 
 
 def next_sparsity(sparsity: float, left: float, number: int, rounds: int) -> float:
-    r"""What one of several rounds has to remove of what is left, so that the last one ends at `sparsity` of all.
+    r"""The sparsity of one of several rounds, relative to its input model, so that the last round reaches `sparsity`.
 
     .. math:: s_i = 1 - (1 - s)^{i / n} \, / \, l
 
     Args:
-        sparsity: s.
-        left: The fraction of all parameters that is left before the round (l).
-        number: Of the round, from 1 (i).
-        rounds: How many there are (n).
+        sparsity: The final sparsity (s).
+        left: The fraction of all parameters that the rounds before have kept (l).
+        number: The number of the round, from 1 (i).
+        rounds: The number of rounds (n).
 
     Example:
         >>> next_sparsity(0.75, 1.0, 1, 2), next_sparsity(0.75, 0.4, 2, 2)
@@ -146,14 +143,15 @@ def next_sparsity(sparsity: float, left: float, number: int, rounds: int) -> flo
 def nearest_counts(
     wanted: Sequence[float], counts: Sequence[Sequence[int]], costs: Sequence[int], target: float
 ) -> list[int]:
-    """Numbers of units that may be kept, near the `wanted` ones, whose cost together is as near to `target` as steps of
-    single groups get it.
+    """Chooses an allowed count for each group, near the wanted one, so that the total cost is near the target.
+
+    Starts at the nearest allowed counts and moves single groups by one step, while this brings the cost nearer.
 
     Args:
-        wanted: Units to keep in each group.
-        counts: Those that each group may keep, ascending.
+        wanted: The wanted number of units of each group.
+        counts: The allowed numbers of units of each group, ascending.
         costs: The cost of one unit of each group.
-        target: What all kept units should cost.
+        target: The wanted total cost.
 
     Example:
         >>> nearest_counts([40.0, 50.0, 90.0], [range(32, 97, 32)] * 3, [1] * 3, 180)
@@ -163,11 +161,11 @@ def nearest_counts(
     """
     at = [min(range(len(c)), key=lambda i, w=w, c=c: (abs(c[i] - w), -i)) for w, c in zip(wanted, counts, strict=True)]
     while True:
-        excess = sum(c[i] * cost for c, i, cost in zip(counts, at, costs, strict=True)) - target
+        excess = _total([c[i] for c, i in zip(counts, at, strict=True)], costs) - target
         way, best = -1 if excess > 0 else 1, None
         for k, (c, i, cost) in enumerate(zip(counts, at, costs, strict=True)):
             if not 0 <= i + way < len(c) or (change := abs(c[i + way] - c[i]) * cost) >= 2 * abs(excess):
-                continue  # it would lead no nearer
+                continue  # the step would not reduce the distance
             farther = ((c[i + way] - wanted[k]) ** 2 - (c[i] - wanted[k]) ** 2) * cost**2 / change
             if best is None or farther < best[0]:
                 best = farther, k
@@ -177,69 +175,43 @@ def nearest_counts(
 
 
 def fit_counts(
-    rows: Rows,
-    wanted: Sequence[float],
-    keep: float,
-    asked: Constraint,
-    each_block: bool = False,
+    rows: Rows, wanted: Sequence[float], keep: float, constraint: Constraint, each_block: bool = False
 ) -> list[int]:
-    """Units to keep in each group, of the numbers that a constraint allows: near the `wanted` ones, and to the budget.
+    """Chooses numbers of units that a constraint allows, near the wanted ones and near the budget.
 
     Args:
         rows: Blocks with their groups, in the order of the blocks.
-        wanted: Units to keep in each group.
+        wanted: The wanted number of units of each group.
         keep: The fraction of the groups' parameters to keep.
-        asked: What allows only some numbers.
-        each_block: Whether each block has to keep its fraction, and not only all together.
+        constraint: The constraint.
+        each_block: Whether the budget holds for each block, instead of for all together.
 
     Raises:
-        ValueError: A group can keep no number of units.
+        ValueError: The constraint allows no number of units for some group.
     """
     scopes = list(dict.fromkeys(block.index for block, _ in rows)) if each_block else [None]
     chosen = [0] * len(rows)
     for scope in scopes:
-        own = [i for i, (block, _) in enumerate(rows) if scope in (None, block.index)]
-        costs = [rows[i][0].cost(rows[i][1]) for i in own]
-        target = keep * sum(cost * len(rows[i][1]) for i, cost in zip(own, costs, strict=True))
-        found = nearest_counts([wanted[i] for i in own], [asked.counts(*rows[i]) for i in own], costs, target)
-        for i, count in zip(own, found, strict=True):
+        members = [i for i, (block, _) in enumerate(rows) if scope in (None, block.index)]
+        costs = [rows[i][0].cost(rows[i][1]) for i in members]
+        target = keep * _total([len(rows[i][1]) for i in members], costs)
+        allowed = [constraint.counts(*rows[i]) for i in members]
+        counts = nearest_counts([wanted[i] for i in members], allowed, costs, target)
+        for i, count in zip(members, counts, strict=True):
             chosen[i] = count
     return chosen
 
 
-def check_near(sparsity: float, rows: Rows, chosen: Sequence[int], keep: float, of: int) -> None:
-    """Makes sure that a constraint leads near enough to a budget: within 0.05, and at least half of the way.
-
-    Args:
-        sparsity: What is asked for.
-        rows: Blocks with their groups.
-        chosen: Units that each group keeps.
-        keep: The fraction of the groups' parameters to keep for that.
-        of: The parameters of which `sparsity` is a fraction.
-
-    Raises:
-        ValueError: It does not.
-    """
-    costs = [block.cost(group) for block, group in rows]
-    kept = sum(cost * count for cost, count in zip(costs, chosen, strict=True))
-    off = (kept - keep * sum(cost * len(group) for cost, (_, group) in zip(costs, rows, strict=True))) / of
-    if abs(off) > min(NEAR, sparsity / 2) + 1e-9:
-        raise ValueError(
-            f"sparsity {sparsity} is out of reach where `serve_on` and `tensor_parallel` say what sizes there can be: "
-            f"the nearest is {max(0.0, sparsity - off):.3f}; ask for that, for another place or for fewer devices"
-        )
-
-
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What blocks may keep of their groups, and the numbers of units that a constraint allows.
+    """The fraction of parameters that blocks may keep, and the constraint on their sizes.
 
     Args:
-        blocks: All blocks.
+        blocks: All blocks of the model.
         keep: The fraction of the groups' parameters to keep.
-        constraint: What allows only some numbers.
-        attention: The unit of attention that can leave, beside the FFN channels.
-        each_block: Whether each block has to keep its fraction under a constraint, and not only all together.
+        constraint: Allows only some numbers of units.
+        attention: The attention units that are prunable besides the FFN channels.
+        each_block: Whether, under a constraint, the budget holds for each block, instead of for all together.
     """
 
     blocks: Sequence[Block]
@@ -250,12 +222,12 @@ class Budget:
 
     @functools.cached_property
     def rows(self) -> Rows:
-        """The blocks with their groups."""
+        """Each group with its block."""
         return [(block, group) for block in self.blocks for group in block.groups(self.attention)]
 
     @functools.cached_property
     def sizes(self) -> list[int]:
-        """The units that each group has."""
+        """The number of units of each group."""
         return [len(group) for _, group in self.rows]
 
     @functools.cached_property
@@ -266,27 +238,27 @@ class Budget:
     @property
     def whole(self) -> int:
         """The parameters of all groups."""
-        return sum(cost * size for cost, size in zip(self.costs, self.sizes, strict=True))
+        return _total(self.sizes, self.costs)
 
     @property
     def alike(self) -> list[float]:
-        """The same fraction of each group."""
+        """The number of units of each group if all keep the same fraction."""
         return [size * self.keep for size in self.sizes]
 
     def fit(self, wanted: Sequence[float]) -> list[int]:
-        """Units to keep in each group, as by :func:`fit_counts`."""
+        """Chooses allowed numbers of units near the wanted ones, by :func:`fit_counts`."""
         return fit_counts(self.rows, wanted, self.keep, self.constraint, self.each_block)
 
     def check(self, sparsity: float, of: int | None = None, chosen: Sequence[int] | None = None) -> None:
-        """Makes sure that the constraint can be met, near enough to the sparsity that is asked for.
+        """Checks that the constraint allows a sparsity within 0.05, and within half, of the requested one.
 
         Args:
-            sparsity: That.
-            of: The parameters of which it is a fraction; all of the blocks' if not given.
-            chosen: Units that each group keeps if nothing is known of the data; if not given, the same fraction.
+            sparsity: The requested sparsity.
+            of: The number of parameters that `sparsity` refers to; by default all parameters of the blocks.
+            chosen: The number of units that each group keeps; by default :attr:`alike`, fitted to the constraint.
 
         Raises:
-            ValueError: It cannot.
+            ValueError: No such sparsity is possible.
         """
         if self.constraint == FREE:
             return
@@ -294,15 +266,20 @@ class Budget:
             self.constraint.check_heads(self.blocks)
         chosen = self.fit(self.alike) if chosen is None else chosen
         of = sum(block.parameters() for block in self.blocks) if of is None else of
-        check_near(sparsity, self.rows, chosen, self.keep, of)
+        excess = (_total(chosen, self.costs) - self.keep * self.whole) / of
+        if abs(excess) > min(TOLERANCE, sparsity / 2) + 1e-9:
+            raise ValueError(
+                f"sparsity {sparsity} is out of reach with the sizes that `serve_on` and `tensor_parallel` allow: the "
+                f"nearest is {max(0.0, sparsity - excess):.3f}; ask for that, or change `serve_on` or `tensor_parallel`"
+            )
 
 
 def importance(distances: Sequence[float], gain: float = 1.0) -> Tensor:  # [B]
-    r"""Importance of each block from how far it moves its hidden states (CFSP, coarse-grained).
+    r"""Importance of each block from the distances between block inputs and outputs (CFSP, coarse-grained).
 
     .. math:: u_l = \sigma\bigl(13.1072 \, a \, (S_l - \bar S)\bigr)
 
-    13.1072 is the authors' division by 1e4 of a sum over 128 x 1024 tokens, here independent of their number.
+    The authors divide a sum over 128 x 1024 tokens by 1e4; with a mean over tokens, that is a factor of 13.1072.
 
     Example:
         >>> importance([0.1, 0.1])
@@ -317,8 +294,8 @@ def kept_fractions(u: Tensor, p: float, sizes: Sequence[int] | None = None) -> T
 
     .. math:: k_l = \frac{u_l}{\bar u} (1 - p)
 
-    where importance is drawn toward its mean first if a block would otherwise keep more than it has. The mean is
-    weighted by the blocks' `sizes`, should they differ: p is of all channels together.
+    If a block would keep more channels than it has, all importances are first moved toward their mean. `sizes` weights
+    that mean by the blocks' widths, so that p refers to all channels together.
 
     Example:
         >>> kept_fractions(torch.tensor([0.4, 0.6]), 0.2)
@@ -332,17 +309,20 @@ def kept_fractions(u: Tensor, p: float, sizes: Sequence[int] | None = None) -> T
 
 
 def global_ranking(scores: list[Tensor], costs: list[int], p: float) -> list[Tensor]:
-    """One ranking of all units: the best are kept while their cost stays nearest to (1 - p) of the total.
+    """Ranks the units of all groups together and keeps the best, so that their cost is nearest to (1 - p) of the total.
 
-    The best unit of each group is kept whatever its rank.
+    Each group keeps at least its best unit.
 
     Args:
-        scores: Scores of each group's units, comparable with all others', [units] each.
+        scores: Scores of each group's units, [units] each, comparable between groups.
         costs: Parameters of one unit of each group.
-        p: The fraction of all cost to remove.
+        p: The fraction of the total cost to remove.
+
+    Returns:
+        The indices of the units to keep in each group, ascending.
 
     Raises:
-        ValueError: The best unit of each group is already more than what may stay.
+        ValueError: The best unit of each group alone exceeds the budget.
 
     Example:
         >>> global_ranking([torch.tensor([3.0, 1.0]), torch.tensor([2.0, 0.0])], [1, 1], 0.5)
@@ -363,11 +343,14 @@ def global_ranking(scores: list[Tensor], costs: list[int], p: float) -> list[Ten
 
 
 def check_best(costs: Sequence[int], sizes: Sequence[int], p: float) -> None:
-    """Raises ValueError if the best units of all groups are already more than what may stay."""
-    if len(costs) > 1 and sum(costs) - costs[-1] / 2 >= (1 - p) * sum(
-        cost * size for cost, size in zip(costs, sizes, strict=True)
-    ):
+    """Raises ValueError if the best unit of each group alone exceeds the budget of :func:`global_ranking`."""
+    if len(costs) > 1 and sum(costs) - costs[-1] / 2 >= (1 - p) * _total(sizes, costs):
         raise ValueError(
-            f"{p:.1%} of what can be pruned is too much, as every block keeps its best head and its best channel: ask "
-            "for a lower sparsity"
+            f"cannot remove {p:.1%} of the heads and channels, as every block keeps its best head and channel: ask for "
+            "a lower sparsity"
         )
+
+
+def _total(counts: Sequence[int], costs: Sequence[int]) -> int:
+    """The cost of `counts[i]` units of group i for all groups together."""
+    return sum(map(operator.mul, counts, costs))

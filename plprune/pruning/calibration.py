@@ -1,4 +1,4 @@
-"""Calibration text, and what was observed of a model on it."""
+"""Calibration text, and observations of a model on it."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -16,15 +16,15 @@ from plprune.pruning.statistics import BlockInfluence, Statistic
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration text, and the devices for computing with it.
+    """Calibration text, and the devices to process it on.
 
     Args:
-        batches: Token ids, one tensor [b, s] each, without padding.
+        batches: Token ids, [b, s] each, without padding.
         device: The device that the current block runs on; by default the model's.
-        offload: Where hidden states are kept between blocks: in the CPU's memory, or on disk (only for a streamed
-            model); by default on `device`.
-        group: Processes that share the work, each with the whole text and the whole model; None for one process.
-        known: Earlier observations (`plprune.pruning.observations`); used if model and text are the same.
+        offload: Where to keep hidden states between blocks: in CPU memory, or on disk (only for a streamed model); by
+            default on `device`.
+        group: The processes that share the work, each with the whole text and the whole model; None for one process.
+        known: Earlier observations (`plprune.pruning.observations`), used if model and text are the same.
     """
 
     batches: list[Tensor]
@@ -38,10 +38,10 @@ class Calibration:
 
     @classmethod
     def of(cls, batches: "Calibration | Iterable[Tensor]") -> "Calibration":
-        """A Calibration of any batches of token ids.
+        """Makes a Calibration from batches of token ids.
 
         Raises:
-            ValueError: There are no batches, or they do not have the shape [b, s].
+            ValueError: There are no batches, or they are not integer tensors of shape [b, s].
         """
         calibration = batches if isinstance(batches, cls) else cls(list(batches))
         if not calibration.batches:
@@ -55,22 +55,22 @@ class Calibration:
         return self._windows()[:count]
 
     def share(self) -> list[Tensor]:  # [b, s] each
-        """The batches of this process; possibly none."""
+        """The batches of this process; can be empty."""
         if self.group is None:
             return self.batches
         size = max(len(ids) for ids in self.batches)
         mine = distributed.shard(self._windows(), self.group)
-        alike = [list(run) for _, run in itertools.groupby(mine, lambda ids: ids.shape[1])]
-        return [torch.cat(run[i : i + size]) for run in alike for i in range(0, len(run), size)]
+        by_length = [list(run) for _, run in itertools.groupby(mine, lambda ids: ids.shape[1])]
+        return [torch.cat(run[i : i + size]) for run in by_length for i in range(0, len(run), size)]
 
     @property
     def first(self) -> int:
-        """The index, among all windows, of this process's first."""
+        """The index of this process's first window among all windows."""
         return next(iter(distributed.shard(range(len(self._windows())), self.group)), 0)
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the windows; the batch size does not matter."""
+        """A hash of the windows, independent of the batch size."""
         ids, lengths = [ids.flatten() for ids in self], [ids.shape[1] for ids in self for _ in ids]
         return fingerprint([("ids", torch.cat(ids).cpu()), ("lengths", torch.tensor(lengths))], values=1 << 30)
 
@@ -83,8 +83,8 @@ class Observed:
     """The observations of one block.
 
     Args:
-        influence: How far the block moves its hidden states.
-        statistics: Statistics by the path of the consumer and the name of their class.
+        influence: The distances between the block's inputs and outputs.
+        statistics: Statistics by consumer path and class name.
     """
 
     influence: BlockInfluence
@@ -93,10 +93,10 @@ class Observed:
 
 @dataclass(frozen=True)
 class Observations:
-    """The observations of a model on a text: methods that need no others prune by them without a forward pass.
+    """The observations of a model on a text. A method that needs no others can prune without a forward pass.
 
     Args:
-        weights: Fingerprint of the model.
+        weights: Fingerprint of the model's weights.
         text: Fingerprint of the text.
         blocks: The observations of each block.
     """
@@ -106,5 +106,5 @@ class Observations:
     blocks: list[Observed]
 
     def are_of(self, model: PreTrainedModel, calibration: Calibration) -> bool:
-        """Whether they are of this text and of this model with its present weights."""
+        """Whether the observations belong to this text and to this model with its current weights."""
         return self.text == calibration.fingerprint and self.weights == fingerprint(model.named_parameters())

@@ -1,7 +1,6 @@
-"""Running a model's blocks one by one, each on what the model itself passes it.
+"""Runs a model's blocks one by one, with the arguments that the model itself passes.
 
-Nothing is guessed: the model is run once per batch with its blocks made transparent, what it passes to each of them
-is recorded, and the blocks are then called with just that.
+To record these arguments, the model runs once per batch with blocks that return their input unchanged.
 """
 
 import contextlib
@@ -21,12 +20,12 @@ from plprune.pruning.journal import DiskStates, NotFinite
 from plprune.pruning.statistics import BlockInfluence, Statistic
 
 S = TypeVar("S", bound=Statistic)
-PAIR = ((3, 8), (8, 16))  # token ids of two documents, of unlike length
+DOCUMENTS = ((3, 8), (8, 16))  # ranges of token ids: two documents of different lengths
 
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call of a block, without its hidden states."""
+    """The arguments of one call of a block, except its hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -36,7 +35,7 @@ class Call:
 
 
 class MemoryStates(list[Tensor]):
-    """Hidden states in memory, on one device."""
+    """Hidden states in the memory of one device, [b, s, d] each."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -50,18 +49,18 @@ class MemoryStates(list[Tensor]):
 
 
 class BlockInputs:
-    """The inputs of one block for all batches; after :func:`observe` also its outputs.
+    """The inputs of one block for all batches, and its outputs once it has run.
 
     Args:
         block: The block.
         hidden: The hidden states that enter it, [b, s, d] each.
-        calls: The other arguments, for each batch.
+        calls: Its other arguments, one call per batch.
         device: The device that it runs on.
         states: Makes an empty collection for its outputs.
-        group: Processes that share the batches.
+        group: The processes that share the batches.
     """
 
-    decided = False  # whether an earlier run has already pruned the block
+    decided = False  # whether an interrupted run has already pruned the block
 
     def __init__(
         self,
@@ -77,10 +76,10 @@ class BlockInputs:
         self.influence = BlockInfluence()
         self.observed: list[Mapping[str, Statistic]] = []  # statistics by consumer, for each observation
         self._outputs: MemoryStates | DiskStates | None = None
-        self._weights: dict[str, Tensor] = {}  # checksums of the weights that made the outputs
+        self._weights: dict[str, Tensor] = {}  # checksums of the weights that produced the outputs
 
     def known(self, groups: list[UnitGroup], statistic: Callable[[], S]) -> list[tuple[UnitGroup, S]] | None:
-        """The groups' statistics, if they are known without running the block; else None."""
+        """Returns the groups' statistics if they are known without running the block, else None."""
         return None
 
     @torch.no_grad()
@@ -89,7 +88,7 @@ class BlockInputs:
         if self._outputs is not None:
             self._outputs.discard()
         self._outputs, self._weights = self.states(), checksums(self.block.module)
-        sums = []  # looked at once, as a look waits for a GPU
+        sums = []  # checked once at the end, as a check synchronises the GPU
         for hidden, call in zip(self.hidden, self.calls, strict=True):
             x = hidden.to(self.device)
             y = run_block(self.block, x, call.to(self.device))
@@ -104,7 +103,7 @@ class BlockInputs:
             )
 
     def outputs(self) -> "MemoryStates | DiskStates":
-        """The outputs of the block as it is now; it runs again only if its weights have changed since it last ran."""
+        """Returns the outputs of the block with its current weights, and runs it again only if these have changed."""
         if self._outputs is None or not same_values(checksums(self.block.module), self._weights):
             self.observed.clear()
             self.run()
@@ -115,7 +114,7 @@ class BlockInputs:
 def check_ids(
     model: PreTrainedModel, batches: Iterable[Tensor], tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
-    """Raises ValueError if a token id has no row in the model's embedding, as with the tokenizer of another model."""
+    """Raises ValueError if the model's embedding has no row for a token id, as with another model's tokenizer."""
     rows = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
     beyond = sorted({int(i) for ids in batches if ids.numel() and ids.max() >= rows for i in ids[ids >= rows].unique()})
     if beyond:
@@ -123,30 +122,31 @@ def check_ids(
         more = f" and {len(beyond) - 5} more" if len(beyond) > 5 else ""
         raise ValueError(
             f"the text has tokens that the embedding, of {rows} rows, has none for: {', '.join(some)}{more}; use the "
-            "model's own tokenizer, or make the embedding larger by model.resize_token_embeddings"
+            "model's own tokenizer, or enlarge the embedding by model.resize_token_embeddings"
         )
 
 
 def check_masking(model: PreTrainedModel) -> None:
-    """Checks on an example that tokens attend only to their own document when positions restart at each document.
+    """Checks on an example that no token attends to another document when positions restart at each document.
 
-    Of several processes only the first runs it, as the others may not have the weights.
+    Only the first process runs the check, as the others may not have the weights.
 
     Raises:
         ValueError: The logits of two documents in one window differ from those of each document alone.
     """
-    gap = distributed.broadcast_object(None if lacks_weights(model) else _crossing(model), distributed.world())
+    gap = distributed.broadcast_object(None if lacks_weights(model) else _document_leakage(model), distributed.world())
     if gap is not None and not gap <= (1e-3 if model.dtype == torch.float32 else 0.06):
         raise ValueError(
-            f"{type(model).__name__} does not keep documents of a window apart (logits differ by {gap:.2g} of the "
-            "largest from those of each document alone): leave out data.intra_document_masking"
+            f"{type(model).__name__} does not separate the documents of a window (their logits differ from those of "
+            f"each document alone by {gap:.2g} of the largest logit): leave out data.intra_document_masking"
         )
 
 
 @torch.no_grad()
-def _crossing(model: PreTrainedModel) -> float:
-    """The largest difference between logits of documents in a window and alone, over the largest logit; two orders."""
-    first, second = (torch.arange(*each)[None].to(model.device) % cast(int, model.config.vocab_size) for each in PAIR)
+def _document_leakage(model: PreTrainedModel) -> float:
+    """The largest difference between logits of packed and of separate documents, relative to the largest logit."""
+    vocabulary = cast(int, model.config.vocab_size)
+    first, second = (torch.arange(*ids)[None].to(model.device) % vocabulary for ids in DOCUMENTS)
     orders = [(first, second), (second, first)]
     ids = torch.cat([torch.cat(order, 1) for order in orders])
     positions = torch.cat([torch.cat([torch.arange(each.shape[1]) for each in order])[None] for order in orders])
@@ -160,16 +160,16 @@ def _crossing(model: PreTrainedModel) -> float:
 @contextlib.contextmanager
 def checking_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """Within the context, every call of the model checks its token ids by :func:`check_ids`."""
-    look = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: check_ids(model, args[:1], tokenizer))
+    handle = model.get_input_embeddings().register_forward_pre_hook(lambda _, ids: check_ids(model, ids[:1], tokenizer))
     try:
         yield
     finally:
-        look.remove()
+        handle.remove()
 
 
 @torch.no_grad()
 def record_inputs(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:  # ids: [b, s]
-    """The hidden states that enter the first block, and the other arguments of each block."""
+    """Returns the hidden states that enter the first block, and the other arguments of each block."""
     first: list[Tensor] = []
     calls: list[Call] = []
     blocks = blocks_of(model)
@@ -180,10 +180,10 @@ def record_inputs(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, list[Cal
         first.append(hidden)
         calls.append(call)
         if len(calls) == len(blocks):
-            raise _Enough
+            raise _Stop
         return hidden
 
-    with replaced_forwards([b.module for b in blocks], [transparent] * len(blocks)), contextlib.suppress(_Enough):
+    with replaced_forwards([b.module for b in blocks], [transparent] * len(blocks)), contextlib.suppress(_Stop):
         model(input_ids=ids.to(model.device), use_cache=False)
     return first[0], calls
 
@@ -192,7 +192,7 @@ def record_inputs(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, list[Cal
 def logits_from(
     model: PreTrainedModel, ids: Tensor, hidden: Tensor
 ) -> Tensor:  # [b, s], [b, s, d] -> [b, s, vocabulary]
-    """The logits that the model computes from the last block's output."""
+    """Computes the logits from the last block's output, by the model's own code."""
     blocks = blocks_of(model)
     forwards = [lambda *a, **k: split_call(a, k)[0]] * (len(blocks) - 1) + [lambda *_, **__: hidden]
     with replaced_forwards([block.module for block in blocks], forwards):
@@ -206,15 +206,12 @@ def run_block(block: Block, hidden: Tensor, call: Call) -> Tensor:  # [b, s, d] 
 
 
 def checksums(module: nn.Module) -> dict[str, Tensor]:
-    """Checksums of each parameter: sums over its bits, by rows and by columns.
-
-    In practice they differ whenever the values do; they are far smaller, and fast to compute.
-    """
+    """Checksums of each parameter: sums of its bits over rows and over columns, small and fast to compute."""
     return {name: _sums(p.detach()) for name, p in module.named_parameters()}
 
 
 def same_values(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    """Whether the checksums of two modules are equal."""
+    """Whether two results of :func:`checksums` are equal."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -237,12 +234,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-class _Enough(Exception):
+class _Stop(Exception):
     """Ends a forward pass once all blocks have been called."""
 
 
 def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
-    """Splits a block's arguments into its hidden states and the others."""
+    """Splits a block's arguments into its hidden states and the other arguments."""
     if args:
         return args[0], Call(args[1:], kwargs)
     return kwargs["hidden_states"], Call((), {k: v for k, v in kwargs.items() if k != "hidden_states"})
@@ -251,13 +248,13 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, C
 @contextlib.contextmanager
 def replaced_forwards(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
     """Replaces the modules' forward functions within the context."""
-    own = [module.__dict__.get("forward") for module in modules]
+    before = [module.__dict__.get("forward") for module in modules]
     for module, forward in zip(modules, forwards, strict=True):
         cast(Any, module).forward = forward
     try:
         yield
     finally:
-        for module, forward in zip(modules, own, strict=True):
+        for module, forward in zip(modules, before, strict=True):
             del module.forward
             if forward is not None:
                 cast(Any, module).forward = forward

@@ -1,17 +1,18 @@
-r"""Losses of the next tokens that never hold the logits of all positions.
+r"""Language-modelling losses that never hold the logits of all positions in memory.
 
-Logits are as wide as the vocabulary, and a loss needs them several times in float32: for 8192 tokens of Llama 3 that is
-4 GB each time. So only the positions that count get any, a few at a time, and the gradient at what enters the head is
-made as soon as their losses are there:
+Logits are as wide as the vocabulary, and a loss needs several float32 copies of them: for 8192 tokens of Llama 3, each
+copy takes 4 GB. Therefore logits are computed for chunks of the counted positions only, and each chunk's gradient with
+respect to the head's inputs is computed in the forward pass:
 
 .. math:: L = \sum_i w_i \sum_t \ell_i(z_t), \qquad z_t = f(h_t), \qquad
     \frac{\partial L}{\partial h_t} = \Bigl(\frac{\partial f}{\partial h_t}\Bigr)^{\!\top}
     \sum_i w_i \frac{\partial \ell_i}{\partial z_t}
 
-What is kept for the backward pass is as wide as the model: :math:`\partial L / \partial h`, [n, d].
+The backward pass then needs only :math:`\partial L / \partial h`, [n, d].
 
-Symbols: n positions that count, t one of them, h what enters the head, f the head and whatever the model does with what
-leaves it, z logits, l losses, w their weights; b windows of a batch, s tokens of a window, d model width, v vocabulary.
+Symbols: t one of n counted positions, h inputs of the head, f the head with any scaling or capping of its output,
+z logits, :math:`\ell_i` criteria, w their weights, b windows per batch, s tokens per window, d model width,
+v vocabulary size.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,7 +31,7 @@ from plprune.pruning.forward import replaced_forwards
 def top_k_log_probs(
     logits: Tensor, top_k: int, temperature: float
 ) -> tuple[Tensor, Tensor]:  # [..., v] -> [..., k + 1], [..., k]
-    """Log-probabilities of the likeliest tokens and, last, of all others together; and which tokens those are.
+    """The log-probabilities of the `top_k` likeliest tokens and, last, of all other tokens together; and the tokens.
 
     Example:
         >>> values, tokens = top_k_log_probs(torch.tensor([4.0, 1.0, 2.0, 1.0]).log(), 2, 1.0)
@@ -53,42 +54,41 @@ def divergence(
 ) -> Tensor:
     """KL divergence of a model from a teacher's :func:`top_k_log_probs`, summed, times the temperature squared."""
     index = tokens.long()
-    own = logits.gather(-1, index).float() / temperature
+    ours = logits.gather(-1, index).float() / temperature
     if values.shape[-1] > index.shape[-1]:
-        # A new tensor, changed in place: the vocabulary is wide, and this is the only one that is made as large.
+        # In place on a new tensor: this is the only copy as wide as the vocabulary.
         others = (logits.float() / temperature).scatter_(-1, index, -torch.inf)
-        own = torch.cat([own, others.logsumexp(-1, keepdim=True)], -1)
-    theirs = values.float().log_softmax(-1)  # they were rounded
-    divergence = nn.functional.kl_div(own.log_softmax(-1), theirs, log_target=True, reduction="sum")
-    return temperature**2 * divergence
+        ours = torch.cat([ours, others.logsumexp(-1, keepdim=True)], -1)
+    theirs = values.float().log_softmax(-1)  # stored values are rounded, so they are normalised again
+    return temperature**2 * nn.functional.kl_div(ours.log_softmax(-1), theirs, log_target=True, reduction="sum")
 
 
 def next_token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:  # [b, s, v], [b, s]
-    """Cross-entropy of every token given those before it; labels of -100 do not count.
+    """Cross-entropy of each label given the tokens before it; labels of -100 do not count.
 
     Example:
         >>> next_token_loss(torch.zeros(1, 2, 4), torch.tensor([[0, 3]])).exp()
         tensor(4.)
     """
     logits, labels = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device)
-    return torch.nn.functional.cross_entropy(logits, labels, reduction=reduction)
+    return nn.functional.cross_entropy(logits, labels, reduction=reduction)
 
 
-# Bytes of logits in float32 at a time. On a CPU, malloc keeps no more than 32 MB at hand, and new pages are slow.
-ROOM, ROOM_ON_CPU = 1 << 28, 3 << 23
-LEAST = 64  # positions, as the head is read anew for each part
-Criterion = Callable[[Tensor, slice], Tensor]  # logits [r, v], and which of all positions they are of: their sum
+# Bytes of float32 logits per chunk. On a CPU, malloc reuses at most 32 MB, and new pages are slow.
+CHUNK_BYTES, CHUNK_BYTES_ON_CPU = 1 << 28, 3 << 23
+LEAST_ROWS = 64  # per chunk, as each chunk reads all weights of the head
+Criterion = Callable[[Tensor, slice], Tensor]  # logits [r, v] and their slice of all positions -> sum of losses
 
 
 @dataclass(frozen=True)
 class HeadInputs:
-    """What enters a model's head, at some positions.
+    """The inputs of a model's head at the counted positions.
 
     Args:
         values: The hidden states, [n, d].
-        head: Makes the logits [r, v] of some of them, by the model's own code, as some families scale or cap them.
-        trained: What is trained of the head.
-        rows: Of how many there may be logits at a time.
+        head: Computes logits [r, v] of hidden states [r, d] by the model's own code, which may scale or cap them.
+        trained: The trainable parameters of the head.
+        rows: The number of positions per chunk.
     """
 
     values: Tensor
@@ -97,22 +97,22 @@ class HeadInputs:
     rows: int
 
     def logits(self) -> Iterator[tuple[Tensor, slice]]:
-        """The logits of all positions, a few at a time, and of which they are."""
-        for where in self.parts():
+        """Yields the logits chunk by chunk, each with its slice of the positions."""
+        for where in self.chunks():
             yield self.head(self.values[where]), where
 
-    def parts(self) -> list[slice]:
-        """Which positions are taken together: at least one, maybe empty, part."""
+    def chunks(self) -> list[slice]:
+        """The slices of the positions; without positions, one empty slice."""
         return [slice(start, start + self.rows) for start in range(0, max(1, len(self.values)), self.rows)]
 
 
 def rows_per_chunk(vocabulary: int, on_cpu: bool) -> int:
-    """Of how many positions there are logits at a time."""
-    return max(LEAST, (ROOM_ON_CPU if on_cpu else ROOM) // (4 * vocabulary))
+    """The number of positions per chunk of logits."""
+    return max(LEAST_ROWS, (CHUNK_BYTES_ON_CPU if on_cpu else CHUNK_BYTES) // (4 * vocabulary))
 
 
 def counted_positions(labels: Tensor) -> Tensor:  # [b, s] -> [n]
-    """The positions, in all windows one after another, whose next token counts. A GPU is waited for.
+    """Indices into the flattened windows of the positions whose next token counts. Synchronises a GPU.
 
     Example:
         >>> counted_positions(torch.tensor([[5, 6, 7], [5, -100, 7]]))
@@ -122,30 +122,30 @@ def counted_positions(labels: Tensor) -> Tensor:  # [b, s] -> [n]
 
 
 def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a model is given of a batch: the tokens and, where documents are apart, their positions in them."""
+    """The entries of a batch that are passed to the model; position ids exist if documents are masked separately."""
     return {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
 
 
 def head_inputs(model: PreTrainedModel, given: dict[str, Tensor], positions: Tensor, whole: bool = True) -> HeadInputs:
-    """What enters the head of a model at some positions of windows.
+    """Runs a model up to its head.
 
     Args:
         model: The model.
         given: Its :func:`model_inputs`, [b, s] each.
-        positions: As :func:`counted_positions` has them.
-        whole: Whether this process holds the whole head. Where it has a shard, the model must be called as one: its
-            logits are then made at once, in its dtype, and taken for the states of a head that does nothing.
+        positions: The :func:`counted_positions`.
+        whole: Whether this process holds the whole head. With a shard, the model must be called as a whole: its logits
+            are then computed at once, in its dtype, and returned as inputs of an identity head.
     """
     rows = rows_per_chunk(model.config.vocab_size, positions.device.type == "cpu")
     if not whole:
         logits = model(**given, use_cache=False).logits
         return HeadInputs(logits.flatten(0, 1).index_select(0, positions), lambda values: values, [], rows)
-    base = model.get_decoder()  # which the model calls before its head
+    base = model.get_decoder()  # the part of the model before its head
     output = base(**given, use_cache=False)
 
     def head(values: Tensor) -> Tensor:
-        said = type(output)(last_hidden_state=values[None])
-        with replaced_forwards([base], [lambda *_, **__: said]):
+        replaced = type(output)(last_hidden_state=values[None])
+        with replaced_forwards([base], [lambda *_, **__: replaced]):
             return model(**given, use_cache=False).logits[0]
 
     trained = [p for p in cast(nn.Module, model.get_output_embeddings()).parameters() if p.requires_grad]
@@ -153,29 +153,26 @@ def head_inputs(model: PreTrainedModel, given: dict[str, Tensor], positions: Ten
 
 
 def weighted_loss(
-    states: HeadInputs, losses: Sequence[Criterion], weights: Sequence[float]
+    states: HeadInputs, criteria: Sequence[Criterion], weights: Sequence[float]
 ) -> tuple[Tensor, Tensor]:  # [], [losses]
-    """The sum of some losses over all positions by their weights, and, without a gradient, of each.
+    """Sums criteria over all positions.
 
-    Args:
-        states: Of the positions.
-        losses: What to sum.
-        weights: Of each loss.
+    Returns:
+        Their weighted sum, and the sum of each criterion without a gradient.
     """
-    return _Summed.apply(states.values, states, losses, weights, *states.trained)  # type: ignore[no-any-return]
+    return _WeightedLoss.apply(states.values, states, criteria, weights, *states.trained)  # type: ignore[no-any-return]
 
 
 def next_token_criterion(labels: Tensor, positions: Tensor) -> Criterion:  # [b, s], [n]
-    """The cross-entropy of the next tokens."""
+    """A criterion for :func:`weighted_loss`: the cross-entropy of the next tokens, summed."""
     following = labels.flatten()[positions + 1]
-    return lambda logits, where: _NextToken.apply(logits, following[where, None])  # type: ignore[no-any-return]
+    return lambda logits, where: _CrossEntropy.apply(logits, following[where, None])  # type: ignore[no-any-return]
 
 
-class _NextToken(torch.autograd.Function):
+class _CrossEntropy(torch.autograd.Function):
     """The cross-entropy of logits [r, v] and labels [r, 1] in float32, summed.
 
-    Its gradient, the softmax, but for -1 at the label, is made in the place of the logarithms; torch makes two more
-    tensors as large.
+    The gradient overwrites the saved log-probabilities; torch's cross-entropy allocates two more tensors of this size.
     """
 
     @staticmethod
@@ -189,39 +186,39 @@ class _NextToken(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None]:
         logs, labels = ctx.saved_tensors
-        shares = logs.exp_().mul_(scale).scatter_add_(1, labels, -scale.expand(labels.shape))
-        return shares.to(ctx.dtype), None
+        gradient = logs.exp_().mul_(scale).scatter_add_(1, labels, -scale.expand(labels.shape))
+        return gradient.to(ctx.dtype), None
 
 
-class _Summed(torch.autograd.Function):
-    """:func:`weighted_loss`, whose gradient is made in the forward pass."""
+class _WeightedLoss(torch.autograd.Function):
+    """:func:`weighted_loss`, with the gradient computed in the forward pass."""
 
     @staticmethod
     def forward(
         ctx: Any,
         values: Tensor,
         states: HeadInputs,
-        losses: Sequence[Criterion],
+        criteria: Sequence[Criterion],
         weights: Sequence[float],
         *trained: nn.Parameter,
     ) -> tuple[Tensor, Tensor]:
         wanted = any(ctx.needs_input_grad)
-        sums, gradients = torch.zeros(len(losses), device=values.device), [torch.zeros_like(p) for p in trained]
+        sums, gradients = torch.zeros(len(criteria), device=values.device), [torch.zeros_like(p) for p in trained]
         gradient = torch.empty_like(values)
-        for where in states.parts():
+        for where in states.chunks():
             with torch.set_grad_enabled(wanted):
-                own = values[where].detach().requires_grad_(wanted)
-                logits = states.head(own)
-                found = torch.stack([loss(logits, where) for loss in losses])
-                total = _weighed(found, weights)
-            sums += found.detach()
+                chunk = values[where].detach().requires_grad_(wanted)
+                logits = states.head(chunk)
+                losses = torch.stack([criterion(logits, where) for criterion in criteria])
+                total = _weighted_sum(losses, weights)
+            sums += losses.detach()
             if wanted:
-                gradient[where], *of_head = torch.autograd.grad(total, [own, *trained])
-                for so_far, each in zip(gradients, of_head, strict=True):
-                    so_far += each
+                gradient[where], *head_gradients = torch.autograd.grad(total, [chunk, *trained])
+                for total_gradient, head_gradient in zip(gradients, head_gradients, strict=True):
+                    total_gradient += head_gradient
         ctx.save_for_backward(gradient, *gradients)
         ctx.mark_non_differentiable(sums)
-        return _weighed(sums, weights), sums
+        return _weighted_sum(sums, weights), sums
 
     @staticmethod
     @once_differentiable
@@ -230,5 +227,5 @@ class _Summed(torch.autograd.Function):
         return gradient, None, None, None, *gradients
 
 
-def _weighed(sums: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
+def _weighted_sum(sums: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
     return torch.stack([weight * each for each, weight in zip(sums, weights, strict=True)]).sum()

@@ -1,7 +1,7 @@
-"""The pruning plan: which units stay, how much each block matters, and where all of it came from.
+"""The pruning plan: the units to keep, the importance of each block, and their provenance. It holds no weights.
 
-A plan is structure and receipt, not weights. On disk it is a safetensors file of about a megabyte: an int32 tensor
-`keep.<group>` for every group, `importance`, and everything else as JSON under the metadata key `plprune`.
+On disk, a plan is a safetensors file of about a megabyte, with an int32 tensor `keep.<group>` for every group and a
+tensor `importance`. All other fields are JSON under the metadata key `plprune`.
 """
 
 import dataclasses
@@ -24,22 +24,22 @@ FILE = "plan.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class PruningPlan:
-    """What a pruning decided.
+    """The decisions of one pruning.
 
     Args:
-        keep: Indices that stay, ascending, for each group by name; empty for a dropped attention sub-block.
-        sizes: Units of each group before.
-        importance: Importance of each block, positive; only ratios matter.
-        before: Parameters of each block before.
-        after: Parameters of each block after.
-        rest: Parameters outside the blocks (embeddings, head, final norm), tied ones once.
-        sparsity: The fraction of the blocks' parameters that was asked for.
-        method: Class name of the method.
-        settings: The method's settings.
-        repaired: Names of the parameters whose values the method changed or added.
-        config: The model's configuration before.
+        keep: For each group by name, the indices of the units that stay, ascending; empty for a dropped attention.
+        sizes: The number of units of each group before pruning.
+        importance: The importance of each block, positive; only ratios matter.
+        before: The number of parameters of each block before pruning.
+        after: The number of parameters of each block after pruning.
+        rest: The number of parameters outside the blocks (embeddings, head, final norm); tied ones count once.
+        sparsity: The requested fraction of the blocks' parameters to remove.
+        method: The class name of the method.
+        settings: The settings of the method.
+        repaired: Names of the parameters that the method changed or added.
+        config: The model's config before pruning.
         origin: Model name, weights fingerprint, calibration fingerprint, seed, versions.
-        previous: The plan by which the model had been pruned before.
+        previous: The plan of the previous pruning, for a model that was pruned before.
     """
 
     keep: dict[str, Tensor]
@@ -58,52 +58,52 @@ class PruningPlan:
 
     @property
     def reached(self) -> float:
-        """The fraction of the blocks' parameters that left."""
+        """The fraction of the blocks' parameters that was removed."""
         return 1 - sum(self.after) / sum(self.before)
 
     @property
     def reached_of_model(self) -> float:
-        """The fraction of all the model's parameters that left."""
+        """The fraction of the model's parameters that was removed."""
         return (sum(self.before) - sum(self.after)) / (sum(self.before) + self.rest)
 
     @property
     def damage(self) -> Tensor:  # [B]
-        """The fraction of each block's parameters that left."""
+        """The fraction of each block's parameters that was removed."""
         return 1 - torch.tensor(self.after, dtype=torch.float64) / torch.tensor(self.before, dtype=torch.float64)
 
     @property
     def digest(self) -> str:
-        """A hash of the decisions and of what they were taken from, the same for the same plan."""
+        """A hash of all fields."""
         sha = hashlib.sha256(json.dumps(self._receipt(), sort_keys=True).encode())
         for name, tensor in sorted(self._tensors().items()):
             sha.update(name.encode() + tensor.numpy().tobytes())
         return sha.hexdigest()[:16]
 
     def chain(self) -> "list[PruningPlan]":
-        """All the plans that led here, the oldest first."""
+        """All prunings of the model up to this one, oldest first."""
         return [*(self.previous.chain() if self.previous else []), self]
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Writes the plan to one safetensors file, whole or not at all."""
+        """Writes the plan to a safetensors file atomically."""
         with staged(path, overwrite) as temporary:
             save_file(self._tensors(), temporary, metadata={"plprune": json.dumps(self._receipt())})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PruningPlan":
-        """Reads a plan from its file, or from the folder that holds it.
+        """Reads a plan from a file, or from the folder of a pruned model.
 
         Raises:
-            ValueError: The file is truncated, or no plan.
+            ValueError: The file does not exist, is damaged, or is not a plan.
         """
         path = Path(path) / FILE if Path(path).is_dir() else Path(path)
         if not path.exists():
-            raise ValueError(f"{path} does not exist: name a plan file, or a folder that plprune has written")
+            raise ValueError(f"{path} does not exist: give a plan file, or a folder that plprune has written")
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 return cls._from_parts(tensors, json.loads(file.metadata()["plprune"]))
         except (SafetensorError, AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is truncated, corrupted or no pruning plan ({error}): write it again") from error
+            raise ValueError(f"{path} is truncated, corrupted or not a plan ({error}): write it again") from error
 
     def _tensors(self, prefix: str = "") -> dict[str, Tensor]:
         tensors = {f"{prefix}keep.{name}": index.to(torch.int32) for name, index in self.keep.items()}
@@ -125,7 +125,7 @@ class PruningPlan:
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]], values: int = 4096) -> str:
-    """A hash of names, shapes and up to `values` evenly spaced values of each tensor: enough to tell models apart.
+    """A hash of the name, shape and dtype of each tensor, and of up to `values` evenly spaced values.
 
     Example:
         >>> fingerprint([("w", torch.zeros(2))]) == fingerprint([("w", torch.ones(2))])

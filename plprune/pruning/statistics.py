@@ -1,6 +1,6 @@
-r"""Running statistics of calibration inputs, accumulated in float64 over any number of batches of any size.
+r"""Running statistics of a projection's inputs, accumulated in float64. How samples are batched does not matter.
 
-Symbols: X the inputs of one projection, b samples (sequences), s tokens of each, d features; t runs over all tokens.
+Symbols: X inputs, b samples (sequences), s tokens per sample, d features, t token index over all samples.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class Statistic(ABC):
-    """A running statistic of the inputs of one projection.
+    """A running statistic of the inputs of one projection, with `state_dict` and `load_state_dict` like a module.
 
-    A subclass lists its attributes in `state_fields`: tensors, numbers, strings, lists and dictionaries of them, or
-    other statistics. With that, a statistic is saved and loaded like a module.
+    A subclass lists all its attributes in `state_fields`. Each is a tensor, a number, a string, another statistic, or a
+    list or dictionary of tensors, numbers and strings.
     """
 
     state_fields: ClassVar[Sequence[str]] = ()
@@ -33,13 +33,13 @@ class Statistic(ABC):
 
     @abstractmethod
     def merge(self, group: ProcessGroup) -> None:
-        """Adds the batches of all other processes, so that every process has the statistic of all batches."""
+        """Adds the batches of all other processes. Afterwards every process holds the statistic of all batches."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All attributes by name; those of statistics within it as dictionaries.
+        """Returns all attributes by name, nested statistics as dictionaries.
 
         Raises:
-            ValueError: `state_fields` lacks an attribute.
+            ValueError: An attribute is not listed in `state_fields`.
         """
         if missing := sorted(vars(self).keys() - set(self.state_fields)):
             raise ValueError(
@@ -49,7 +49,6 @@ class Statistic(ABC):
         return {name: v.state_dict() if isinstance(v, Statistic) else v for name, v in values.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the attributes that :meth:`state_dict` gave."""
         for name in self.state_fields:
             value = getattr(self, name)
             if isinstance(value, Statistic):
@@ -59,11 +58,7 @@ class Statistic(ABC):
 
 
 class StatisticGroup(Statistic):
-    """Several statistics of the same inputs.
-
-    Args:
-        parts: The statistics by name.
-    """
+    """Several named statistics of the same inputs."""
 
     def __init__(self, parts: dict[str, Statistic]) -> None:
         self.parts = parts
@@ -85,7 +80,7 @@ class StatisticGroup(Statistic):
 
 
 class Moments(Statistic):
-    r"""Mean and variance of every feature over tokens, computed from the moments of each sample.
+    r"""Mean, variance and norm of every feature over all tokens.
 
     Example:
         >>> m = Moments()
@@ -100,17 +95,17 @@ class Moments(Statistic):
     def __init__(self) -> None:
         self._counts: list[int] = []  # tokens of each sample
         self._means: list[Tensor] = []  # [b, d] each
-        self._m2: list[Tensor] = []  # [b, d] each, sums of squared deviations from the sample's own mean
+        self._m2: list[Tensor] = []  # [b, d] each, squared deviations from the mean of the sample, summed over tokens
 
     def update(self, x: Tensor) -> None:  # [b, s, d]
         s, mean = x.shape[1], x.mean(1, dtype=torch.float64)
-        pivot = mean.float()  # deviations are taken in float32 from a float32 pivot, and the rest is put right here
+        pivot = mean.float()  # deviations are from a rounded mean, in float32; the last line corrects that
         m2 = torch.linalg.vector_norm(x - pivot[:, None], dim=1, dtype=torch.float64).square()
         self._counts += [s] * len(x)
         self._means.append(mean)
         self._m2.append(m2 - s * (mean - pivot).square())
 
-    def merge(self, group: ProcessGroup) -> None:  # samples keep their order: no bit differs from one process's
+    def merge(self, group: ProcessGroup) -> None:  # samples keep their order: bit-equal to one process
         for rows in (self._means, self._m2):
             rows[:] = [merged] if (merged := gather_rows(torch.cat(rows) if rows else None, group)) is not None else []
         counts = gather_rows(torch.tensor(self._counts, dtype=torch.int64) if self._counts else None, group)
@@ -126,17 +121,17 @@ class Moments(Statistic):
 
     @property
     def variance(self) -> Tensor:  # [d]
-        """Unbiased; needs at least two tokens."""
+        """Unbiased variance; needs at least two tokens."""
         spread = self._weights() * (torch.cat(self._means) - self.mean).square()
         return (torch.cat(self._m2) + spread).sum(0) / (self.count - 1)
 
     @property
     def running_variance(self) -> Tensor:  # [d]
-        r"""The running estimate of FLAP's authors: sample c about the mean of the samples up to c,
+        r"""Variance as FLAP's authors estimate it, with :math:`\bar X^{(c)}` the mean of samples 1 to c.
 
         .. math:: \frac{1}{C - 1} \sum_{c=2}^{C} \frac{c - 1}{c} \, \frac1s \sum_t (X_{ctj} - \bar X^{(c)}_j)^2
 
-        The plain variance if there is only one sample.
+        A single sample gives the plain variance.
         """
         if len(self._counts) == 1:
             return self.variance
@@ -148,7 +143,6 @@ class Moments(Statistic):
 
     @property
     def norm(self) -> Tensor:  # [d]
-        r""":math:`\lVert X_{:,j} \rVert_2` over all tokens."""
         return (torch.cat(self._m2) + self._weights() * torch.cat(self._means).square()).sum(0).sqrt()
 
     def _weights(self) -> Tensor:  # [samples, 1]
@@ -156,7 +150,7 @@ class Moments(Statistic):
 
 
 class Norms(Statistic):
-    r"""Euclidean norm of every feature: the mean over samples, and over all tokens.
+    r"""Euclidean norm of every feature: averaged over samples (`mean`), or over all tokens at once (`pooled`).
 
     Example:
         >>> n = Norms()
@@ -189,16 +183,15 @@ class Norms(Statistic):
 
     @property
     def pooled(self) -> Tensor:  # [d]
-        r""":math:`\lVert X_{:,j} \rVert_2` over all tokens."""
         return self._squares.sqrt()
 
 
 class Gram(Statistic):
     r"""Second moments :math:`X^\top X` and mean of all features.
 
-    Products are computed in float32 and summed in float64. The mean of the first batch is subtracted from the inputs
-    first, as the variance of features far from zero would otherwise lose digits. For inputs in bfloat16 or float16, a
-    GPU computes the products in TF32, which rounds each factor to 11 bits; the inputs themselves have 8 or 11.
+    Products are computed in float32 and summed in float64. To keep digits where features are far from zero, the mean of
+    the first batch is subtracted from all inputs. On a GPU, products of bfloat16 and float16 inputs are computed in
+    TF32, which rounds factors to 11 bits; such inputs have 8 or 11.
 
     Example:
         >>> g = Gram()
@@ -209,7 +202,7 @@ class Gram(Statistic):
     """
 
     state_fields = ("count", "_pivot", "_sum", "_products")
-    tile = 256  # columns of one product: X'X is symmetric, so tiles below the diagonal are not computed
+    tile = 256  # columns per product: X'X is symmetric, so tiles below the diagonal are skipped
 
     def __init__(self) -> None:
         self.count = 0
@@ -228,9 +221,9 @@ class Gram(Statistic):
         self.count += len(x)
 
     def merge(self, group: ProcessGroup) -> None:
-        r"""Converts the sums to the pivot p of the first process that has one, and adds them up."""
+        """Converts all sums to the pivot of the first process that has one, and adds them up."""
         pivots = gather_rows(None if self._pivot is None else self._pivot[None], group)
-        assert pivots is not None, "no process has seen anything"
+        assert pivots is not None, "no process has had an update"
         if self._pivot is None:
             self._start(pivots[0])
         self._move(pivots[0])
@@ -241,7 +234,7 @@ class Gram(Statistic):
             tile.copy_(part.view_as(tile))
 
     def add(self, other: "Gram") -> None:
-        """Adds the batches of another Gram, whose sums are converted to this one's pivot."""
+        """Adds the batches of another Gram, which changes to this one's pivot."""
         assert self._pivot is not None, "no update yet"
         other._move(self._pivot)
         self._sum += other._sum
@@ -261,7 +254,7 @@ class Gram(Statistic):
         return pivot
 
     def _tiles(self) -> list[Tensor]:
-        """Views of the upper tiles of the products."""
+        """Returns views of the upper tiles of the products."""
         return [self._products[i : i + self.tile, i:] for i in range(0, len(self._products), self.tile)]
 
     @property
@@ -273,30 +266,28 @@ class Gram(Statistic):
         return self.covariance().addr_(self.mean, self.mean)
 
     def covariance(self) -> Tensor:  # [d, d]
-        """Second moment about the mean."""
         for i in range(self.tile, len(self._products), self.tile):
             self._products[i:, i - self.tile : i] = self._products[i - self.tile : i, i:].T
         offset = self._sum / self.count
         return (self._products / self.count).addr_(offset, offset, alpha=-1)
 
     def about(self, point: Tensor) -> Tensor:  # [d] -> [d, d]
-        """Second moment about a point."""
+        """Returns the second moment about a point."""
         offset = self.mean - point
         return self.covariance().addr_(offset, offset)
 
     def release(self) -> None:
-        """Frees the second moments, which can be larger than a block, and keeps the mean."""
+        """Frees the second moments, which can be larger than a block. The mean stays available."""
         self._products = torch.zeros((), dtype=torch.float64)
 
     @property
     def norm(self) -> Tensor:  # [d]
-        r""":math:`\lVert X_{:,j} \rVert_2` over all tokens."""
         offset = self._sum / self.count
         return (self._products.diagonal() + self.count * (self.mean.square() - offset.square())).clamp(min=0).sqrt()
 
 
 def in_tf32(dtype: torch.dtype, device: str) -> bool:
-    """Whether products of inputs of a dtype are computed in TF32, which is fast and loses little for half precision."""
+    """Whether :class:`Gram` multiplies inputs of this dtype in TF32."""
     return dtype in HALF and device == "cuda"
 
 
@@ -314,10 +305,10 @@ def tf32() -> Iterator[None]:
 
 
 class HoldoutGram(Statistic):
-    r"""Two Grams of the same features: `held_out` of every fourth sample, `fitting` of all others.
+    r"""Two Grams of the same features: `held_out` over every fourth sample, `fitting` over the others.
 
     Args:
-        first: The index, among the samples of all processes, of the first sample that it will see.
+        first: Index of this process's first sample among the samples of all processes.
 
     Example:
         >>> p = HoldoutGram()
@@ -332,10 +323,10 @@ class HoldoutGram(Statistic):
         self.next, self.fitting, self.held_out = first, Gram(), Gram()
 
     def update(self, x: Tensor) -> None:  # [b, s, d]
-        apart = torch.arange(self.next, self.next + len(x)) % 4 == 1  # of two samples already one
-        for part, own in ((self.fitting, ~apart), (self.held_out, apart)):
-            if own.any():  # indexed by numbers: indexing by a mask waits for the GPU
-                part.update(x[own.nonzero().flatten().to(x.device, non_blocking=True)])
+        held_out = torch.arange(self.next, self.next + len(x)) % 4 == 1  # the second sample, so that two suffice
+        for gram, mask in ((self.fitting, ~held_out), (self.held_out, held_out)):
+            if mask.any():  # indices instead of the mask: a mask on a GPU would synchronise
+                gram.update(x[mask.nonzero().flatten().to(x.device, non_blocking=True)])
         self.next += len(x)
 
     def merge(self, group: ProcessGroup) -> None:
@@ -343,19 +334,18 @@ class HoldoutGram(Statistic):
         self.held_out.merge(group)
 
     def pooled(self) -> Gram:
-        """The Gram of all samples; this statistic is of no use afterwards."""
+        """Merges both Grams into one and returns it. This statistic must not be used afterwards."""
         self.fitting.add(self.held_out)
         self.held_out.release()
         return self.fitting
 
     @property
     def norm(self) -> Tensor:  # [d]
-        r""":math:`\lVert X_{:,j} \rVert_2` over all tokens."""
         return torch.hypot(self.fitting.norm, self.held_out.norm)
 
 
 class BlockInfluence:
-    r"""How far a block moves its hidden states: the mean over tokens of a distance between input and output.
+    r"""Distances between a block's input and output, averaged over tokens.
 
     Example:
         >>> influence = BlockInfluence()
@@ -367,12 +357,11 @@ class BlockInfluence:
     def __init__(self) -> None:
         self.count = 0
         names, zero = ("angular", "cosine", "mse", "mae"), torch.zeros((), dtype=torch.float64)
-        self._sums: dict[str, Tensor] = dict.fromkeys(names, zero)  # on the device of the states, to not wait for a GPU
+        self._sums: dict[str, Tensor] = dict.fromkeys(names, zero)  # stay on the GPU, to avoid synchronising
 
     def update(self, x: Tensor, y: Tensor) -> None:  # [b, s, d], [b, s, d]
         x, y = x.flatten(0, -2).float(), y.flatten(0, -2).float()
-        # Rounding takes the cosine of equal vectors above 1, and the arc cosine of that is NaN: clamp.
-        cosine = torch.cosine_similarity(x, y).clamp(-1, 1)
+        cosine = torch.cosine_similarity(x, y).clamp(-1, 1)  # rounding can exceed 1, whose arc cosine is NaN
         change = y - x
         values = {
             "angular": cosine.arccos() / math.pi,
@@ -385,7 +374,6 @@ class BlockInfluence:
         self.count += len(x)
 
     def merge(self, group: ProcessGroup) -> None:
-        """Adds the batches of all other processes."""
         sums = all_reduce_sum(torch.tensor([*self._sums.values(), self.count], dtype=torch.float64), group)
         self._sums, self.count = dict(zip(self._sums, sums, strict=False)), int(sums[-1])
 
@@ -396,5 +384,5 @@ class BlockInfluence:
         self.count, self._sums = state["count"], {name: state[name] for name in self._sums}
 
     def distance(self, name: Distance) -> float:
-        """The mean distance over tokens; `uniform` is 1 for every block."""
+        """Returns the mean distance over tokens; `uniform` is 1 for every block."""
         return 1.0 if name == "uniform" else float(self._sums[name]) / self.count

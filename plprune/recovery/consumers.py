@@ -1,8 +1,7 @@
-"""Full training of the consumers: the projections whose inputs were pruned, and which a pruning repairs, if anything.
+"""Full training of the consumers, which are the projections whose inputs were pruned.
 
-They are where what was lost can be made up for without adapters, and the shapes of the model stay as they are. What is
-trained is kept in float32: such a projection computes in it on whatever it is given, and hands on what the rest of the
-model computes in. It is saved in the dtype of the rest.
+Trained projections are kept in float32. They convert their inputs to float32 and their outputs to the model's dtype,
+and are saved in the model's dtype.
 """
 
 import contextlib
@@ -28,20 +27,23 @@ class SavedDtype:
 
 
 def unfreeze(model: PreTrainedModel, plan: PruningPlan | None) -> list[str]:
-    """Has the consumers of all groups that lost units trained, weights and biases, and nothing else; gives their names.
+    """Freezes a model in place, except the weights and biases of its pruned consumers.
 
     Args:
-        model: Changed in place.
-        plan: Says which those are; without it, all are trained.
+        model: The model.
+        plan: The plan that pruned it; without one, all consumers are trained.
+
+    Returns:
+        The names of the trained projections.
 
     Raises:
-        ValueError: No group has lost a unit.
+        ValueError: The plan has removed nothing.
     """
     model.requires_grad_(False)
     prefix, names = family_of(model.config).blocks, []
     for block in blocks_of(model):
         for path in consumers(block, plan):
-            _free(innermost(block.part(path)))
+            _unfreeze(innermost(block.part(path)))
             names.append(f"{prefix}.{block.index}.{path}")
     if not names:
         raise ValueError("the plan has removed nothing, so there is no consumer to train: set model.train to lora")
@@ -49,17 +51,17 @@ def unfreeze(model: PreTrainedModel, plan: PruningPlan | None) -> list[str]:
 
 
 def consumers(block: Block, plan: PruningPlan | None) -> list[str]:
-    """Paths of the consumers of a block whose inputs a plan, or one before it, has pruned; of all without a plan."""
-    family, there = block.family, block.has_attention
-    by_kind = ({"attention": family.output, "value": family.output} if there else {}) | {"ffn": family.ffn_out}
+    """Paths of the consumers in a block that a plan or its predecessors have pruned; without a plan, all consumers."""
+    output, ffn_out = block.family.output, block.family.ffn_out
+    by_kind = ({"attention": output, "value": output} if block.has_attention else {}) | {"ffn": ffn_out}
     if plan is None:
         return list(dict.fromkeys(by_kind.values()))
-    lost = {name for step in plan.chain() for name, keep in step.keep.items() if len(keep) < step.sizes[name]}
-    return list(dict.fromkeys(path for kind, path in by_kind.items() if f"blocks.{block.index}.{kind}" in lost))
+    pruned = {name for step in plan.chain() for name, keep in step.keep.items() if len(keep) < step.sizes[name]}
+    return list(dict.fromkeys(path for kind, path in by_kind.items() if f"blocks.{block.index}.{kind}" in pruned))
 
 
 def to_saved_dtype(module: nn.Module, value: Tensor) -> Tensor:
-    """A parameter's value in the dtype in which it is saved."""
+    """Converts the value of a module's parameter to the dtype in which it is saved."""
     return value.to(saved_dtype(module, value))
 
 
@@ -71,32 +73,32 @@ def saved_dtype(module: nn.Module, value: Tensor) -> torch.dtype:
 
 @contextlib.contextmanager
 def weights_in_saved_dtype(model: nn.Module) -> Iterator[None]:
-    """The model with all weights in the dtypes in which they are saved, for the time of the context."""
-    kept = [(p, module) for module in model.modules() if attached(module, SavedDtype) for p in module.parameters()]
-    full = [p.data for p, _ in kept]
-    for parameter, module in kept:
+    """Converts all weights to the dtypes in which they are saved, for the duration of the context."""
+    trained = [(p, module) for module in model.modules() if attached(module, SavedDtype) for p in module.parameters()]
+    values = [p.data for p, _ in trained]
+    for parameter, module in trained:
         parameter.data = to_saved_dtype(module, parameter.data)
     try:
         yield
     finally:
-        for (parameter, _), value in zip(kept, full, strict=True):
+        for (parameter, _), value in zip(trained, values, strict=True):
             parameter.data = value
 
 
-def _free(linear: nn.Linear) -> None:
+def _unfreeze(linear: nn.Linear) -> None:
     linear.requires_grad_(True)
     if linear.weight.dtype == torch.float32:
         return
     attach(linear, SavedDtype(linear.weight.dtype))
     for parameter in linear.parameters():
         parameter.data = parameter.data.float()
-    linear.register_forward_pre_hook(_to_own)
-    linear.register_forward_hook(_to_others)
+    linear.register_forward_pre_hook(_convert_input)
+    linear.register_forward_hook(_convert_output)
 
 
-def _to_own(linear: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+def _convert_input(linear: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
     return args[0].to(next(linear.parameters()).dtype)
 
 
-def _to_others(linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _convert_output(linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return to_saved_dtype(linear, output)

@@ -1,22 +1,21 @@
-r"""LoRA whose ranks follow the blocks: recovery as CFSP proposes it, through PEFT.
+r"""LoRA with ranks by block importance, as CFSP proposes, through PEFT.
 
-More important blocks get more trainable capacity (CFSP, https://arxiv.org/abs/2409.13199, importance-guided recovery;
-the authors published no code and no numbers, so the rule is ours):
+More important blocks get a larger rank (importance-guided recovery of CFSP, https://arxiv.org/abs/2409.13199). The
+authors published neither code nor numbers, so the rule is ours:
 
 .. math:: r_l = r \, u_l / \bar u, \qquad \alpha_l = \alpha \, r_l / r
 
-rounded so that the ranks sum to B r exactly, each at least 1. The scale :math:`\alpha_l / r_l` is then the same
-everywhere. Rank-stabilised LoRA (https://arxiv.org/abs/2312.03732), which scales by :math:`\alpha_l / \sqrt{r_l}`, has
-:math:`\alpha_l = \alpha \sqrt{r_l / r}`, so that its scale is :math:`\alpha / \sqrt r` everywhere, too.
+Ranks are rounded so that each is at least 1 and they sum to B r exactly. All blocks have the same scale
+:math:`\alpha_l / r_l`. Rank-stabilised LoRA (https://arxiv.org/abs/2312.03732) has
+:math:`\alpha_l = \alpha \sqrt{r_l / r}`, so that the scale is :math:`\alpha / \sqrt r` in all blocks.
 
-DoRA (https://arxiv.org/abs/2402.09353) trains how large each row of a weight is apart from where it points:
+DoRA (https://arxiv.org/abs/2402.09353) trains the norm of each row of a weight separately from its direction. The
+magnitudes start as the norms of the rows of W:
 
 .. math:: W' = m \odot \frac{W + s B A}{\lVert W + s B A \rVert}
 
-row by row; the magnitudes start as the norms of W's rows.
-
-Symbols: B blocks, r mean rank, :math:`u_l` what block l is weighted by; of one layer W weight [d_out, d_in], A and B
-factors, s scale, m magnitudes [d_out].
+Symbols: B blocks, r mean rank, :math:`u_l` weight of block l (importance or damage); for one layer, W weight
+[d_out, d_in], A and B factors, s scale, m magnitudes [d_out].
 """
 
 import contextlib
@@ -41,7 +40,7 @@ from plprune.pruning.allocation import largest_remainder
 from plprune.pruning.plan import PruningPlan
 from plprune.recovery.consumers import to_saved_dtype, weights_in_saved_dtype
 
-OWN = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.")  # in the names of adapters' parameters
+ADAPTER_PARTS = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.")  # in parameter names
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,14 @@ class LoRA:
 
     Args:
         rank: Mean rank over the blocks; the ranks sum to `rank` times the number of blocks exactly.
-        alpha: Scale, above 0: adapters are multiplied by alpha / rank, in every block alike.
+        alpha: Scale, above 0: adapters are multiplied by alpha / rank, the same factor in all blocks.
         dropout: Dropout of the adapters' inputs, in [0, 1).
-        by: What a block's rank is proportional to: its importance, the share of it that was removed (damage), or the
-            same for all (uniform).
-        targets: Last names of the linear layers to adapt (`q_proj`, `down_proj`); all if not given.
-        dora: Whether the magnitude of each output is trained beside the adapters (DoRA): more to train, slower steps,
-            the same model in the end. Not under ZeRO-3 and FSDP2.
-        rslora: Whether adapters are multiplied by alpha / sqrt(rank) instead, in every block alike.
+        by: Each block's rank is proportional to its importance, to the fraction of it that was removed (damage), or is
+            the same for all blocks (uniform).
+        targets: Last parts of the names of the linear layers to adapt, like `q_proj`; all layers by default.
+        dora: Whether to also train the magnitude of each output (DoRA). Steps are slower; the saved model has the same
+            shapes. Not under ZeRO-3 and FSDP2.
+        rslora: Whether to multiply adapters by alpha / sqrt(rank) instead (rank-stabilised LoRA).
     """
 
     rank: int = 16
@@ -71,22 +70,22 @@ class LoRA:
     def __post_init__(self) -> None:
         check_sizes(rank=self.rank)
         if not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha is {self.alpha}, but adapters are multiplied by it: give a number above 0")
+            raise ValueError(f"alpha is {self.alpha}, but scales the adapters: give a number above 0")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}, but it is a share in [0, 1)")
+            raise ValueError(f"dropout is {self.dropout}, but must be a probability in [0, 1)")
         if self.targets == []:
-            raise ValueError("targets is empty: name linear layers, or leave it out for all")
+            raise ValueError("targets is empty: name linear layers, or leave targets out to adapt all")
 
 
 def rank_weights(lora: LoRA, plan: PruningPlan | None, blocks: int) -> Tensor:  # [blocks]
-    """What the blocks' ranks are proportional to; all the same for a model that was not pruned."""
+    """The weight of each block for its rank; equal weights for a model that was not pruned."""
     if plan is None or lora.by == "uniform":
         return torch.ones(blocks)
     return plan.importance if lora.by == "importance" else plan.damage.clamp(min=0)
 
 
 def allocate_ranks(weights: Sequence[float], rank: int) -> list[int]:
-    """Ranks proportional to `weights`, at least 1, that sum to `rank` times their number.
+    """Ranks proportional to `weights`, each at least 1, with a mean of exactly `rank`.
 
     Example:
         >>> allocate_ranks([1.0, 2.0, 3.0], 4)
@@ -96,10 +95,13 @@ def allocate_ranks(weights: Sequence[float], rank: int) -> list[int]:
 
 
 def inject(model: PreTrainedModel, lora: LoRA, plan: PruningPlan | None) -> list[int]:
-    """Adds adapters to a model, freezes everything else, and gives the rank of each block.
+    """Adds adapters to a model and freezes all other parameters.
+
+    Returns:
+        The rank of each block.
 
     Raises:
-        ValueError: No linear layer has one of the names in `lora.targets`, or one has rows that have no magnitude.
+        ValueError: No linear layer matches `lora.targets`, or DoRA meets a row of zeros.
     """
     blocks = blocks_of(model)
     by_block = allocate_ranks(rank_weights(lora, plan, len(blocks)).tolist(), lora.rank)
@@ -120,19 +122,19 @@ def inject(model: PreTrainedModel, lora: LoRA, plan: PruningPlan | None) -> list
         fan_in_fan_out=is_transposed(model.get_submodule(next(iter(rank_of)))),
         use_dora=lora.dora,
         use_rslora=lora.rslora,
-        # PEFT reads the keys as regular expressions; without its own alpha a layer's scale would follow its rank.
+        # PEFT reads the keys as regular expressions. An alpha per layer keeps the scale independent of the rank.
         rank_pattern={re.escape(path): rank for path, rank in rank_of.items()},
         alpha_pattern={re.escape(path): _alpha(lora, rank) for path, rank in rank_of.items()},
     )
     inject_adapter_in_model(config, model)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # what is trained is kept in full precision
+            parameter.data = parameter.data.float()
     if lora.dora:
-        _measure(model)
-    elif not lora.dropout:  # DoRA takes norms in the dtype of the inputs, and dropout draws by it
+        _initialize_magnitudes(model)
+    elif not lora.dropout:  # norms of DoRA and random numbers of dropout depend on the dtype of the inputs
         for _, layer in adapters(model):
-            cast(nn.Module, layer).register_forward_pre_hook(_leave_to_autocast)
+            cast(nn.Module, layer).register_forward_pre_hook(_disable_cast_under_autocast)
     return by_block
 
 
@@ -142,15 +144,16 @@ def adapters(model: nn.Module) -> list[tuple[str, LoraLayer]]:
 
 
 def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters of a model, by name, but those of its adapters."""
-    return [(name, p) for name, p in model.named_parameters() if not any(part in name for part in OWN)]
+    """The parameters of a model, by name, without those of its adapters."""
+    return [(name, p) for name, p in model.named_parameters() if not any(part in name for part in ADAPTER_PARTS)]
 
 
 @contextlib.contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
-    """The model as it will be saved, for the time of the context; exactly as before after it.
+    """Turns the model into the one that will be saved, for the duration of the context.
 
-    Adapters are merged into plain layers, and what is trained in float32 has the dtype of the rest.
+    Adapters are merged into plain layers, and all weights have their saved dtypes. Afterwards the model is restored
+    exactly.
     """
     layers = adapters(model)
     originals = []
@@ -170,11 +173,11 @@ def merged(model: nn.Module) -> Iterator[None]:
 
 
 def merged_state(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The parameters that the model has without adapters, one by one, with these merged into them, as they are saved.
+    """Yields the parameters to save, one by one, with adapters merged and in their saved dtypes.
 
     Args:
-        model: With or without adapters; it is not changed.
-        whole: Gives the value of a parameter, which may be in shards. It is called for all of them, in order.
+        model: The model, with or without adapters; it is not changed.
+        whole: Gathers the value of a parameter, which may be sharded. It is called for all parameters, in order.
     """
     layers = dict(adapters(model))
     for name, parameter in base_parameters(model):
@@ -186,26 +189,26 @@ def merged_state(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterato
         yield name.replace(".base_layer.", "."), to_saved_dtype(model.get_submodule(path), value)
 
 
-def _measure(model: nn.Module) -> None:
-    """Sets magnitudes to the norms of the rows; PEFT has rounded them to the dtype of the weights."""
+def _initialize_magnitudes(model: nn.Module) -> None:
+    """Sets magnitudes to the norms of the rows in float32; PEFT rounds them to the dtype of the weights."""
     for name, layer in adapters(model):
         norms = _rows(layer, cast(nn.Linear, layer.get_base_layer()).weight.detach().float()).norm(dim=1)
         if not norms.all():
             raise ValueError(
-                f"{name} has rows of zeros, as --widen and --pad_to make, and DoRA divides by their norm: "
-                "leave out lora.dora, or recover the model before it is widened"
+                f"{name} has rows of zeros, as from --widen and --pad_to, and DoRA divides by their norms: leave out "
+                "lora.dora, or recover the model before it is widened"
             )
         for magnitude in layer.lora_magnitude_vector.values():
             cast(nn.Linear, magnitude).weight.data = norms
 
 
 def _alpha(lora: LoRA, rank: int) -> float:
-    """The alpha by which a layer of some rank has the scale of all."""
+    """The alpha with which an adapter of the given rank has the scale that all blocks share."""
     return lora.alpha * math.sqrt(rank / lora.rank) if lora.rslora else lora.alpha * rank / lora.rank
 
 
 def _merged(layer: LoraLayer, weight: Tensor, whole: Callable[[Tensor], Tensor]) -> Tensor:
-    """The weight of a layer with its adapters in it."""
+    """The weight of a layer with its adapters merged."""
     value = weight.float() + sum(_delta(layer, each, whole) for each in layer.active_adapters)
     for adapter in layer.active_adapters:
         if adapter in layer.lora_magnitude_vector:
@@ -216,7 +219,7 @@ def _merged(layer: LoraLayer, weight: Tensor, whole: Callable[[Tensor], Tensor])
 
 
 def _rows(layer: LoraLayer, weight: Tensor) -> Tensor:
-    """A weight as [d_out, d_in], or such a one as the layer stores it."""
+    """Converts between [d_out, d_in] and the layout in which the layer stores its weight."""
     return weight.T if is_transposed(layer.get_base_layer()) else weight
 
 
@@ -225,14 +228,13 @@ def _delta(layer: LoraLayer, adapter: str, whole: Callable[[Tensor], Tensor]) ->
     return _rows(layer, b.float() @ a.float() * layer.scaling[adapter])
 
 
-def _leave_to_autocast(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-    """PEFT makes float32 of what enters adapters; autocast would round a copy of that back, and keep it for each."""
+def _disable_cast_under_autocast(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+    """Stops PEFT from casting adapter inputs to float32 under autocast, which would keep a rounded copy per adapter."""
     cast(LoraLayer, layer).cast_input_dtype_enabled = not torch.is_autocast_enabled(args[0].device.type)
 
 
 def _targeted(name: str, targets: list[str] | None) -> bool:
-    parts = name.removesuffix(".linear").split(".")
-    return targets is None or parts[-1] in targets
+    return targets is None or name.removesuffix(".linear").rpartition(".")[2] in targets
 
 
 def _set(model: nn.Module, name: str, module: nn.Module) -> None:

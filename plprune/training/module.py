@@ -377,7 +377,7 @@ class Recovery(pl.LightningModule):
         if self._teacher is None or settings is None:
             return {"train_loss": weighted_loss(self._states(given, positions), [own], [1.0])[0] / tokens}
         weight, answers = settings.weight, self._teacher.answers(given)
-        losses = [own, settings.criterion(answers, positions)] if settings.events else [own]
+        losses = [own, settings.criterion(answers, positions)] if settings.uses_logits else [own]
         with recorded_outputs(self.model, settings.blocks(len(blocks_of(self.model)))) as hidden:
             loss, sums = weighted_loss(self._states(given, positions), losses, [1 - weight, weight][: len(losses)])
         loss, distilled = loss / tokens, sums[1:].sum() / tokens

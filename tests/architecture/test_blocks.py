@@ -224,7 +224,7 @@ def test_a_mixture_of_experts_is_refused(kind: str) -> None:
 def test_an_unknown_family_is_told_which_are_known_and_where_to_add_one() -> None:
     with pytest.raises(ValueError, match="unknown model family 'bloom'") as caught:
         family_of(CONFIG_MAPPING["bloom"]())
-    assert all(name in str(caught.value) for name in [*FAMILIES, "plprune/architecture/blocks.py"])
+    assert all(name in str(caught.value) for name in [*FAMILIES, "plprune/architecture/families.py"])
 
 
 @every_family

@@ -229,7 +229,7 @@ def damage_other_plan(folder: Path) -> None:
     [
         (damage_truncated, r"model\.safetensors is missing, truncated or corrupted .*: get or save the model again"),
         (damage_no_weights, r"model\.safetensors is missing"),
-        (damage_truncated_plan, r"plan\.safetensors is truncated, corrupted or no pruning plan"),
+        (damage_truncated_plan, r"plan\.safetensors is truncated, corrupted or not a plan"),
         (damage_missing_tensor, r"has no weights for model\.layers\.1\.mlp\.down_proj\.weight"),
         (damage_other_tensor, r"disagree: model\.layers\.9\.mlp\.down_proj\.weight is \(2,\) on disk and absent"),
         (damage_other_plan, r"plan and weights of .* disagree: model\.layers\.\d\..* on disk and .* by the plan"),

@@ -106,7 +106,7 @@ def test_what_llama_cpp_holds_by_block(which: str, family: str) -> None:
 @pytest.mark.parametrize("which", ALIKE)
 def test_what_has_one_size_for_all_blocks(which: str, family: str, place: Runtime) -> None:
     if (family, place) == ("opt", "llama.cpp"):
-        with pytest.raises(ValueError, match=r"llama\.cpp has no architecture for 'opt': take llama.cpp out"):
+        with pytest.raises(ValueError, match=r"llama\.cpp has no architecture for 'opt': remove llama.cpp from"):
             pruned(wide(family), ALIKE[which], place)
         return
     model, dense = wide(family), wide(family)
@@ -199,8 +199,8 @@ def test_transformers_asks_nothing(which: Any) -> None:
         (FLAP(), {"serve_on": ["vllm"]}, "set `structure` to UL-UM; as DeciLM, no bias may be added: set `repair`"),
         (FLAP(structure="AL-MM", remove_heads=3, repair="none"), {"serve_on": ["vllm"]},
          "set `structure` to UL-UM; as DeciLM, no head may leave: set `remove_heads` to 0"),
-        (CFSP(), {"serve_on": ["ollama"]}, "nothing is known of serving on 'ollama'; known places: llama.cpp, vllm"),
-        (CFSP(), {"tensor_parallel": 0}, "tensor_parallel is 0, but it is a number of devices"),
+        (CFSP(), {"serve_on": ["ollama"]}, "unknown runtime 'ollama' in `serve_on`: use llama.cpp, vllm"),
+        (CFSP(), {"tensor_parallel": 0}, "tensor_parallel is 0, but must be a number of devices"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_served(method: PruningMethod, place: dict[str, Any], said: str) -> None:
@@ -215,8 +215,8 @@ def test_settings_that_cannot_be_served(method: PruningMethod, place: dict[str, 
         ("qwen3", TwoSSP(drop_attentions=1), "llama.cpp", "no attention may leave: set `drop_attentions`"),
         ("mistral", CFSP(), "vllm", "all blocks must have one width: set `distance` to uniform"),
         ("phi3", FASP(attention="kv_heads", bias=False), "llama.cpp", "set `attention` to none"),
-        ("llama", CFSP(), 3, "block 0 has 4 kv heads, but for 3 devices there can be only 3: change"),
-        ("llama", FLAP(), 5, "no number of the 4 kv heads of block 0.* suits 5 devices: change `tensor"),
+        ("llama", CFSP(), 3, "block 0 has 4 kv heads, but 3 devices can share only 3: change"),
+        ("llama", FLAP(), 5, "no number of kv heads of block 0.* suits 5 devices: change `tensor"),
         ("llama", TwoSSP(0.5, drop_attentions=3), "llama.cpp", "the model has 3, of which the first block"),
     ],
 )
@@ -234,10 +234,10 @@ def test_models_that_cannot_be_served_are_refused_without_weights(
 @pytest.mark.parametrize(
     ("width", "sparsity", "said"),
     [
-        (200, 0.25, "width 200 cannot be a multiple of 256, which .*: take another place or fewer devices, or pad"),
-        (300, 0.0, "sparsity 0.0 is out of reach where .* the nearest is 0.1"),
-        (520, 0.25, "sparsity 0.25 is out of reach where .* the nearest is 0.4"),
-        (1024, 0.02, "sparsity 0.02 is out of reach where .* the nearest is 0.000; ask for that"),
+        (200, 0.25, "width 200 cannot be a multiple of 256, as .*: change them, or pad"),
+        (300, 0.0, "sparsity 0.0 is out of reach with .* the nearest is 0.1"),
+        (520, 0.25, "sparsity 0.25 is out of reach with .* the nearest is 0.4"),
+        (1024, 0.02, "sparsity 0.02 is out of reach with .* the nearest is 0.000; ask for that"),
     ],
 )
 def test_multiples_that_are_too_coarse(
@@ -261,7 +261,7 @@ def test_a_model_that_was_pruned_for_elsewhere_is_refused() -> None:
             Request(CFSP(0.2), serve_on=["llama.cpp"]).constraint(model)
     for before, said in {
         FLAP(0.2): "it lacks heads",
-        FASP(0.2, attention="none"): "it has biases that the family has not",
+        FASP(0.2, attention="none"): "it has biases that its family does not have",
     }.items():
         model = wide()
         prune(model, before, [windows()])

@@ -9,7 +9,7 @@ import torch
 
 from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.pruning.allocation import (
-    check_near,
+    Budget,
     check_sparsity,
     complement,
     fit_counts,
@@ -177,12 +177,12 @@ def _kept(rows: list[tuple[Block, UnitGroup]], costs: list[int], counts: list[in
 @pytest.mark.parametrize(("kept", "near"), [(72, True), (80, True), (64, True), (88, False), (56, False), (96, False)])
 def test_how_near_a_budget_is_near_enough(kept: int, near: bool) -> None:
     (block, *_) = blocks_of(tiny(intermediate_size=96))
-    (group,) = block.groups("none")
-    of = round(96 * block.cost(group) * 1.8)  # steps of 8 channels are 0.046 of it
+    budget = Budget([block], 0.75, Constraint(width_multiple=8))
+    of = round(budget.whole * 1.8)  # steps of 8 channels are 0.046 of it
     if near:
-        return check_near(0.14, [(block, group)], [kept], 0.75, of)
-    with pytest.raises(ValueError, match=r"sparsity 0.14 is out of reach where .* the nearest is 0\.\d+; ask for that"):
-        check_near(0.14, [(block, group)], [kept], 0.75, of)
+        return budget.check(0.14, of, [kept])
+    with pytest.raises(ValueError, match=r"sparsity 0.14 is out of reach with .* the nearest is 0\.\d+; ask for that"):
+        budget.check(0.14, of, [kept])
 
 
 def test_without_a_constraint_all_counts_are_allowed() -> None:

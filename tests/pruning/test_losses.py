@@ -33,8 +33,8 @@ ROWS = 7
 
 @pytest.fixture(autouse=True)
 def few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "LEAST", ROWS)
-    monkeypatch.setattr(losses, "ROOM_ON_CPU", 0)
+    monkeypatch.setattr(losses, "LEAST_ROWS", ROWS)
+    monkeypatch.setattr(losses, "CHUNK_BYTES_ON_CPU", 0)
 
 
 def adapted(family: str = "llama") -> PreTrainedModel:
@@ -89,7 +89,7 @@ def test_documents_that_are_apart_have_the_losses_that_they_have_alone() -> None
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_that_does_not_keep_documents_apart_is_refused(family: str) -> None:
-    said = "OPTForCausalLM does not keep documents of a window apart .*: leave out data.intra_document_masking"
+    said = "OPTForCausalLM does not separate the documents of a window .*: leave out data.intra_document_masking"
     with pytest.raises(ValueError, match=said) if family == "opt" else contextlib.nullcontext():
         assert check_masking(tiny(family)) is None
 

@@ -111,7 +111,7 @@ def test_a_truncated_file_is_refused(length: int, tmp_path: Path) -> None:
     plan().save(tmp_path / FILE)
     whole = (tmp_path / FILE).read_bytes()
     (tmp_path / FILE).write_bytes(whole[:length])
-    with pytest.raises(ValueError, match="truncated, corrupted or no pruning plan"):
+    with pytest.raises(ValueError, match="truncated, corrupted or not a plan"):
         PruningPlan.load(tmp_path)
 
 
@@ -129,13 +129,13 @@ def test_a_truncated_file_is_refused(length: int, tmp_path: Path) -> None:
 )
 def test_a_foreign_file_is_refused(metadata: dict[str, str] | None, tmp_path: Path) -> None:
     save_file({"importance": torch.ones(2)}, tmp_path / FILE, metadata=metadata)
-    with pytest.raises(ValueError, match="no pruning plan"):
+    with pytest.raises(ValueError, match="not a plan"):
         PruningPlan.load(tmp_path)
 
 
 def test_text_is_no_plan_and_nothing_is_no_plan(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("keep the first three channels, please")
-    with pytest.raises(ValueError, match="no pruning plan"):
+    with pytest.raises(ValueError, match="not a plan"):
         PruningPlan.load(tmp_path / "notes.txt")
     with pytest.raises(ValueError, match="does not exist"):
         PruningPlan.load(tmp_path / "nothing")
