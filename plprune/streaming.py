@@ -242,7 +242,7 @@ class DiskHome(Home):
             raise ValueError("a model that streams from disk is pruned by prune_streamed, or --stream")
         index, number = self.block.index, self.version + 1
         done = self.journal.version(index, number).exists()
-        if not done or self.journal.decided(index, number) != self._decisions:
+        if not done or self.journal.decisions_of(index, number) != self._decisions:
             self.journal.write_block(index, number, self.tensors(), self._decisions, check_values)
         self.version, self._decisions = number, []
         self.journal.advance()
@@ -267,7 +267,7 @@ def _save(
     overwrite: bool,
 ) -> None:
     """Puts the output together, one shard for each block and one for the rest, and gives it its name."""
-    room, blocks = journal.room("output"), blocks_of(model)
+    room, blocks = journal.scratch("output"), blocks_of(model)
     shards = [f"model-{i + 1:05}-of-{len(blocks) + 1:05}.safetensors" for i in range(len(blocks) + 1)]
     with write_errors(output):
         rest = {name: p.detach() for name, p in model.named_parameters() if not p.is_meta}
@@ -280,7 +280,7 @@ def _save(
         check_output(output, overwrite)
         output.parent.mkdir(parents=True, exist_ok=True)
         if output.exists():
-            os.replace(output, journal.room("replaced"))
+            os.replace(output, journal.scratch("replaced"))
         os.replace(room, output)
 
 

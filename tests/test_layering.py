@@ -43,12 +43,13 @@ ORDER = {
     "checkpoint": [["save"], ["load"], ["stored"], ["weights"], ["model_card", "sharing", "stock_config"]],
     "planning": [["extremes", "needs", "targets"], ["hardware", "serving", "sizes"]],
     "pruning": [
-        ["observations", "repair"],
+        ["attention_search", "observations", "repair"],
         ["stream"],
         ["block_sources"],
         ["losses", "surgery"],
         ["allocation", "calibration", "forward", "model_state"],
         ["constraints", "journal", "plan", "statistics"],
+        ["hidden_states"],
     ],
     "architecture": [["blocks"], ["attached", "families", "modeling_plprune", "modules"]],
     "io": [

@@ -29,9 +29,9 @@ from plprune.checkpoint.stored import Dtype
 from plprune.checkpoint.weights import INDEX, SINGLE
 from plprune.cli import main
 from plprune.methods import Request
-from plprune.methods.two_ssp import SecondStage
 from plprune.pruning import surgery
 from plprune.pruning.allocation import top_k
+from plprune.pruning.attention_search import AttentionSearch
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.forward import run_block
 from plprune.pruning.statistics import Norms
@@ -194,7 +194,7 @@ def test_the_second_stage_says_beforehand_how_slow_it_is(
         streamed(llama, method("TwoSSP"), tmp_path / "out")
         in_memory(llama, method("TwoSSP"))
     lines = [r.getMessage() for r in caplog.records if "2SSP stage 2" in r.getMessage()]
-    assert lines[0].startswith("2SSP stage 2 loads blocks 6 times, ")
+    assert lines[0].startswith("2SSP stage 2 loads blocks up to 6 times, ")
     assert sum("loads blocks" in line for line in lines) == 1
 
 
@@ -323,8 +323,8 @@ def test_what_the_second_stage_has_found_is_not_searched_again(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     searched: list[int] = []
-    real = SecondStage._search
-    monkeypatch.setattr(SecondStage, "_search", lambda self, c: searched.append(len(c)) or real(self, c))
+    real = AttentionSearch._search
+    monkeypatch.setattr(AttentionSearch, "_search", lambda self, c: searched.append(len(c)) or real(self, c))
     how = TwoSSP(0.4, drop_attentions=2)
     model, plan = in_memory(llama, how)
     assert searched == [3, 2]
@@ -449,7 +449,7 @@ def test_a_full_disk_loses_nothing(size: int, here: Path, capsys: pytest.Capture
         said = complaint(capsys, *command("FLAP", "--stream"))
     assert said.startswith("cannot write ")
     assert "check free space and permissions, and continue with --resume" in said
-    done = sorted(path.name for path in journal_path("out").glob("walks/0/*"))
+    done = sorted(path.name for path in journal_path("out").glob("passes/0/*"))
     main(command("FLAP", "--stream", "--resume"))
     plan = PruningPlan.load("out")
     main(command("FLAP", "--overwrite"))
@@ -525,7 +525,7 @@ def test_several_processes_are_refused(llama: Path, tmp_path: Path, monkeypatch:
 
 
 def test_hidden_states_of_a_model_in_memory_do_not_wait_on_disk() -> None:
-    with pytest.raises(ValueError, match="on disk only if the model streams from there"):
+    with pytest.raises(ValueError, match="`offload` disk is only for a model that streams from disk"):
         prune(tiny(), method("CFSP relative"), dataclasses.replace(BATCHES, offload="disk"))
 
 

@@ -32,8 +32,8 @@ from plprune.pruning.calibration import Calibration
 from plprune.pruning.constraints import FREE, Constraint
 from plprune.pruning.forward import BlockInputs
 from plprune.pruning.plan import PruningPlan
-from plprune.pruning.repair import Repair, Repairer
-from plprune.pruning.stream import observe, stream
+from plprune.pruning.repair import Repair
+from plprune.pruning.stream import observe, prune_blocks
 from plprune.pruning.surgery import Surgery
 
 
@@ -55,10 +55,15 @@ class FASP(Repairing):
         self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor], constraint: Constraint = FREE
     ) -> PruningPlan:
         calibration, (counts,) = Calibration.of(batches), self.predict_sizes(model, constraint)
-        surgery, repairer, distances = Surgery(model), self.repairer(calibration), []
-        for block, inputs in stream(model, calibration, "FASP"):
-            self._prune_block(surgery, block, inputs, repairer, counts)
-            distances.append(inputs.influence.distance("angular"))
+        surgery, repairer = Surgery(model), self.repairer(calibration)
+
+        def prune_block(block: Block, inputs: BlockInputs) -> None:
+            for group, seen in observe(block, inputs, repairer.statistic, self.attention):
+                keep = top_k(column_score(block.weight(group), seen.norm[group.consumer.index]), counts[group.name])
+                repairer.keep(surgery, block, group, keep, seen)
+
+        influences = prune_blocks(model, calibration, "FASP", prune_block)
+        distances = [influence.distance("angular") for influence in influences]
         return surgery.plan("FASP", dataclasses.asdict(self), importance(distances))
 
     def conflicts(self, constraint: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
@@ -84,14 +89,6 @@ class FASP(Repairing):
         """A second pass, and what restoration takes beside it."""
         again = count * length * sum(block_flops(block, length) for block in blocks_of(model))
         return dataclasses.replace(self.repair_work(model, count * length, length, self.attention), flops=again)
-
-    def _prune_block(
-        self, surgery: Surgery, block: Block, inputs: BlockInputs, repairer: Repairer, counts: dict[str, int]
-    ) -> None:
-        # as large as the block: gone before the next; empty if an earlier run has decided
-        for group, seen in observe(block, inputs, repairer.statistic, self.attention):
-            keep = top_k(column_score(block.weight(group), seen.norm[group.consumer.index]), counts[group.name])
-            repairer.keep(surgery, block, group, keep, seen)
 
 
 def column_score(

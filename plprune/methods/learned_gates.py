@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import Block, blocks_of
-from plprune.architecture.modules import innermost, matrix, on_device
+from plprune.architecture.modules import innermost, lacks_weights, matrix, on_device
 from plprune.io import distributed
 from plprune.io.progress import Progress
 from plprune.methods.base import Repairing
@@ -63,7 +63,6 @@ from plprune.pruning.calibration import Calibration
 from plprune.pruning.constraints import FREE, Constraint
 from plprune.pruning.forward import evaluating
 from plprune.pruning.losses import divergence, next_token_loss, top_k_log_probs
-from plprune.pruning.model_state import model_state
 from plprune.pruning.plan import PruningPlan
 from plprune.pruning.repair import Damping, Repair
 from plprune.pruning.statistics import Norms
@@ -136,7 +135,7 @@ class LearnedGates(Repairing):
         calibration, blocks = Calibration.of(batches), blocks_of(model)
         p = self._fraction(blocks)
         budget, repairer = self._budget(blocks, p, constraint), self.repairer(calibration)
-        if model_state(model).journal is not None:
+        if lacks_weights(model):
             raise ValueError(
                 "gates are trained by gradients through the whole model: leave out --stream, or take CFSP, FASP, FLAP "
                 "or TwoSSP"

@@ -16,12 +16,7 @@ Deviations from the authors' code:
 """
 
 import dataclasses
-import itertools
-import logging
-import math
-import time
 from collections.abc import Iterable, Sequence
-from datetime import timedelta
 from typing import cast
 
 import torch
@@ -29,26 +24,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import Block, blocks_of
-from plprune.io import distributed
-from plprune.io.progress import Progress
 from plprune.methods.base import Repairing
 from plprune.planning.needs import Work
 from plprune.planning.sizes import attention_spans, block_flops
 from plprune.pruning.allocation import Budget, check_sparsity, importance, top_k
+from plprune.pruning.attention_search import AttentionSearch
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.constraints import FREE, Constraint
-from plprune.pruning.forward import evaluating, logits_from, record_inputs, run_block
-from plprune.pruning.journal import DiskStates
-from plprune.pruning.losses import next_token_loss
-from plprune.pruning.model_state import model_state
+from plprune.pruning.forward import evaluating
 from plprune.pruning.plan import PruningPlan
 from plprune.pruning.repair import Repair
 from plprune.pruning.statistics import Norms
 from plprune.pruning.stream import observe, stream
-from plprune.pruning.surgery import Surgery, without_attention
-
-log = logging.getLogger(__name__)
-States = list[Tensor] | DiskStates
+from plprune.pruning.surgery import Surgery
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +78,8 @@ class TwoSSP(Repairing):
         if drop:
             windows = calibration.windows(self.stage2_samples)
             with evaluating(model):
-                stage = SecondStage(surgery, windows, calibration.device or model.device, calibration.group)
-                stage.drop(drop, first=int(constraint.first_attention))
+                search = AttentionSearch(surgery, windows, calibration.device or model.device, calibration.group)
+                search.drop(drop, first=int(constraint.first_attention))
         return surgery.plan("TwoSSP", dataclasses.asdict(self), importance(distances))
 
     def conflicts(self, constraint: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
@@ -183,7 +171,7 @@ def channels_to_keep(
         attention: Parameters of one attention sub-block.
         ffn: Parameters of one FFN.
         width: FFN width (n).
-        drop: Attention sub-blocks to drop (N).
+        drop: AttentionUnit sub-blocks to drop (N).
         added: Parameters that a repair will add (:math:`P_+`).
 
     Raises:
@@ -204,132 +192,9 @@ def channels_to_keep(
     return keep
 
 
-class SecondStage:
-    """Drops attention sub-blocks one at a time, judging each candidate from the first block that it changes.
-
-    Args:
-        surgery: What drops them.
-        windows: Token ids, [1, s] each.
-        device: Where blocks run.
-        group: Processes that share the candidates.
-    """
-
-    def __init__(
-        self, surgery: Surgery, windows: list[Tensor], device: torch.device, group: distributed.ProcessGroup = None
-    ) -> None:
-        self.surgery, self.windows, self.device, self.group = surgery, windows, device, group
-        self.blocks, self.journal = surgery.blocks, model_state(surgery.model).journal
-        self.evaluations = 0
-        records = [record_inputs(surgery.model, ids) for ids in windows]
-        self.calls = [[calls[b.index].to(device) for _, calls in records] for b in self.blocks]
-        self._rooms = itertools.count()
-        self.entering = [self._kept([first.to(device) for first, _ in records])]  # what enters each block, and the head
-        start = time.monotonic()
-        self.entering += self._run(0)
-        self._seconds = (time.monotonic() - start) / len(self.blocks)  # one block takes
-
-    def drop(self, count: int, first: int = 0) -> None:
-        """Drops the `count` attentions that are missed least, one after another, of the blocks from `first` on."""
-        plain = 0
-        self._announce(count, first)
-        with Progress(count, "2SSP stage 2", "attention", quiet=distributed.rank(self.group) > 0) as bar:
-            for step in range(count):
-                candidates = [b for b in self.blocks[first:] if b.has_attention]
-                plain += len(candidates) * len(self.blocks) * len(self.windows)
-                self._drop_one(candidates, step)
-                bar.update()
-        evaluations = int(distributed.all_reduce_sum(torch.tensor(self.evaluations), self.group))
-        log.info(
-            "2SSP stage 2: %d block evaluations, %.0f%% of the plain loop's %d",
-            *(evaluations, 100 * evaluations / plain, plain),
-        )
-
-    def _announce(self, count: int, first: int) -> None:
-        """Says how long it will take, if every block comes from disk every time."""
-        steps = sum(self.journal.recall(_key(step)) is None for step in range(count)) if self.journal else 0
-        if not steps:
-            return
-        candidates = [b for b in self.blocks[first:] if b.has_attention]
-        loads = steps * sum(len(self.blocks) - b.index for b in candidates)
-        start = time.monotonic()
-        self._loss(self.entering[-1])
-        seconds = loads * self._seconds + steps * len(candidates) * (time.monotonic() - start)
-        about = timedelta(seconds=round(seconds))
-        log.info("2SSP stage 2 loads blocks %d times, %.2g s each: about %s", loads, self._seconds, about)
-
-    def _drop_one(self, candidates: list[Block], step: int) -> None:
-        known = self.journal.recall(_key(step)) if self.journal else None
-        chosen, trail = (known, None) if known is not None else self._search(candidates)
-        if self.journal and known is None:
-            self.journal.remember(_key(step), chosen)
-        best = candidates[chosen]
-        self.surgery.keep(best, best.groups()[0], torch.zeros(0, dtype=torch.long))
-        if self.journal:
-            _forget(self.entering[best.index + 1 :])
-            self.entering[best.index + 1 :] = trail or self._run(best.index)
-            return
-        source = chosen % distributed.size(self.group)
-        mine = trail if source == distributed.rank(self.group) else self.entering[best.index + 1 :]
-        self.entering[best.index + 1 :] = [
-            [distributed.broadcast(x, source, self.group) for x in hidden] for hidden in cast(list[States], mine)
-        ]
-
-    def _search(self, candidates: list[Block]) -> tuple[int, list[States] | None]:
-        """The candidate that is missed least, and what leaves the blocks after it without it, if found here."""
-        losses, lowest, trail = torch.zeros(len(candidates), dtype=torch.float64), math.inf, None
-        for i in range(distributed.rank(self.group), len(candidates), distributed.size(self.group)):
-            with without_attention(candidates[i]):
-                trial = self._run(candidates[i].index)
-            losses[i] = self._loss(trial[-1])
-            if trail is None or losses[i] < lowest:
-                lowest, trail, trial = losses[i], trial, trail or []
-            _forget(trial)
-        every = distributed.all_reduce_sum(losses, self.group).tolist()
-        return every.index(min(every)), trail
-
-    @torch.no_grad()
-    def _run(self, start: int) -> list[States]:
-        """What leaves each block from `start` on."""
-        leaving, hidden = [], [x.to(self.device) for x in self.entering[start]]
-        for block in self.blocks[start:]:
-            with block.present(self.device):
-                hidden = [run_block(block, x, c) for x, c in zip(hidden, self.calls[block.index], strict=True)]
-            leaving.append(self._kept(hidden))
-        self.evaluations += len(leaving) * len(hidden)
-        return leaving
-
-    def _kept(self, hidden: list[Tensor]) -> States:
-        """Hidden states where they wait: on disk if the blocks do, whose states together are too many."""
-        if self.journal is None:
-            return hidden
-        filed = DiskStates(self.journal.room(f"second.{next(self._rooms)}"))
-        for x in hidden:
-            filed.append(x)
-        return filed
-
-    def _loss(self, hidden: States) -> float:
-        """Mean loss per token of all windows; NaN counts as infinite."""
-        model, total = self.surgery.model, torch.zeros((), dtype=torch.float64, device=self.surgery.model.device)
-        for ids, x in zip(self.windows, hidden, strict=True):
-            logits = logits_from(model, ids, x.to(model.device))
-            total += next_token_loss(logits, ids, "sum").double()
-        loss = float(total) / sum(ids[:, 1:].numel() for ids in self.windows)
-        return loss if math.isfinite(loss) else math.inf
-
-
 def _ends(model: PreTrainedModel, candidates: list[Block], drop: int) -> list[list[Block]]:
     """The attentions whose absence spares least and most: of the cache, and of the parameters."""
     size = attention_spans(model)
     cached = sorted(candidates, key=lambda b: b.kv_heads * min(size[b.index], 1 << 40))
     weighing = sorted(candidates, key=lambda b: b.parameters(b.family.attention))
     return [end for ranked in (cached, weighing) for end in (ranked[:drop], ranked[len(ranked) - drop :])]
-
-
-def _forget(states: list[States]) -> None:
-    for filed in states:
-        if isinstance(filed, DiskStates):
-            filed.discard()
-
-
-def _key(step: int) -> str:
-    return f"attention-{step}"

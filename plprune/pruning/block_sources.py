@@ -1,10 +1,9 @@
-"""Three sources of the blocks' inputs: the blocks before them, the journal of an earlier run, and observations.
+"""Three sources of the blocks' inputs: running the blocks, the journal of an earlier run, and saved observations.
 
-A pass over the blocks begins with what is known, from the journal or from observations, and goes on by running blocks.
+A pass over the blocks starts with what the journal or the observations hold, and continues by running blocks.
 """
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from functools import cached_property
@@ -15,21 +14,21 @@ from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.pruning.calibration import Calibration, Observations, Observed
-from plprune.pruning.forward import BlockInputs, Call, MemoryStates, checksums, record_inputs, same_values
-from plprune.pruning.journal import BlockRecord, DiskStates, Journal, PassLog
-from plprune.pruning.model_state import model_state
+from plprune.pruning.forward import BlockInputs, Call, checksums, record_inputs, same_values
+from plprune.pruning.hidden_states import HiddenStates, MemoryStates
+from plprune.pruning.journal import BlockRecord, Journal, PassLog
+from plprune.pruning.model_state import journal_of
 from plprune.pruning.statistics import BlockInfluence, Statistic
 from plprune.pruning.surgery import replay
 
 S = TypeVar("S", bound=Statistic)
-States = MemoryStates | DiskStates
 
 
 class BlockSource(Protocol):
     """Gives the blocks of one pass their inputs."""
 
     def inputs(self, block: Block) -> contextlib.AbstractContextManager[BlockInputs]:
-        """The inputs of the next block, which may be changed in the context."""
+        """The inputs of the next block; the caller may change the block within the context."""
         ...
 
     def after(self, block: Block) -> "BlockSource":
@@ -45,17 +44,19 @@ class Fresh:
         calibration: The text.
 
     Raises:
-        ValueError: The model has a journal and there are several processes, or it has none and states wait on disk.
+        ValueError: A model with a journal is pruned by several processes, or one without has `offload` disk.
     """
 
     def __init__(self, model: PreTrainedModel, calibration: Calibration) -> None:
-        journal = model_state(model).journal
-        if journal is not None and calibration.group is not None:
+        self.model, self.calibration, self.journal = model, calibration, journal_of(model)
+        self.log = PassLog(self.journal) if isinstance(self.journal, Journal) else None
+        if self.log and calibration.group is not None:
             raise ValueError("a model that streams from disk is pruned by one process: start it without others")
-        self.model, self.calibration, self.log = model, calibration, PassLog(journal) if journal else None
-        self.device, self.states = calibration.device or model.device, _states(calibration, model.device, journal)
+        if calibration.offload == "disk" and not self.log:
+            raise ValueError("`offload` disk is only for a model that streams from disk (--stream): set it to cpu")
+        self.device = calibration.device or model.device
         self.next = self.log.done if self.log else 0  # index of the block that `hidden` enters
-        self.hidden: States | None = self.log.entering() if self.log and self.next else None
+        self.hidden: HiddenStates | None = self.log.entering() if self.log and self.next else None
 
     @cached_property
     def calls(self) -> list[list[Call]]:
@@ -69,27 +70,33 @@ class Fresh:
             every.append(calls)
         return every
 
-    def entering(self, block: Block) -> States:
+    def states(self) -> HiddenStates:
+        """An empty collection of hidden states, kept where `offload` says."""
+        if self.calibration.offload == "disk":
+            return self.journal.hidden_states(self.device)
+        return MemoryStates(torch.device("cpu") if self.calibration.offload else self.device)
+
+    def entering(self, block: Block) -> HiddenStates:
         """The hidden states that enter a block; runs the blocks before it that have not run yet."""
         for before in blocks_of(self.model)[self.next : block.index]:
             with before.present(self.device):
                 self.advance(self._inputs(before).outputs())
-        _ = self.calls  # which records what enters the first block
+        _ = self.calls  # sets `hidden` for the first block
         assert self.hidden is not None
         return self.hidden
 
-    def advance(self, leaving: States) -> None:
+    def advance(self, leaving: HiddenStates) -> None:
         """Moves on by one block, whose outputs are `leaving`."""
         self.hidden, self.next = leaving, self.next + 1
 
     @contextlib.contextmanager
     def inputs(self, block: Block) -> Iterator[BlockInputs]:
-        inputs, before = self._inputs(block), block.home.version if block.home else 0
+        inputs, version = self._inputs(block), _version(block)
         with block.present(self.device):
             yield inputs
             leaving = inputs.outputs() if block.index < len(blocks_of(self.model)) - 1 else None
         if self.log:
-            self.log.commit(_record_of(block, inputs, before), leaving)
+            self.log.append(_record_of(block, inputs, version), leaving)
             self.entering(block).discard()
         if leaving is not None:
             self.advance(leaving)
@@ -103,7 +110,7 @@ class Fresh:
 
 
 class Replayed:
-    """Gives the records of an earlier run from the journal, and runs no block.
+    """Takes the records of an earlier run from the journal, and runs no block.
 
     Args:
         fresh: The source for the blocks that have no record.
@@ -115,29 +122,34 @@ class Replayed:
 
     @contextlib.contextmanager
     def inputs(self, block: Block) -> Iterator[BlockInputs]:
-        kept, home = self.log.record(block.index, self.fresh.device), block.home
-        inputs = ReplayedInputs(block, kept, self.fresh.device)
-        if home is None or kept.version == home.version:
-            with block.present(self.fresh.device):
-                yield inputs
+        record = self.log.read(block.index, self.fresh.device)
+        inputs = ReplayedInputs(block, record, self.fresh.device)
+        if inputs.pruned:
+            self._prune_again(block, record.version)
+            yield inputs
             return
-        while home.version < kept.version:
-            home.version += 1
-            decisions = self.log.journal.decided(block.index, home.version)
-            replay(block, decisions, self.fresh.model)
-            self.log.journal.taken_over += decisions
-        yield inputs
+        with block.present(self.fresh.device):
+            yield inputs
 
     def after(self, block: Block) -> BlockSource:
         return self if block.index + 1 < self.fresh.next else self.fresh
 
+    def _prune_again(self, block: Block, version: int) -> None:
+        """Gives a block, whose weights are on disk, the structure of a later version."""
+        assert block.home is not None
+        while block.home.version < version:
+            block.home.version += 1
+            decisions = self.log.journal.decisions_of(block.index, block.home.version)
+            replay(block, decisions, self.fresh.model)
+            self.log.journal.decisions += decisions
+
 
 class Recalled:
-    """Gives earlier observations, up to the first block that is changed, or run as it was not observed by a statistic.
+    """Takes saved observations, up to the first block that is changed, or that must run for another statistic.
 
     Args:
         fresh: The source for the blocks after it.
-        known: The observations.
+        known: The observations of all blocks.
     """
 
     def __init__(self, fresh: Fresh, known: Observations) -> None:
@@ -161,16 +173,16 @@ class ReplayedInputs(BlockInputs):
 
     Args:
         block: The block.
-        kept: Its record.
+        record: Its record.
         device: The device that it would run on.
     """
 
-    def __init__(self, block: Block, kept: BlockRecord, device: torch.device) -> None:
+    def __init__(self, block: Block, record: BlockRecord, device: torch.device) -> None:
         self.block, self.device, self.group = block, device, None
         self.influence = BlockInfluence()
-        self.influence.load_state_dict(kept.influence)
-        self.decided = kept.observed is None
-        self._observed = iter(kept.observed or [])
+        self.influence.load_state_dict(record.influence)
+        self.pruned = record.observed is None
+        self._observed = iter(record.observed or [])
 
     def __getattr__(self, name: str) -> Any:
         raise ValueError(
@@ -180,7 +192,7 @@ class ReplayedInputs(BlockInputs):
 
     def known(self, groups: list[UnitGroup], statistic: Callable[[], S]) -> list[tuple[UnitGroup, S]] | None:
         """The recorded result of the next observation; empty if the earlier run has pruned the block."""
-        if self.decided:
+        if self.pruned:
             return []
         kept, statistics = next(self._observed), {group.consumer.path: statistic() for group in groups}
         for path, state in kept.items():
@@ -230,22 +242,14 @@ class RecalledInputs(BlockInputs):
         return [(group, cast(S, deepcopy(each))) for group, each in zip(groups, found, strict=True)]
 
 
-def _states(calibration: Calibration, device: torch.device, journal: Journal | None) -> Callable[[], States]:
-    """Makes empty collections of hidden states, in the place that `offload` says."""
-    if calibration.offload != "disk":
-        waiting = torch.device("cpu") if calibration.offload else calibration.device or device
-        return lambda: MemoryStates(waiting)
-    if journal is None:
-        raise ValueError(
-            "hidden states can wait on disk only if the model streams from there (--stream): offload to cpu"
-        )
-    count = itertools.count()
-    return lambda: DiskStates(journal.room(f"states.{next(count)}"))
+def _version(block: Block) -> int:
+    """How often the block was changed on disk."""
+    return block.home.version if block.home else 0
 
 
 def _record_of(block: Block, inputs: BlockInputs, version: int) -> BlockRecord:
-    """The record of a block; with observations only if this pass has not changed it."""
-    now = block.home.version if block.home else 0
+    """The record of a block; with its observations only if the block still has the `version` that entered the pass."""
+    now = _version(block)
     if now != version:
         return BlockRecord(inputs.influence.state_dict(), None, now)
     observed = [{path: _state(each) for path, each in own.items()} for own in inputs.observed]

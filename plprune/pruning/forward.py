@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.architecture.modules import lacks_weights
 from plprune.io import distributed
-from plprune.pruning.journal import DiskStates, NotFinite
+from plprune.pruning.hidden_states import HiddenStates
+from plprune.pruning.journal import NotFinite
 from plprune.pruning.statistics import BlockInfluence, Statistic
 
 S = TypeVar("S", bound=Statistic)
@@ -34,20 +35,6 @@ class Call:
         return Call(_move(self.args, device), _move(self.kwargs, device))
 
 
-class MemoryStates(list[Tensor]):
-    """Hidden states in the memory of one device, [b, s, d] each."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.device = device
-
-    def append(self, hidden: Tensor) -> None:
-        super().append(hidden.to(self.device))
-
-    def discard(self) -> None:
-        """Does nothing: there are no files to delete."""
-
-
 class BlockInputs:
     """The inputs of one block for all batches, and its outputs once it has run.
 
@@ -60,7 +47,7 @@ class BlockInputs:
         group: The processes that share the batches.
     """
 
-    decided = False  # whether an interrupted run has already pruned the block
+    pruned = False  # whether an interrupted run has already pruned the block
 
     def __init__(
         self,
@@ -68,14 +55,14 @@ class BlockInputs:
         hidden: Sequence[Tensor],
         calls: list[Call],
         device: torch.device,
-        states: Callable[[], MemoryStates | DiskStates],
+        states: Callable[[], HiddenStates],
         group: distributed.ProcessGroup = None,
     ) -> None:
         self.block, self.hidden, self.calls = block, hidden, calls
         self.device, self.states, self.group = device, states, group
         self.influence = BlockInfluence()
         self.observed: list[Mapping[str, Statistic]] = []  # statistics by consumer, for each observation
-        self._outputs: MemoryStates | DiskStates | None = None
+        self._outputs: HiddenStates | None = None
         self._weights: dict[str, Tensor] = {}  # checksums of the weights that produced the outputs
 
     def known(self, groups: list[UnitGroup], statistic: Callable[[], S]) -> list[tuple[UnitGroup, S]] | None:
@@ -102,7 +89,7 @@ class BlockInputs:
                 "bfloat16, and check its weights"
             )
 
-    def outputs(self) -> "MemoryStates | DiskStates":
+    def outputs(self) -> HiddenStates:
         """Returns the outputs of the block with its current weights, and runs it again only if these have changed."""
         if self._outputs is None or not same_values(checksums(self.block.module), self._weights):
             self.observed.clear()

@@ -4,20 +4,21 @@ A journal is a hidden folder beside the output. Everything in it is written unde
 that it is complete or absent. A resumed run deletes what is left under `new/`. Nothing is pickled.
 
     asked.json      the request: a run with another request is refused
-    walks/0/00012   the record of block 12 in the first pass over the blocks: its statistics, or the version of the
+    passes/0/00012  the record of block 12 in the first pass over the blocks: its statistics, or the version of the
                     block that the pass made; and the hidden states that enter the next block
     blocks/00012.1  block 12 after its first change, a shard of the output; a second change makes 00012.2
-    notes           results of searches that take hours
+    results         results of long searches, by key
 """
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -26,10 +27,32 @@ from torch import Tensor
 from plprune.architecture.blocks import Decision
 from plprune.io.atomic import flush, lock, write_errors
 from plprune.io.progress import Progress
-from plprune.io.state import read_state, read_tensors, write_state
+from plprune.io.state import read_state, write_state
+from plprune.pruning.hidden_states import DiskStates, HiddenStates, MemoryStates
 
+T = TypeVar("T")
 ASKED, NEW = "asked.json", "new"
 SHARD, DECISIONS, STATE, HIDDEN = "model.safetensors", "decisions.safetensors", "state.safetensors", "hidden"
+
+
+class NoJournal:
+    """Takes the place of a journal when the model is in memory: nothing is stored, nothing is resumed."""
+
+    def __init__(self) -> None:
+        self.decisions: list[Decision] = []  # of this pruning, in order; with those that an earlier run has carried out
+
+    def once(self, key: str, compute: Callable[[], T]) -> T:
+        """The result of `compute`, which a journal stores by its key and then computes only once for all runs.
+
+        Args:
+            key: A file name.
+            compute: Returns a value of JSON's types.
+        """
+        return compute()
+
+    def hidden_states(self, device: torch.device) -> HiddenStates:
+        """An empty collection of hidden states: on disk if the model's blocks are there too, else on `device`."""
+        return MemoryStates(device)
 
 
 @dataclass
@@ -47,7 +70,7 @@ class BlockRecord:
     version: int
 
 
-class Journal:
+class Journal(NoJournal):
     """The journal of one output. Only one process at a time can open it.
 
     Args:
@@ -63,9 +86,10 @@ class Journal:
     """
 
     def __init__(self, folder: Path, asked: dict[str, Any], resume: bool = False, overwrite: bool = False) -> None:
-        self.folder, self.walks, self.walking, self.blocks = folder, 0, False, 0
+        super().__init__()
+        self.folder, self.passes, self.in_pass, self.blocks = folder, 0, False, 0
         self._bar: Progress | None = None
-        self.taken_over: list[Decision] = []  # decisions of earlier runs that no plan has yet
+        self._collections = itertools.count()
         with write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
@@ -85,8 +109,8 @@ class Journal:
         return self
 
     def __exit__(self, raised: type[BaseException] | None, *_: object) -> None:
-        started = any((self.folder / kind).exists() for kind in ("walks", "blocks", "notes"))
-        if not started or issubclass(raised or object, NotFinite):  # a run that goes on would come to the same
+        started = any((self.folder / kind).exists() for kind in ("passes", "blocks", "results"))
+        if not started or issubclass(raised or object, NotFinite):  # a resumed run would come to the same NaN
             self.remove()
         self.close()
 
@@ -98,47 +122,48 @@ class Journal:
 
     def remove(self) -> None:
         """Deletes the folder."""
-        (self.folder / ASKED).unlink(missing_ok=True)  # without it the rest counts as nothing
+        (self.folder / ASKED).unlink(missing_ok=True)  # first, as without it the other files count as absent
         shutil.rmtree(self.folder, ignore_errors=True)
 
     @contextlib.contextmanager
     def publish(self, name: str) -> Iterator[Path]:
         """An empty folder, which is renamed to `name` if the context ends without an error."""
-        room, place = self.room(name.replace("/", "-")), self.folder / name
-        with write_errors(place):
+        scratch, target = self.scratch(name.replace("/", "-")), self.folder / name
+        with write_errors(target):
             try:
-                yield room
-                flush(room)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                if place.exists():
-                    shutil.rmtree(place)
-                os.replace(room, place)
+                yield scratch
+                flush(scratch)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if target.exists():
+                    shutil.rmtree(target)
+                os.replace(scratch, target)
             finally:
-                shutil.rmtree(room, ignore_errors=True)
+                shutil.rmtree(scratch, ignore_errors=True)
 
-    def room(self, name: str) -> Path:
+    def scratch(self, name: str) -> Path:
         """An empty folder for files that are not needed after the process ends."""
-        room = self.folder / NEW / name
-        with write_errors(room):
-            shutil.rmtree(room, ignore_errors=True)
-            room.mkdir(parents=True)
-        return room
+        folder = self.folder / NEW / name
+        with write_errors(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        return folder
 
-    def recall(self, key: str) -> Any:
-        """The value that an earlier run stored under this key, or None."""
-        file = self.folder / "notes" / key / "note.json"
-        return json.loads(file.read_text()) if file.exists() else None
+    def once(self, key: str, compute: Callable[[], T]) -> T:
+        file = self.folder / "results" / key / "result.json"
+        if not file.exists():
+            result = compute()
+            with self.publish(f"results/{key}") as folder:
+                (folder / file.name).write_text(json.dumps(result))
+        return json.loads(file.read_text())
 
-    def remember(self, key: str, value: Any) -> None:
-        """Stores the result of a search, in JSON's types."""
-        with self.publish(f"notes/{key}") as room:
-            (room / "note.json").write_text(json.dumps(value))
+    def hidden_states(self, device: torch.device) -> HiddenStates:
+        return DiskStates(self.scratch(f"states.{next(self._collections)}"))
 
     def version(self, block: int, number: int) -> Path:
         """The folder of a version of a block, which need not exist."""
         return self.folder / "blocks" / f"{block:05}.{number}"
 
-    def decided(self, block: int, number: int) -> list[Decision]:
+    def decisions_of(self, block: int, number: int) -> list[Decision]:
         """The decisions that turned the previous version of a block into this one."""
         return [Decision(**decision) for decision in read_state(self.version(block, number) / DECISIONS)]
 
@@ -151,14 +176,14 @@ class Journal:
         check: Callable[[Path, Iterable[tuple[str, Tensor]]], None],
     ) -> None:
         """Stores a version of a block, if `check` finds that the files agree with the tensors."""
-        with self.publish(f"blocks/{self.version(block, number).name}") as room:
-            save_file(tensors, room / SHARD, metadata={"format": "pt"})
-            check(room, tensors.items())
-            write_state([vars(decision) for decision in decisions], room / DECISIONS)
+        with self.publish(f"blocks/{self.version(block, number).name}") as folder:
+            save_file(tensors, folder / SHARD, metadata={"format": "pt"})
+            check(folder, tensors.items())
+            write_state([vars(decision) for decision in decisions], folder / DECISIONS)
 
     def advance(self) -> None:
-        """Advances the bar of written blocks; during a pass, the bar of the pass is shown instead."""
-        if self._bar is None and not self.walking:
+        """Advances the progress bar of written blocks; during a pass there is none, as the pass shows its own."""
+        if self._bar is None and not self.in_pass:
             self._bar = Progress(self.blocks, "writing blocks", "block")
             self._bar.n = 1
         elif self._bar is not None and self._bar.n < self.blocks:
@@ -184,103 +209,64 @@ class Journal:
 
 
 class PassLog:
-    """The records of one pass over the blocks. Earlier runs may have made some; passes are identified by their order.
+    """The records of one pass over the blocks; an earlier run may have written the first of them.
+
+    Passes are numbered in the order in which the method makes them.
 
     Args:
-        journal: The journal that has them.
+        journal: The journal that stores the records.
     """
 
     def __init__(self, journal: Journal) -> None:
-        self.journal, self.name = journal, f"walks/{journal.walks}"
-        journal.walks += 1
-        folder = journal.folder / self.name
-        self.done = len(list(folder.iterdir())) if folder.exists() else 0
+        self.journal, self.folder = journal, journal.folder / f"passes/{journal.passes}"
+        journal.passes += 1
+        self.done = len(list(self.folder.iterdir())) if self.folder.exists() else 0
         for index in range(self.done - 1):
             shutil.rmtree(self._place(index) / HIDDEN, ignore_errors=True)
 
     def __enter__(self) -> "PassLog":
-        self.journal.walking = True
+        self.journal.in_pass = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.journal.walking = False
+        self.journal.in_pass = False
 
-    def record(self, index: int, device: torch.device) -> BlockRecord:
+    def read(self, index: int, device: torch.device) -> BlockRecord:
         """The record of a block; tensors that were on an accelerator go to `device`."""
         return BlockRecord(**read_state(self._place(index) / STATE, device))
 
-    def entering(self) -> "DiskStates":
+    def entering(self) -> DiskStates:
         """The hidden states that enter the first block without a record."""
         return DiskStates(self._place(self.done - 1) / HIDDEN)
 
-    def commit(self, record: BlockRecord, leaving: "Sequence[Tensor] | DiskStates | None") -> None:
+    def append(self, record: BlockRecord, leaving: HiddenStates | None) -> None:
         """Stores the record of the next block, and the hidden states that leave it, in one step."""
-        with self.journal.publish(str(self._place(self.done).relative_to(self.journal.folder))) as room:
-            write_state(vars(record), room / STATE)
+        place = self._place(self.done)
+        with self.journal.publish(str(place.relative_to(self.journal.folder))) as folder:
+            write_state(vars(record), folder / STATE)
             if isinstance(leaving, DiskStates):
-                leaving.move(room / HIDDEN)
+                os.replace(leaving.folder, folder / HIDDEN)
             elif leaving is not None:
-                (room / HIDDEN).mkdir()
-                copies = DiskStates(room / HIDDEN)
+                (folder / HIDDEN).mkdir()
+                copies = DiskStates(folder / HIDDEN)
                 for hidden in leaving:
                     copies.append(hidden)
         if isinstance(leaving, DiskStates):
-            leaving.folder = self._place(self.done) / HIDDEN
+            leaving.folder = place / HIDDEN
         if self.done:
             shutil.rmtree(self._place(self.done - 1) / HIDDEN, ignore_errors=True)
         self.done += 1
 
     def _place(self, index: int) -> Path:
-        return self.journal.folder / self.name / f"{index:05}"
-
-
-class DiskStates(Sequence[Tensor]):
-    """Hidden states in files, one in memory at a time.
-
-    Args:
-        folder: The folder of the files.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __len__(self) -> int:
-        return len(list(self.folder.iterdir()))
-
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return read_tensors(self._file(index))["x"].clone()  # aligned like a computed tensor; a mapped one may not be
-
-    def append(self, tensor: Tensor) -> None:
-        """Writes one more."""
-        with write_errors(self.folder):
-            save_file({"x": tensor.detach().cpu().contiguous()}, self._file(len(self)))
-
-    def discard(self) -> None:
-        """Deletes the files."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def move(self, folder: Path) -> None:
-        """Moves the files; the caller then sets `folder`."""
-        os.replace(self.folder, folder)
-
-    def _file(self, index: int) -> Path:
-        return self.folder / f"{index:05}.safetensors"
+        return self.folder / f"{index:05}"
 
 
 class NotFinite(ValueError):
     """A computed value is NaN or infinite."""
 
 
-def _check_same(there: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
-    old, new = _flat(there), _flat(json.loads(json.dumps(asked)))
+def _check_same(stored: dict[str, Any], asked: dict[str, Any], folder: Path) -> None:
+    old, new = _flat(stored), _flat(json.loads(json.dumps(asked)))
     for key in {**old, **new}:
         if old.get(key) != new.get(key):
             raise ValueError(

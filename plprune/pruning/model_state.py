@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from plprune.architecture.attached import attached
-from plprune.pruning.journal import Journal
+from plprune.pruning.journal import Journal, NoJournal
 from plprune.pruning.plan import PruningPlan
 
 
@@ -27,3 +27,8 @@ class ModelState:
 def model_state(model: nn.Module) -> ModelState:
     """The state of a model; an empty one if nothing is attached to it."""
     return attached(model, ModelState) or ModelState()
+
+
+def journal_of(model: nn.Module) -> NoJournal:
+    """The journal of a model whose blocks are on disk; for a model in memory, a new one that stores nothing."""
+    return model_state(model).journal or NoJournal()

@@ -26,7 +26,7 @@ from plprune.pruning.allocation import complement
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.forward import BlockInputs
 from plprune.pruning.statistics import Gram, HoldoutGram, Moments
-from plprune.pruning.stream import observe_groups, stream
+from plprune.pruning.stream import observe_groups, prune_blocks
 from plprune.pruning.surgery import Surgery
 
 Repair = Literal["none", "compensate", "restore"]
@@ -81,9 +81,12 @@ class Repairer:
                 surgery.keep(block, group, keep)
             return
         rows = {index: list(own) for index, own in groupby(chosen, lambda row: row[0].index)}
-        for block, inputs in stream(surgery.model, self.calibration, title):
-            if not inputs.decided:
-                self._carry_out(surgery, block, inputs, [(group, keep) for _, group, keep in rows.get(block.index, [])])
+        prune_blocks(
+            surgery.model,
+            self.calibration,
+            title,
+            lambda block, inputs: self._prune_block(surgery, inputs, rows.get(block.index, [])),
+        )
 
     def keep(
         self,
@@ -99,10 +102,10 @@ class Repairer:
         consumer, columns = group.consumer, group.consumer.index[keep].flatten().sort().values
         surgery.keep(block, group, keep, *self._values(dense_weight(block.part(consumer.path)), columns, seen))
 
-    def _carry_out(
-        self, surgery: Surgery, block: Block, inputs: BlockInputs, chosen: list[tuple[UnitGroup, Tensor]]
+    def _prune_block(
+        self, surgery: Surgery, inputs: BlockInputs, chosen: Sequence[tuple[Block, UnitGroup, Tensor]]
     ) -> None:
-        for group, keep in chosen:
+        for block, group, keep in chosen:
             if len(keep) == len(group):
                 surgery.keep(block, group, keep)
                 continue

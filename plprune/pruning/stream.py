@@ -1,7 +1,7 @@
-"""A pass over the decoder blocks in depth order, each with the inputs that the model would give it.
+"""Passes over the decoder blocks in depth order, each block with the inputs that the model itself would give it.
 
-One block at a time needs to be on the accelerator. What an earlier run has done is taken from its journal, and what is
-known of the text is not observed again (`plprune.pruning.block_sources`).
+Only the current block needs to be on the accelerator. Results of an interrupted run come from its journal, and saved
+observations replace forward passes (`plprune.pruning.block_sources`); the callers do not notice either.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ def stream(
 ) -> Iterator[tuple[Block, BlockInputs]]:
     """Yields the blocks in depth order, each with its inputs.
 
-    The caller may change a block before it asks for the next one; the blocks after it then see the change. If the model
-    has a journal, the block's record is stored there when the caller asks for the next one.
+    The caller may change a block before it asks for the next one; the blocks after it then see the change. A block that
+    an interrupted run has already pruned is yielded too: `observe` then returns an empty list.
 
     Args:
         model: A dense or pruned model.
@@ -40,15 +40,43 @@ def stream(
     """
     calibration, blocks = Calibration.of(batches), blocks_of(model)
     fresh = Fresh(model, calibration)
-    source, done, quiet = _source(fresh), fresh.next, distributed.rank(calibration.group) > 0
-    walking = fresh.log or contextlib.nullcontext()
-    with evaluating(model), walking, Progress(len(blocks), title, "block", done, quiet) as bar:
+    source, done, quiet = _first_source(fresh), fresh.next, distributed.rank(calibration.group) > 0
+    with (
+        evaluating(model),
+        fresh.log or contextlib.nullcontext(),
+        Progress(len(blocks), title, "block", done, quiet) as bar,
+    ):
         for block in blocks:
             with source.inputs(block) as inputs:
                 yield block, inputs
             source = source.after(block)
             if block.index >= done:
                 bar.update()
+
+
+def prune_blocks(
+    model: PreTrainedModel,
+    batches: Calibration | Iterable[Tensor],
+    title: str,
+    prune_block: Callable[[Block, BlockInputs], None],
+) -> list[BlockInfluence]:
+    """Prunes the blocks in depth order, each by the inputs that the pruned blocks before it produce.
+
+    Args:
+        model: Changed in place.
+        batches: Calibration token ids, [b, s] each.
+        title: Title of the progress bar.
+        prune_block: Prunes one block by `Surgery.keep`; not called for blocks that an interrupted run has pruned.
+
+    Returns:
+        How far each block moves its hidden states, as `prune_block` has observed it.
+    """
+    influences = []
+    for block, inputs in stream(model, batches, title):
+        if not inputs.pruned:
+            prune_block(block, inputs)
+        influences.append(inputs.influence)
+    return influences
 
 
 def observe(
@@ -98,7 +126,7 @@ def observe_groups(
     return [(group, statistics[group.consumer.path]) for group in groups]
 
 
-def _source(fresh: Fresh) -> BlockSource:
+def _first_source(fresh: Fresh) -> BlockSource:
     """The source for the first block."""
     if fresh.log is not None:
         return Replayed(fresh, fresh.log) if fresh.log.done else fresh

@@ -19,7 +19,7 @@ from plprune.architecture.blocks import Block, Decision, UnitGroup, blocks_of
 from plprune.architecture.modeling_plprune import Gather, NoAttention, Scatter, replace, set_count
 from plprune.architecture.modules import Side, innermost, is_transposed, matrix, tied, width, width_name
 from plprune.pruning.allocation import complement
-from plprune.pruning.model_state import model_state
+from plprune.pruning.model_state import journal_of, model_state
 from plprune.pruning.plan import PruningPlan
 
 
@@ -35,9 +35,8 @@ class Surgery:
         self.blocks = blocks_of(model)
         self._before = [block.parameters() for block in self.blocks]
         self._rest = sum(p.numel() for p in model.parameters()) - sum(self._before)
-        self._keep: dict[str, Tensor] = {}
-        self._sizes: dict[str, int] = {}
-        self._repaired: list[str] = []
+        self.journal = journal_of(model)
+        self._scaled: list[str] = []
 
     def keep(
         self,
@@ -59,13 +58,12 @@ class Surgery:
         size = len(group)
         with block.present():
             shrink(block, group, keep)
-            nothing = len(keep) == size or (weight is None and bias_gain is None)
-            repaired = [] if nothing else self._repair(block, group, weight, bias_gain)
+            unchanged = len(keep) == size or (weight is None and bias_gain is None)
+            repaired = [] if unchanged else self._repair(block, group, weight, bias_gain)
             decision = Decision(group.name, keep.cpu(), size, repaired)
             if block.home is not None:
                 block.home.note(decision)
-        self._take_over()
-        self._write_down(decision)
+        self.journal.decisions.append(decision)
 
     def scale(self, block: Block, path: str, gain: Tensor) -> None:  # [d_in]
         """Multiplies every input of a projection that reads it by a gain, in the columns of its weight.
@@ -80,14 +78,15 @@ class Surgery:
         linear.weight = _parameter(
             linear.weight, linear.weight.detach() * (gain[:, None] if is_transposed(linear) else gain)
         )
-        self._repaired.append(self._name(linear.weight))
+        self._scaled.append(self._name(linear.weight))
 
     def plan(self, method: str, settings: dict[str, Any], importance: Tensor) -> PruningPlan:
         """The plan of all that was done; it is attached to the model."""
-        self._take_over()
+        decisions = self.journal.decisions
+        repaired = [name for decision in decisions for name in decision.repaired] + self._scaled
         plan = PruningPlan(
-            keep=self._keep,
-            sizes=self._sizes,
+            keep={decision.group: decision.keep for decision in decisions},
+            sizes={decision.group: decision.size for decision in decisions},
             importance=importance.double().cpu(),
             before=self._before,
             after=[block.parameters() for block in self.blocks],
@@ -95,7 +94,7 @@ class Surgery:
             sparsity=settings["sparsity"],
             method=method,
             settings=settings,
-            repaired=list(dict.fromkeys(self._repaired)),  # restored and scaled weights are there twice
+            repaired=list(dict.fromkeys(repaired)),  # each name once, as a weight may be both restored and scaled
             config=dense_config(self.model),
             previous=plan_of(self.model),
         )
@@ -116,16 +115,6 @@ class Surgery:
             linear.bias = _parameter(old, old.double() + bias_gain.to(old.device))
             repaired.append(self._name(linear.bias))
         return repaired
-
-    def _take_over(self) -> None:
-        """Writes down what an earlier run had decided, and this one has not been asked to."""
-        journal = model_state(self.model).journal
-        while journal is not None and journal.taken_over:
-            self._write_down(journal.taken_over.pop(0))
-
-    def _write_down(self, decision: Decision) -> None:
-        self._keep[decision.group], self._sizes[decision.group] = decision.keep, decision.size
-        self._repaired += decision.repaired
 
     def _name(self, parameter: nn.Parameter) -> str:
         return next(name for name, p in self.model.named_parameters() if p is parameter)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from plprune import perplexity
 from plprune.architecture.blocks import blocks_of
 from plprune.architecture.modules import innermost
 
@@ -50,3 +51,22 @@ def best(score: Tensor, k: int) -> list[int]:
     """The `k` best units, ascending; of equals the first."""
     values = score.tolist()
     return sorted(sorted(range(len(values)), key=lambda i: (-values[i], i))[:k])
+
+
+def plain_loop(model: PreTrainedModel, ids: Tensor, count: int) -> list[int]:
+    """The attentions that are missed least, one after another, each judged by the perplexity of the whole model."""
+    outputs = [innermost(block.part(block.family.output)) for block in blocks_of(model)]
+    dropped: list[int] = []
+    for _ in range(count):
+        found = {}
+        for i in set(range(len(outputs))) - set(dropped):
+            own = [p.detach().clone() for p in outputs[i].parameters()]
+            for p in outputs[i].parameters():
+                p.data.zero_()
+            found[i] = perplexity(model, [ids])
+            for p, value in zip(outputs[i].parameters(), own, strict=True):
+                p.data.copy_(value)
+        dropped.append(min(found, key=lambda i: found[i]))
+        for p in outputs[dropped[-1]].parameters():
+            p.data.zero_()
+    return dropped

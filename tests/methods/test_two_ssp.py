@@ -1,22 +1,19 @@
 """2SSP: the paper's numbers, and the second stage against a plain loop over perplexities."""
 
-import copy
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from plprune import TwoSSP, perplexity, prune
+from plprune import TwoSSP, prune
 from plprune.architecture.blocks import blocks_of
 from plprune.architecture.families import FAMILIES
 from plprune.architecture.modules import innermost
-from plprune.methods import two_ssp
-from plprune.methods.two_ssp import SecondStage, attentions_to_drop, channels_to_keep
-from plprune.pruning.surgery import Surgery, drop_attention
+from plprune.methods.two_ssp import attentions_to_drop, channels_to_keep
+from plprune.pruning.surgery import drop_attention
 from tests.builders import tiny, windows
-from tests.methods import best, traced
+from tests.methods import best, plain_loop, traced
 
 MODELS: dict[str, dict[str, Any]] = {
     "Llama-2-7B": {"blocks": 32, "d": 4096, "kv": 4096, "n": 11008},
@@ -107,25 +104,6 @@ def test_the_channels_with_the_largest_mean_norm_of_a_sample_stay(sizes: tuple[i
         assert keep.tolist() == best(torch.as_tensor(score), len(keep))
 
 
-def plain_loop(model: PreTrainedModel, ids: Tensor, count: int) -> list[int]:
-    """The attentions that are missed least, one after another, each judged by the perplexity of the whole model."""
-    outputs = [innermost(block.part(block.family.output)) for block in blocks_of(model)]
-    dropped: list[int] = []
-    for _ in range(count):
-        found = {}
-        for i in set(range(len(outputs))) - set(dropped):
-            own = [p.detach().clone() for p in outputs[i].parameters()]
-            for p in outputs[i].parameters():
-                p.data.zero_()
-            found[i] = perplexity(model, [ids])
-            for p, value in zip(outputs[i].parameters(), own, strict=True):
-                p.data.copy_(value)
-        dropped.append(min(found, key=lambda i: found[i]))
-        for p in outputs[dropped[-1]].parameters():
-            p.data.zero_()
-    return dropped
-
-
 @pytest.mark.parametrize("family", ["llama", "mistral", "phi3", "opt"])
 @pytest.mark.parametrize("samples", [1, 3])
 def test_the_second_stage_drops_what_a_plain_loop_drops(family: str, samples: int) -> None:
@@ -138,55 +116,6 @@ def test_the_second_stage_drops_what_a_plain_loop_drops(family: str, samples: in
         innermost(block.part(group.consumer.path)).weight.data[:, gone] = 0
     dropped = {int(name.split(".")[1]) for name, keep in plan.keep.items() if not len(keep)}
     assert dropped == set(plain_loop(first, ids[:samples], 4))
-
-
-def test_the_second_stage_saves_two_fifths_of_the_work() -> None:
-    model, ids = tiny(num_hidden_layers=12), windows(2)
-    reference = copy.deepcopy(model)
-    stage = SecondStage(Surgery(model), list(ids.split(1)), model.device)
-    stage.drop(5)
-    dropped = [block.index for block in blocks_of(model) if not block.has_attention]
-    assert dropped == sorted(plain_loop(reference, ids, 5))
-    plain = sum(12 - k for k in range(5)) * 12 * 2
-    assert stage.evaluations <= 0.6 * plain
-
-
-def test_the_kept_states_are_those_of_the_model_after_every_drop() -> None:
-    model, ids = tiny(num_hidden_layers=5), windows(1)
-    stage = SecondStage(Surgery(model), [ids], model.device)
-    for count in range(1, 4):
-        stage.drop(1)
-        assert sum(block.has_attention for block in blocks_of(model)) == 5 - count
-        for kept, state in zip(stage.entering, states(model, ids), strict=True):
-            torch.testing.assert_close(kept[0].double(), state, rtol=1e-6, atol=1e-6)
-
-
-def states(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
-    return traced(without_groups(model), ids)[1]
-
-
-def without_groups(model: PreTrainedModel) -> PreTrainedModel:
-    """A dense model whose attentions give zero where they were dropped."""
-    dense = tiny(num_hidden_layers=5)
-    for block, pruned in zip(blocks_of(dense), blocks_of(model), strict=True):
-        if not pruned.has_attention:
-            innermost(block.part("self_attn.o_proj")).weight.data.zero_()
-    return dense
-
-
-@pytest.mark.parametrize(
-    ("losses", "expected"),
-    [([torch.nan, torch.nan, torch.nan], 0), ([torch.nan, 3.0, 2.0], 2), ([torch.inf, 1.0, 2.0], 1)],
-)
-def test_a_loss_that_is_not_finite_is_the_worst(
-    losses: list[float], expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, left = tiny(), iter(losses)
-    monkeypatch.setattr(two_ssp, "next_token_loss", lambda *_: torch.tensor(next(left)))
-    stage = SecondStage(Surgery(model), [windows(1)], model.device)
-    stage.drop(1)
-    assert [block.index for block in blocks_of(model) if not block.has_attention] == [expected]
-    assert len(stage.entering) == 4
 
 
 def test_attentions_that_are_gone_already_are_no_candidates() -> None:

@@ -13,7 +13,6 @@ from plprune.architecture.blocks import blocks_of
 from plprune.pruning.forward import (
     BlockInputs,
     Call,
-    MemoryStates,
     check_ids,
     checking_ids,
     checksums,
@@ -25,6 +24,7 @@ from plprune.pruning.forward import (
     same_values,
     split_call,
 )
+from plprune.pruning.hidden_states import MemoryStates
 from plprune.pruning.journal import NotFinite
 from tests.builders import logits, tiny, tokenizer, windows
 

@@ -11,7 +11,8 @@ from plprune.checkpoint.weights import check_values
 from plprune.io import state
 from plprune.io.atomic import write_errors
 from plprune.io.state import read_state, write_state
-from plprune.pruning.journal import BlockRecord, DiskStates, Journal, PassLog
+from plprune.pruning.hidden_states import DiskStates, MemoryStates
+from plprune.pruning.journal import BlockRecord, Journal, NoJournal, PassLog
 from plprune.pruning.statistics import BlockInfluence, Gram, HoldoutGram, Moments, Norms, Statistic, StatisticGroup
 
 ASKED = {"method": "FLAP", "settings": {"sparsity": 0.2}, "seed": 0}
@@ -19,6 +20,10 @@ ASKED = {"method": "FLAP", "settings": {"sparsity": 0.2}, "seed": 0}
 
 def journal(folder: Path, **how: Any) -> Journal:
     return Journal(folder / ".out.progress", how.pop("asked", ASKED), **how)
+
+
+def never() -> Any:
+    raise AssertionError("computed again")
 
 
 def grouped() -> StatisticGroup:
@@ -90,13 +95,13 @@ def test_what_another_version_wrote_is_refused(tmp_path: Path, monkeypatch: pyte
 
 def test_an_unfinished_journal_is_not_forgotten(tmp_path: Path) -> None:
     with journal(tmp_path) as first:
-        first.remember("a", [1, 2])
+        first.once("a", lambda: [1, 2])
     with pytest.raises(ValueError, match="go on with it by --resume, or start again by --overwrite"):
         journal(tmp_path)
     with journal(tmp_path, resume=True, overwrite=True) as again:
-        assert again.recall("a") == [1, 2]
+        assert again.once("a", never) == [1, 2]
     with journal(tmp_path, overwrite=True) as new:
-        assert new.recall("a") is None
+        assert new.once("a", lambda: 3) == 3
 
 
 @pytest.mark.parametrize(
@@ -109,11 +114,11 @@ def test_an_unfinished_journal_is_not_forgotten(tmp_path: Path) -> None:
 )
 def test_a_journal_is_of_one_command(change: dict[str, Any], said: str, tmp_path: Path) -> None:
     with journal(tmp_path) as first:
-        first.remember("a", 1)
+        first.once("a", lambda: 1)
     with pytest.raises(ValueError, match=said):
         journal(tmp_path, asked=ASKED | change, resume=True)
     with journal(tmp_path, resume=True) as again:
-        assert again.recall("a") == 1
+        assert again.once("a", never) == 1
 
 
 def test_no_two_processes_write_to_one_journal(tmp_path: Path) -> None:
@@ -121,8 +126,16 @@ def test_no_two_processes_write_to_one_journal(tmp_path: Path) -> None:
         for how in ({}, {"resume": True}, {"overwrite": True}):
             with pytest.raises(ValueError, match="another process is at work"):
                 journal(tmp_path, **how)
-        first.remember("a", 1)
-        assert first.recall("a") == 1
+        assert first.once("a", lambda: 1) == first.once("a", never) == 1
+
+
+def test_without_a_journal_everything_is_computed_and_kept_in_memory() -> None:
+    computed: list[int] = []
+    journal = NoJournal()
+    for _ in range(2):
+        journal.once("a", lambda: computed.append(1))
+    assert len(computed) == 2
+    assert isinstance(journal.hidden_states(torch.device("cpu")), list)
 
 
 def test_nothing_is_left_of_a_run_that_did_nothing(tmp_path: Path) -> None:
@@ -136,12 +149,14 @@ def test_a_walk_keeps_the_hidden_states_of_one_block_only(tmp_path: Path) -> Non
     with journal(tmp_path) as kept:
         log = PassLog(kept)
         for i in range(3):
-            log.commit(BlockRecord({"count": i}, [], 0), [x + i for x in states])
+            leaving = MemoryStates(torch.device("cpu"))
+            leaving += [x + i for x in states]
+            log.append(BlockRecord({"count": i}, [], 0), leaving)
     with journal(tmp_path, resume=True) as kept:
         log = PassLog(kept)
         assert log.done == 3
         assert all(torch.equal(a, b + 2) for a, b in zip(log.entering(), states, strict=True))
-        assert [log.record(i, torch.device("cpu")).influence for i in range(3)] == [{"count": i} for i in range(3)]
+        assert [log.read(i, torch.device("cpu")).influence for i in range(3)] == [{"count": i} for i in range(3)]
         assert len(list(kept.folder.rglob("hidden"))) == 1
         assert PassLog(kept).done == 0  # of a second walk nothing is known
 
@@ -150,24 +165,24 @@ def test_decisions_come_back(tmp_path: Path) -> None:
     decisions = [Decision("blocks.0.ffn", torch.tensor([1, 3]), 5, ["w"]), Decision("b", torch.tensor([0]), 1)]
     with journal(tmp_path) as kept:
         kept.write_block(0, 1, {"x": torch.ones(2)}, decisions, check_values)
-        assert kept.decided(0, 1) == decisions
-        assert kept.decided(0, 1) != decisions[:1]
+        assert kept.decisions_of(0, 1) == decisions
+        assert kept.decisions_of(0, 1) != decisions[:1]
 
 
 def test_what_is_half_written_does_not_count(tmp_path: Path) -> None:
     def fail(journal: Journal) -> None:
-        with journal.publish("notes/b") as room:
-            (room / "note.json").write_text("1")
+        with journal.publish("results/b") as folder:
+            (folder / "result.json").write_text("1")
             raise RuntimeError
 
     with journal(tmp_path) as kept:
-        kept.remember("a", 1)
+        kept.once("a", lambda: 1)
         with pytest.raises(RuntimeError):
             fail(kept)
-        (kept.room("states") / "x").write_text("half")
+        (kept.scratch("states") / "x").write_text("half")
     with journal(tmp_path, resume=True) as again:
-        assert again.recall("b") is None
         assert not (again.folder / "new").exists()
+        assert again.once("b", lambda: 2) == 2
 
 
 @pytest.mark.parametrize("error", [OSError(28, "no space"), Exception("no\nspace")])

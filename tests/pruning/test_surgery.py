@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from plprune import FASP, FLAP, TwoSSP, prune
-from plprune.architecture.blocks import Block, Decision, UnitGroup, blocks_of
+from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.architecture.families import FAMILIES
 from plprune.architecture.modeling_plprune import BlockConfig, Gather, NoAttention, Scatter
 from plprune.architecture.modules import innermost, matrix
@@ -298,9 +298,8 @@ def test_decisions_that_are_replayed_give_the_shapes_they_gave(attention: Any) -
     surgery, block = Surgery(model), blocks_of(model)[1]
     for group in block.groups(attention):
         surgery.keep(block, group, torch.arange(len(group) - 1), bias_gain=torch.ones(32))
-    decisions = [Decision(name, keep, 0, surgery._repaired) for name, keep in surgery._keep.items()]
     torch.nn.Module.to(other, "meta")
-    replay(blocks_of(other)[1], decisions, other)
+    replay(blocks_of(other)[1], surgery.journal.decisions, other)
     shapes = [{name: p.shape for name, p in m.named_parameters()} for m in (model, other)]
     assert shapes[0] == shapes[1]
     assert shapes[0]["model.layers.1.mlp.down_proj.bias"] == (32,)
