@@ -171,7 +171,7 @@ def channels_to_keep(
         attention: Parameters of one attention sub-block.
         ffn: Parameters of one FFN.
         width: FFN width (n).
-        drop: AttentionUnit sub-blocks to drop (N).
+        drop: Attention sub-blocks to drop (N).
         added: Parameters that a repair will add (:math:`P_+`).
 
     Raises:
