@@ -24,10 +24,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from plprune.architecture.attached import attach, attached
 from plprune.architecture.blocks import Block, Decision, Home, blocks_of
 from plprune.architecture.modules import set_parameter
-from plprune.checkpoint.load import chosen, load_skeleton, read_generation_config, stored_at
-from plprune.checkpoint.save import write
-from plprune.checkpoint.stored import Dtype, Source
-from plprune.checkpoint.weights import SINGLE, check_saved, check_values, mapped, write_index
+from plprune.checkpoint.load import load_skeleton, read_generation_config, resolve_dtype, stored_weights
+from plprune.checkpoint.save import write_model
+from plprune.checkpoint.stored import Dtype, ModelWeights
+from plprune.checkpoint.weights import SINGLE, check_saved, check_values, read_tensor, write_index
 from plprune.io import distributed
 from plprune.io.atomic import check_output, resolve_path, write_errors
 from plprune.methods.run import Request, origin, source_of
@@ -51,19 +51,19 @@ def open_streamed(name_or_path: str, dtype: Dtype | None = None) -> PreTrainedMo
         ValueError: There is no model of a supported family there, or its weights are in another format, missing,
             damaged or of other shapes.
     """
-    stored = stored_at(name_or_path)
+    stored = stored_weights(name_or_path)
     if stored.folder is None or not stored.in_safetensors:
         raise _other_format(name_or_path)
     _keep_nothing_freed()
-    dtype = chosen(stored, dtype)
+    dtype = resolve_dtype(stored, dtype)
     model = load_skeleton(name_or_path, dtype)
-    source = Source(stored, model, getattr(torch, dtype))
-    weights = fingerprint((name, source.mapped(name)) for name, _ in model.named_parameters())
+    source = ModelWeights(stored, model, getattr(torch, dtype))
+    weights = fingerprint((name, source.converted(name)) for name, _ in model.named_parameters())
     attach(model, replace(model_state(model), fingerprint=weights))
     inside = {id(p) for block in blocks_of(model) for p in block.module.parameters()}
     for name, parameter in list(model.named_parameters()):
         if id(parameter) not in inside:
-            set_parameter(model, name, source.mapped(name))
+            set_parameter(model, name, source.converted(name))
     model.tie_weights()
     for block in blocks_of(model):
         attach(block.module, DiskHome(block, source))
@@ -188,7 +188,7 @@ class DiskHome(Home):
         source: The model's own weights.
     """
 
-    def __init__(self, block: Block, source: Source) -> None:
+    def __init__(self, block: Block, source: ModelWeights) -> None:
         self.block, self.source, self.version = block, source, 0
         self.prefix = f"{block.family.blocks}.{block.index}."
         self.journal: Journal | None = None
@@ -232,7 +232,7 @@ class DiskHome(Home):
         if self.version == 0:
             return self.source.stored(name)
         assert self.journal is not None
-        return mapped(self.journal.version(self.block.index, self.version) / SHARD, name)
+        return read_tensor(self.journal.version(self.block.index, self.version) / SHARD, name)
 
     def _write(self, before: dict[str, Tensor]) -> None:
         """Keeps the block, if it was changed and an earlier run has not come to the same."""
@@ -271,7 +271,7 @@ def _save(
     shards = [f"model-{i + 1:05}-of-{len(blocks) + 1:05}.safetensors" for i in range(len(blocks) + 1)]
     with write_errors(output):
         rest = {name: p.detach() for name, p in model.named_parameters() if not p.is_meta}
-        write(model, rest, room, tokenizer, max_shard_size="1000TB")
+        write_model(model, rest, room, tokenizer, max_shard_size="1000TB")
         os.replace(room / SINGLE, room / shards[0])
         for block, shard in zip(blocks, shards[1:], strict=True):
             _save_block(block, journal, room / shard)

@@ -40,7 +40,7 @@ ORDER = {
     "export": [["fits"], ["formats"], ["gguf", "parity"], ["decilm", "llama_cpp", "vocabulary"]],
     "evaluation": [["lm_eval", "measurement", "sensitivity"], ["perplexity", "speed", "task_results"], ["alone"]],
     "recovery": [["lora"], ["consumers", "distillation"]],
-    "checkpoint": [["save"], ["load"], ["stored"], ["weights"], ["model_card", "sharing", "stock_config"]],
+    "checkpoint": [["save"], ["load"], ["locate"], ["stored"], ["weights"], ["model_card", "sharing", "stock_config"]],
     "planning": [["extremes", "needs", "targets"], ["hardware", "serving", "sizes"]],
     "pruning": [
         ["attention_search", "observations", "repair"],

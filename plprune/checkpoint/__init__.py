@@ -1,4 +1,4 @@
-"""Loading and saving models, dense and pruned."""
+"""Loads and saves models, dense and pruned."""
 
 from plprune.checkpoint.load import load_model, load_pruned, load_skeleton, load_tokenizer
 from plprune.checkpoint.save import save_pruned

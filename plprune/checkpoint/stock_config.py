@@ -1,10 +1,11 @@
-"""Hugging Face folders that load without plprune.
+"""The `config.json` of a pruned model, and the model without weights that a configuration or a plan describes.
 
-Where the family's own class can hold the sizes that pruning left, the folder is a stock checkpoint. Where it cannot,
-`config.json` says what was cut, and a copy of `modeling_plprune.py` makes transformers cut it likewise.
+If the family's class can hold the pruned sizes, the configuration is the family's. If it cannot, `config.json` lists
+the sizes, and a copy of `modeling_plprune.py` makes transformers resize the family's class.
 """
 
 import contextlib
+import operator
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -39,69 +40,77 @@ BIASES: list[dict[str, bool]] = [
 
 
 def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A model without memory: parameters on meta, buffers that are computed from the config on the CPU."""
+    """A model without weights: parameters on the meta device, buffers computed from the config on the CPU."""
     with init_empty_weights(include_buffers=False), no_init_weights():
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def pruned_skeleton(plan: PruningPlan, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A model without memory, of the structure that a plan gives it."""
+    """A model without weights, in the structure of a plan."""
     model = skeleton(config_from(plan.config), dtype)
     apply(model, plan)
     return model
 
 
 def config_from(values: dict[str, Any]) -> PreTrainedConfig:
-    """The configuration that a dictionary with its `model_type` describes, that of a pruned model too."""
-    own = values["model_type"] == PrunedConfig.model_type
-    return (PrunedConfig if own else CONFIG_MAPPING[values["model_type"]]).from_dict(dict(values))
+    """The configuration, of a dense or a pruned model, in a dictionary with its `model_type`."""
+    pruned = values["model_type"] == PrunedConfig.model_type
+    return (PrunedConfig if pruned else CONFIG_MAPPING[values["model_type"]]).from_dict(dict(values))
 
 
-def described(model: PreTrainedModel) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
-    """The configuration by which transformers loads a model, and the zero biases it then expects besides."""
+def saved_config(model: PreTrainedModel) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
+    """The configuration to save a model with, and the zero biases that its class expects in addition."""
     if plan_of(model) is None:
         return model.config, {}
     stock = stock_config(model)
     if stock is None:
         return pruned_config(model), {}
     state = model.state_dict()
-    everything = skeleton(stock).named_parameters()
-    added = {name: p for name, p in everything if name not in state and name.endswith(".bias")}
-    return stock, {name: torch.zeros(p.shape, dtype=model.dtype) for name, p in added.items()}
+    expected = skeleton(stock).named_parameters()
+    added = [(name, p.shape) for name, p in expected if name not in state and name.endswith(".bias")]
+    return stock, {name: torch.zeros(shape, dtype=model.dtype) for name, shape in added}
 
 
 def stock_config(model: PreTrainedModel) -> PreTrainedConfig | None:
-    """The configuration with which the family's own class has the structure of a pruned model; None if none has.
+    """The configuration that gives the family's class the structure of a pruned model; None if there is none.
 
-    Biases that the class adds besides may be zero.
+    The class may have more biases than the model; they are saved as zeros.
     """
-    own = sizes(model)
-    if "per_layer_config" in own:
+    sizes = config_sizes(model)
+    if "per_layer_config" in sizes:
         return None
     values = dense_config(model)
     for biases in BIASES:
         if not all(hasattr(model.config, key) for key in biases):
             continue
         with contextlib.suppress(ValueError, StrictDataclassError):
-            config = config_from(values | own | biases)
+            config = config_from(values | sizes | biases)
             if _same_structure(model, skeleton(config)):
                 return config
     return None
 
 
 def pruned_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """The configuration that says what pruning left of each block."""
+    """The configuration of :mod:`plprune.architecture.modeling_plprune`, which lists the sizes of each block."""
     values = dense_config(model)
     config = config_class(CONFIG_MAPPING[values["model_type"]])
-    own = {"base_model_type": values["model_type"], "pruned": structure(model), "per_layer_config": _per_layer(model)}
-    return config.from_dict(values | own | {"allow_global_per_layer_attribute_access": True})
+    keys = family_of(model.config).config_keys
+    return config.from_dict(
+        values
+        | {
+            "base_model_type": values["model_type"],
+            "pruned": pruned_structure(model),
+            "per_layer_config": {str(block.index): _block_sizes(block, keys) for block in blocks_of(model)},
+            "allow_global_per_layer_attribute_access": True,
+        }
+    )
 
 
-def adopt(model: PreTrainedModel) -> None:
-    """Makes a model that was built by its plan one that `save_pretrained` writes as it is."""
-    (config, biases), own = described(model), model.config.__dict__
+def make_savable(model: PreTrainedModel) -> None:
+    """Changes config and class of a model built from its plan so that `save_pretrained` writes it correctly."""
+    (config, biases), own = saved_config(model), model.config.__dict__
     if not isinstance(config, PrunedConfigMixin) and not biases:
-        own |= {key: getattr(config, key) for key in sizes(model)}
+        own |= {key: getattr(config, key) for key in config_sizes(model)}
         return
     if not isinstance(config, PrunedConfigMixin):
         config = pruned_config(model)
@@ -110,35 +119,30 @@ def adopt(model: PreTrainedModel) -> None:
     cast(Any, model).__class__ = model_class(PrunedForCausalLM, type(config))
 
 
-def structure(model: PreTrainedModel) -> dict[str, Any]:
-    """What distinguishes a pruned model from the one before pruning, as `modeling_plprune.py` reads it."""
+def pruned_structure(model: PreTrainedModel) -> dict[str, Any]:
+    """The differences between a pruned model and the dense one, as `modeling_plprune.py` reads them."""
     family, before = family_of(model.config), blocks_of(skeleton(config_from(dense_config(model))))
-    layers = {str(b.index): _own(b, dense) for b, dense in zip(blocks_of(model), before, strict=True)}
+    layers = {str(b.index): _difference(b, dense) for b, dense in zip(blocks_of(model), before, strict=True)}
     return {
         "blocks": family.blocks,
         "attention": family.attention,
-        "layers": {index: own for index, own in layers.items() if own},
+        "layers": {index: difference for index, difference in layers.items() if difference},
     }
 
 
-def sizes(model: PreTrainedModel) -> dict[str, Any]:
-    """What `config.json` says of a pruned model's sizes: one for all, or `per_layer_config` where blocks differ."""
+def config_sizes(model: PreTrainedModel) -> dict[str, Any]:
+    """The sizes of a pruned model for `config.json`: one for all blocks, or `per_layer_config` if they differ."""
     keys, blocks = family_of(model.config).config_keys, blocks_of(model)
-    own = [_sizes(block, keys) for block in blocks]
-    # Without it, some families would take the width divided by the number of heads, which pruning changes.
+    sizes = [_block_sizes(block, keys) for block in blocks]
+    # Some families would compute it as the width divided by the number of heads, which pruning changes.
     dims = {block.head_dim for block in blocks if block.has_attention}
     head_dim = {keys["head_dim"]: dims.pop()} if dims and "head_dim" in keys else {}
-    if all(size == own[0] for size in own) and "skip" not in own[0]:
-        return own[0] | head_dim
-    return head_dim | {"per_layer_config": {str(i): size for i, size in enumerate(own)}}
+    if all(size == sizes[0] for size in sizes) and "skip" not in sizes[0]:
+        return sizes[0] | head_dim
+    return head_dim | {"per_layer_config": {str(i): size for i, size in enumerate(sizes)}}
 
 
-def _per_layer(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
-    keys = family_of(model.config).config_keys
-    return {str(block.index): _sizes(block, keys) for block in blocks_of(model)}
-
-
-def _sizes(block: Block, keys: Mapping[Any, str]) -> dict[str, Any]:
+def _block_sizes(block: Block, keys: Mapping[Any, str]) -> dict[str, Any]:
     sizes: dict[str, Any] = {keys["width"]: block.channels}
     if not block.has_attention:
         return sizes | {"skip": ["attention"]}
@@ -146,8 +150,8 @@ def _sizes(block: Block, keys: Mapping[Any, str]) -> dict[str, Any]:
     return sizes | {keys[what]: count for what, count in heads.items() if what in keys}
 
 
-def _own(block: Block, dense: Block) -> dict[str, Any]:
-    """What one block has that it did not have before."""
+def _difference(block: Block, dense: Block) -> dict[str, Any]:
+    """The parts of a block that differ from the dense one."""
     before = {name: list(value.shape) for name, value in dense.module.state_dict().items()}
     now = {name: list(value.shape) for name, value in block.module.state_dict().items()}
     own: dict[str, Any] = {"shapes": {name: shape for name, shape in now.items() if before.get(name) != shape}}
@@ -163,24 +167,21 @@ def _own(block: Block, dense: Block) -> dict[str, Any]:
 
 
 def _count(block: Block, path: str) -> int:
-    value: Any = block.module
-    for name in path.split("."):
-        value = getattr(value, name)
-    return cast(int, value)
+    return operator.attrgetter(path)(block.module)
 
 
 def _same_structure(model: PreTrainedModel, stock: PreTrainedModel) -> bool:
-    """Whether two models compute the same with the same parameters, but for biases that only `stock` has."""
-    there, here = dict(stock.named_modules()), dict(model.named_modules())
-    sizes = set(family_of(model.config).config_keys.values())  # which modules keep for information only
-    return there.keys() == here.keys() and all(_alike(here[name], there[name], sizes) for name in there)
+    """Whether two models compute the same from the same parameters, apart from biases that only `stock` has."""
+    theirs, ours = dict(stock.named_modules()), dict(model.named_modules())
+    sizes = set(family_of(model.config).config_keys.values())  # modules keep these for information only
+    return theirs.keys() == ours.keys() and all(_same_module(ours[name], theirs[name], sizes) for name in theirs)
 
 
-def _alike(module: nn.Module, stock: nn.Module, sizes: set[str]) -> bool:
+def _same_module(module: nn.Module, stock: nn.Module, sizes: set[str]) -> bool:
     tensors, others = _tensors(module), _tensors(stock)
     return (
         (type(module) is type(stock) or isinstance(module, PrunedModelMixin))
-        and _plain(module, sizes) == _plain(stock, sizes)
+        and _constants(module, sizes) == _constants(stock, sizes)
         and {name: t.shape for name, t in tensors.items()}
         == {name: t.shape for name, t in others.items() if name in tensors or name != "bias"}
         and all(torch.equal(tensors[name], value) for name, value in stock.named_buffers(recurse=False))
@@ -191,8 +192,8 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
 
 
-def _plain(module: nn.Module, sizes: set[str]) -> dict[str, Any]:
-    """The numbers and names by which a module computes."""
+def _constants(module: nn.Module, sizes: set[str]) -> dict[str, Any]:
+    """The numbers and strings that a module keeps as attributes, without `sizes`."""
     if isinstance(module, PreTrainedModel):
         return {}
     own = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in {"training", *sizes}}

@@ -1,15 +1,15 @@
-"""The weights in a folder: safetensors files, the index of what is where, and the proof that they are what was judged.
+"""The safetensors files of a folder: reading them, indexing them, and checking them after a save.
 
-A model counts as saved when what is on the disk was read back and is, byte for byte, what is in memory, and when the
-structures that readers build from the folder's own `config.json` and plan ask for these tensors and no others.
+A model counts as saved if the files, read back, equal memory byte for byte, and if the structures that `config.json`
+and the plan describe have exactly these tensors.
 """
 
 import contextlib
 import json
 import logging
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,15 +27,25 @@ from plprune.pruning.plan import FILE, PruningPlan
 log = logging.getLogger(__name__)
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
-LONG = 1 << 30  # bytes: reading them back takes a while
+LONG = 1 << 30  # bytes above which reading back takes a while
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
-def files(folder: Path, single: str = SINGLE) -> list[Path]:
-    """The files with a folder's weights, those that transformers reads; none if there are none.
+class TensorEntry(NamedTuple):
+    """Where a tensor is stored, its dtype (None if it holds no floats) and its shape."""
+
+    file: Path
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+
+
+def listed_files(folder: Path, single: str = SINGLE) -> list[Path]:
+    """The files with a folder's weights, as transformers finds them.
 
     Args:
         folder: The folder.
-        single: The name of a file that holds all of them; where it is not, an index lists those that do.
+        single: The name of a file that holds all weights; if it does not exist, an index lists the files.
 
     Raises:
         ValueError: The index is damaged.
@@ -51,23 +61,24 @@ def files(folder: Path, single: str = SINGLE) -> list[Path]:
         raise ValueError(f"{index} is damaged: get the model again") from error
 
 
-def contents(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Where each weight of a folder is, and its shape.
+def tensor_entries(files: Iterable[Path]) -> dict[str, TensorEntry]:
+    """Lists the tensors of safetensors files.
 
     Raises:
         ValueError: A file is missing or damaged.
     """
-    found = {}
-    for file in files(folder):
-        with opened(file) as reader:
+    entries = {}
+    for file in files:
+        with open_safetensors(file) as reader:
             for name in reader.keys():  # noqa: SIM118
-                found[name] = file, tuple(reader.get_slice(name).get_shape())
-    return found
+                part = reader.get_slice(name)
+                entries[name] = TensorEntry(file, (FLOATS | FP8).get(part.get_dtype()), tuple(part.get_shape()))
+    return entries
 
 
 @contextlib.contextmanager
-def opened(file: Path) -> Iterator[Any]:
-    """A safetensors file, open.
+def open_safetensors(file: Path) -> Iterator[Any]:
+    """Opens a safetensors file.
 
     Raises:
         ValueError: It is missing or damaged.
@@ -79,105 +90,105 @@ def opened(file: Path) -> Iterator[Any]:
         raise ValueError(f"{file} is missing, truncated or corrupted ({error}): get or save the model again") from error
 
 
-def mapped(file: Path, key: str) -> Tensor:
-    """One tensor of a file, memory-mapped: the map goes with the tensor."""
-    with opened(file) as reader:
-        return reader.get_tensor(key)
+def read_tensor(file: Path, name: str) -> Tensor:
+    """One tensor of a file, memory-mapped for as long as the tensor lives."""
+    with open_safetensors(file) as reader:
+        return reader.get_tensor(name)
 
 
-def write_index(folder: Path, names: list[str]) -> None:
-    """Says which file holds what; without it, vLLM takes every safetensors file for weights, the plan too."""
-    places, size = {}, 0
-    for name in names:
-        with opened(folder / name) as reader:
-            places |= dict.fromkeys(reader.keys(), name)
-        size += (folder / name).stat().st_size
-    index = {"metadata": {"total_size": size}, "weight_map": places}
+def write_index(folder: Path, names: Sequence[str]) -> None:
+    """Writes which file holds which tensor; without it, vLLM reads every safetensors file as weights, the plan too."""
+    files = [folder / name for name in names]
+    index = {
+        "metadata": {"total_size": sum(file.stat().st_size for file in files)},
+        "weight_map": {name: entry.file.name for name, entry in tensor_entries(files).items()},
+    }
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def renamings(model: PreTrainedModel) -> list[WeightTransform]:
-    """How a model's parameters were called in older files."""
+def legacy_renamings(model: PreTrainedModel) -> list[WeightTransform]:
+    """The renamings that turn a model's parameter names into those of older files."""
     return [t.reverse_transform() for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
 
 
-def key_of(name: str, there: Collection[str], model: PreTrainedModel, others: list[WeightTransform]) -> str:
-    """What files call a parameter: older ones lack the prefix of the base model, or have it where others do not."""
+def stored_name(name: str, stored: Collection[str], model: PreTrainedModel, renamings: list[WeightTransform]) -> str:
+    """The name that files have for a parameter: older ones add or omit the prefix of the base model."""
     prefix = f"{model.base_model_prefix}."
-    keys = [name, name.removeprefix(prefix), prefix + name, *(r.rename_source_key(name)[0] for r in others)]
-    return next((key for key in keys if key in there), name)
+    keys = [name, name.removeprefix(prefix), prefix + name, *(r.rename_source_key(name)[0] for r in renamings)]
+    return next((key for key in keys if key in stored), name)
 
 
-def once(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state without the second names of parameters that a model has in two places."""
+def without_tied(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with one name for each parameter: the second names of tied ones are left out."""
     second = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
     return {name: value for name, value in state.items() if name not in second}
 
 
-def has_own_head(folder: Path, model: PreTrainedModel) -> bool:
-    """Whether a folder's weights hold an output head that is not the embedding, though its configuration ties them."""
-    pairs = model.get_expanded_tied_weights_keys(all_submodels=True)
-    if not pairs or not all(file.exists() for file in files(folder)):
+def has_untied_head(folder: Path, model: PreTrainedModel) -> bool:
+    """Whether a folder's output head differs from its embedding, though its configuration ties them."""
+    pairs, files = model.get_expanded_tied_weights_keys(all_submodels=True), listed_files(folder)
+    if not pairs or not all(file.exists() for file in files):
         return False
-    there, others = contents(folder), renamings(model)
+    entries, renamings = tensor_entries(files), legacy_renamings(model)
 
     def stored(name: str) -> Tensor | None:
-        key = key_of(name, there, model, others)
-        return mapped(there[key][0], key) if key in there else None
+        key = stored_name(name, entries, model, renamings)
+        return read_tensor(entries[key].file, key) if key in entries else None
 
-    return any(differ(stored(head), stored(embedding)) for head, embedding in pairs.items())
+    return any(are_untied(stored(head), stored(embedding)) for head, embedding in pairs.items())
 
 
-def differ(head: Tensor | None, embedding: Tensor | None) -> bool:
-    """Whether both are there, and are not the same."""
+def are_untied(head: Tensor | None, embedding: Tensor | None) -> bool:
+    """Whether both tensors exist, and differ."""
     return head is not None and embedding is not None and not torch.equal(head, embedding)
 
 
 def check_saved(folder: Path, model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Makes sure that whoever reads a folder gets the model that is in memory.
+    """Checks that a folder loads as the model that is in memory.
 
     Args:
-        folder: What was written.
-        model: What was to be written: its structure.
+        folder: The folder that was written.
+        model: The model, of which only the structure is used.
         tensors: Its weights and indices, by name.
 
     Raises:
-        ValueError: A value is not finite, or `config.json` or the plan speak of another structure.
-        OSError: The disk does not hold what was written.
+        ValueError: A value is not finite, or `config.json` or the plan describe another structure.
+        OSError: The files differ from memory.
     """
-    _check_structure(folder, _described_by(folder), tied(model), "config.json")
+    _check_structure(folder, _skeleton_of_config(folder), tied(model), "config.json")
     if (folder / FILE).exists():
         structure = pruned_skeleton(PruningPlan.load(folder))
-        tie(structure, structure.config.tie_word_embeddings and not has_own_head(folder, structure))
+        tie(structure, structure.config.tie_word_embeddings and not has_untied_head(folder, structure))
         _check_structure(folder, structure, tied(model), FILE)
     check_values(folder, tensors)
 
 
 def check_values(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Makes sure that a folder holds these tensors, byte for byte, all finite, and besides them zero biases at most.
+    """Checks that a folder holds these tensors, byte for byte, all finite, and no others except zero biases.
 
     Raises:
-        ValueError: A value is not finite.
-        OSError: The disk does not hold what was written.
+        ValueError: A value is not finite, or there is another tensor.
+        OSError: The files differ from memory.
     """
-    left, size = contents(folder), sum(file.stat().st_size for file in files(folder))
+    files = listed_files(folder)
+    left, size = tensor_entries(files), sum(file.stat().st_size for file in files)
     if size > LONG:
-        log.info("reading %s back, to compare them with what is in memory", format_value(size, "bytes"))
+        log.info("reading %s back to compare the files with memory", format_value(size, "bytes"))
     for name, tensor in tensors:
         check_finite(name, tensor)
-        file, _ = left.pop(name, (None, None))
-        if file is None or not _same(mapped(file, name), tensor.detach().cpu()):
-            raise OSError(f"{name} is not on the disk as it is in memory: nothing was saved; check the disk")
-    for name, (file, _) in left.items():
-        if not name.endswith(".bias") or mapped(file, name).any():
-            raise ValueError(f"{name} was written, which the model does not have: nothing was saved")
+        entry = left.pop(name, None)
+        if entry is None or not _same_bytes(read_tensor(entry.file, name), tensor.detach().cpu()):
+            raise OSError(f"{name} differs between the disk and memory: nothing was saved; check the disk")
+    for name, entry in left.items():
+        if not name.endswith(".bias") or read_tensor(entry.file, name).any():
+            raise ValueError(f"{name} was written, but the model does not have it: nothing was saved")
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Makes sure that there is no NaN and no infinity in what is to be saved.
+    """Checks that a tensor to be saved holds no NaN and no infinity.
 
     Raises:
-        NotFinite: There is.
+        NotFinite: It does.
     """
     if tensor.is_floating_point() and not tensor.isfinite().all():
         raise NotFinite(
@@ -186,32 +197,33 @@ def check_finite(name: str, tensor: Tensor) -> None:
         )
 
 
-def _described_by(folder: Path) -> PreTrainedModel:
-    """The structure that `config.json` gives a model, as transformers builds it."""
+def _skeleton_of_config(folder: Path) -> PreTrainedModel:
+    """The model without weights that transformers builds from a folder's `config.json`."""
     try:
         model = skeleton(config_from(json.loads((folder / "config.json").read_text())))
-    except (AttributeError, RuntimeError) as error:  # it speaks of parts that the family does not have
+    except (AttributeError, RuntimeError) as error:  # it names parts that the family does not have
         raise ValueError(f"config.json fits no model ({error}): nothing was saved; merge the adapters first") from error
     tie(model, model.config.tie_word_embeddings)
     return model
 
 
-def _check_structure(folder: Path, structure: PreTrainedModel, one_head: bool, by: str) -> None:
-    """Compares what one of a folder's descriptions asks for with what the folder holds."""
-    there = {name: shape for name, (_, shape) in contents(folder).items()}
-    asked = once(structure, structure.state_dict())
-    for name, value in asked.items():
-        shape = there.get(name, "absent")
+def _check_structure(folder: Path, structure: PreTrainedModel, tied_head: bool, by: str) -> None:
+    """Checks that the structure, as described `by` a file of the folder, has exactly the tensors in the folder."""
+    shapes = {name: entry.shape for name, entry in tensor_entries(listed_files(folder)).items()}
+    expected = without_tied(structure, structure.state_dict())
+    for name, value in expected.items():
+        shape = shapes.get(name, "absent")
         if shape != tuple(value.shape):
             raise ValueError(f"{name} is {tuple(value.shape)} by {by} and {shape} in the weights: nothing was saved")
-    surplus = [name for name in there if name not in asked and not (by == FILE and name.endswith(".bias"))]
+    surplus = [name for name in shapes if name not in expected and not (by == FILE and name.endswith(".bias"))]
     if surplus:
         raise ValueError(f"{by} has no place for {surplus[0]}: nothing was saved; merge the adapters first")
-    if tied(structure) != one_head:
-        raise ValueError(f"by {by} the output head is {'' if one_head else 'not '}of its own: nothing was saved")
+    if tied(structure) != tied_head:
+        raise ValueError(
+            f"by {by} the output head is {'not ' if tied_head else ''}tied to the embedding: nothing was saved"
+        )
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same in every byte."""
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
     alike = a.dtype == b.dtype and a.shape == b.shape
     return alike and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))

@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plprune.checkpoint.load import load_model, load_skeleton, load_tokenizer, locate
+from plprune.checkpoint.load import load_model, load_skeleton, load_tokenizer
+from plprune.checkpoint.locate import locate
 from plprune.checkpoint.stored import Dtype
 from plprune.evaluation import lm_eval, measurement, task_results
 from plprune.evaluation import speed as speeds

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import UNITS, blocks_of
-from plprune.checkpoint.load import chosen, load_skeleton, stored_at
+from plprune.checkpoint.load import load_skeleton, resolve_dtype, stored_weights
 from plprune.checkpoint.stored import Dtype
 from plprune.export.fits import exports, is_stock, unknown_formats
 from plprune.io.atomic import check_output_file, staged
@@ -80,7 +80,7 @@ def plan(
     check_sizes(train_seq_len=train_seq_len, train_batch_size=train_batch_size, rank=rank)
     if output is not None:
         check_output_file(output, overwrite)
-    dtype = chosen(stored_at(model, fetch=False), dtype)
+    dtype = resolve_dtype(stored_weights(model, fetch=False), dtype)
     network, where = load_skeleton(model, dtype), hardware.machine(device or default_device())
     request = Request(method, target, serve_on, tensor_parallel)
     resolved = request.resolve_target(network)

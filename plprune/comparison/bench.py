@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import blocks_of
-from plprune.checkpoint.load import load_model, load_tokenizer, rebuilt
+from plprune.checkpoint.load import load_model, load_tokenizer, rebuild
 from plprune.checkpoint.save import save_pruned
 from plprune.comparison.study import CalibrationText, Study, Training
 from plprune.evaluation.lm_eval import run_tasks
@@ -332,7 +332,7 @@ class Bench:
             )
             with quietly():
                 trainer(self.study.device, training.steps, self.folder).fit(module, datamodule=data)
-        own = rebuilt(module.model, dict(merged_state(module.model, lambda p: p.detach().cpu())))
+        own = rebuild(module.model, dict(merged_state(module.model, lambda p: p.detach().cpu())))
         return own, time.perf_counter() - start
 
 

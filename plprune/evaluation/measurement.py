@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import blocks_of
-from plprune.checkpoint.stock_config import described
+from plprune.checkpoint.stock_config import saved_config
 from plprune.evaluation.perplexity import Passage, judge, perplexity
 from plprune.io import distributed
 from plprune.io.tables import text_table
@@ -45,7 +45,7 @@ def saved_bytes(model: PreTrainedModel) -> int:
     """What the weights that :func:`plprune.save_pruned` writes take, adapters merged: tied ones once, buffers too."""
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     others = [value for name, value in model.state_dict().items() if name not in names]
-    size = sum(value.numel() * value.element_size() for value in (*others, *described(model)[1].values()))
+    size = sum(value.numel() * value.element_size() for value in (*others, *saved_config(model)[1].values()))
     for name, parameter in base_parameters(model):
         owner = model.get_submodule(name.rpartition(".")[0])
         size += _numel(parameter) * saved_dtype(owner, parameter).itemsize

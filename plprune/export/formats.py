@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plprune.checkpoint.model_card import record_of, write_card
-from plprune.checkpoint.save import write
-from plprune.checkpoint.weights import check_saved, once
+from plprune.checkpoint.save import write_model
+from plprune.checkpoint.weights import check_saved, without_tied
 from plprune.export import decilm, parity
 from plprune.export.parity import Reading, Row
 from plprune.io.atomic import staged
@@ -123,8 +123,8 @@ def _written(
     """Writes one format, or says why not."""
     if kind == "hf":
         (room / kind).mkdir()
-        state = once(model, model.state_dict())
-        write(model, state, room / kind, tokenizer, with_plan=not options.reshape)
+        state = without_tied(model, model.state_dict())
+        write_model(model, state, room / kind, tokenizer, with_plan=not options.reshape)
         check_saved(room / kind, model, state.items())
         return Row(kind, kind, bytes=_size(room / kind))
     if kind == "gguf" and importlib.util.find_spec("gguf") is None:

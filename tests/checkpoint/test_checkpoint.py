@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from plprune import CFSP, FASP, FLAP, TwoSSP, load_pruned, prune, save_pruned
 from plprune.architecture.families import FAMILIES
-from plprune.checkpoint.load import load_model, load_skeleton, load_stage, load_tokenizer, locate, rebuilt
+from plprune.checkpoint.load import load_model, load_skeleton, load_stage, load_tokenizer, rebuild
+from plprune.checkpoint.locate import locate
 from plprune.checkpoint.save import save_stage
 from plprune.pruning.plan import FILE, PruningPlan
 from plprune.pruning.surgery import plan_of
@@ -390,7 +391,7 @@ def test_a_model_is_rebuilt_from_its_plan_and_parameters(method: Any, tmp_path: 
     model = tiny("llama")
     if method is not None:
         prune(model, method, [windows()])
-    again = rebuilt(model, {name: p.detach() for name, p in model.named_parameters()})
+    again = rebuild(model, {name: p.detach() for name, p in model.named_parameters()})
     assert torch.equal(logits(again), logits(model))
     save_pruned(model, tmp_path / "model")
     save_pruned(again, tmp_path / "again")
@@ -401,7 +402,7 @@ def test_a_parameter_that_is_missing_is_noticed() -> None:
     model = tiny()
     state = {name: p.detach() for name, p in model.named_parameters() if "norm" not in name}
     with pytest.raises(ValueError, match="no weights for"):
-        rebuilt(model, state)
+        rebuild(model, state)
 
 
 def test_a_damaged_stage_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from plprune import FASP, FLAP, load_pruned, prune, save_pruned
 from plprune.architecture.blocks import blocks_of
-from plprune.checkpoint.load import load_model, load_skeleton, load_tokenizer, stored_at
+from plprune.checkpoint.load import load_model, load_skeleton, load_tokenizer, stored_weights
 from plprune.cli import main
 from plprune.evaluation.measurement import saved_bytes
 from plprune.pruning.model_state import model_state
@@ -136,8 +136,8 @@ def called(**quantization: Any) -> Callable[[Path], None]:
     [
         (without_scale, rf"FP8 without one scale for {UP} \(there is none\)"),
         (with_zero_points, "FP8 without one scale for .*zero_point"),
-        (with_grid, "FP8 whose scales .* are for no rows or blocks that are known"),
-        (in_int8, f"whole numbers, {UP} for one"),
+        (with_grid, "FP8 with scales .* that fit neither its rows nor its blocks"),
+        (in_int8, f"integers, {UP} for one"),
         (called(quant_method="gptq", bits=4), "stored as gptq, which cannot be pruned: take the repository"),
         (called(quant_method="awq", bits=4), "stored as awq,"),
         (called(quant_method="mxfp4"), "stored as mxfp4,"),
@@ -198,7 +198,7 @@ def test_what_is_pruned_has_the_dtype_that_it_had(more: tuple[str, ...], tmp_pat
     (tmp_path / "text.txt").write_text("a text that is long enough " * 40)
     ask = ["--method=CFSP", f"--text={tmp_path}/text.txt", "--num_samples=4", "--seq_len=16"]
     main(["prune", f"{tmp_path}/in", *ask, f"--output={tmp_path}/out", *more])
-    assert stored_at(f"{tmp_path}/out").dtype == "bfloat16"
+    assert stored_weights(f"{tmp_path}/out").dtype == "bfloat16"
     assert {p.dtype for p in load_pruned(tmp_path / "out").parameters()} == {torch.bfloat16}
 
 

@@ -16,9 +16,9 @@ from plprune import CFSP, FASP, FLAP, PruningMethod, load_pruned, prune, save_pr
 from plprune.architecture.blocks import blocks_of
 from plprune.architecture.modeling_plprune import PrunedModelMixin
 from plprune.architecture.modules import tied
-from plprune.checkpoint.load import load_model, load_skeleton, rebuilt
+from plprune.checkpoint.load import load_model, load_skeleton, rebuild
 from plprune.checkpoint.stored import weight_files
-from plprune.checkpoint.weights import INDEX, SINGLE, check_saved, files, once
+from plprune.checkpoint.weights import INDEX, SINGLE, check_saved, listed_files, without_tied
 from plprune.export import decilm, gguf
 from plprune.methods import Request
 from plprune.pruning.calibration import Calibration
@@ -82,14 +82,14 @@ def test_a_head_of_its_own_stays_its_own(denied: Path, method: PruningMethod) ->
     prune_streamed(open_streamed(str(denied)), Request(method), BATCHES, denied.with_name("stream"), seed=3)
     assert_loads(denied.with_name("stream"), expected)
     assert PruningPlan.load(denied.with_name("stream")).digest == plan.digest
-    save_pruned(rebuilt(model, dict(merged_state(model, lambda p: p.detach()))), denied.with_name("fit"))
+    save_pruned(rebuild(model, dict(merged_state(model, lambda p: p.detach()))), denied.with_name("fit"))
     assert_loads(denied.with_name("fit"), expected)
 
 
 def test_a_dense_model_with_a_head_of_its_own_is_saved_so(denied: Path) -> None:
     model = load_model(str(denied))
     expected = logits(model)
-    save_pruned(rebuilt(model, dict(model.named_parameters())), denied.with_name("again"))
+    save_pruned(rebuild(model, dict(model.named_parameters())), denied.with_name("again"))
     assert_loads(denied.with_name("again"), expected)
 
 
@@ -115,7 +115,7 @@ def test_a_model_that_was_made_by_hand_counts_by_its_parameters(
     other = nn.Parameter(torch.randn(300, 32)) if says else model.model.embed_tokens.weight
     model.lm_head.weight = other
     plan = prune(model, method, BATCHES)
-    save_pruned(rebuilt(model, dict(model.named_parameters())), tmp_path / "fit")
+    save_pruned(rebuild(model, dict(model.named_parameters())), tmp_path / "fit")
     save_pruned(model, tmp_path / "memory")
     assert PruningPlan.load(tmp_path / "memory").digest == plan.digest
     for folder in (tmp_path / "fit", tmp_path / "memory"):
@@ -184,7 +184,7 @@ def test_values_that_f16_does_not_hold(pruned: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda state: state["lm_head.weight"].add_(1e-6), "lm_head.weight is not on the disk as it is in memory"),
+        (lambda state: state["lm_head.weight"].add_(1e-6), "lm_head.weight differs between the disk and memory"),
         (lambda state: state.pop("model.norm.weight"), "model.norm.weight is .* in the weights"),
         (lambda state: state.update({"more.weight": torch.ones(1)}), "no place for more.weight"),
         (lambda state: state.update({"lm_head.weight": torch.ones(2)}), "lm_head.weight is .* in the weights"),
@@ -197,12 +197,12 @@ def test_a_folder_that_is_not_the_model_is_refused(
     rewrite(tmp_path / SINGLE, change)
     (tmp_path / INDEX).unlink()
     with pytest.raises((OSError, ValueError), match=reason):
-        check_saved(tmp_path, pruned, once(pruned, pruned.state_dict()).items())
+        check_saved(tmp_path, pruned, without_tied(pruned, pruned.state_dict()).items())
 
 
 def test_descriptions_that_are_not_of_the_model_are_refused(pruned: PreTrainedModel, tmp_path: Path) -> None:
     save_pruned(pruned, tmp_path)
-    state = once(pruned, pruned.state_dict())
+    state = without_tied(pruned, pruned.state_dict())
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 299}))
     with pytest.raises(ValueError, match=r"by config\.json and .*: nothing was saved"):
@@ -270,8 +270,8 @@ def test_the_plan_is_not_taken_for_weights(method: PruningMethod, tmp_path: Path
 
 
 def test_a_single_file_goes_before_an_index(tmp_path: Path) -> None:
-    assert files(tmp_path) == weight_files(tmp_path) == []
+    assert listed_files(tmp_path) == weight_files(tmp_path) == []
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "2.safetensors", "b": "1.safetensors"}}))
-    assert files(tmp_path) == weight_files(tmp_path) == [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
+    assert listed_files(tmp_path) == weight_files(tmp_path) == [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
     (tmp_path / SINGLE).touch()
-    assert files(tmp_path) == weight_files(tmp_path) == [tmp_path / SINGLE]
+    assert listed_files(tmp_path) == weight_files(tmp_path) == [tmp_path / SINGLE]

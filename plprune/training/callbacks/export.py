@@ -6,7 +6,7 @@ import logging
 import lightning.pytorch as pl
 
 from plprune.architecture.modules import on_device
-from plprune.checkpoint.load import rebuilt
+from plprune.checkpoint.load import rebuild
 from plprune.checkpoint.save import save_pruned
 from plprune.io.atomic import check_output, staged
 from plprune.recovery.lora import merged_state
@@ -62,6 +62,6 @@ class Export(pl.Callback):
             record = run_record(trainer, pl_module)
             dry = is_dry(trainer)
             with staged(self.output, True, keep=False) if dry else contextlib.nullcontext(self.output) as output:
-                save_pruned(rebuilt(model, state), output, tokenizer, self.overwrite, record=record)
+                save_pruned(rebuild(model, state), output, tokenizer, self.overwrite, record=record)
             log.info("%s", "a dry run: no model is kept" if dry else f"saved the recovered model to {self.output}")
         trainer.strategy.barrier()
