@@ -1,8 +1,8 @@
-"""Pruning a model that is larger than memory: its blocks stay on disk, and one at a time is loaded, pruned and written.
+"""Prunes a model that is larger than memory: one block at a time is loaded from disk, pruned and written.
 
-A streamed model is one whose blocks are on the meta device and know where their weights are; the rest (embeddings,
-head, final norm) is memory-mapped. Methods see no difference. What is done is kept in a journal
-(`plprune.pruning.journal`), of which the output is put together in the end.
+The blocks of a streamed model are on the meta device and know the files of their weights; embeddings, head and final
+norm are memory-mapped. Pruned blocks go to a journal (`plprune.pruning.journal`), and from there into the output, so
+that a stopped run can continue.
 """
 
 import contextlib
@@ -37,24 +37,28 @@ from plprune.pruning.journal import ASKED, SHARD, Journal
 from plprune.pruning.model_state import model_state
 from plprune.pruning.plan import FILE, PruningPlan, fingerprint
 
-MMAP_THRESHOLD, LARGE = -3, 1 << 17  # of malloc.h, and its initial value
+MMAP_THRESHOLD, INITIAL = -3, 1 << 17  # the parameter of mallopt, as in malloc.h, and its initial value
 
 
 def open_streamed(name_or_path: str, dtype: Dtype | None = None) -> PreTrainedModel:
     """Opens a model, dense or pruned, without loading its blocks.
 
     Args:
-        name_or_path: A folder with safetensors, in one file or sharded, or a name on the hub.
-        dtype: Of the weights when they are in memory; as stored if not given.
+        name_or_path: A folder with safetensors, or a name on the hub.
+        dtype: The dtype of the weights in memory; as stored if None.
 
     Raises:
-        ValueError: There is no model of a supported family there, or its weights are in another format, missing,
-            damaged or of other shapes.
+        ValueError: The model's family is not supported, or its weights are in another format, missing, damaged or of
+            other shapes than its configuration says.
     """
     stored = stored_weights(name_or_path)
     if stored.folder is None or not stored.in_safetensors:
-        raise _other_format(name_or_path)
-    _keep_nothing_freed()
+        raise ValueError(
+            f"{name_or_path} is not in safetensors, which streaming needs: convert it on a machine with memory for the "
+            "whole model, by python -c 'from plprune.checkpoint import *; save_pruned(load_model(NAME), FOLDER, "
+            f"load_tokenizer(NAME))', with {name_or_path!r} for NAME"
+        )
+    _return_freed_memory()
     dtype = resolve_dtype(stored, dtype)
     model = load_skeleton(name_or_path, dtype)
     source = ModelWeights(stored, model, getattr(torch, dtype))
@@ -84,24 +88,25 @@ def prune_streamed(
 ) -> PruningPlan:
     """Prunes a model of :func:`open_streamed` block by block into a folder that loads again.
 
-    A run that was stopped, at whatever moment, goes on where it was, and ends with the same plan and weights.
+    A stopped run can be resumed, wherever it stopped, and ends with the same plan and weights.
 
     Args:
-        model: The model; it streams from the journal afterwards, and is of no further use.
-        request: How to prune, and what the result must be like.
-        calibration: Token ids, and where to compute.
+        model: The model; it cannot be used afterwards.
+        request: The method, its target, and the programs that must load the result.
+        calibration: Token ids and device.
         output: Folder to write.
-        tokenizer: Saved beside the model.
-        seed: The seed that chose the calibration text, for the record.
-        resume: Whether to go on with an unfinished run, if there is one.
-        overwrite: Whether to replace what is in the output folder, and to forget an unfinished run unless `resume`.
+        tokenizer: Tokenizer to save with the model.
+        seed: Seed that chose the calibration text, for the record.
+        resume: Whether to continue an unfinished run, if there is one.
+        overwrite: Whether to replace the output folder and, without `resume`, to delete an unfinished run.
 
     Raises:
-        ValueError: An unfinished run is in the way, or was asked for something else, or the method cannot prune so.
-        OSError: Something could not be written; what was done before is kept.
+        ValueError: There is an unfinished run and neither flag is set, or its request differs, or the method does not
+            support streaming.
+        OSError: Writing failed; finished work is kept.
     """
     if distributed.launched_count() > 1:
-        raise ValueError("a model that streams from disk is pruned by one process: start it without torchrun")
+        raise ValueError("streaming from disk supports one process only: start the command without torchrun")
     check_run_output(output, True, resume, overwrite)
     if not has_unfinished_run(output):
         check_output(output, overwrite)
@@ -117,7 +122,7 @@ def prune_streamed(
 def run_inputs(
     model: PreTrainedModel, request: Request, calibration: Calibration, seed: int | None = None
 ) -> dict[str, Any]:
-    """Everything that decides the result of a pruning, in JSON's types."""
+    """Everything that the result depends on, in JSON's types."""
     return {
         "method": type(request.method).__name__,
         "settings": request.settings,
@@ -129,95 +134,94 @@ def run_inputs(
     }
 
 
-def finished_plan(output: str | os.PathLike[str], inputs: dict[str, Any]) -> PruningPlan | None:
-    """The plan in the output folder, if it is the one that is asked for; what is left of its journal is removed."""
+def finished_plan(
+    model: PreTrainedModel,
+    request: Request,
+    calibration: Calibration,
+    output: str | os.PathLike[str],
+    seed: int | None = None,
+) -> PruningPlan | None:
+    """The plan in the output folder, if a run with the same inputs wrote it; the rest of its journal is removed."""
     if not (resolve_path(output) / FILE).exists():
         return None
-    plan = PruningPlan.load(resolve_path(output))
-    there = {"method": plan.method, "settings": plan.settings, **plan.origin}
+    plan, inputs = PruningPlan.load(resolve_path(output)), run_inputs(model, request, calibration, seed)
+    written = {"method": plan.method, "settings": plan.settings, **plan.origin}
     keys = ("method", "settings", "weights", "calibration", "seed")
-    if any(json.dumps(there.get(key), sort_keys=True) != json.dumps(inputs[key], sort_keys=True) for key in keys):
+    if any(json.dumps(written.get(key), sort_keys=True) != json.dumps(inputs[key], sort_keys=True) for key in keys):
         return None
-    if journal_path(output).exists():  # a kill came before it was gone, or it is another run's
+    if journal_path(output).exists():  # the run was killed before it removed the journal, or another run has one
         with contextlib.suppress(ValueError), Journal(journal_path(output), inputs, resume=True) as journal:
             journal.remove()
     return plan
 
 
 def check_run_output(output: str | os.PathLike[str], stream: bool, resume: bool, overwrite: bool) -> None:
-    """Makes sure, before anything is loaded, that nothing is in the way of a run.
+    """Checks, before anything is loaded, that a run may write to `output`.
 
     Raises:
-        ValueError: An unfinished run is.
-        FileExistsError: Something would be lost.
+        ValueError: There is an unfinished run with the same output.
+        FileExistsError: The output exists.
     """
     journal = journal_path(output)
     if has_unfinished_run(output) and not stream:
-        raise ValueError(
-            f"an unfinished run is in {journal}: go on with it by --stream --resume, or remove that folder"
-        )
+        raise ValueError(f"an unfinished run is in {journal}: continue it by --stream --resume, or remove that folder")
     if has_unfinished_run(output) and not resume and not overwrite:
-        raise ValueError(f"an unfinished run is in {journal}: go on with it by --resume, or start again by --overwrite")
+        raise ValueError(f"an unfinished run is in {journal}: continue it by --resume, or start again by --overwrite")
     if not resume:
         check_output(output, overwrite)
 
 
 def has_unfinished_run(output: str | os.PathLike[str]) -> bool:
-    """Whether a run to this output was stopped before its end."""
+    """Whether there is an unfinished run with this output."""
     return (journal_path(output) / ASKED).exists()
 
 
 def journal_path(output: str | os.PathLike[str]) -> Path:
-    """Where the journal of a run is: beside the output, so that what is in it need only be renamed."""
+    """The folder of a run's journal, beside the output, so that files move by a rename."""
     path = resolve_path(output)
     return path.with_name(f".{path.name}.progress")
 
 
 def attach_journal(model: PreTrainedModel, journal: Journal) -> None:
-    """Makes a streamed model keep in a journal what is done to it."""
+    """Makes a streamed model write its changes to a journal."""
     attach(model, replace(model_state(model), journal=journal))
     for block in blocks_of(model):
         _home(block).journal = journal
 
 
 class DiskHome(Home):
-    """A block's place on disk: the model's own file at first, and the journal once the block was changed.
-
-    Args:
-        block: The block.
-        source: The model's own weights.
-    """
+    """Loads a block from the model's files or, once it has changed, from the journal, and writes changes there."""
 
     def __init__(self, block: Block, source: ModelWeights) -> None:
         self.block, self.source, self.version = block, source, 0
         self.prefix = f"{block.family.blocks}.{block.index}."
         self.journal: Journal | None = None
         self._decisions: list[Decision] = []  # since the block was loaded
-        self._here = False
+        self._loaded = False
 
     def note(self, decision: Decision) -> None:
         self._decisions.append(decision)
 
     @contextlib.contextmanager
     def present(self, device: torch.device | None) -> Iterator[None]:
-        if self._here:
+        if self._loaded:
             yield
             return
         self._load(device or torch.device("cpu"))
-        self._here, before = True, checksums(self.block.module)
+        self._loaded, before = True, checksums(self.block.module)
         try:
             yield
-        except GeneratorExit:  # who walks over the blocks has left his loop, and may have changed this one
+        except GeneratorExit:  # the caller left its loop over the blocks, perhaps after changing this one
             self._write(before)
             raise
         else:
             self._write(before)
         finally:
-            self._here = False
+            self._loaded = False
             self._unload()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The block's weights, which are present, as they are written."""
+        """The weights of the loaded block, by their names in the model, on the CPU."""
         return {self.prefix + k: p.detach().cpu().contiguous() for k, p in self.block.module.state_dict().items()}
 
     def _load(self, device: torch.device) -> None:
@@ -235,11 +239,11 @@ class DiskHome(Home):
         return read_tensor(self.journal.version(self.block.index, self.version) / SHARD, name)
 
     def _write(self, before: dict[str, Tensor]) -> None:
-        """Keeps the block, if it was changed and an earlier run has not come to the same."""
+        """Writes the block to the journal if it was changed, unless an earlier run has made the same change."""
         if not self._decisions and same_values(before, checksums(self.block.module)):
             return
         if self.journal is None:
-            raise ValueError("a model that streams from disk is pruned by prune_streamed, or --stream")
+            raise ValueError("only prune_streamed, or --stream, prunes a model that streams from disk")
         index, number = self.block.index, self.version + 1
         done = self.journal.version(index, number).exists()
         if not done or self.journal.decisions_of(index, number) != self._decisions:
@@ -253,20 +257,16 @@ class DiskHome(Home):
         _move_buffers(self.block.module, torch.device("cpu"))
 
 
-def _keep_nothing_freed() -> None:
-    """Makes the C library return freed tensors to the system: what it would keep for reuse is several blocks' worth."""
-    with contextlib.suppress(OSError, AttributeError):  # not every system has it
-        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE)
+def _return_freed_memory() -> None:
+    """Makes the C library return freed tensors to the system; by default it keeps several blocks' worth for reuse."""
+    with contextlib.suppress(OSError, AttributeError):  # not every C library has mallopt
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, INITIAL)
 
 
 def _save(
-    model: PreTrainedModel,
-    journal: Journal,
-    output: Path,
-    tokenizer: PreTrainedTokenizerBase | None,
-    overwrite: bool,
+    model: PreTrainedModel, journal: Journal, output: Path, tokenizer: PreTrainedTokenizerBase | None, overwrite: bool
 ) -> None:
-    """Puts the output together, one shard for each block and one for the rest, and gives it its name."""
+    """Assembles the output, one shard per block and one for the rest, and renames it into place."""
     room, blocks = journal.scratch("output"), blocks_of(model)
     shards = [f"model-{i + 1:05}-of-{len(blocks) + 1:05}.safetensors" for i in range(len(blocks) + 1)]
     with write_errors(output):
@@ -285,7 +285,7 @@ def _save(
 
 
 def _of_blocks(blocks: list[Block]) -> Iterator[tuple[str, Tensor]]:
-    """The weights of all blocks, of which one is in memory at a time."""
+    """The weights of all blocks; one block is in memory at a time."""
     for block in blocks:
         with block.present():
             yield from _home(block).tensors().items()
@@ -307,14 +307,6 @@ def _save_block(block: Block, journal: Journal, file: Path) -> None:
         os.link(written, file)
     except OSError:  # not every file system has hard links
         shutil.copyfile(written, file)
-
-
-def _other_format(name_or_path: str) -> ValueError:
-    return ValueError(
-        f"{name_or_path} is not in safetensors, which streaming reads: save it so first, where there is memory for all "
-        "of it, by python -c 'from plprune.checkpoint import *; save_pruned(load_model(NAME), FOLDER, "
-        f"load_tokenizer(NAME))', with {name_or_path!r} for NAME"
-    )
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:

@@ -326,11 +326,11 @@ def test_a_broken_configuration(complain: Complain, here: Path) -> None:
         ("a.jsonl", b'{"a": ' + b"[" * 100_000, "a.jsonl, line 1, is not JSON"),
         ("a.jsonl", b'{"a": ' + b"1" * 5000 + b"}", "a.jsonl, line 1, is not JSON (Exceeds the limit"),
         ("a.jsonl", b"\x1f\x8b\x08\x00", "a.jsonl is not UTF-8 (byte 1)"),
-        ("a.json", b"[1, 2]", "a.json is an array of something else than JSON objects"),
+        ("a.json", b"[1, 2]", "a.json is not an array of JSON objects"),
         ("a.json", b"[]", "a.json is empty"),
         ("a.json", b'{\n "data": []\n}', "a.json, line 1, is not JSON"),
         ("a.jsonl.gz", b"\x1f\x8b", "a.jsonl.gz is of no known kind"),
-        ("a.parquet", b"PAR1", "a.parquet is no Parquet file"),
+        ("a.parquet", b"PAR1", "a.parquet is not a Parquet file"),
         ("a.csv", b"a", "a.csv is of no known kind"),
     ],
 )

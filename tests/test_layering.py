@@ -13,7 +13,7 @@ ROOT = Path(plprune.__file__).parent
 ORDER = {
     "": [["__init__", "__main__"]],
     "cli": [],
-    "commands": [["compare", "evaluate", "export", "plan", "prune", "report", "sensitivity"]],
+    "commands": [["compare", "evaluate", "export", "plan", "prune", "report", "sensitivity"], ["options"]],
     "comparison": [["engine"], ["bench", "table"], ["study"]],
     "training": [
         ["callbacks"],

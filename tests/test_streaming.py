@@ -183,7 +183,7 @@ def test_no_more_than_one_block_is_in_memory(llama: Path) -> None:
 
 def test_without_a_journal_a_change_is_refused_rather_than_lost(llama: Path) -> None:
     model = open_streamed(str(llama))
-    with pytest.raises(ValueError, match="pruned by prune_streamed, or --stream"):
+    with pytest.raises(ValueError, match="only prune_streamed, or --stream"):
         prune(model, method("CFSP relative"), BATCHES)
 
 
@@ -385,11 +385,11 @@ def test_the_command_goes_on_and_knows_when_it_is_finished(here: Path, capsys: p
     shutil.rmtree("out")
     assert stops(lambda: main(run), 4)
     said = complaint(capsys, *run)
-    assert said.endswith(".out.progress: go on with it by --resume, or start again by --overwrite")
+    assert said.endswith(".out.progress: continue it by --resume, or start again by --overwrite")
     said = complaint(capsys, *command("CFSP", "--stream", "--resume"))
     assert "has another method (FLAP, now CFSP): give the same command" in said
     said = complaint(capsys, *command("FLAP"))
-    assert said.endswith("go on with it by --stream --resume, or remove that folder")
+    assert said.endswith("continue it by --stream --resume, or remove that folder")
     main([*run, "--resume"])
     assert PruningPlan.load("out").digest == whole
     for again in (run, command("FLAP")):
@@ -497,7 +497,7 @@ def lose_a_shard(folder: Path) -> None:
         (remove_one, r"model\.layers\.1\.mlp\.up_proj\.weight is absent there and \(48, 32\) in the model"),
         (misshape_one, r"model\.layers\.1\.mlp\.up_proj\.weight is \(3, 3\) there and \(48, 32\) in the model"),
         (truncate, r"model\.safetensors is missing, truncated or corrupted \(.*\): get or save the model again"),
-        (other_format, r"is not in safetensors, .*: save it so first, .*save_pruned\(load_model\(NAME\), FOLDER"),
+        (other_format, r"is not in safetensors, .*: convert it .*save_pruned\(load_model\(NAME\), FOLDER"),
         (damage_index, r"index\.json is damaged: get the model again"),
         (lose_a_shard, r"gone\.safetensors is missing, truncated or corrupted"),
     ],
@@ -514,13 +514,13 @@ def test_a_folder_that_cannot_stream_is_refused(
 
 def test_a_gguf_file_is_refused_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match="is not in safetensors, which streaming reads"):
+    with pytest.raises(ValueError, match="is not in safetensors, which streaming needs"):
         open_streamed(str(tmp_path / "model.gguf"))
 
 
 def test_several_processes_are_refused(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="by one process: start it without torchrun"):
+    with pytest.raises(ValueError, match="one process only: start the command without torchrun"):
         streamed(llama, method("CFSP relative"), tmp_path / "out")
 
 

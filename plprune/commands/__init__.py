@@ -1,4 +1,4 @@
-"""The commands that do not train: each is a function whose signature and docstring are its options and their help."""
+"""The commands that do not train. The signature of each function defines its options, and its docstring their help."""
 
 from collections.abc import Callable
 
@@ -10,12 +10,5 @@ from plprune.commands.prune import prune
 from plprune.commands.report import report
 from plprune.commands.sensitivity import sensitivity
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "plan": plan,
-    "prune": prune,
-    "evaluate": evaluate,
-    "compare": compare,
-    "sensitivity": sensitivity,
-    "report": report,
-    "export": export,
-}
+FUNCTIONS = (plan, prune, evaluate, compare, sensitivity, report, export)
+COMMANDS: dict[str, Callable[..., None]] = {function.__name__: function for function in FUNCTIONS}

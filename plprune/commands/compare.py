@@ -1,8 +1,9 @@
-"""`plprune compare`: methods, sparsities, models, texts and recoveries side by side, under one protocol."""
+"""`plprune compare`: methods, sparsities, models, texts and recoveries under one protocol."""
 
 from collections.abc import Sequence
 
 from plprune.checkpoint.stored import Dtype
+from plprune.commands.options import shared_help
 from plprune.comparison import engine
 from plprune.comparison.study import CalibrationText, Study, Training
 from plprune.comparison.table import comparison_table
@@ -15,6 +16,7 @@ from plprune.methods import PruningMethod
 from plprune.planning.serving import Runtime
 
 
+@shared_help
 def compare(
     models: list[str],
     methods: list[PruningMethod],
@@ -43,43 +45,36 @@ def compare(
 ) -> None:
     """Compares methods, sparsities, models, texts, recoveries and seeds under one protocol.
 
-    Under torchrun, and in several runs with one output, each process takes what nobody is at, so that nothing is
-    computed twice. Several machines must share the folder.
+    Processes of torchrun, and several runs with the same output, share the work, and compute nothing twice. Several
+    machines must share the output folder.
 
     Args:
         models: Names on the hub, folders, `.gguf` files, or `package://PACKAGE/FILE.gguf`.
-        methods: FLAP, FASP, CFSP, TwoSSP, LearnedGates or dotted paths of others, each with its settings
+        methods: FLAP, FASP, CFSP, TwoSSP, LearnedGates or dotted paths of other classes, each with its settings
             (`class_path`, `init_args`).
-        output: Folder of the results: `report.html`, `report.json`, and what was computed, by its content; what is
-            there is not computed again.
-        text: What perplexity is measured on: a `.txt`, `.jsonl`, `.json` or `.parquet` file, `pydoc_data.topics`, or
-            `ORG/NAME[:CONFIG[:SPLIT]]` of the hub. Of a list, on each: the first is the one that is plotted.
-        sparsities: Fractions of the blocks' parameters to remove, at which each method is taken.
-        seeds: Of the choice of calibration windows and of recovery; every pruning is done with each.
-        serve_on: Where every result must load: llama.cpp, vllm, transformers. What cannot be has no figures.
-        tensor_parallel: Devices that will share every result: widths and heads are divisible by their number.
-        calibration: Calibration text, likewise; not a text that is measured on. Or a list of `text`, `num_samples`,
-            `seq_len` and `name`: every pruning is then done with each.
-        join: Put between the rows of each text that is measured or calibrated on, which is then one document.
-        num_samples: Calibration windows, unless `calibration` says.
-        calibration_seq_len: Tokens of a calibration window, likewise.
-        seq_len: Tokens of a window that perplexity is measured on.
-        stride: Tokens from the start of one such window to that of the next; they do not overlap if not given.
-        bos: Whether the BOS token is put before each window of every text and each prompt of a task; as the tokenizer
-            does if not given.
-        max_windows: At most this many such windows from the start of the text; all if not given.
-        max_dropped: The share of a text's rows that may be dropped, as they cannot be used: in [0, 1].
-        recover: How every pruned model is recovered: `text` to train on, `steps`, `seq_len`, `batch_size`,
-            `learning_rate`, `lora`, `train`, `distill`, `rounds`; none is if not given. Of a list, each with a `name`,
-            in all ways.
-        tasks: lm-eval tasks, groups and tags, separated by commas; the average is over what is named here.
-        task_data: Folder with the tasks' data sets as ORG/NAME; from the hub if not given.
-        limit: At most this many examples of each task; all if not given.
-        max_batch: The largest batch that speed is measured at; it is not measured if not given. Under torchrun the
-            other processes compute meanwhile.
-        dtype: Of the weights; as each model is stored if not given, and float32 for a `.gguf` file.
-        device: Where to compute: cpu, cuda, cuda:1; under torchrun, `cuda` is each process's own. A GPU if not given
-            and there is one, and the CPU otherwise.
+        output: Folder to write: `report.html`, `report.json`, and a cache of single results. Results that are there are
+            used.
+        text: Text that perplexity is measured on: a `.txt`, `.jsonl`, `.json` or `.parquet` file,
+            `pydoc_data.topics`, or `ORG/NAME[:CONFIG[:SPLIT]]` on the hub. Or a list of texts, of which the first is
+            plotted.
+        sparsities: Fractions of the blocks' parameters to remove; every method is run at each.
+        seeds: Random seeds of the calibration windows and of recovery; every pruning is run with each.
+        calibration: Calibration text, named like `text`, and different from it. Or a list of `text`, `num_samples`,
+            `seq_len` and `name`: every pruning is run with each.
+        join: Separator that joins the rows of each measured or calibration text into one document. If not given, every
+            row is a document.
+        num_samples: Number of calibration windows, unless `calibration` gives it.
+        calibration_seq_len: Tokens per calibration window, unless `calibration` gives it.
+        seq_len: Tokens per window that perplexity is measured on.
+        stride: Tokens between the starts of two such windows. If not given, they do not overlap.
+        bos: Whether a BOS token precedes each window of every text and each prompt of a task, true or false. If not
+            given, as the tokenizer does.
+        max_windows: Number of windows that are measured, from the start of each text; all if not given.
+        recover: Recovery of every pruned model: `text` to train on, `steps`, `seq_len`, `batch_size`,
+            `learning_rate`, `lora`, `train`, `distill`, `rounds`. Or a list of these, each with a `name`: every pruning
+            is recovered by each. If not given, nothing is recovered.
+        tasks: Names of lm-eval tasks, groups and tags, separated by commas. The average is over the names given here.
+        max_batch: Largest batch that speed is measured at; if not given, speed is not measured.
     """
     study = Study(
         *(models, methods, sparsities, text, calibration, seeds),

@@ -1,9 +1,9 @@
-"""`plprune evaluate`: what a model is worth, beside the one that it was pruned from."""
+"""`plprune evaluate`: quality, size and speed of a model, beside the model that it was pruned from."""
 
 import gc
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from plprune.checkpoint.load import load_model, load_skeleton, load_tokenizer
 from plprune.checkpoint.locate import locate
 from plprune.checkpoint.stored import Dtype
+from plprune.commands.options import shared_help
 from plprune.evaluation import lm_eval, measurement, task_results
 from plprune.evaluation import speed as speeds
 from plprune.evaluation.measurement import Measurement, measure
@@ -29,9 +30,10 @@ from plprune.pruning.forward import check_ids
 from plprune.pruning.plan import FILE, PruningPlan
 from plprune.training.callbacks.record import summary
 
-OWN, NONE = "auto", "none"
+AUTO, NONE = "auto", "none"
 
 
+@shared_help
 def evaluate(
     model: str,
     text: str = PYDOC,
@@ -41,7 +43,7 @@ def evaluate(
     bos: bool | None = None,
     max_windows: int | None = None,
     max_dropped: float = MAX_DROPPED,
-    dense: str = OWN,
+    dense: str = AUTO,
     tasks: str | None = None,
     task_data: str | None = None,
     limit: int | None = None,
@@ -52,107 +54,98 @@ def evaluate(
     output: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Judges a model beside the one that it was pruned from: quality, size, speed, tasks.
+    """Compares a model with its dense original: perplexity, size, speed, tasks.
 
-    Under torchrun the processes share the windows of the text and, as lm-eval does, the examples of tasks; those that
-    it draws for a prompt may then be others. The first measures speed, and the others wait.
+    Processes of torchrun share the windows of the text and, as in lm-eval, the examples of tasks; few-shot examples
+    that lm-eval draws at random may then differ. Only the first process measures speed.
 
     Args:
-        model: A folder, a name on the hub, a `.gguf` file, or `package://PACKAGE/FILE.gguf`.
-        text: What to read: a `.txt`, `.jsonl`, `.json` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the hub, or
-            `pydoc_data.topics`.
-        join: Put between the rows of the text, which are then one document: "\\n\\n" is usual for WikiText.
-        seq_len: Tokens that the model sees at once, a BOS token included.
-        stride: Tokens from the start of one window to that of the next; each token is counted once, given those before
-            it in the first window that holds it. Windows do not overlap if not given.
-        bos: Whether the BOS token is put before each window and each prompt of a task: true or false; as the tokenizer
-            itself does if not given.
-        max_windows: At most this many windows from the start of the text; all if not given.
-        max_dropped: The share of a text's rows that may be dropped, as they cannot be used: in [0, 1].
-        dense: The model to judge beside it by the same protocol; `auto` for the one that it was pruned from, where
-            that is on this machine, `none` for none.
-        tasks: Names of lm-eval tasks, groups and tags, separated by commas. A group has a score of its own, and those
-            of its tasks below it; the average is over what is named here.
-        task_data: Folder with the data of tasks as ORG/NAME, and with tasks of your own as YAML files, for machines
-            without a hub.
-        limit: At most this many examples of each task; all if not given.
-        batch_size: Requests of tasks that are run at once.
-        speed: Whether to measure how fast the model writes, alone and in batches, and how much memory that takes.
-        dtype: Of the weights; as each model is stored if not given, and float32 for a `.gguf` file.
-        device: Where to compute: cpu, cuda, cuda:1; under torchrun, `cuda` is each process's own. A GPU if not given
-            and there is one, and the CPU otherwise.
-        output: JSON file to write, with the same numbers.
-        overwrite: Whether to replace it.
+        seq_len: Tokens per window, a BOS token included.
+        stride: Tokens between the starts of two windows. Each token is counted once, in the first window that holds it.
+            If not given, windows do not overlap.
+        bos: Whether a BOS token precedes each window and each prompt of a task, true or false. If not given, as the
+            tokenizer does.
+        max_windows: Number of windows, from the start of the text; all if not given.
+        dense: Model to compare with, under the same protocol. `auto` is the model that was pruned, if this machine has
+            it; `none` is no model.
+        tasks: Names of lm-eval tasks, groups and tags, separated by commas. The average is over the names given here; a
+            group's row is followed by the rows of its tasks.
+        batch_size: Requests of tasks per forward pass.
+        speed: Measure speed and memory of generation, for one sequence and for batches.
+        output: JSON file to write the same numbers to.
     """
     check_sizes(limit=limit, batch_size=batch_size)
-    protocol, place = Protocol(seq_len, stride, bos, max_windows), resolve_device(device)
+    protocol, where = Protocol(seq_len, stride, bos, max_windows), resolve_device(device)
     check_text(text)
     check_max_dropped(max_dropped)
     if output is not None:
         check_output_file(output, overwrite)
     names = lm_eval.named(tasks)
-    stages, plan = _stages(model, dense)
-    passages = {
-        stage: passage(text, load_tokenizer(name), protocol, join, max_dropped) for stage, name in stages.items()
-    }
+    found = _models(model, dense)
+    for stage, name in found.models.items():
+        found.passages[stage] = passage(text, load_tokenizer(name), protocol, join, max_dropped)
     if names:
         lm_eval.check_tasks(names, task_data)
-    judged = {}
-    with distributed.process_group(torch.device("cpu")) as group:  # NCCL would not wait for as long as a speed may take
-        asked = {"limit": limit, "folder": task_data, "batch_size": batch_size, "bos": bos, "group": group}
-        for stage, name in stages.items():
-            network, tokenizer = _loaded(name, dtype, place, passages[stage])
-            measured = measure(network, passages[stage], group)
-            results = lm_eval.run_tasks(network, tokenizer, names, **asked) if names else {}
-            judged[stage] = _Judged(passages[stage], measured, results, _speed(network, group) if speed else None)
+    with distributed.process_group(torch.device("cpu")) as group:  # NCCL's timeout is shorter than a speed measurement
+        settings = {"limit": limit, "folder": task_data, "batch_size": batch_size, "bos": bos, "group": group}
+        for stage, name in found.models.items():
+            network, tokenizer = _load(name, dtype, where, found.passages[stage])
+            found.measured[stage] = measure(network, found.passages[stage], group)
+            found.tasks[stage] = lm_eval.run_tasks(network, tokenizer, names, **settings) if names else {}
+            if speed:
+                found.speeds[stage] = _speed(network, group)
             del network
-            gc.collect()  # modules hold each other, and the next one's peak of memory is not to count this one
+            gc.collect()  # modules refer to each other; the next model's peak of memory must not include this one
     if distributed.launched_rank():
         return
-    print("\n\n".join(_printed(judged, stages, plan, limit)))
+    print("\n\n".join(_report(found, limit)))
     if output:
         with staged(output, overwrite) as temporary:
-            temporary.write_text(json.dumps(_record(judged, stages, plan), indent=1) + "\n")
+            temporary.write_text(json.dumps(_record(found), indent=1) + "\n")
 
 
 @dataclass
-class _Judged:
-    """What was found of one model."""
+class _Evaluation:
+    """Measurements by stage: of the dense model and the pruned one, or of one model."""
 
-    passage: Passage
-    measured: Measurement
-    tasks: dict[str, TaskResult]
-    speed: Speed | None
+    models: dict[str, str]  # the name of each stage's model
+    plan: PruningPlan | None
+    passages: dict[str, Passage] = field(default_factory=dict)
+    measured: dict[str, Measurement] = field(default_factory=dict)
+    tasks: dict[str, dict[str, TaskResult]] = field(default_factory=dict)
+    speeds: dict[str, Speed] = field(default_factory=dict)
+
+    @property
+    def not_faster(self) -> Sequence[str]:
+        """Why the pruned model is not faster, if it is not."""
+        return speeds.why_not_faster(*self.speeds.values()) if len(self.speeds) == 2 else []
 
 
-def _loaded(name: str, dtype: Dtype | None, place: torch.device, read: Passage) -> tuple[Any, PreTrainedTokenizerBase]:
-    """A model where it is judged, and its tokenizer."""
+def _load(name: str, dtype: Dtype | None, where: torch.device, read: Passage) -> tuple[Any, PreTrainedTokenizerBase]:
     network, tokenizer = load_model(name, dtype), load_tokenizer(name)
     check_ids(network, read.windows, tokenizer)
-    distributed.log_device(place, network.dtype)
-    return network.to(place), tokenizer  # type: ignore[arg-type]
+    distributed.log_device(where, network.dtype)
+    return network.to(where), tokenizer  # type: ignore[arg-type]
 
 
 def _speed(network: PreTrainedModel, group: distributed.ProcessGroup) -> Speed:
-    """Measured by the first process, while the others wait."""
-    return cast(
-        Speed, distributed.broadcast_object(None if distributed.rank(group) else speeds.measure_speed(network), group)
-    )
+    """The speed as measured by the first process; the others wait for it."""
+    measured = None if distributed.rank(group) else speeds.measure_speed(network)
+    return cast(Speed, distributed.broadcast_object(measured, group))
 
 
-def _stages(model: str, dense: str) -> tuple[dict[str, str], PruningPlan | None]:
-    """The models to judge, by what they are, and the plan of the last."""
+def _models(model: str, dense: str) -> _Evaluation:
+    """The models to evaluate, and the plan of a pruned one; nothing is measured yet."""
     folder = Path(locate(model))
     plan = PruningPlan.load(folder) if (folder / FILE).is_file() else None
-    if dense == OWN:
+    if dense == AUTO:
         dense = _origin(plan) if plan else NONE
-    if dense == NONE:
-        return {"pruned" if plan else "model": model}, plan
-    return {"dense": dense, "pruned" if plan else "model": model}, plan
+    models = {"pruned" if plan else "model": model}
+    return _Evaluation(models if dense == NONE else {"dense": dense} | models, plan)
 
 
 def _origin(plan: PruningPlan) -> str:
-    """Where the model is that was pruned, if it is on this machine and of the same size."""
+    """The name of the model that was pruned, if it is on this machine and has the same size; `none` otherwise."""
     first = plan.chain()[0]
     name = first.origin.get("model") or ""
     try:
@@ -163,32 +156,27 @@ def _origin(plan: PruningPlan) -> str:
     return name if size == sum(first.before) + first.rest else NONE
 
 
-def _printed(
-    judged: dict[str, _Judged], stages: dict[str, str], plan: PruningPlan | None, limit: int | None
-) -> list[str]:
-    rows = {stage: found.measured for stage, found in judged.items()}
-    parts = [
-        *([summary(plan)] if plan else []),
-        f"{measurement.measurement_table(rows)}\n{_protocols(judged)}",
-    ]
-    if "dense" in stages:
-        parts[-1] += f"\ndense: {stages['dense']}"
-    results = {stage: found.tasks for stage, found in judged.items()}
-    if any(results.values()):
+def _report(found: _Evaluation, limit: int | None) -> list[str]:
+    """The paragraphs to print."""
+    parts = [summary(found.plan)] if found.plan else []
+    parts.append(f"{measurement.measurement_table(found.measured)}\n{_protocols(found.passages)}")
+    if "dense" in found.models:
+        parts[-1] += f"\ndense: {found.models['dense']}"
+    if any(found.tasks.values()):
         some = f"the first {limit} examples of each task; " if limit else ""
-        foot = f"{some}± is the standard error, of differences that of the paired examples"
-        parts.append(f"{task_results.score_table(results)}\n{foot}")
-    if measured := _speeds(judged):
-        parts.append(speeds.speed_table(measured))
-    return parts + ["\n".join(lines) for lines in [_not_faster(measured)] if lines]
+        foot = f"{some}± is the standard error; for differences, that of the paired examples"
+        parts.append(f"{task_results.score_table(found.tasks)}\n{foot}")
+    if found.speeds:
+        parts.append(speeds.speed_table(found.speeds))
+    return parts + ["\n".join(found.not_faster)] * bool(found.not_faster)
 
 
-def _protocols(judged: dict[str, _Judged]) -> str:
-    """What was read, said once if both models read the same tokens."""
-    first, *others = (found.passage for found in judged.values())
+def _protocols(passages: dict[str, Passage]) -> str:
+    """What was read: one line if all models read the same tokens."""
+    first, *others = passages.values()
     if all(_same(first, other) for other in others):
         return str(first)
-    each = [f"{stage} read {found.passage}" for stage, found in judged.items()]
+    each = [f"{stage} read {read}" for stage, read in passages.items()]
     return "\n".join([*each, "the tokenizers differ: compare the bits per byte, not the perplexities"])
 
 
@@ -196,22 +184,13 @@ def _same(a: Passage, b: Passage) -> bool:
     return a.counts == b.counts and all(torch.equal(x, y) for x, y in zip(a.windows, b.windows, strict=True))
 
 
-def _speeds(judged: dict[str, _Judged]) -> dict[str, Speed]:
-    return {stage: found.speed for stage, found in judged.items() if found.speed}
-
-
-def _not_faster(measured: dict[str, Speed]) -> Sequence[str]:
-    return speeds.why_not_faster(*measured.values()) if len(measured) == 2 else []
-
-
-def _record(judged: dict[str, _Judged], stages: dict[str, str], plan: PruningPlan | None) -> dict[str, Any]:
-    """Everything that was found, as JSON."""
-    results, measured = {stage: found.tasks for stage, found in judged.items()}, _speeds(judged)
+def _record(found: _Evaluation) -> dict[str, Any]:
+    """All numbers, in JSON's types."""
     record: dict[str, Any] = {"version": 1, "kind": "run", "status": "finished"}
-    record |= {"title": f"evaluation of {[*stages.values()][-1]}", "models": stages}
-    record["protocol"] = {stage: found.passage.as_dict() for stage, found in judged.items()}
-    record["stages"] = measurement.as_dict({stage: found.measured for stage, found in judged.items()})
-    if plan:
+    record |= {"title": f"evaluation of {[*found.models.values()][-1]}", "models": found.models}
+    record["protocol"] = {stage: read.as_dict() for stage, read in found.passages.items()}
+    record["stages"] = measurement.as_dict(found.measured)
+    if plan := found.plan:
         record["asked"] = {"method": plan.method, "settings": plan.settings, "sparsity": plan.sparsity}
         record["reached"] = {
             "sparsity": plan.reached,
@@ -219,18 +198,18 @@ def _record(judged: dict[str, _Judged], stages: dict[str, str], plan: PruningPla
             "parameters": sum(plan.after) + plan.rest,
             "block_parameters": sum(plan.after),
         }
-    if any(results.values()):
-        columns = task_results.columns(results)
+    if any(found.tasks.values()):
+        columns = task_results.columns(found.tasks)
         record["tasks"] = {
-            stage: {name: asdict(each) for name, each in found.items()} for stage, found in results.items()
+            stage: {name: asdict(each) for name, each in results.items()} for stage, results in found.tasks.items()
         }
-        record["averages"] = {head: _json(column.get(task_results.AVERAGE)) for head, column in columns.items()}
-        record["differences"] = {name: _json(each) for name, each in columns.get("difference", {}).items()}
-    if measured:
-        record["speed"] = {stage: asdict(each) for stage, each in measured.items()}
-        record["not_faster"] = _not_faster(measured)
+        record["averages"] = {head: _figure(column.get(task_results.AVERAGE)) for head, column in columns.items()}
+        record["differences"] = {name: _figure(each) for name, each in columns.get("difference", {}).items()}
+    if found.speeds:
+        record["speed"] = {stage: asdict(each) for stage, each in found.speeds.items()}
+        record["not_faster"] = found.not_faster
     return record
 
 
-def _json(figure: Figure | None) -> dict[str, float | None] | None:
+def _figure(figure: Figure | None) -> dict[str, float | None] | None:
     return None if figure is None else {"value": figure.value, "stderr": figure.stderr}

@@ -1,9 +1,10 @@
-"""`plprune export`: a model in the formats of other programs, with proof."""
+"""`plprune export`: writes a model in other programs' formats, and compares their output with the model's."""
 
 import functools
 
 from plprune.checkpoint.load import load_model, load_skeleton, load_tokenizer
 from plprune.checkpoint.stored import Dtype
+from plprune.commands.options import shared_help
 from plprune.export import formats, parity
 from plprune.io.atomic import check_output
 from plprune.io.checks import check_max_dropped, check_sizes
@@ -12,6 +13,7 @@ from plprune.io.text import MAX_DROPPED, bos_token, pack, tokenised
 from plprune.pruning.forward import check_ids
 
 
+@shared_help
 def export(
     model: str,
     output: str,
@@ -27,25 +29,18 @@ def export(
     max_dropped: float = MAX_DROPPED,
     overwrite: bool = False,
 ) -> None:
-    """Writes a model in the formats of other programs, loads it again there, and compares.
+    """Writes a model in other programs' formats, loads it there, and compares the outputs.
 
     Args:
-        model: A folder, pruned or dense, a name on the hub, a `.gguf` file, or `package://PACKAGE/FILE.gguf`.
-        output: Folder to write: the formats, `parity.json`, and a model card with the same table.
+        output: Folder to write: the formats, `parity.json`, and a model card with the printed table.
         to: Formats, separated by commas: hf, for transformers; gguf, for llama.cpp; decilm, for vLLM, SGLang,
             TensorRT-LLM and mlx-lm.
-        dtype: Of the weights; as stored if not given, and float32 for a `.gguf` file.
-        gguf: Of the matrices in a GGUF file; as `dtype` if not given.
-        widen: Whether value channels that FASP removed are put back as zeros, where a format cannot do without them:
-            the same function in a larger model.
-        pad_to: FFN widths are padded with zeros up to a multiple of this: the same function in a larger model.
-        text: What to compare by: a `.txt`, `.jsonl`, `.json` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the
-            hub, or `pydoc_data.topics`.
-        seq_len: Tokens of a window to compare by.
-        max_windows: How many windows to compare by.
-        bos: Whether the BOS token is put before each window: true or false; as the tokenizer does if not given.
-        max_dropped: The share of a text's rows that may be dropped, as they cannot be used: in [0, 1].
-        overwrite: Whether to replace what is in the output folder.
+        gguf: Data type of the matrices in a GGUF file. If not given, `dtype`.
+        widen: Restore value channels that FASP removed, as zeros, where a format needs them. The model is larger, and
+            computes the same.
+        pad_to: Pad FFN widths with zeros to a multiple of this. The model is larger, and computes the same.
+        seq_len: Tokens per window of the comparison.
+        max_windows: Number of windows of the comparison.
     """
     check_sizes(seq_len=seq_len, max_windows=max_windows)
     wanted, how = [each.strip() for each in to.split(",")], formats.Options(gguf, widen, pad_to)

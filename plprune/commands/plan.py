@@ -1,4 +1,4 @@
-"""`plprune plan`: what a pruning would come to, before any weight is there."""
+"""`plprune plan`: predicts sizes, memory, time and export formats of a pruning, without weights."""
 
 import dataclasses
 import json
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from plprune.architecture.blocks import UNITS, blocks_of
 from plprune.checkpoint.load import load_skeleton, resolve_dtype, stored_weights
 from plprune.checkpoint.stored import Dtype
+from plprune.commands.options import shared_help
 from plprune.export.fits import exports, is_stock, unknown_formats
 from plprune.io.atomic import check_output_file, staged
 from plprune.io.checks import check_sizes
@@ -27,6 +28,7 @@ from plprune.planning.targets import Target
 Record = dict[str, Any]
 
 
+@shared_help
 def plan(
     model: str,
     method: PruningMethod,
@@ -48,33 +50,25 @@ def plan(
     output: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Says, without weights, what a pruning would come to, need, and be served by.
+    """Predicts, without weights, the sizes, memory, time and export formats of a pruning.
 
     Args:
         model: A folder, in which `config.json` is enough, a name on the hub, a `.gguf` file, or
             `package://PACKAGE/FILE.gguf`.
-        method: How to prune: FLAP, FASP, CFSP, TwoSSP, LearnedGates or the dotted path of another; `--method.help
-            NAME` lists its settings.
-        target: What the result may be at most: `sparsity` is then found by it, and what is given for it does not count.
-        serve_on: Where the result must load: llama.cpp, vllm, transformers. Its sizes are then such as can be served
-            there, and its sparsity as near to the one asked for as that allows; what cannot be is refused.
-        tensor_parallel: Devices that will share the result: widths and heads are divisible by their number.
-        context: Tokens of a sequence, for operations and cache; those of `target` if not given.
-        dtype: Of the weights; as stored if not given, and float32 for a `.gguf` file.
-        device: Where to calibrate and to recover: T4, L4, A10, RTX-3090, RTX-4090, L40S, A100-40GB, A100-80GB, H100,
-            H200, B200 or MI300X; or cpu or cuda, this machine's, whose speed is measured for two seconds. If not
-            given, a GPU that is there, and the CPU otherwise.
-        num_samples: Calibration windows.
-        seq_len: Tokens of a calibration window.
-        batch_size: Calibration windows that are run at once.
-        steps: Steps of the recovery by LoRA.
-        train_seq_len: Tokens of a training window.
-        train_batch_size: Windows of a step.
-        rank: Mean rank of the adapters.
-        gradient_checkpointing: Whether the recovery computes activations again, to save memory.
-        stream: Whether the model stays on disk while it is pruned, as by `plprune prune --stream`.
-        output: A JSON file to write the same to.
-        overwrite: Whether to replace what is there.
+        context: Tokens per sequence, for FLOPs and KV cache. If not given, that of `target`.
+        device: Device to estimate for: T4, L4, A10, RTX-3090, RTX-4090, L40S, A100-40GB, A100-80GB, H100, H200, B200,
+            MI300X; or this machine's cpu or cuda, whose speed is measured for two seconds. If not given, this machine's
+            GPU, or its CPU without one.
+        num_samples: Number of calibration windows.
+        seq_len: Tokens per calibration window.
+        batch_size: Calibration windows per forward pass.
+        steps: Training steps of the recovery by LoRA.
+        train_seq_len: Tokens per training window.
+        train_batch_size: Training windows per step.
+        rank: Mean rank of the LoRA adapters.
+        gradient_checkpointing: Estimate a recovery that recomputes activations, to save memory.
+        stream: Estimate `plprune prune --stream`, which keeps the model on disk.
+        output: JSON file to write the same numbers to.
     """
     check_sizes(num_samples=num_samples, seq_len=seq_len, batch_size=batch_size, context=context, steps=steps)
     check_sizes(train_seq_len=train_seq_len, train_batch_size=train_batch_size, rank=rank)
@@ -107,13 +101,16 @@ def plan(
 def predicted(
     network: PreTrainedModel, request: Request, resolved: Request, context: int
 ) -> tuple[Record, list[PreTrainedModel]]:
-    """What a pruning would make of a model, in JSON's types, and the models of all cases, without weights.
+    """Predicts the result of a pruning.
 
     Args:
-        network: The model, its weights on meta.
-        request: As it was asked for.
-        resolved: With the sparsity that its target comes to.
-        context: Tokens of a sequence.
+        network: The model, on the meta device.
+        request: The request as the user made it.
+        resolved: The request with the sparsity that its target needs.
+        context: Tokens per sequence.
+
+    Returns:
+        The record, in JSON's types, and the pruned models of all possible outcomes, on the meta device.
     """
     cases, method = resolved.predict_sizes(network), resolved.method
     name, sparsity = type(method).__name__, method.sparsity
@@ -141,18 +138,18 @@ def predicted(
 
 
 def plan_text(record: Record, stream: bool = False, checkpointing: bool = False) -> str:
-    """The record for people."""
+    """The text to print."""
     parts = [_head(record), _sizes(record), _kept(record), _needs(record, stream, checkpointing), _formats(record)]
     return "\n\n".join("\n".join(part) for part in parts)
 
 
 def _range(values: Sequence[float]) -> Record:
-    """Of the cases: the first, which is typical, and the ends."""
+    """The typical value, which is the first case's, and the extremes."""
     return {"typical": values[0], "least": min(values), "most": max(values)}
 
 
 def _blocks(network: PreTrainedModel, cases: Sequence[Mapping[str, int]]) -> list[Record]:
-    """Of each block and kind of unit: how many there are, and how many would be kept."""
+    """For each block, the number of units of each kind, and the range of how many are kept."""
     found: list[Record] = [{} for _ in blocks_of(network)]
     for block in blocks_of(network):
         for group in (*block.groups("kv_heads"), *block.groups("value_channels")[:-1]):
@@ -163,7 +160,7 @@ def _blocks(network: PreTrainedModel, cases: Sequence[Mapping[str, int]]) -> lis
 
 
 def _exports(models: Sequence[PreTrainedModel]) -> Record:
-    """Of each format, whether no, some or all cases fit, and why not."""
+    """For each format, whether all, some or no cases fit, and the reasons against it."""
     reasons = [exports(m) for m in models]
     found: Record = {}
     for name in reasons[0]:
@@ -181,7 +178,7 @@ def _parameters(network: PreTrainedModel) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-# ---- for people
+# ---- printing
 
 
 def _head(record: Record) -> list[str]:
@@ -191,7 +188,7 @@ def _head(record: Record) -> list[str]:
         reached, asked = (format_value(found[key], form) for key in ("reached", "asked"))
         lines.append(f"target.{name}: at most {reached} ({asked} asked)")
     if record["guess"]:
-        lines.append("a guess: the method does not say what sizes it will come to")
+        lines.append("a guess: the method does not predict its sizes")
     return lines
 
 
@@ -202,9 +199,9 @@ def _sizes(record: Record) -> list[str]:
         ("  in the blocks", "block_parameters", "short", 1),
         ("weights", "weight_bytes", "bytes", 1),
         (f"KV cache of {context} tokens", "cache_bytes", "bytes", 1),
-        ("  of each", "cache_bytes", "bytes", context),
-        ("FLOPs for a token, reading", "reading_flops", "short", 1),
-        ("  generating", "generating_flops", "short", 1),
+        ("  per token", "cache_bytes", "bytes", context),
+        ("FLOPs per token, prefill", "reading_flops", "short", 1),
+        ("  decoding", "generating_flops", "short", 1),
     ]
     if before["reading_flops"] == before["generating_flops"]:
         rows.pop()
@@ -213,44 +210,39 @@ def _sizes(record: Record) -> list[str]:
         later = _between(after[key], lambda x, f=form, n=of: format_value(x / n, f))
         lines.append(f"{title:<28}{format_value(before[key] / of, form):>12}   {later}")
     removed = _between(record["removed"], lambda x: f"{x:.1%}")
-    return [*lines, f"{'removed of the blocks':<28}{'':>12}   {removed}"]
+    return [*lines, f"{'removed from the blocks':<28}{'':>12}   {removed}"]
 
 
 def _kept(record: Record) -> list[str]:
-    """What all blocks together keep of each kind, and the blocks that keep least and most."""
+    """For each kind of unit, how many a block keeps on average, at least and at most."""
     lines = []
     for kind, name in UNITS.items():
-        own = [block[kind] for block in record["blocks"] if kind in block]
-        if own:
-            units = sorted({each["units"] for each in own})
-            least, most = min(each["least"] for each in own), max(each["most"] for each in own)
+        blocks = [block[kind] for block in record["blocks"] if kind in block]
+        if blocks:
+            units = sorted({each["units"] for each in blocks})
+            least, most = min(each["least"] for each in blocks), max(each["most"] for each in blocks)
             dense = "-".join(map(str, sorted({units[0], units[-1]})))
-            usual = f"{statistics.mean(each['typical'] for each in own):.0f}"
+            usual = f"{statistics.mean(each['typical'] for each in blocks):.0f}"
             kept = usual if least == most else f"{usual} on average ({least} to {most})"
             lines.append(f"{f'{name} of a block':<28}{dense:>12}   {kept}")
     return lines
 
 
 def _needs(record: Record, stream: bool, checkpointing: bool) -> list[str]:
-    where = Machine(**record["machine"])
-    calibration, recovery = record["calibration"], record["recovery"]
-    at = where.rate(getattr(torch, record["dtype"]))
+    where, calibration, recovery = Machine(**record["machine"]), record["calibration"], record["recovery"]
+    rate = where.rate(getattr(torch, record["dtype"]))
     source = f"{hardware.UTILISATION:.0%} of its peak assumed" if where.name in hardware.GPUS else "measured"
     memory = format_value(where.memory, "bytes")
-    lines = [f"on {where.name}: {at / 1e12:.3g} TFLOPS in {record['dtype']} ({source}), {memory} to be had"]
-    lines.append(
-        f"calibration, {calibration['num_samples']} windows of {calibration['seq_len']} tokens, "
-        f"{calibration['batch_size']} at once: {_need(calibration['streamed' if stream else 'in_memory'], where)}"
-    )
+    windows = "{num_samples} windows of {seq_len} tokens, {batch_size} at once".format(**calibration)
+    training = "{steps} steps of {batch_size} windows of {seq_len} tokens, rank {rank}".format(**recovery)
+    needs = {f"calibration, {windows}": calibration["streamed" if stream else "in_memory"]}
     if not stream:
-        lines.append(f"  with --stream: {_need(calibration['streamed'], where)}")
-    lines.append(
-        f"recovery, {recovery['steps']} steps of {recovery['batch_size']} windows of {recovery['seq_len']} tokens, "
-        f"rank {recovery['rank']}: {_need(recovery['checkpointed' if checkpointing else 'plain'], where)}"
-    )
+        needs["  with --stream"] = calibration["streamed"]
+    needs[f"recovery, {training}"] = recovery["checkpointed" if checkpointing else "plain"]
     if not checkpointing:
-        lines.append(f"  with gradient checkpointing: {_need(recovery['checkpointed'], where)}")
-    return lines
+        needs["  with gradient checkpointing"] = recovery["checkpointed"]
+    head = f"on {where.name}: {rate / 1e12:.3g} TFLOPS in {record['dtype']} ({source}), {memory} of memory"
+    return [head, *(f"{title}: {_need(values, where)}" for title, values in needs.items())]
 
 
 def _need(values: Record, where: Machine) -> str:
@@ -262,9 +254,9 @@ def _need(values: Record, where: Machine) -> str:
 
 def _formats(record: Record) -> list[str]:
     lines = ["plprune export:"]
-    words = {"yes": "fits", "no": "does not fit", "maybe": "fits or not, as the data decide", "unknown": "not known"}
-    own = "with its own modelling file, which trust_remote_code=True loads"
-    kinds = {"yes": "a stock checkpoint", "no": own, "maybe": f"a stock checkpoint, or {own}"}
+    words = {"yes": "fits", "no": "does not fit", "maybe": "fits or not, depending on the data", "unknown": "not known"}
+    custom = "with a modelling file, which trust_remote_code=True loads"
+    kinds = {"yes": "a stock checkpoint", "no": custom, "maybe": f"a stock checkpoint, or {custom}"}
     for name, found in record["export"].items():
         if name == "hf":
             lines.append(f"  {name:<8}fits, {kinds[found['stock']]}")

@@ -1,21 +1,22 @@
-"""`plprune report`: a page of what a run has done so far."""
+"""`plprune report`: writes an HTML page about a run, a model or a comparison."""
 
 from pathlib import Path
 
+from plprune.commands.options import shared_help
 from plprune.io.atomic import check_output_file
 from plprune.report import NAME, check_ours, write
 from plprune.report.found import found
 from plprune.report.page import at
 
 
+@shared_help
 def report(folder: str, output: str | None = None, overwrite: bool = False) -> None:
-    """Makes a report of what is in the folder of a run, a model or a comparison.
+    """Writes an HTML page about a run, a model or a comparison.
 
     Args:
-        folder: The folder, in which a run may still be going; or a JSON file that plprune has written.
-        output: HTML file to write, with its JSON beside it; `report.html` in the folder, or `NAME-report.html` beside
-            a file `NAME.json`, if not given.
-        overwrite: Whether to replace the output.
+        folder: The folder of a run, finished or not, of a model or of a comparison; or a JSON file that plprune wrote.
+        output: HTML file to write, with its JSON beside it. If not given, `report.html` in the folder, or
+            `NAME-report.html` beside a file `NAME.json`.
     """
     record = found(folder)
     page = Path(output).expanduser() if output is not None else _beside(Path(folder))
@@ -26,21 +27,21 @@ def report(folder: str, output: str | None = None, overwrite: bool = False) -> N
     else:
         check_ours(page)
     write(record, page, overwrite=overwrite or output is None)
-    print(f"{told(record)}saved to {page}")
+    print(f"{_note(record)}saved to {page}")
 
 
 def _beside(place: Path) -> Path:
-    """The page of a folder or a file, whose JSON does not take the place of the file."""
+    """The default page of a folder or a JSON file; its own JSON does not replace that file."""
     return place / NAME if place.is_dir() else place.with_name(f"{place.stem}-report.html")
 
 
-def told(record: dict[str, object]) -> str:
-    """What to know first of a run that has not ended."""
+def _note(record: dict[str, object]) -> str:
+    """A note about a run that has not finished; empty for all else."""
     status, progress = record.get("status"), at(record, "progress")
     steps = f" at step {progress['step']} of {progress['steps']}" if {"step", "steps"} <= progress.keys() else ""
     if status == "running":
-        return f"the run is still going{steps}, and the report has what there is so far; "
+        return f"the run is still going{steps}: the report shows it so far; "
     if status == "stopped":
         reason = f" ({record['reason']})" if record.get("reason") else ""
-        return f"the run was stopped{steps}{reason}, and the report has what there is; "
+        return f"the run was stopped{steps}{reason}: the report shows what it did; "
     return ""

@@ -1,10 +1,11 @@
-"""`plprune sensitivity`: what each block's FFN and attention are worth."""
+"""`plprune sensitivity`: how much each block's FFN and attention matter."""
 
 import torch
 
 from plprune import report
 from plprune.checkpoint.load import load_model, load_tokenizer
 from plprune.checkpoint.stored import Dtype
+from plprune.commands.options import shared_help
 from plprune.evaluation.sensitivity import as_record, check_fractions, sensitivity_table
 from plprune.evaluation.sensitivity import sensitivity as found_by
 from plprune.io.atomic import resolve_path
@@ -17,6 +18,7 @@ from plprune.pruning.calibration import Calibration
 from plprune.pruning.forward import check_ids
 
 
+@shared_help
 def sensitivity(
     model: str,
     output: str,
@@ -32,29 +34,21 @@ def sensitivity(
     bos: bool | None = None,
     max_dropped: float = MAX_DROPPED,
 ) -> None:
-    """Measures what each block's FFN and attention are worth, by pruning it alone.
+    """Measures how much each block's FFN and attention matter, by pruning it alone.
 
-    It prints a table of those that matter most and least, and writes a heat map of all. Each result is kept as soon as
-    it is there, and the same command goes on where it was stopped. Under torchrun, and in several runs with one output,
-    each process takes what nobody is at; several machines must share the folder.
+    Prints a table of those that matter most and least, and writes a heat map of all. Each result is saved at once, and
+    the same command continues a stopped run. Processes of torchrun, and several runs with the same output, share the
+    work; several machines must share the output folder.
 
     Args:
-        model: A folder, pruned or dense, a name on the hub, a `.gguf` file, or `package://PACKAGE/FILE.gguf`.
-        output: Folder to write: `sensitivity.html`, `sensitivity.json`, and every single result under `cells`; what is
-            there is gone on with.
-        text: What to read: a `.txt`, `.jsonl`, `.json` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the hub, or
-            `pydoc_data.topics`.
-        join: Put between the rows of the text, which are then one document: "\\n\\n" is usual for WikiText.
-        seq_len: Tokens of a window, a BOS token included; the first of each is given.
-        max_windows: How many windows, from the start of the text, are measured on.
-        num_samples: Windows of the rest of the text that choose the channels and kv heads that go.
-        fractions: Of a part's channels or kv heads, separated by commas; 1 is the whole part.
-        dtype: Of the weights; as stored if not given, and float32 for a `.gguf` file.
-        device: Where to compute: cpu, cuda, cuda:1; under torchrun, `cuda` is each process's own. A GPU if not given
-            and there is one, and the CPU otherwise.
-        seed: Of the choice of windows.
-        bos: Whether the BOS token is put before each window: true or false; as the tokenizer does if not given.
-        max_dropped: The share of a text's rows that may be dropped, as they cannot be used: in [0, 1].
+        output: Folder to write: `sensitivity.html`, `sensitivity.json`, and every single result under `cells`. Results
+            that are there are used.
+        seq_len: Tokens per window, a BOS token included. The first token is given, and not predicted.
+        max_windows: Number of windows, from the start of the text, that perplexity is measured on.
+        num_samples: Number of windows, from the rest of the text, that choose the channels and kv heads to prune.
+        fractions: Fractions of a block's channels or kv heads to prune, separated by commas; 1 removes the whole FFN or
+            attention.
+        seed: Random seed that chooses these windows.
     """
     check_sizes(seq_len=seq_len, max_windows=max_windows, num_samples=num_samples)
     wanted = _numbers(fractions)

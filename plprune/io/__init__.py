@@ -1,1 +1,1 @@
-"""Files, text, processes, numbers: what knows nothing of models."""
+"""Files, texts, processes and number formats: everything that needs no knowledge of models."""

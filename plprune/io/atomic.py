@@ -27,12 +27,7 @@ SUFFIX = ".partial"
 
 @contextlib.contextmanager
 def write_errors(path: Path, resumable: bool = True) -> Iterator[None]:
-    """Turns errors of writing to `path` into an OSError of one line that says what to do.
-
-    Args:
-        path: The output that the message names.
-        resumable: Whether --resume continues after the failure.
-    """
+    """Turns errors of writing to `path` into an OSError of one line that says what to do, --resume if `resumable`."""
     try:
         yield
     except Exception as error:
@@ -121,12 +116,7 @@ def staged(path: str | os.PathLike[str], overwrite: bool = False, keep: bool = T
 
 
 def remove_leftovers(folder: str | os.PathLike[str], names: str = "*") -> None:
-    """Removes what killed writers left in a folder.
-
-    Args:
-        folder: The folder that holds their outputs.
-        names: Pattern of the names of these outputs.
-    """
+    """Removes what killed writers left in a folder, for outputs whose names match a pattern."""
     for staging in Path(folder).glob(f".*.*{SUFFIX}"):
         name = staging.name[1:].removesuffix(SUFFIX).rpartition(".")[0]
         if not fnmatch.fnmatchcase(name, names) or not staging.is_dir() or staging.is_symlink():
@@ -142,12 +132,7 @@ def file_lock(file: str | os.PathLike[str], wait: bool = False) -> Iterator[bool
     """Holds an exclusive lock on a file during the context, and yields whether this process got it.
 
     The file is created, stays empty, and is not removed. Several machines can share the lock if their file system
-    passes `flock` on, as NFS does. On a file system without locks every process gets it: work may then be done twice,
-    and must bear that.
-
-    Args:
-        file: The lock file, the same for all processes that compete.
-        wait: Whether to wait until the lock is free.
+    passes `flock` on, as NFS does. On a file system without locks every process gets it, and work may be done twice.
     """
     file, acquired = Path(file), True
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -163,10 +148,6 @@ def file_lock(file: str | os.PathLike[str], wait: bool = False) -> Iterator[bool
 
 def lock(handle: int, wait: bool = False) -> None:
     """Locks an open file or folder until it is closed or the process ends; does nothing on Windows.
-
-    Args:
-        handle: The file descriptor.
-        wait: Whether to wait for another process that holds the lock.
 
     Raises:
         BlockingIOError: Another process holds the lock.
@@ -194,13 +175,12 @@ def flush(path: str | os.PathLike[str]) -> None:
 
 
 def _sync(path: Path) -> None:
-    if fcntl is None:
-        return
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+    if fcntl is not None:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
 
 
 def _move_into_place(staging: Path, path: Path) -> None:

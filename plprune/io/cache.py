@@ -1,4 +1,4 @@
-"""Results on disk, under the content of what they were made from: what was computed once is not computed again."""
+"""A cache of results on disk, keyed by everything that a result depends on, the source code included."""
 
 import ast
 import functools
@@ -13,105 +13,89 @@ from typing import Any, TypeVar
 from plprune.io.atomic import file_lock, staged
 
 T = TypeVar("T")
+Key = dict[str, Any]  # everything that a result depends on, in JSON's types
 
 
 class Cache:
-    """A folder of results, one JSON file each; a file is there whole or not at all.
-
-    Args:
-        folder: Where; it is made when the first result is kept.
-    """
+    """A folder with one JSON file per result."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def get(self, of: dict[str, Any], compute: Callable[[], T]) -> T:
-        """A result, computed unless it is here.
-
-        Args:
-            of: Everything that the result depends on, in JSON's types.
-            compute: Makes it, in JSON's types.
-        """
-        file = self.file(of)
+    def get(self, key: Key, compute: Callable[[], T]) -> T:
+        """The result for a key; on a miss, the value of `compute`, in JSON's types, is stored and returned."""
+        file = self.file(key)
         if not file.exists():
-            self._keep(file, of, compute())
+            result = compute()
+            with staged(file, overwrite=True) as temporary:
+                temporary.write_text(json.dumps({"of": key, "result": result}, indent=1) + "\n")
         return json.loads(file.read_text())["result"]
 
-    def has(self, of: dict[str, Any]) -> bool:
-        """Whether a result is here."""
-        return self.file(of).exists()
+    def has(self, key: Key) -> bool:
+        """Whether a result is stored."""
+        return self.file(key).exists()
 
-    def lock(self, of: dict[str, Any], wait: bool = False) -> AbstractContextManager[bool]:
-        """Whether this process alone computes something, for the time of the context: the others leave it, or wait.
+    def lock(self, key: Key, wait: bool = False) -> AbstractContextManager[bool]:
+        """Holds the lock on a key during the context, and yields whether this process got it.
 
-        Args:
-            of: What they know it by.
-            wait: Whether to wait for whoever is at it, who may have kept the result then.
+        With `wait` it always does, perhaps after another process that has stored the result.
         """
-        return file_lock(self.folder / "locks" / digest(of), wait)
+        return file_lock(self.folder / "locks" / digest(key), wait)
 
-    def file(self, of: dict[str, Any]) -> Path:
-        """Where a result is, or would be."""
-        return self.folder / f"{digest(of)}.json"
-
-    def _keep(self, file: Path, of: dict[str, Any], result: Any) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with staged(file, overwrite=True) as temporary:
-            temporary.write_text(json.dumps({"of": of, "result": result}, indent=1) + "\n")
+    def file(self, key: Key) -> Path:
+        """The file of a result, stored or not."""
+        return self.folder / f"{digest(key)}.json"
 
 
-def digest(of: dict[str, Any]) -> str:
-    """A short hash of values in JSON's types, whatever the order of keys.
+def digest(key: Key) -> str:
+    """A short hash of a dictionary, whatever the order of its keys.
 
     Example:
         >>> digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
         True
     """
-    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def source_digest(*names: str) -> str:
-    """A short hash of the source of modules, and of all that they import from beside them.
+    """A short hash of the source of importable modules and of everything that they import from their neighbours.
 
-    What is beside a module is in the same package, or in the same folder if that is not one of installed packages:
-    these have versions.
-
-    Args:
-        names: Of modules that can be imported.
+    Neighbours are the modules of the same package or, unless the module is installed in site-packages, of the same
+    folder. Installed packages count by their versions, which are part of the caller's key.
 
     Raises:
-        ValueError: A module is not written in a file.
+        ValueError: A module has no source file.
     """
-    found: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for name in names:
         module, (top, *rest) = importlib.import_module(name), name.split(".")
-        written = getattr(module, "__file__", None)  # which a notebook has not
+        written = getattr(module, "__file__", None)  # a notebook has none
         if not written:
-            raise ValueError(f"{name} is not written in a file, so no result of it can be kept: put it into a module")
+            raise ValueError(f"{name} has no source file, so its results cannot be cached: put it into a module")
         file = Path(written)
         root = file.parents[len(rest) + (file.stem == "__init__")]
         installed = root.name in ("site-packages", "dist-packages")
-        _collect(file, root, root / top if installed or top == "plprune" else root, found)
-    return digest(found)
+        _collect(file, root, root / top if installed or top == "plprune" else root, sources)
+    return digest(sources)
 
 
-def _collect(file: Path, root: Path, within: Path, found: dict[str, str]) -> None:
-    """Adds a file, and those that it imports from below a folder, by their places below the root."""
+def _collect(file: Path, root: Path, within: Path, sources: dict[str, str]) -> None:
+    """Adds the source of a file, and of everything that it imports from the folder `within`, by path from the root."""
     place = file.relative_to(root).as_posix()
-    if place in found:
+    if place in sources:
         return
-    found[place] = file.read_text(encoding="utf-8")
-    for names in _imported(found[place], tuple(place.removesuffix(".py").split("/"))):
+    sources[place] = file.read_text(encoding="utf-8")
+    for names in _imports(sources[place], tuple(place.removesuffix(".py").split("/"))):
         bare = [root.joinpath(*name) for name in names]
         paths = [path for each in bare for path in (each / "__init__.py", each.with_name(f"{each.name}.py"))]
-        there = next((path for path in paths if path.is_file() and path.is_relative_to(within)), None)
-        if there is not None:
-            _collect(there, root, within, found)
+        imported = next((path for path in paths if path.is_file() and path.is_relative_to(within)), None)
+        if imported is not None:
+            _collect(imported, root, within, sources)
 
 
 @functools.lru_cache(maxsize=256)
-def _imported(source: str, place: tuple[str, ...]) -> list[list[tuple[str, ...]]]:
-    """What a module at a place imports, by the parts of its name: what is named within a module, or else the module."""
+def _imports(source: str, place: tuple[str, ...]) -> list[list[tuple[str, ...]]]:
+    """The imports of a module, as parts of dotted names: for `from a import b`, a.b, or else a."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

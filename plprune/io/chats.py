@@ -1,8 +1,8 @@
-"""Chats: rows of conversations and of instructions as messages, and the text that a tokenizer's template makes of them.
+"""Reads conversations and instructions from rows, and renders them by a tokenizer's chat template.
 
-A row holds `messages`, or `conversations` as ShareGPT has them; or `instruction`, `input` and `output`; or `prompt` and
-`completion`, as text or as messages. `system`, `history` and `tools` may stand beside. What would be lost on the way,
-or not be learnt from, is not passed over: the row is :class:`UnusableRow`, with the reason.
+A row holds `messages`, or `conversations` as in ShareGPT; or `instruction`, `input` and `output`; or `prompt` and
+`completion`, as text or as messages. `system`, `history` and `tools` may be added. If a part of the row would be lost,
+or nothing could be learnt from it, the row raises :class:`UnusableRow` with the reason.
 """
 
 import json
@@ -14,12 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 Record = dict[str, Any]
 Message = dict[str, Any]
-TALKS = ("messages", "conversations", "conversation")
+CONVERSATIONS = ("messages", "conversations", "conversation")
 QUESTIONS = ("instruction", "prompt", "question", "query")
 ANSWERS = ("output", "completion", "response", "answer")
 ASSISTANT, CALLS = "assistant", ("function_call", "tool_call")
 
-ROLES = {  # what others call them
+ROLES = {  # other names of the roles
     **dict.fromkeys(("human", "prompter"), "user"),
     **dict.fromkeys(("gpt", "model", "bot", "chatbot", "chatgpt", "ai"), ASSISTANT),
     **dict.fromkeys(("observation", "function", "function_response", "tool_response", "ipython"), "tool"),
@@ -27,7 +27,7 @@ ROLES = {  # what others call them
 
 
 class UnusableRow(ValueError):
-    """Why a row cannot be used."""
+    """The reason why a row cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Chat:
     """A conversation.
 
     Args:
-        messages: With `role` and `content` each, and what else a template may want, such as `tool_calls`.
-        tools: What the assistant may call.
-        given: How many of the messages are part of a prompt, so that no answer among them is learnt.
+        messages: Messages with `role`, `content`, and other keys that a template may read, such as `tool_calls`.
+        tools: Descriptions of the tools that the assistant may call.
+        prompt_length: The number of first messages that are a prompt: answers among them are not trained on.
     """
 
     messages: list[Message]
     tools: list[Any] | None = None
-    given: int = 0
+    prompt_length: int = 0
 
 
 def to_chat(record: Record) -> Chat | None:
@@ -53,59 +53,60 @@ def to_chat(record: Record) -> Chat | None:
         [{'role': 'user', 'content': 'Add.\\n\\n1 1'}, {'role': 'assistant', 'content': '2'}]
 
     Raises:
-        UnusableRow: A message has no role, or its content is no text.
+        UnusableRow: A message has no role, or its content is not text.
     """
-    talk = next((found for key in TALKS if isinstance(found := _parsed(record.get(key)), list)), None)
-    given = 0
-    if talk is None:
+    turns = next((value for key in CONVERSATIONS if isinstance(value := _from_json(record.get(key)), list)), None)
+    prompt_length = 0
+    if turns is None:
         question, answer = (_first(record, keys) for keys in (QUESTIONS, ANSWERS))
         more = record.get("input") if isinstance(record.get("input"), str) else None
         if answer is None or (question is None and more is None):
             return None
         if isinstance(question, list):
-            given = len(question)
+            prompt_length = len(question)
         else:
             question = "\n\n".join(part for part in (question, more) if part)
-        talk = _history(record.get("history")) + _spoken("user", question) + _spoken(ASSISTANT, answer)
-    messages = [_message(turn) for turn in talk]
+        turns = _history(record.get("history")) + _turns("user", question) + _turns(ASSISTANT, answer)
+    messages = [_message(turn) for turn in turns]
     system = record.get("system")
     if isinstance(system, str) and system and messages and messages[0]["role"] != "system":
-        messages, given = [{"role": "system", "content": system}, *messages], given + bool(given)
-    return Chat(messages, _tools(record.get("tools")), given)
+        messages.insert(0, {"role": "system", "content": system})
+        prompt_length += bool(prompt_length)
+    return Chat(messages, _tools(record.get("tools")), prompt_length)
 
 
 def render_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[range]]:
-    """The text of a conversation, and where in it the assistant speaks, the end of each turn included.
+    """The text of a conversation, and the ranges of characters that the assistant speaks, with each end of turn.
 
-    Without a chat template the turns are put below each other. Of a turn that the template changes once others follow
-    it (the reasoning of some models), only what stays as it was counts.
+    Without a chat template, the messages are joined by empty lines. Some templates change a turn once others follow it,
+    for example by removing its reasoning; only the unchanged beginning of such a turn is counted as an answer.
 
     Raises:
-        UnusableRow: The template refuses the conversation, or leaves a part of it out; or the assistant says nothing.
+        UnusableRow: The template refuses the conversation or leaves a part of it out, or no answer can be trained on.
     """
     messages, text = chat.messages, _render(chat.messages, tokenizer, chat.tools)
-    silent = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
-    if silent != messages and text == _render(silent, tokenizer, chat.tools):
+    without_calls = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
+    if without_calls != messages and text == _render(without_calls, tokenizer, chat.tools):
         raise UnusableRow("the chat template leaves tool calls out")
     if chat.tools and text == _render(messages, tokenizer, None):
         raise UnusableRow("the chat template leaves tools out")
     answers = []
     for i, message in enumerate(messages):
-        learnt = message.get("weight", True) and message.get("train", True)  # as OpenAI and Axolotl have it
-        if message["role"] == ASSISTANT and i >= chat.given and learnt:
+        trained = message.get("weight", True) and message.get("train", True)  # keys of OpenAI and of Axolotl
+        if message["role"] == ASSISTANT and i >= chat.prompt_length and trained:
             before = _render(messages[:i], tokenizer, chat.tools, True) if i else text.partition(message["content"])[0]
             upto = text[: _common(text, _render(messages[: i + 1], tokenizer, chat.tools))]
             answers.append(range(_common(text, before), len(upto.rstrip())))
     if not any(answers):
-        said = ", ".join(dict.fromkeys(str(message["role"]) for message in messages)) or "nobody"
-        raise UnusableRow(f"the assistant says nothing to learn from (there is {said})")
+        roles = ", ".join(dict.fromkeys(str(message["role"]) for message in messages)) or "none"
+        raise UnusableRow(f"the assistant says nothing to learn from (roles: {roles})")
     return text, answers
 
 
 def _render(
     messages: list[Message], tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None, prompt: bool = False
 ) -> str:
-    """The text of messages; as a prompt it goes up to where the assistant begins to speak."""
+    """The text of messages; a prompt also has the beginning of the assistant's turn."""
     if tokenizer.chat_template is None:
         return "\n\n".join(message["content"] for message in messages) + ("\n\n" if prompt else "")
     try:
@@ -124,7 +125,7 @@ def _message(turn: Any) -> Message:
         raise UnusableRow("a message has no role")
     name, calls = role.strip().lower(), turn.get("tool_calls") or None
     if name in CALLS:
-        name, calls, content = ASSISTANT, _parsed(content), None
+        name, calls, content = ASSISTANT, _from_json(content), None
         calls = calls if isinstance(calls, list) else [calls]
     if isinstance(content, list):
         content = "".join(map(_part, content))
@@ -133,12 +134,12 @@ def _message(turn: Any) -> Message:
     known = ("role", "from", "content", "value", "tool_calls")
     others = {key: value for key, value in turn.items() if value is not None and key not in known}
     if calls:
-        others["tool_calls"] = [_call(each) for each in calls] if isinstance(calls, list) else [_call(calls)]
+        others["tool_calls"] = [_call(each) for each in (calls if isinstance(calls, list) else [calls])]
     return {"role": ROLES.get(name, name), "content": content or "", **others}
 
 
 def _part(part: Any) -> str:
-    """One of several parts of a content."""
+    """The text of one part of a content that is a list."""
     text = part.get("text") if isinstance(part, dict) else part
     if not isinstance(text, str):
         raise UnusableRow("a message has parts that are not text")
@@ -146,24 +147,24 @@ def _part(part: Any) -> str:
 
 
 def _call(call: Any) -> dict[str, Any]:
-    """A call of a tool as templates expect it."""
+    """A tool call in the form that templates expect."""
     function = call.get("function") or call if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise UnusableRow("a tool call has no name")
-    function = {"name": function["name"], "arguments": _parsed(function.get("arguments"))}
+    function = {"name": function["name"], "arguments": _from_json(function.get("arguments"))}
     return {**{key: call[key] for key in ("id",) if key in call}, "type": "function", "function": function}
 
 
 def _tools(tools: Any) -> list[Any] | None:
-    """Tools as templates expect them; None if there are none."""
-    tools = _parsed(tools) or None
+    """Tools in the form that templates expect; None if there are none."""
+    tools = _from_json(tools) or None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise UnusableRow("its tools are no list of functions")
+        raise UnusableRow("its tools are not a list of functions")
     return tools and [tool if "name" not in tool else {"type": "function", "function": tool} for tool in tools]
 
 
 def _first(record: Record, keys: tuple[str, ...]) -> str | list[Any] | None:
-    """The first of some columns that holds text or messages."""
+    """The first column that holds text or messages."""
     for key in keys:
         value = record.get(key)
         if isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], dict)):
@@ -172,19 +173,19 @@ def _first(record: Record, keys: tuple[str, ...]) -> str | list[Any] | None:
 
 
 def _history(pairs: Any) -> list[Any]:
-    """What was said before, as pairs of question and answer."""
+    """Earlier turns, given as pairs of question and answer."""
     pairs = pairs or []
     if not (isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)):
-        raise UnusableRow("its history is no list of pairs")
-    return [turn for question, answer in pairs for turn in _spoken("user", question) + _spoken(ASSISTANT, answer)]
+        raise UnusableRow("its history is not a list of pairs")
+    return [turn for question, answer in pairs for turn in _turns("user", question) + _turns(ASSISTANT, answer)]
 
 
-def _spoken(role: str, value: str | list[Any]) -> list[Any]:
+def _turns(role: str, value: str | list[Any]) -> list[Any]:
     return value if isinstance(value, list) else [{"role": role, "content": value}]
 
 
-def _parsed(value: Any) -> Any:
-    """What a text says in JSON; anything else as it is."""
+def _from_json(value: Any) -> Any:
+    """The value of a string in JSON; any other value as it is."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
@@ -192,7 +193,7 @@ def _parsed(value: Any) -> Any:
 
 
 def _common(a: str, b: str) -> int:
-    """How many characters two texts begin with in common."""
+    """The length of the common prefix of two texts."""
     if a.startswith(b):
         return len(b)
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,7 +1,7 @@
-"""How far a long loop has come, and when it will end.
+"""Progress bars, and progress lines in the log where there is no terminal.
 
-All bars of a process share one live display: two that each move the cursor would draw over one another. Where someone
-else's is on, Lightning's while it trains for example, they are drawn below it.
+All bars of a process share one live display, because two displays would draw over each other. While another display is
+on, such as Lightning's during training, the bars are drawn below it.
 """
 
 import atexit
@@ -20,25 +20,25 @@ log = logging.getLogger(__name__)
 
 
 class Progress:
-    """A bar on a terminal; elsewhere, a line in the log every half a minute. Bars may be nested.
+    """A bar on a terminal; elsewhere a line in the log every 30 seconds. Bars may be nested.
 
     Args:
         total: Steps of the whole loop.
-        title: What is going on.
-        unit: What a step is.
-        done: Steps that were taken before.
-        quiet: Whether to say nothing, as all processes but the first should.
+        title: The name of the work, such as "calibrating".
+        unit: The name of a step, in the singular.
+        done: Steps that an earlier run has taken.
+        quiet: Whether to show nothing, as for all processes but the first.
     """
 
-    seconds = 30.0  # between two lines
-    silent: ClassVar[bool] = False  # all bars of this process, where it is one of several
-    _display: ClassVar[progress.Progress | None] = None  # there is one while a bar is open
+    seconds = 30.0  # between two log lines
+    silent: ClassVar[bool] = False  # hides all bars of this process
+    _display: ClassVar[progress.Progress | None] = None  # exists while a bar is open
     _open: ClassVar[list["Progress"]] = []
 
     def __init__(self, total: int, title: str, unit: str, done: int = 0, quiet: bool = False) -> None:
         self.total, self.title, self.unit, self.n, self.quiet = total, title, unit, done, quiet or self.silent
         self._first, self._start = done, time.monotonic()
-        self._said = self._start
+        self._last_line = self._start
         self._task: progress.TaskID | None = None
         if not self.quiet and sys.stderr.isatty():
             self._task = self._live().add_task(title, total=total, completed=done, unit=f"{unit}s")
@@ -51,15 +51,15 @@ class Progress:
         self.close()
 
     def update(self, steps: int = 1) -> None:
-        """Takes steps."""
+        """Advances by a number of steps."""
         self.n += steps
         if self._task is not None:
             self._live().update(self._task, completed=self.n)
         elif not self.quiet and self._first < self.n < self.total:
-            self._say()
+            self._log()
 
     def close(self) -> None:
-        """Ends the bar: an inner one goes, and the last one stays on the terminal as it is."""
+        """Ends the bar: a nested bar disappears, and the outermost stays on the terminal."""
         if self._task is None:
             return
         Progress._open.remove(self)
@@ -69,16 +69,15 @@ class Progress:
             _stop()
         self._task = None
 
-    def _say(self) -> None:
+    def _log(self) -> None:
         now = time.monotonic()
-        if now - self._said >= self.seconds:
-            self._said = now
+        if now - self._last_line >= self.seconds:
+            self._last_line = now
             left = (now - self._start) / (self.n - self._first) * (self.total - self.n)
             log.info("%s: %d of %d %ss, %s left", self.title, self.n, self.total, self.unit, format_duration(left))
 
     @staticmethod
     def _live() -> progress.Progress:
-        """The display, which is made for the first bar."""
         if Progress._display is None:
             Progress._display = _new_display()
             Progress._display.start()
@@ -87,7 +86,7 @@ class Progress:
 
 def _new_display() -> progress.Progress:
     shared = get_console()
-    someone = bool(getattr(shared, "_live_stack", None))  # a display in another nests only in the same console
+    nested = bool(getattr(shared, "_live_stack", None))  # displays nest only in the same console
     return progress.Progress(
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
@@ -96,7 +95,7 @@ def _new_display() -> progress.Progress:
         progress.TimeElapsedColumn(),
         progress.TextColumn("<"),
         progress.TimeRemainingColumn(),
-        console=shared if someone else Console(stderr=True),
+        console=shared if nested else Console(stderr=True),
         speed_estimate_period=3600,  # a step may take minutes
         refresh_per_second=4,
     )
@@ -104,7 +103,7 @@ def _new_display() -> progress.Progress:
 
 @atexit.register
 def _stop() -> None:
-    """Ends the display, or the terminal would be left without a cursor."""
+    """Ends the display, which gives the terminal its cursor back."""
     if Progress._display is not None:
         Progress._display.stop()
         Progress._display = None

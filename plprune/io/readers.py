@@ -1,4 +1,4 @@
-"""Where text comes from: files, the hub, and Python's own documentation."""
+"""Reads the rows of a text from files, the hub, and Python's own documentation."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -9,28 +9,29 @@ from typing import Any, cast
 
 from plprune.io.chats import Record
 
-Placed = tuple[str, Record]  # where a row is in its text, and the row
+Placed = tuple[str, Record]  # the place of a row in its text, and the row
 PYDOC = "pydoc_data.topics"
 
 
 def check_text(source: str | None) -> None:
-    """Raises ValueError for a text that cannot be there, as far as that shows without reading it."""
+    """Checks, without reading it, that a text may exist; raises ValueError if not."""
+    known = f"give a {', '.join(READERS)} file"
     if source is not None and not source.split(":")[0]:
-        raise ValueError(f"a text has no name: give a {', '.join(READERS)} file, {PYDOC}, or ORG/NAME of a hub")
+        raise ValueError(f"a text has no name: {known}, {PYDOC}, or ORG/NAME of a hub")
     if source is None or source == PYDOC or Path(source.split(":")[0]).is_dir():
         return
     if Path(source).exists():
         if Path(source).suffix not in READERS:
-            raise ValueError(f"{source} is of no known kind: give a {', '.join(READERS)} file")
+            raise ValueError(f"{source} is of no known kind: {known}")
     elif Path(source).suffix in READERS or source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise ValueError(f"{source} does not exist: give a {', '.join(READERS)} file, {PYDOC}, or ORG/NAME of a hub")
+        raise ValueError(f"{source} does not exist: {known}, {PYDOC}, or ORG/NAME of a hub")
 
 
 def read_rows(source: str, limit: int | None = None) -> Iterator[Placed]:
-    """The rows of a text, `limit` of them at most, each with its place there.
+    """The first `limit` rows of a text, or all, each with its place for messages.
 
     Raises:
-        ValueError: The text is not there, empty, not UTF-8, or has a broken line.
+        ValueError: The text does not exist, is empty or not UTF-8, or has a broken line.
     """
     check_text(source)
     rows = islice(_rows(source, limit), limit)
@@ -42,11 +43,10 @@ def read_rows(source: str, limit: int | None = None) -> Iterator[Placed]:
 
 
 def _rows(source: str, limit: int | None) -> Iterator[Placed]:
+    if source == PYDOC:
+        return _numbered({"text": text} for text in import_module(PYDOC).topics.values())
     path = Path(source)
-    if source != PYDOC and path.is_file():
-        return READERS[path.suffix](path)
-    topics = ({"text": text} for text in import_module(PYDOC).topics.values()) if source == PYDOC else None
-    return _numbered(topics or _read_hub(source, limit))
+    return READERS[path.suffix](path) if path.is_file() else _numbered(_read_hub(source, limit))
 
 
 def _numbered(rows: Iterable[Record]) -> Iterator[Placed]:
@@ -60,29 +60,29 @@ def _read_txt(path: Path) -> Iterator[Placed]:
 
 
 def _read_json(path: Path) -> Iterator[Placed]:
-    """A row on every line, or an array of rows."""
+    """Reads JSON Lines, or an array of objects."""
     text = _decode(path)
     if text.lstrip().startswith("["):
-        rows = _parsed(text, str(path))
+        rows = _parse(text, str(path))
         if not all(isinstance(row, dict) for row in rows):
-            raise ValueError(f"{path} is an array of something else than JSON objects: one object per row is needed")
+            raise ValueError(f"{path} is not an array of JSON objects: write one object per row")
         yield from _numbered(rows)
         return
-    for number, line in enumerate(text.split("\n"), 1):  # JSON strings may hold what splitlines splits at
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also split inside JSON strings
         if not line.strip():
             continue
-        row = _parsed(line, f"{path}, line {number},")
+        row = _parse(line, f"{path}, line {number},")
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}, is not a JSON object: one object per line is needed")
+            raise ValueError(f"{path}, line {number}, is not a JSON object: write one object per line")
         yield f"line {number}", row
 
 
-def _parsed(text: str, where: str) -> Any:
+def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        raise ValueError(f"{where} is not JSON ({reason}): mend or delete the line") from error
+        raise ValueError(f"{where} is not JSON ({reason}): correct or delete the line") from error
 
 
 def _read_parquet(path: Path) -> Iterator[Placed]:
@@ -92,18 +92,18 @@ def _read_parquet(path: Path) -> Iterator[Placed]:
     try:
         rows = pq.read_table(path).to_pylist()
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{path} is no Parquet file ({error}): write it again") from error
+        raise ValueError(f"{path} is not a Parquet file ({error}): write it again") from error
     yield from _numbered(rows)
 
 
 def _read_hub(source: str, limit: int | None) -> Iterator[Record]:
     from datasets import load_dataset
 
-    name, config, part = [*source.split(":"), "", ""][:3]
+    name, config, split = [*source.split(":"), "", ""][:3]
     try:
-        rows = load_dataset(name, config or None, split=part or "train", streaming=limit is not None)
+        rows = load_dataset(name, config or None, split=split or "train", streaming=limit is not None)
         yield from cast(Iterable[Record], rows)
-    except Exception as error:  # of whatever kind, it is not there, or is no data set
+    except Exception as error:  # hubs, scripts and file formats raise errors of many types
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"cannot load {source} ({reason}): check its name, configuration and split") from error
 

@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 KEY = "plprune"
-VERSION = "2"  # of what the files hold
+VERSION = "2"  # of the file format
 
 
 def write_state(value: Any, file: Path) -> None:
-    """Writes tensors, numbers, strings, None, and lists, tuples and dictionaries of them.
+    """Writes a nested value.
 
     Raises:
-        ValueError: `value` has something else in it.
+        ValueError: The value holds an object of a type that the format lacks.
     """
     tensors: dict[str, Tensor] = {}
     described = json.dumps(_described(value, tensors))
@@ -25,14 +25,10 @@ def write_state(value: Any, file: Path) -> None:
 
 
 def read_state(file: Path, device: torch.device | None = None) -> Any:
-    """Reads what :func:`write_state` has written.
-
-    Args:
-        file: The file.
-        device: Tensors that were not on the CPU go there.
+    """Reads a value that :func:`write_state` wrote; `device` is for tensors that were not on the CPU.
 
     Raises:
-        ValueError: The file is damaged, or another version of plprune wrote it.
+        ValueError: The file is missing or damaged, or another version of plprune wrote it.
     """
     tensors = read_tensors(file)
     with safe_open(file, framework="pt") as opened:
@@ -54,8 +50,8 @@ def _described(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, dict):
         return {"dict": [[_described(k, tensors), _described(v, tensors)] for k, v in value.items()]}
     raise ValueError(
-        f"a {type(value).__name__} cannot be kept for --resume: give the statistic tensors, numbers, strings, or lists "
-        "and dictionaries of them"
+        f"a {type(value).__name__} cannot be saved for --resume: a statistic's state may hold tensors, numbers, "
+        "strings, and lists and dictionaries of them"
     )
 
 

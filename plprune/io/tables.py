@@ -1,4 +1,4 @@
-"""Tables as text: for a terminal, and in Markdown."""
+"""Tables as plain text and as Markdown."""
 
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -7,15 +7,15 @@ Rows = Sequence[Sequence[str]]
 
 
 def text_table(rows: Rows, widths: Sequence[int], flush: str = "<") -> str:
-    """Rows in columns.
+    """A table in columns, at least one space apart.
 
     Args:
-        rows: Cells; a row may be shorter than others.
-        widths: Of each column at least; one is wider where its cells need it.
-        flush: `<` for each column that is flush left, `>` for one that is flush right, as those behind the last are.
+        rows: Cells by row; rows may differ in length.
+        widths: The least width of each column; a column grows with its cells.
+        flush: For each column `<` (flush left) or `>` (flush right); columns beyond its length are flush right.
 
     Example:
-        >>> print(aligned([["model", "size"], ["dense", "1,000"]], [8, 5]))
+        >>> print(text_table([["model", "size"], ["dense", "1,000"]], [8, 5]))
         model     size
         dense    1,000
     """
@@ -28,10 +28,10 @@ def text_table(rows: Rows, widths: Sequence[int], flush: str = "<") -> str:
 
 
 def markdown_table(rows: Rows) -> str:
-    """Rows in Markdown, the first of them as the heading.
+    """A Markdown table, whose first row is the heading.
 
     Example:
-        >>> print(markdown([["model", "size"], ["dense", "1,000"]]))
+        >>> print(markdown_table([["model", "size"], ["dense", "1,000"]]))
         | model | size |
         |---|---|
         | dense | 1,000 |

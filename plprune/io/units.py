@@ -1,24 +1,24 @@
-"""Amounts with their units, as people read and write them."""
+"""Numbers with units: formatting for people, and parsing of what people write."""
 
 import math
 import re
 from typing import Literal
 
 Form = Literal["number", "count", "short", "percent", "bytes", "score", "signed"]
-LARGE = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))  # a thousand million bytes are a GB
+LARGE = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))  # for bytes, B is written G
 
 
 def format_value(value: object, form: Form = "number") -> str:
-    """A number for people; all that is not a number as it is.
+    """A number as text; other values as `str` writes them.
 
     Args:
         value: The number.
-        form: `number` (four digits), `count` (all of it), `short` (134.5M), `percent` (of 1), `bytes`, `score`,
-            `signed`.
+        form: `number` (four digits), `count` (all digits), `short` (134.5M), `percent` (1 is 100%), `bytes`, `score`
+            (four decimals), `signed` (a score with its sign).
 
     Example:
-        >>> [shown(134515008, form) for form in ("number", "count", "short", "bytes")], shown(0.25, "percent")
-        (['134,515,008', '134,515,008', '134.5M', '134.5 MB'], '25.0%')
+        >>> [format_value(134515008, form) for form in ("number", "short", "bytes")], format_value(0.25, "percent")
+        (['134,515,008', '134.5M', '134.5 MB'], '25.0%')
     """
     if value is None or isinstance(value, bool):
         return {None: "-", True: "yes", False: "no"}[value]
@@ -37,10 +37,10 @@ def format_value(value: object, form: Form = "number") -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """A time as people say it.
+    """A time in seconds, minutes, hours or days.
 
     Example:
-        >>> duration(0.2), duration(75), duration(3 * 3600), duration(86400 * 20)
+        >>> format_duration(0.2), format_duration(75), format_duration(3 * 3600), format_duration(86400 * 20)
         ('1 s', '75 s', '3.0 hours', '20 days')
     """
     if seconds < 99.5:
@@ -51,34 +51,34 @@ def format_duration(seconds: float) -> str:
     return f"{seconds / 86400:.0f} days"
 
 
-PREFIXES = {"": 0, "K": 1, "M": 2, "G": 3, "B": 3, "T": 4}
+PREFIXES = {"": 0, "K": 1, "M": 2, "G": 3, "B": 3, "T": 4}  # powers of 1000, or of 1024 with an i
 
 
 def parse_amount(given: int | float | str, name: str, unit: str = "") -> int:
-    """A number that may be given with a prefix: K, M, B or G, T for powers of 1000, and Ki, Mi, Gi, Ti of 1024.
+    """A positive number of parameters or bytes, written with or without a prefix: 5.0B, 100M, 8GiB.
 
     Args:
-        given: What was given.
-        name: Of the setting, for the error.
-        unit: What may follow the prefix.
+        given: The number as the user wrote it.
+        name: The name of the setting, for the error.
+        unit: "B" for bytes, which may follow the prefix; only bytes take the prefixes Ki, Mi, Gi and Ti.
 
     Raises:
-        ValueError: It is no positive number.
+        ValueError: `given` is not a positive amount.
 
     Example:
-        >>> amount("5.0B", "target.parameters"), amount("8GiB", "target.memory", "B")
+        >>> parse_amount("5.0B", "target.parameters"), parse_amount("8GiB", "target.memory", "B")
         (5000000000, 8589934592)
     """
-    found = re.fullmatch(rf"([\d.]+(?:e\d+)?) *([KMGBT]?)(i?){unit and '(?:B)?'}", str(given).strip(), re.IGNORECASE)
-    with_binary = bool(found and found[3])
+    pattern = rf"([\d.]+(?:e\d+)?) *([KMGBT]?)(i?){unit and '(?:B)?'}"
+    found = re.fullmatch(pattern, str(given).strip(), re.IGNORECASE)
     try:
-        base = float(found[1]) if found else 0.0
+        value = float(found[1]) if found else 0.0
     except ValueError:
-        base = 0.0
-    prefix = found[2].upper() if found else ""
-    if prefix == "B" and unit:  # bytes
+        value = 0.0
+    prefix, binary = (found[2].upper(), bool(found[3])) if found else ("", False)
+    if prefix == "B" and unit:  # bytes, not billions
         prefix = ""
-    if base <= 0 or (with_binary and (not unit or not prefix)) or not math.isfinite(base):
+    if not 0 < value < math.inf or (binary and not (unit and prefix)):
         like = "8GiB or 500MB" if unit else "5.0B, 100M or 100000000"
         raise ValueError(f"{name} is {given!r}, but it is an amount like {like}")
-    return round(base * (1024 if with_binary else 1000) ** PREFIXES[prefix])
+    return round(value * (1024 if binary else 1000) ** PREFIXES[prefix])

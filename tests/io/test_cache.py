@@ -80,7 +80,7 @@ def test_a_change_elsewhere_is_not(package: Path) -> None:
 
 
 def test_what_is_in_no_file_has_no_source() -> None:
-    with pytest.raises(ValueError, match="builtins is not written in a file, so no result of it can be kept"):
+    with pytest.raises(ValueError, match="builtins has no source file, so its results cannot be cached"):
         source_digest("builtins")
 
 

@@ -77,7 +77,7 @@ def test_whatever_a_tool_answers_is_not_learnt(role: str) -> None:
 def test_roles_that_nobody_knows_are_the_templates_to_know() -> None:
     assert learnt({"messages": talk("developer", "user", "assistant")}) == "said 2<end>"
     said = refused({"messages": talk("narrator", "hero")})
-    assert said == "the assistant says nothing to learn from (there is narrator, hero)"
+    assert said == "the assistant says nothing to learn from (roles: narrator, hero)"
 
 
 def test_a_system_column_comes_first() -> None:
@@ -96,7 +96,9 @@ def test_what_was_said_before_an_instruction_is_learnt_too() -> None:
     row = {"instruction": "c", "input": "", "output": "d", "history": [["a", "b"]]}
     assert learnt(row) == "b<end>d<end>"
     assert learnt(row | {"history": []}) == learnt(row | {"history": None}) == "d<end>"
-    assert refused(row | {"history": ["a", "b"]}) == refused(row | {"history": 3}) == "its history is no list of pairs"
+    assert (
+        refused(row | {"history": ["a", "b"]}) == refused(row | {"history": 3}) == "its history is not a list of pairs"
+    )
 
 
 @pytest.mark.parametrize(

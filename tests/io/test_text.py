@@ -89,7 +89,7 @@ def test_files_from_windows_are_read(tmp_path: Path) -> None:
         ("text.txt", b" \n", "is empty"),
         ("text.txt", "naïve".encode("latin-1"), r"is not UTF-8 \(byte 2\)"),
         ("text.txt", "text".encode("utf-16"), "is not UTF-8"),
-        ("text.parquet", b"PAR1 and no more", "is no Parquet file"),
+        ("text.parquet", b"PAR1 and no more", "is not a Parquet file"),
         ("text.csv", b"a,b", "is of no known kind: give a .txt"),
     ],
 )

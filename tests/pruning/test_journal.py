@@ -79,7 +79,7 @@ def test_what_cannot_be_kept_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="Forgetful cannot be kept for --resume: add seen to its `state_fields`"):
         Forgetful().state_dict()
-    with pytest.raises(ValueError, match="a set cannot be kept for --resume"):
+    with pytest.raises(ValueError, match="a set cannot be saved for --resume"):
         write_state({"a": {1, 2}}, tmp_path / "state")
 
 

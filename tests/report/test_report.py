@@ -642,10 +642,10 @@ def test_the_command_says_that_a_run_is_going_or_was_stopped(
     half = run_record(3) | {"progress": {"step": 12, "steps": 50}}
     report.write(half | {"status": "running", "process": of_process()}, tmp_path)
     main(["report", str(tmp_path)])
-    assert "the run is still going at step 12 of 50, and the report has what there is so far" in capsys.readouterr().out
+    assert "the run is still going at step 12 of 50: the report shows it so far" in capsys.readouterr().out
     report.write(half | {"status": "stopped", "reason": "SIGTERM"}, tmp_path, overwrite=True)
     main(["report", str(tmp_path), f"--output={tmp_path / 'b.html'}"])
-    assert "the run was stopped at step 12 of 50 (SIGTERM), and the report has what" in capsys.readouterr().out
+    assert "the run was stopped at step 12 of 50 (SIGTERM): the report shows what" in capsys.readouterr().out
     assert "was stopped" in (tmp_path / "b.html").read_text()
 
 
