@@ -36,19 +36,12 @@ from plprune.architecture.modules import dense_weight, innermost, kept_rows, mat
 
 @dataclass(frozen=True)
 class Decision:
-    """The decision for one group of units.
+    """The decision for one group of units."""
 
-    Args:
-        group: Name of the group.
-        keep: Indices of the units that stay.
-        size: The number of units before.
-        repaired: Names of the parameters that were changed or added.
-    """
-
-    group: str
-    keep: Tensor
-    size: int
-    repaired: list[str] = field(default_factory=list)
+    group: str  # its name
+    keep: Tensor  # indices of the units that stay
+    size: int  # the number of units before
+    repaired: list[str] = field(default_factory=list)  # names of the parameters that were changed or added
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Decision) and self._parts() == other._parts()

@@ -19,17 +19,11 @@ UTILISATION, USABLE, COPY_RATE = 0.4, 0.92, 8e9
 
 @dataclasses.dataclass(frozen=True)
 class GPU:
-    """Peak values from an accelerator's data sheet.
-
-    Args:
-        memory: Bytes of memory.
-        half: Operations per second in bfloat16 (float16 where that is missing) for dense matrices.
-        single: Operations per second in float32, without TF32, which torch disables by default.
-    """
+    """Peak values from an accelerator's data sheet, in bytes and operations per second."""
 
     memory: float
-    half: float
-    single: float
+    half: float  # bfloat16 (float16 where that is missing), dense matrices
+    single: float  # float32 without TF32, which torch disables by default
 
 
 GPUS: dict[str, GPU] = {
@@ -55,21 +49,13 @@ the Ampere GA102 and Ada whitepapers for the two GeForce, and AMD's Instinct MI3
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """The usable speed and memory of the device that computes.
+    """The usable speed and memory of the device that computes."""
 
-    Args:
-        name: Name for display.
-        memory: Usable bytes of the device's memory.
-        half: Operations per second in bfloat16 or float16.
-        single: Operations per second in float32.
-        separate: Whether the device has its own memory, apart from the main memory.
-    """
-
-    name: str
-    memory: float
-    half: float
-    single: float
-    separate: bool
+    name: str  # for display
+    memory: float  # bytes
+    half: float  # operations per second in bfloat16 or float16
+    single: float  # operations per second in float32
+    separate: bool  # whether the device has its own memory, apart from the main memory
 
     def rate(self, dtype: torch.dtype) -> float:
         """Operations per second in a dtype."""

@@ -20,17 +20,11 @@ from plprune.pruning.losses import rows_per_chunk
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The work of calibration beyond one pass over the blocks.
+    """The work of calibration beyond one pass over the blocks."""
 
-    Args:
-        flops: Operations in the model's dtype.
-        single: Operations in float32 or float64.
-        bytes: Peak memory in addition to the block.
-    """
-
-    flops: float = 0.0
-    single: float = 0.0
-    bytes: float = 0.0
+    flops: float = 0.0  # in the model's dtype
+    single: float = 0.0  # operations in float32 or float64
+    bytes: float = 0.0  # peak memory in addition to the block
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,19 +29,12 @@ Runtime = Literal["llama.cpp", "vllm", "transformers"]
 
 @dataclasses.dataclass(frozen=True)
 class LoadPath:
-    """One way in which a runtime loads pruned models.
+    """One way in which a runtime loads pruned models."""
 
-    Args:
-        name: The architecture or kind of checkpoint that the runtime sees.
-        families: The families that it loads.
-        asks: The constraint on a model.
-        settings: Required values of config keys; a key may be missing.
-    """
-
-    name: str
+    name: str  # of the architecture or the kind of checkpoint
     families: frozenset[str]
     asks: Constraint
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # required values of config keys, if present
 
     def takes(self, config: PreTrainedConfig) -> bool:
         """Whether the family and the settings of a model match."""

@@ -24,23 +24,14 @@ Counts = Mapping[str, int]
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """The size of a model.
+    """The size of a model, and of its KV cache and operations for sequences of a given length."""
 
-    Args:
-        parameters: All parameters, tied ones once.
-        block_parameters: The parameters of the decoder blocks.
-        weight_bytes: Bytes of all parameters.
-        cache_bytes: Bytes of the KV cache for one sequence of the context's length.
-        reading_flops: Mean operations per token of a prompt of that length, including the output head.
-        generating_flops: Operations per token that is generated after such a prompt.
-    """
-
-    parameters: int
+    parameters: int  # tied ones once
     block_parameters: int
     weight_bytes: int
-    cache_bytes: int
-    reading_flops: int
-    generating_flops: int
+    cache_bytes: int  # KV cache of one sequence
+    reading_flops: int  # mean operations per token of a prompt, including the output head
+    generating_flops: int  # operations per token generated after the prompt
 
 
 def attention_spans(model: PreTrainedModel) -> list[float]:
@@ -101,8 +92,8 @@ def pruned_skeleton(
         model: The model before pruning.
         counts: The number of units that each group keeps, by name; other groups stay whole.
         biased: Whether consumers that lose units gain a bias.
-        method: The name of the method, for the plan of the copy.
-        sparsity: The sparsity, for the plan of the copy.
+        method: The name of the method, stored in the copy's plan.
+        sparsity: The sparsity, stored in the copy's plan.
     """
     pruned = copy.deepcopy(model)
     surgery = Surgery(pruned)

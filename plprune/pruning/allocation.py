@@ -65,7 +65,7 @@ def fraction_to_remove(
         blocks: All blocks of the model.
         attention: The attention units that are prunable besides the FFN channels.
         what: Names the prunable parameters in the error message.
-        biased: Whether pruning adds a bias to every consumer without one; these parameters are removed elsewhere.
+        biased: Whether pruning adds a bias to every consumer without one; more parameters are removed to offset it.
 
     Raises:
         ValueError: Removing all prunable parameters would not be enough.
@@ -177,14 +177,9 @@ def nearest_counts(
 def fit_counts(
     rows: Rows, wanted: Sequence[float], keep: float, constraint: Constraint, each_block: bool = False
 ) -> list[int]:
-    """Chooses numbers of units that a constraint allows, near the wanted ones and near the budget.
+    """Chooses allowed numbers of units near the wanted ones, so that the rows keep the fraction `keep` of parameters.
 
-    Args:
-        rows: Blocks with their groups, in the order of the blocks.
-        wanted: The wanted number of units of each group.
-        keep: The fraction of the groups' parameters to keep.
-        constraint: The constraint.
-        each_block: Whether the budget holds for each block, instead of for all together.
+    If `each_block` is set, each block keeps this fraction, instead of all together. Blocks must be in order.
 
     Raises:
         ValueError: The constraint allows no number of units for some group.

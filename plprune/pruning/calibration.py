@@ -50,23 +50,23 @@ class Calibration:
             raise ValueError("calibration batches must be integer tensors of shape [batch, seq_len]")
         return calibration
 
-    def windows(self, count: int) -> list[Tensor]:  # [1, s] each
-        """The first `count` windows, one per batch."""
-        return self._windows()[:count]
+    def windows(self, count: int | None = None) -> list[Tensor]:  # [1, s] each
+        """The first `count` windows, or all of them, one per batch."""
+        return [ids[i : i + 1] for ids in self.batches for i in range(len(ids))][:count]
 
     def share(self) -> list[Tensor]:  # [b, s] each
         """The batches of this process; can be empty."""
         if self.group is None:
             return self.batches
         size = max(len(ids) for ids in self.batches)
-        mine = distributed.shard(self._windows(), self.group)
+        mine = distributed.shard(self.windows(), self.group)
         by_length = [list(run) for _, run in itertools.groupby(mine, lambda ids: ids.shape[1])]
         return [torch.cat(run[i : i + size]) for run in by_length for i in range(0, len(run), size)]
 
     @property
     def first(self) -> int:
         """The index of this process's first window among all windows."""
-        return next(iter(distributed.shard(range(len(self._windows())), self.group)), 0)
+        return next(iter(distributed.shard(range(len(self.windows())), self.group)), 0)
 
     @property
     def fingerprint(self) -> str:
@@ -74,35 +74,21 @@ class Calibration:
         ids, lengths = [ids.flatten() for ids in self], [ids.shape[1] for ids in self for _ in ids]
         return fingerprint([("ids", torch.cat(ids).cpu()), ("lengths", torch.tensor(lengths))], values=1 << 30)
 
-    def _windows(self) -> list[Tensor]:  # [1, s] each
-        return [ids[i : i + 1] for ids in self.batches for i in range(len(ids))]
-
 
 @dataclass(frozen=True)
 class Observed:
-    """The observations of one block.
-
-    Args:
-        influence: The distances between the block's inputs and outputs.
-        statistics: Statistics by consumer path and class name.
-    """
+    """The observations of one block."""
 
     influence: BlockInfluence
-    statistics: dict[str, dict[str, Statistic]]
+    statistics: dict[str, dict[str, Statistic]]  # by consumer path and class name
 
 
 @dataclass(frozen=True)
 class Observations:
-    """The observations of a model on a text. A method that needs no others can prune without a forward pass.
+    """The observations of a model on a text. A method that needs no others can prune without a forward pass."""
 
-    Args:
-        weights: Fingerprint of the model's weights.
-        text: Fingerprint of the text.
-        blocks: The observations of each block.
-    """
-
-    weights: str
-    text: str
+    weights: str  # fingerprint of the model's weights
+    text: str  # fingerprint of the text
     blocks: list[Observed]
 
     def are_of(self, model: PreTrainedModel, calibration: Calibration) -> bool:

@@ -68,11 +68,12 @@ class Constraint:
         faults = {
             "its first block has no attention": self.first_attention and not blocks[0].has_attention,
             "a block has no attention": self.every_attention and len(attentions) < len(blocks),
-            "it lacks single value channels": self.whole_heads and any(map(_lacks_channels, attentions)),
+            "it lacks single value channels": self.whole_heads
+            and any(hasattr(block.part(block.family.output), "index") for block in attentions),
             "its blocks have different sizes": self.uniform
             and len({(block.has_attention and block.kv_heads, block.channels) for block in blocks}) > 1,
             "it lacks heads": self.dense_heads and any(b.kv_heads * b.queries_per_head != heads for b in attentions),
-            "it has biases that its family does not have": self.dense_biases and any(map(_has_added_bias, blocks)),
+            "it has biases that its family does not have": self.dense_biases and any(map(_gains_bias, blocks)),
         }
         for fault, found in faults.items():
             if found:
@@ -124,11 +125,7 @@ class Constraint:
 FREE = Constraint()
 
 
-def _lacks_channels(block: Block) -> bool:
-    return hasattr(block.part(block.family.output), "index")
-
-
-def _has_added_bias(block: Block) -> bool:
+def _gains_bias(block: Block) -> bool:
     """Whether only the FFN's output has a bias, which is so in no family."""
     before, after = (innermost(block.part(path)) for path in (block.family.ffn_in[0], block.family.ffn_out))
     return before.bias is None and after.bias is not None

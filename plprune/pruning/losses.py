@@ -82,19 +82,12 @@ Criterion = Callable[[Tensor, slice], Tensor]  # logits [r, v] and their slice o
 
 @dataclass(frozen=True)
 class HeadInputs:
-    """The inputs of a model's head at the counted positions.
+    """The inputs of a model's head at the counted positions."""
 
-    Args:
-        values: The hidden states, [n, d].
-        head: Computes logits [r, v] of hidden states [r, d] by the model's own code, which may scale or cap them.
-        trained: The trainable parameters of the head.
-        rows: The number of positions per chunk.
-    """
-
-    values: Tensor
-    head: Callable[[Tensor], Tensor]
-    trained: list[nn.Parameter]
-    rows: int
+    values: Tensor  # [n, d]
+    head: Callable[[Tensor], Tensor]  # [r, d] -> [r, v], by the model's own code, which may scale or cap logits
+    trained: list[nn.Parameter]  # the trainable parameters of the head
+    rows: int  # per chunk
 
     def logits(self) -> Iterator[tuple[Tensor, slice]]:
         """Yields the logits chunk by chunk, each with its slice of the positions."""

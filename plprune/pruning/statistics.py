@@ -272,7 +272,7 @@ class Gram(Statistic):
         return (self._products / self.count).addr_(offset, offset, alpha=-1)
 
     def about(self, point: Tensor) -> Tensor:  # [d] -> [d, d]
-        """Returns the second moment about a point."""
+        """The second moment about a point."""
         offset = self.mean - point
         return self.covariance().addr_(offset, offset)
 

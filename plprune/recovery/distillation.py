@@ -160,17 +160,11 @@ def recorded_outputs(model: PreTrainedModel, blocks: Sequence[int]) -> Iterator[
 
 @dataclass(frozen=True)
 class TeacherModel:
-    """Identifies the dense model that serves as teacher.
+    """Identifies the dense model that serves as teacher."""
 
-    Args:
-        name: Name or path.
-        weights: The expected fingerprint of its weights; None accepts any weights.
-        dtype: The dtype in which the fingerprint was computed.
-    """
-
-    name: str
-    weights: str | None
-    dtype: Dtype
+    name: str  # or path
+    weights: str | None  # the expected fingerprint; None accepts any weights
+    dtype: Dtype  # of the weights in the fingerprint
 
     def load(self, dtype: Dtype) -> PreTrainedModel:
         """Loads the model in a dtype.
@@ -234,7 +228,7 @@ class Teacher:
     Args:
         settings: The settings of distillation.
         source: The dense model.
-        dtype: The dtype of its weights when it runs.
+        dtype: The dtype in which it runs.
         device: The device that it runs on.
         root: The folder for the answers of all teachers.
     """

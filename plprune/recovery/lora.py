@@ -110,7 +110,8 @@ def inject(model: PreTrainedModel, lora: LoRA, plan: PruningPlan | None) -> list
         f"{prefix}.{block.index}.{name}": rank
         for block, rank in zip(blocks, by_block, strict=True)
         for name, module in block.module.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and _targeted(name, lora.targets)
+        if isinstance(module, nn.Linear | Conv1D)
+        and (lora.targets is None or name.removesuffix(".linear").rpartition(".")[2] in lora.targets)
     }
     if not rank_of:
         raise ValueError(f"no linear layer of the blocks is named {' or '.join(lora.targets or [])}: see lora.targets")
@@ -231,10 +232,6 @@ def _delta(layer: LoraLayer, adapter: str, whole: Callable[[Tensor], Tensor]) ->
 def _disable_cast_under_autocast(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
     """Stops PEFT from casting adapter inputs to float32 under autocast, which would keep a rounded copy per adapter."""
     cast(LoraLayer, layer).cast_input_dtype_enabled = not torch.is_autocast_enabled(args[0].device.type)
-
-
-def _targeted(name: str, targets: list[str] | None) -> bool:
-    return targets is None or name.removesuffix(".linear").rpartition(".")[2] in targets
 
 
 def _set(model: nn.Module, name: str, module: nn.Module) -> None:
