@@ -99,7 +99,7 @@ class Moments(Statistic):
 
     def update(self, x: Tensor) -> None:  # [b, s, d]
         s, mean = x.shape[1], x.mean(1, dtype=torch.float64)
-        pivot = mean.float()  # deviations are from a rounded mean, in float32; the last line corrects that
+        pivot = mean.float()  # deviations from a rounded mean, in float32; the last line corrects for rounding
         m2 = torch.linalg.vector_norm(x - pivot[:, None], dim=1, dtype=torch.float64).square()
         self._counts += [s] * len(x)
         self._means.append(mean)
