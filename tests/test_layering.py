@@ -46,6 +46,7 @@ ORDER = {
         ["attention_search", "observations", "repair"],
         ["stream"],
         ["block_sources"],
+        ["gate_training"],
         ["losses", "surgery"],
         ["allocation", "calibration", "forward", "model_state"],
         ["constraints", "journal", "plan", "statistics"],

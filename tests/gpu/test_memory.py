@@ -11,8 +11,7 @@ import torch
 import yaml
 
 from plprune.cli import main
-from plprune.methods import learned_gates
-from plprune.pruning import forward
+from plprune.pruning import forward, gate_training
 from plprune.training import module
 from tests.builders import numbers
 from tests.gpu.models import save
@@ -91,7 +90,7 @@ def test_in_calibration(here: Path, limit: Limit, capsys: Any, device: torch.dev
 
 
 def test_in_learned_gates(here: Path, limit: Limit, capsys: Any, device: torch.device) -> None:
-    limit(28 << 20, learned_gates, "gradients")
+    limit(28 << 20, gate_training, "gradients")
     sizes = (*SIZES, "--num_samples=4", "--batch_size=1", f"--device={device.type}")
     line = complaint(capsys, "prune", "model", "--method=LearnedGates", *sizes)
     assert "take a method that needs room for one block: all but LearnedGates" in line

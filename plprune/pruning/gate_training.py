@@ -1,0 +1,201 @@
+"""Trains gates and gains, which multiply the inputs of projections, by the outputs of the dense model.
+
+Gates lie between 0 and 1 and share one budget; as their temperature falls, each one opens or closes. Gains are
+unbounded. The weights stay fixed, and one calibration window is one step of Adam.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from plprune.architecture.modules import innermost, matrix, on_device
+from plprune.io.progress import Progress
+from plprune.pruning.allocation import Rows
+from plprune.pruning.forward import evaluating
+from plprune.pruning.losses import divergence, next_token_loss, top_k_log_probs
+
+Factors = list[tuple[nn.Module, Tensor]]  # projections with the factors of their inputs, [d_in] each
+WARM, COLD = 0.5, 0.005  # temperatures of the first step and after the last
+LIKELIEST = 64  # tokens of each distribution that are compared one by one; all others count as one
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherSample:
+    """A calibration window with the dense model's distribution of each next token.
+
+    Args:
+        ids: Token ids, [1, s].
+        values: Log-probabilities of the k likeliest tokens, and of all others together, [1, s - 1, k + 1].
+        tokens: Ids of the k likeliest tokens, [1, s - 1, k].
+    """
+
+    ids: Tensor
+    values: Tensor
+    tokens: Tensor
+
+    def divergence(self, logits: Tensor) -> Tensor:  # [1, s, v]
+        """From what the dense model says of the next tokens."""
+        return divergence(logits[0, :-1], self.values[0], self.tokens[0], temperature=1.0) / (self.ids.numel() - 1)
+
+    def loss(self, logits: Tensor) -> Tensor:  # [1, s, v]
+        """Half the divergence, half the loss on the text's next tokens."""
+        return (self.divergence(logits) + next_token_loss(logits, self.ids)) / 2
+
+
+@torch.no_grad()
+def teacher_sample(model: PreTrainedModel, ids: Tensor) -> TeacherSample:  # [1, s]
+    """A window with a model's distributions on it."""
+    values, tokens = top_k_log_probs(model(input_ids=ids, use_cache=False).logits[:, :-1], LIKELIEST, temperature=1.0)
+    return TeacherSample(ids, values, tokens.int())
+
+
+def unit_gains(projections: Iterable[nn.Module], device: torch.device) -> Factors:
+    """A gain of 1 for every input of each projection."""
+    return [(part, torch.ones(matrix(part).shape[1], device=device)) for part in projections]
+
+
+def train_gates(
+    model: PreTrainedModel,
+    rows: Rows,
+    scores: Tensor,  # [units]
+    cost: Tensor,  # [units]
+    keep: float,
+    samples: Sequence[TeacherSample],
+    rate: float,
+) -> None:
+    """Trains scores in place while the temperature of their gates falls.
+
+    Args:
+        model: In evaluation mode; its parameters need no gradients.
+        rows: Blocks with their groups.
+        scores: One per unit, group after group.
+        cost: Parameters of each unit, in any unit of measure.
+        keep: The fraction of the total cost to keep.
+        samples: One per step.
+        rate: The highest learning rate.
+    """
+    budget, consumers = keep * float(cost.sum()), [block.part(group.consumer.path) for block, group in rows]
+    for done, sample in steps([scores], rate, samples, "training gates"):
+        gates = gate_values(scores, cost, budget, WARM * (COLD / WARM) ** done).requires_grad_()
+        with torch.enable_grad():  # the caller may have disabled gradients
+            factors = list(zip(consumers, gates.split([len(group) for _, group in rows]), strict=True))
+        (gradient,) = gradients(model, sample.ids, factors, sample.divergence, [gates])
+        scores.grad = within_budget(gates.detach(), gradient, cost)
+
+
+def train_gains(model: PreTrainedModel, gains: Factors, samples: Sequence[TeacherSample], rate: float) -> None:
+    """Trains gains, in place.
+
+    Args:
+        model: In evaluation mode; its parameters need no gradients.
+        gains: The gains of its projections.
+        samples: One per step.
+        rate: The highest learning rate.
+    """
+    trained = [gain.detach().requires_grad_() for _, gain in gains]  # these share their memory
+    factors = [(part, own) for (part, _), own in zip(gains, trained, strict=True)]
+    for _, sample in steps(trained, rate, samples, "training gains"):
+        for gain, gradient in zip(trained, gradients(model, sample.ids, factors, sample.loss, trained), strict=True):
+            gain.grad = gradient
+
+
+def steps(
+    parameters: list[Tensor], rate: float, samples: Sequence[TeacherSample], title: str
+) -> Iterator[tuple[float, TeacherSample]]:
+    """Yields each sample with the fraction of steps taken before; a step of Adam follows, by the caller's `grad`.
+
+    The rate rises through the first sixteenth of the steps, and falls to a tenth through all.
+    """
+    optimizer, count = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.95)), len(samples)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, 16 * (step + 1) / count) * (1 - 0.9 * step / count)
+    )
+    with Progress(count, title, "window") as bar:
+        for step, sample in enumerate(samples):
+            yield step / count, sample
+            optimizer.step()
+            schedule.step()
+            bar.update()
+
+
+def gradients(
+    model: PreTrainedModel,
+    ids: Tensor,  # [1, s]
+    factors: Factors,
+    loss: Callable[[Tensor], Tensor],  # of the logits
+    of: list[Tensor],
+) -> Sequence[Tensor]:
+    """Gradients of a loss with respect to the tensors in `of`, from which the factors were made."""
+    with torch.enable_grad(), scaled_inputs(factors):
+        return torch.autograd.grad(loss(model(input_ids=ids, use_cache=False).logits), of)
+
+
+def gate_values(
+    theta: Tensor, cost: Tensor, budget: float, temperature: float
+) -> Tensor:  # [units], [units] -> [units]
+    """Gates whose total cost is the budget: bisection finds the threshold of the scores.
+
+    Example:
+        >>> gate_values(torch.tensor([-1.0, 1.0]), torch.ones(2), 1.0, 0.1).round()
+        tensor([0., 1.])
+    """
+    low, high = theta.min() - 20 * temperature, theta.max() + 20 * temperature
+    for _ in range(40):
+        middle = (low + high) / 2
+        if (cost * torch.sigmoid((theta - middle) / temperature)).sum() > budget:
+            low = middle
+        else:
+            high = middle
+    return torch.sigmoid((theta - (low + high) / 2) / temperature)
+
+
+def within_budget(gates: Tensor, gradient: Tensor, cost: Tensor) -> Tensor:  # [units] each -> [units]
+    """The gradient of the scores, projected so that the total cost of the gates stays the same, per unit of cost.
+
+    Example:
+        >>> within_budget(torch.tensor([0.5, 0.5]), torch.tensor([-3.0, -1.0]), torch.ones(2))
+        tensor([-0.2500,  0.2500])
+    """
+    slope = gates * (1 - gates)
+    price = (slope * gradient).sum() / (slope * cost).sum()
+    return slope * (gradient - price * cost) / cost
+
+
+@contextlib.contextmanager
+def scaled_inputs(factors: Factors) -> Iterator[None]:
+    """Multiplies the inputs of projections by factors within the context."""
+
+    def multiply(own: Tensor) -> Any:
+        return lambda _, args: (args[0] * own.to(args[0].dtype), *args[1:])
+
+    handles = [innermost(part).register_forward_pre_hook(multiply(own)) for part, own in factors]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def trainable(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """Puts the model on a device, in evaluation mode and without gradients, within the context."""
+    with evaluating(model), on_device(model, device), frozen(model):
+        yield
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Excludes the parameters from gradients within the context."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)

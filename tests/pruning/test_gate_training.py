@@ -1,0 +1,133 @@
+"""Gates and gains against their definitions: the budget, the gradient by finite differences, closed gates."""
+
+import pytest
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from plprune.architecture.blocks import blocks_of
+from plprune.architecture.modules import matrix
+from plprune.pruning.gate_training import (
+    COLD,
+    LIKELIEST,
+    frozen,
+    gate_values,
+    scaled_inputs,
+    teacher_sample,
+    train_gains,
+    train_gates,
+    unit_gains,
+    within_budget,
+)
+from plprune.pruning.surgery import Surgery
+from tests.builders import logits, tiny, windows
+
+
+def scores(count: int = 40, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    theta = torch.randn(count, generator=generator, dtype=torch.float64)
+    return theta, torch.randint(1, 4, (count,), generator=generator).double()
+
+
+def rows_of(model):
+    return [(block, block.groups("none")[0]) for block in blocks_of(model)]
+
+
+@pytest.mark.parametrize("temperature", [2.0, 0.5, 0.05])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_gates_cost_the_budget_and_follow_the_scores(temperature: float, share: float) -> None:
+    theta, cost = scores()
+    gates = gate_values(theta, cost, share * float(cost.sum()), temperature)
+    assert float((gates * cost).sum()) == pytest.approx(share * float(cost.sum()), rel=1e-5)
+    assert torch.equal(gates[theta.argsort()].sort().values, gates[theta.argsort()])
+
+
+def test_cold_gates_are_the_best_units() -> None:
+    theta, cost = scores()[0], torch.ones(40, dtype=torch.float64)
+    gates = gate_values(theta, cost, 15.0, 1e-4)
+    assert torch.equal(gates.round().nonzero().flatten(), theta.topk(15).indices.sort().values)
+
+
+def test_the_gradient_is_that_of_the_loss_along_the_budget() -> None:
+    (theta, cost), temperature, h = scores(12), 0.5, 1e-4
+    gradient, budget = torch.linspace(-2, 1, 12, dtype=torch.float64), 0.4 * float(cost.sum())
+    found = within_budget(gate_values(theta, cost, budget, temperature), gradient, cost) * cost / temperature
+    for j in range(12):
+        step = torch.zeros_like(theta).index_fill_(0, torch.tensor([j]), h)
+        ends = [gate_values(theta + sign * step, cost, budget, temperature) @ gradient for sign in (1, -1)]
+        assert float(ends[0] - ends[1]) / (2 * h) == pytest.approx(float(found[j]), abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "phi3", "gemma2"])
+def test_a_closed_gate_is_a_column_of_zeros(family: str) -> None:
+    model, other = tiny(family), tiny(family)
+    rows = rows_of(model)
+    gates = torch.ones(sum(len(group) for _, group in rows)).index_fill_(0, torch.arange(0, 90, 7), 0.0)
+    parts = gates.split([len(group) for _, group in rows])
+    factors = [(block.part(group.consumer.path), own) for (block, group), own in zip(rows, parts, strict=True)]
+    with scaled_inputs(factors), torch.no_grad():
+        found = logits(model)
+    for (block, group), own in zip(rows_of(other), parts, strict=True):
+        matrix(block.part(group.consumer.path)).data[:, own == 0] = 0
+    torch.testing.assert_close(found, logits(other))
+    assert torch.equal(logits(model), logits(tiny(family)))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "phi3", "gemma2", "gpt_neox"])
+def test_gains_are_in_the_columns_of_the_weights(family: str) -> None:
+    model, other = tiny(family), tiny(family)
+    generator, places = torch.Generator().manual_seed(0), []
+    for block in blocks_of(model):
+        linears = {id(m) for m in block.module.modules() if isinstance(m, torch.nn.Linear | Conv1D)}
+        assert len(block.projections) == len(linears)
+        places += [(block, path) for path in block.projections]
+    gains = unit_gains([block.part(path) for block, path in places], torch.device("cpu"))
+    for _, gain in gains:
+        gain.uniform_(0.5, 1.5, generator=generator)
+    with scaled_inputs(gains), torch.no_grad():
+        found = logits(model)
+    surgery = Surgery(other)
+    for (block, path), (_, gain) in zip(places, gains, strict=True):
+        surgery.scale(surgery.blocks[block.index], path, gain)
+    torch.testing.assert_close(found, logits(other), atol=1e-5, rtol=1e-5)
+
+
+def test_a_teacher_sample_is_what_the_model_says_and_with_what_the_text_says_a_loss() -> None:
+    teacher, model, ids = tiny(), tiny(seed=1), windows(1)
+    sample, said = teacher_sample(teacher, ids), logits(model, ids)
+    right, own = (logits(m, ids)[0, :-1].double().softmax(-1) for m in (teacher, model))
+    best = right.topk(LIKELIEST).indices
+    p, q = (torch.cat([e.gather(-1, best), 1 - e.gather(-1, best).sum(-1, keepdim=True)], -1) for e in (own, right))
+    following = -own.gather(-1, ids[0, 1:, None]).log().mean()
+    divergence = (q * (q / p).log()).sum(-1).mean()
+    torch.testing.assert_close(sample.divergence(said).double(), divergence, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sample.loss(said).double(), (divergence + following) / 2, atol=1e-5, rtol=1e-5)
+
+
+def test_training_leaves_the_model_as_it_was() -> None:
+    model, text = tiny(), list(windows(4).split(1))
+    rows = rows_of(model)
+    next(model.parameters()).requires_grad_(False)
+    before = [p.requires_grad for p in model.parameters()]
+    theta = torch.cat([torch.linspace(-3, 3, len(group)) for _, group in rows])
+    samples = [teacher_sample(model, ids) for ids in text]
+    start, blocks = theta.clone(), blocks_of(model)
+    gains = unit_gains([block.part(path) for block in blocks for path in block.projections], model.device)
+    with frozen(model):
+        train_gates(model, rows, theta, torch.ones(len(theta)), 0.5, samples, 0.1)
+        train_gains(model, gains, samples, 0.1)
+    assert [p.requires_grad for p in model.parameters()] == before
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(logits(model), logits(tiny()))
+    assert not torch.equal(theta, start)
+    assert all((gain != 1).any() and not gain.requires_grad for _, gain in gains)
+
+
+def test_in_the_end_gates_are_open_or_closed() -> None:
+    model, text = tiny(), list(windows(64).split(1))
+    rows = rows_of(model)
+    theta = torch.cat([torch.linspace(-3, 3, len(group)) for _, group in rows])
+    cost = torch.ones(len(theta))
+    with frozen(model):
+        train_gates(model, rows, theta, cost, 0.5, [teacher_sample(model, ids) for ids in text], 0.1)
+    gates = gate_values(theta, cost, 0.5 * len(theta), COLD)
+    assert float(((gates > 0.1) & (gates < 0.9)).sum()) <= 0.05 * len(gates)
