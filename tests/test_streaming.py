@@ -494,8 +494,8 @@ def lose_a_shard(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        (remove_one, r"model\.layers\.1\.mlp\.up_proj\.weight is absent there and \(48, 32\) in the model"),
-        (misshape_one, r"model\.layers\.1\.mlp\.up_proj\.weight is \(3, 3\) there and \(48, 32\) in the model"),
+        (remove_one, r"model\.layers\.1\.mlp\.up_proj\.weight is absent in the files and \(48, 32\) in the model"),
+        (misshape_one, r"model\.layers\.1\.mlp\.up_proj\.weight is \(3, 3\) in the files and \(48, 32\) in the model"),
         (truncate, r"model\.safetensors is missing, truncated or corrupted \(.*\): get or save the model again"),
         (other_format, r"is not in safetensors, .*: convert it .*save_pruned\(load_model\(NAME\), FOLDER"),
         (damage_index, r"index\.json is damaged: get the model again"),
