@@ -339,8 +339,8 @@ def test_the_help_tells_of_it(command: str, capsys: pytest.CaptureFixture[str]) 
     said = " ".join(capsys.readouterr().out.split())
     for option in ("--target.parameters", "--target.memory", "--serve_on", "--tensor_parallel"):
         assert option in said
-    assert "Where the result must load: llama.cpp, vllm, transformers." in said
-    assert "Devices that will share the result" in said
+    assert "Programs that must load the result: llama.cpp, vllm, transformers." in said
+    assert "Number of devices that will share the result" in said
 
 
 @pytest.mark.parametrize("method", ["FLAP", "FASP", "CFSP", "TwoSSP", "LearnedGates"])
