@@ -37,7 +37,7 @@ ORDER = {
     "streaming": [],
     "report": [["comparison", "sensitivity"], ["found", "run"], ["page"], ["charts", "samples"], ["svg"]],
     "methods": [["cfsp", "fasp", "flap", "learned_gates", "run", "two_ssp"], ["base"]],
-    "export": [["fits"], ["formats"], ["gguf", "parity"], ["decilm", "llama_cpp", "vocabulary"]],
+    "export": [["formats"], ["gguf", "parity"], ["decilm", "llama_cpp", "vocabulary"]],
     "evaluation": [["lm_eval", "measurement", "sensitivity"], ["perplexity", "speed", "task_results"], ["alone"]],
     "recovery": [["lora"], ["consumers", "distillation"]],
     "checkpoint": [["save"], ["load"], ["locate"], ["stored"], ["weights"], ["model_card", "sharing", "stock_config"]],

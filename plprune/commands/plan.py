@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import UNITS, blocks_of
 from plprune.checkpoint.load import load_skeleton, resolve_dtype, stored_weights
+from plprune.checkpoint.stock_config import stock_config
 from plprune.checkpoint.stored import Dtype
 from plprune.commands.options import shared_help
-from plprune.export.fits import exports, is_stock, unknown_formats
+from plprune.export.formats import format_refusals, unknown_formats
 from plprune.io.atomic import check_output_file, staged
 from plprune.io.checks import check_sizes
 from plprune.io.distributed import default_device
@@ -161,7 +162,7 @@ def _blocks(network: PreTrainedModel, cases: Sequence[Mapping[str, int]]) -> lis
 
 def _exports(models: Sequence[PreTrainedModel]) -> Record:
     """For each format, whether all, some or no cases fit, and the reasons against it."""
-    reasons = [exports(m) for m in models]
+    reasons = [format_refusals(m) for m in models]
     found: Record = {}
     for name in reasons[0]:
         fitting = [not each[name] for each in reasons]
@@ -169,7 +170,7 @@ def _exports(models: Sequence[PreTrainedModel]) -> Record:
         unknown = name in unknown_formats()
         fits = "unknown" if unknown else "yes" if all(fitting) else "maybe" if any(fitting) else "no"
         found[name] = {"fits": fits, "reasons": why}
-    stock = [is_stock(m) for m in models]
+    stock = [stock_config(m) is not None for m in models]
     found["hf"]["stock"] = "yes" if all(stock) else "maybe" if any(stock) else "no"
     return found
 

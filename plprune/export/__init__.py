@@ -1,1 +1,1 @@
-"""One file per format that other programs read: each writes it, and says what it refuses and why."""
+"""Writers of model formats for other programs, which refuse models that the format cannot hold."""

@@ -1,7 +1,7 @@
-r"""DeciLM folders (`block_configs`), which vLLM, SGLang, TensorRT-LLM, mlx-lm and llama.cpp's converter read.
+r"""DeciLM folders (`block_configs`), read by vLLM, SGLang, TensorRT-LLM, mlx-lm and llama.cpp's converter.
 
-A block may differ from the others in the width of its FFN, and may lack its attention. The format gives the width as a
-multiple of the model's, from which programs compute it back:
+Blocks may differ in FFN width, and may lack attention. The format stores a width as a multiple of the model width, from
+which programs compute it:
 
 .. math:: m = \frac{3 W}{2 d}, \qquad W = \lceil \lfloor 2 m d / 3 \rfloor \rceil_{256}
 
@@ -13,24 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plprune.architecture.blocks import Block, blocks_of
 from plprune.architecture.modeling_plprune import Gather, Scatter
 from plprune.architecture.modules import innermost, tied
-from plprune.checkpoint.weights import SINGLE, check_values
+from plprune.checkpoint.weights import SINGLE, check_values, tensor_entries
 from plprune.io.atomic import staged
 
 MULTIPLE = 256
-FAMILIES = ("llama",)  # whose blocks compute what DeciLM's do
+FAMILIES = ("llama",)  # those whose blocks compute the same as DeciLM's
 PER_BLOCK = ("intermediate_size", "num_key_value_heads", "per_layer_config", "allow_global_per_layer_attribute_access")
 OURS = ("pruned", "auto_map", "base_model_type")
 
 
 def refusals(model: PreTrainedModel) -> list[str]:
-    """Why a model cannot be written in this format, with what to prune differently; empty if it can."""
+    """The reasons why the format cannot hold a model, with the settings to change; empty if it can."""
     blocks, config = blocks_of(model), model.config
     if config.model_type not in FAMILIES:
         return [f"DeciLM's blocks are Llama's, and this is {config.model_type}: prune a model of {', '.join(FAMILIES)}"]
@@ -57,16 +56,16 @@ def refusals(model: PreTrainedModel) -> list[str]:
 def write(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, overwrite: bool = False
 ) -> None:
-    """Writes a folder that programs which know DeciLM load.
+    """Writes a folder in DeciLM's format, whole or not at all.
 
     Args:
         model: A dense or pruned model.
         tokenizer: Saved beside the model.
-        folder: Where to.
-        overwrite: Whether to replace what is there.
+        folder: The folder to write.
+        overwrite: Whether to replace its content.
 
     Raises:
-        ValueError: The format cannot hold the model; the message says why.
+        ValueError: The format cannot hold the model; the message gives every reason.
         FileExistsError: The folder is not empty.
     """
     if reasons := refusals(model):
@@ -84,7 +83,7 @@ def write(
 
 
 def config_of(model: PreTrainedModel) -> dict[str, Any]:
-    """`config.json` as DeciLM has it."""
+    """The content of `config.json` in DeciLM's format."""
     values = model.config.to_dict()
     for key in PER_BLOCK + OURS:
         values.pop(key, None)
@@ -102,7 +101,7 @@ def config_of(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def block_config(block: Block, hidden_size: int) -> dict[str, dict[str, Any]]:
-    """What DeciLM's configuration says of one block."""
+    """The entry of one block in DeciLM's configuration."""
     attention = block.has_attention
     return {
         "attention": {
@@ -115,7 +114,7 @@ def block_config(block: Block, hidden_size: int) -> dict[str, dict[str, Any]]:
 
 
 def width_of(ffn_mult: float, hidden_size: int) -> int:
-    """The width that programs compute from a block's multiple.
+    """The FFN width that programs compute from a block's multiple.
 
     Example:
         >>> width_of(3 * 7936 / (2 * 4096), 4096)
@@ -125,14 +124,13 @@ def width_of(ffn_mult: float, hidden_size: int) -> int:
 
 
 def check(folder: Path) -> None:
-    """Reads a folder back by the format's own rule.
+    """Checks that the weights in a folder have the shapes that its `config.json` gives the blocks.
 
     Raises:
-        ValueError: A weight is absent, or has another shape than its block's configuration gives.
+        ValueError: A weight is missing, has another shape, or does not belong to the format.
     """
     config = json.loads((folder / "config.json").read_text())
-    with safe_open(folder / SINGLE, framework="pt") as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    shapes = {name: list(entry.shape) for name, entry in tensor_entries([folder / SINGLE]).items()}
     for name, shape in _expected(config).items():
         if shapes.pop(name, None) != shape:
             raise ValueError(f"{folder}: {name} is not {shape}")
@@ -141,7 +139,7 @@ def check(folder: Path) -> None:
 
 
 def _expected(config: dict[str, Any]) -> dict[str, list[int]]:
-    """Shapes of the blocks' weights by their configurations alone."""
+    """The shapes of the blocks' weights according to the configuration."""
     d, heads = config["hidden_size"], config["num_attention_heads"]
     hd, shapes = config.get("head_dim") or d // heads, {}
     for i, block in enumerate(config["block_configs"]):
@@ -157,7 +155,7 @@ def _expected(config: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """All weights, without the norms of attentions that were removed; tied ones once."""
+    """The weights, with one name for tied ones, without the norms of removed attentions."""
     gone = [f"{b.family.blocks}.{b.index}.input_layernorm" for b in blocks_of(model) if not b.has_attention]
     own = {name: p.detach().contiguous() for name, p in model.named_parameters()}
     return {name: value for name, value in own.items() if not name.startswith(tuple(gone))} if gone else own

@@ -1,4 +1,4 @@
-"""Exports a model to every format that is asked for, and proves each: writes, loads again elsewhere, compares."""
+"""Exports a model to other formats, loads each again in the program that reads it, and compares the outputs."""
 
 import dataclasses
 import functools
@@ -31,9 +31,9 @@ class Options:
     """How to export.
 
     Args:
-        gguf: Of the matrices in a GGUF file; as the model's if not given.
-        widen: Whether ragged value channels are widened back with zeros, which more programs can hold.
-        pad_to: FFN widths are padded with zeros up to a multiple of this.
+        gguf: Dtype of the matrices in a GGUF file; the model's if not given.
+        widen: Whether ragged value channels are widened with zeros, so that more programs can load the model.
+        pad_to: FFN widths are padded with zeros to a multiple of this.
     """
 
     gguf: GgufDtype | None = None
@@ -46,7 +46,7 @@ class Options:
 
     @property
     def reshape(self) -> bool:
-        """Whether the model is to be made larger again."""
+        """Whether zeros are added to the model."""
         return self.widen or self.pad_to > 1
 
 
@@ -60,23 +60,23 @@ def export(
     options: Options = Options(),
     overwrite: bool = False,
 ) -> list[Row]:
-    """Writes a model in every format, loads each again in the program it is for, and compares what they make of a text.
+    """Writes a model in every format, loads each in the program that reads it, and compares the outputs on a text.
 
-    Beside the formats, the folder gets `parity.json` and a model card.
+    The folder also gets `parity.json` and a model card.
 
     Args:
-        name: What the model is called: files are named after it.
-        load: Loads the model; it is let go before others load what was written.
-        tokenizer: The model's.
+        name: Name of the model, from which files are named.
+        load: Loads the model; it is freed before other programs load the files.
+        tokenizer: The model's tokenizer.
         output: Folder to write, whole or not at all.
-        formats: Of :data:`FORMATS`.
-        windows: Token ids of the text to compare by.
+        formats: Names from :data:`FORMATS`.
+        windows: Token ids of the text to compare on.
         options: How to export.
-        overwrite: Whether to replace what is there.
+        overwrite: Whether to replace the content of the folder.
 
     Raises:
-        ValueError: A format is unknown, or none can hold the model; the message gives every reason. Or the model is
-            dense, and is to be reshaped.
+        ValueError: A format is unknown, no format can hold the model (the message gives every reason), or the model is
+            dense and `options` reshape it.
         FileExistsError: The folder is not empty.
     """
     check_formats(formats)
@@ -85,15 +85,20 @@ def export(
         model = load()
         plan, record, short = surgery.plan_of(model), record_of(name), Path(name).name.removesuffix(".gguf")
         if options.reshape and plan is None:
-            raise ValueError("a model that plprune has not pruned is neither widened nor padded: export it as it is")
-        own = parity.reading(model, windows)
-        _reshape(model, options)
-        rows = [_written(kind, model, tokenizer, room, short, options) for kind in formats]
+            raise ValueError(
+                "a model that plprune has not pruned is neither widened nor padded: leave out --widen and --pad_to"
+            )
+        own = parity.read_model(model, windows)
+        if options.widen:
+            surgery.widen(model)
+        if options.pad_to > 1:
+            surgery.pad(model, options.pad_to)
+        rows = [_write_format(kind, model, tokenizer, room, short, options) for kind in formats]
         del model
         if all(row.refused for row in rows):
             raise ValueError("; ".join(f"{row.format}: {reason}" for row in rows for reason in row.refused))
-        rows = [_checked(row, room, windows, own) for row in rows]
-        (room / "parity.json").write_text(json.dumps(_told(rows, windows, own), indent=2) + "\n")
+        rows = [_check_format(row, room, windows, own) for row in rows]
+        (room / "parity.json").write_text(json.dumps(_parity_record(rows, windows, own), indent=2) + "\n")
         for folder in [room, *(room / row.file for row in rows if row.format == "hf" and row.file)]:
             if plan is not None:
                 write_card(folder, plan, record, parity.parity_table(rows))
@@ -101,71 +106,78 @@ def export(
 
 
 def check_formats(formats: list[str]) -> None:
-    """Makes sure that all formats are known.
-
-    Raises:
-        ValueError: One is not.
-    """
+    """Raises ValueError if a format is unknown, or none is given."""
     if unknown := [each for each in formats if each not in FORMATS] or not formats:
         raise ValueError(f"unknown format {unknown or formats}: give some of {', '.join(FORMATS)}")
 
 
-def _reshape(model: PreTrainedModel, options: Options) -> None:
-    if options.widen:
-        surgery.widen(model)
-    if options.pad_to > 1:
-        surgery.pad(model, options.pad_to)
+def format_refusals(model: PreTrainedModel) -> dict[str, list[str]]:
+    """The reasons why each format cannot hold a model; an empty list if it can."""
+    return {kind: _refusals(kind, model) for kind in FORMATS}
 
 
-def _written(
+def unknown_formats() -> list[str]:
+    """The formats whose refusals are unknown because a package is not installed."""
+    return [] if importlib.util.find_spec("gguf") else ["gguf"]
+
+
+def _refusals(kind: str, model: PreTrainedModel) -> list[str]:
+    if kind == "hf":
+        return []
+    if kind in unknown_formats():
+        return ["it needs the package gguf: pip install 'plprune[export]'"]
+    return decilm.refusals(model) if kind == "decilm" else _gguf().refusals(model)
+
+
+def _write_format(
     kind: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, room: Path, name: str, options: Options
 ) -> Row:
-    """Writes one format, or says why not."""
+    """Writes one format; the row has the reasons if it is refused."""
     if kind == "hf":
         (room / kind).mkdir()
         state = without_tied(model, model.state_dict())
         write_model(model, state, room / kind, tokenizer, with_plan=not options.reshape)
         check_saved(room / kind, model, state.items())
         return Row(kind, kind, bytes=_size(room / kind))
-    if kind == "gguf" and importlib.util.find_spec("gguf") is None:
-        return Row(kind, refused=["writing it needs the package gguf: pip install 'plprune[export]'"])
     dtype = options.gguf or SAME_AS[model.dtype]
     file, format = (kind, kind) if kind == "decilm" else (f"{name}-{dtype}.gguf", f"{kind} {dtype}")
-    if reasons := decilm.refusals(model) if kind == "decilm" else _gguf().refusals(model):
+    if reasons := _refusals(kind, model):
         return Row(format, refused=reasons)
     try:
         if kind == "decilm":
             decilm.write(model, tokenizer, room / file)
         else:
             _gguf().write(model, tokenizer, room / file, dtype)
-    except ValueError as error:  # a tokenizer that the program lacks
+    except ValueError as error:  # llama.cpp lacks the tokenizer
         return Row(format, refused=[str(error)])
     return Row(format, file, bytes=_size(room / file))
 
 
-def _checked(row: Row, room: Path, windows: Tensor, own: Reading) -> Row:
-    """Has what was written loaded by the program it is for."""
+def _check_format(row: Row, room: Path, windows: Tensor, own: Reading) -> Row:
+    """Loads a written format in the program that reads it, and compares."""
     if row.file is None:
         return row
     path = room / row.file
     if row.format == "decilm":
         decilm.check(path)
-        return dataclasses.replace(row, note="shapes fit the format's rule; not run, no program that reads it is here")
+        return dataclasses.replace(
+            row, note="shapes fit the format's rule; not run, as no program that reads it is installed"
+        )
     if row.format == "hf":
-        return parity.compared(row, functools.partial(parity.by_transformers, path, windows), own)
+        return parity.compare(row, functools.partial(parity.by_transformers, path, windows), own)
     if importlib.util.find_spec("xllamacpp") is None:
-        return dataclasses.replace(row, note="llama.cpp is not on this machine to load it: pip install xllamacpp")
-    return parity.compared(row, functools.partial(parity.by_llama_cpp, path, windows), own)
+        return dataclasses.replace(row, note="not loaded, as llama.cpp is not on this machine: pip install xllamacpp")
+    return parity.compare(row, functools.partial(parity.by_llama_cpp, path, windows), own)
 
 
 def _gguf() -> Any:
-    """The writer, which needs a package that not everybody has."""
+    """The GGUF writer, which needs an optional package."""
     from plprune.export import gguf
 
     return gguf
 
 
-def _told(rows: list[Row], windows: Tensor, own: Reading) -> dict[str, Any]:
+def _parity_record(rows: list[Row], windows: Tensor, own: Reading) -> dict[str, Any]:
     return {
         "rows": [dataclasses.asdict(row) for row in rows],
         "text": {"windows": len(windows), "tokens": windows.numel()},

@@ -1,15 +1,14 @@
-"""GGUF files for llama.cpp, of dense and pruned models.
+"""Writes dense and pruned models to GGUF files for llama.cpp.
 
-llama.cpp has one hand-written graph per architecture, and a graph computes some shapes and not others. What each does
-is a record here (:data:`ARCHS`), read in its source and tried with xllamacpp 2026.10; what a family's weights need on
-the way is another (:data:`LAYOUTS`). Of the architectures that a family may be written as, the first that computes the
-model is taken; `deci`, which sizes every tensor by per-block arrays, comes last for all that are shaped like Llama.
+llama.cpp has one hand-written graph per architecture. :data:`ARCHS` records which shapes each graph computes, according
+to its source and tests with xllamacpp 2026.10; :data:`LAYOUTS` records how each family's weights are converted. A model
+is written as the first of its family's architectures that computes it; `deci`, which has sizes per block, comes last.
 
-Rotary embeddings rotate pairs of neighbours in some graphs (`normal`) and pairs of halves in others, as in
-transformers: for the former, the rows of Q and K are put in the order of the pairs.
+Some graphs rotate neighbouring pairs (`normal`), others pairs of halves, as transformers does. For the former, the rows
+of Q and K are reordered.
 
-In float32, log-probabilities agree to about 1e-6 where the FFN uses SiLU, and to about 1e-3 where it uses GELU: on a
-CPU llama.cpp reads that from a table in half precision, and GPT-NeoX's is the tanh approximation there.
+In float32, log-probabilities agree to about 1e-6 with SiLU, and to about 1e-3 with GELU, for which llama.cpp uses a
+half-precision table on CPUs, and the tanh approximation in GPT-NeoX.
 """
 
 import contextlib
@@ -49,22 +48,22 @@ ALL = frozenset({*QKV, "attn_output", *FFN_IN, "ffn_down"})
 
 @dataclass(frozen=True)
 class Arch:
-    """What a graph of llama.cpp computes.
+    """The models that a graph of llama.cpp computes.
 
     Args:
         biases: Projections that may have a bias.
-        per_block: Whether blocks may differ in their widths and heads.
-        skips: Whether blocks may lack their attention.
+        per_block: Whether blocks may differ in widths and heads.
+        skips: Whether blocks may lack attention.
         normal: Whether rotary pairs are neighbours.
         factors: Whether it reads a factor per rotary frequency, which the scalings of Llama 3 and Phi 3 need.
-        partial: Whether some of a head's dimensions may go unrotated.
-        windows: Of how many blocks one attends to everything and the others to a window, unless a file says which; 0 if
+        partial: Whether some dimensions of a head may be unrotated.
+        windows: Period of blocks with full attention among blocks with a sliding window, unless a file lists them; 0 if
             there are no windows.
-        fills: Whether heads times their dimension must be the hidden size.
-        head: Whether the output head may be, must not be or must be the embedding.
-        scaled: Whether it knows the factors of a layout's `scales`.
+        fills: Whether heads times head dimension must equal the hidden size.
+        head: Whether the output head may be tied to the embedding, must have its own weights or must be tied.
+        scaled: Whether it applies the factors of a layout's `scales`.
         fused: Projections that are one tensor.
-        broad: At this number of blocks, attention is scaled by hidden size over heads instead of by the head dimension.
+        broad: Number of blocks at which attention is scaled by hidden size over heads instead of head dimension.
     """
 
     biases: frozenset[str] = frozenset(QKV)
@@ -106,16 +105,16 @@ SILU = {"hidden_act": ("silu",)}
 
 @dataclass(frozen=True)
 class Layout:
-    """How a family's weights and configuration are written.
+    """How the weights and configuration of a family are written.
 
     Args:
-        archs: As which architectures, in the order in which they are tried.
-        keys: Values of the configuration that a file names: key and type. All must be there.
-        fixed: Values of the configuration that the graphs take for granted.
-        scales: Factors that only some graphs know, by their names in the configuration: key, and for the other graphs
-            the tensors that are multiplied with which power of it.
-        gain: What the family adds to the weight of every norm.
-        neighbours: Whether the family's rotary pairs are neighbours to begin with.
+        archs: Architectures, in the order in which they are tried.
+        keys: Values of the configuration that are written: key and type. All must be set.
+        fixed: Values of the configuration that the graphs assume.
+        scales: Factors that only some graphs apply, by their names in the configuration: key, power, and the tensors
+            that are multiplied by that power of the factor for the other graphs.
+        gain: Number that the family adds to the weight of every norm.
+        neighbours: Whether the family's rotary pairs are neighbours in transformers too.
     """
 
     archs: tuple[str, ...]
@@ -198,28 +197,28 @@ KINDS = {
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
 SCALINGS = ("default", "linear", "yarn", "longrope", "llama3")
-FACTORS = ("longrope", "llama3")  # of these, a tensor
+FACTORS = ("longrope", "llama3")  # scalings that need a tensor of factors
 NOPE = 4  # in llama.cpp's `smollm3`, every fourth block has no rotary embedding
 Q8_0_BLOCK = 32
-PART = 2**22  # values that are converted at a time
+PART = 2**22  # values converted at a time
 SLIDING = "sliding_attention"
 HEAD, QUERY_NORM = "lm_head.weight", ".q_norm."
 
 
 def refusals(model: PreTrainedModel) -> list[str]:
-    """Every reason why llama.cpp cannot run a model, each with what to prune differently; none if it can."""
+    """The reasons why llama.cpp cannot run a model, with the settings to change; empty if it can."""
     layout = LAYOUTS.get(model.config.model_type)
     if layout is None:
         known = ", ".join(LAYOUTS)
         return [f"llama.cpp has no architecture for {model.config.model_type!r}: take a model of {known}"]
-    return [*_everywhere(model, layout), *_choose(model, layout)[1]]
+    return [*_family_refusals(model, layout), *_choose(model, layout)[1]]
 
 
 def arch_of(model: PreTrainedModel) -> str:
-    """The architecture of llama.cpp that a model is written as.
+    """The name of the llama.cpp architecture that a model is written as.
 
     Raises:
-        ValueError: There is none; the message gives every reason.
+        ValueError: No architecture computes the model; the message gives every reason.
     """
     if reasons := refusals(model):
         raise ValueError(f"llama.cpp cannot run this model: {'; '.join(reasons)}")
@@ -236,16 +235,16 @@ def write(
     """Writes a model and its tokenizer to a GGUF file, whole or not at all.
 
     Args:
-        model: Dense or pruned, LoRA merged.
-        tokenizer: The model's.
+        model: A dense or pruned model with merged LoRA.
+        tokenizer: The model's tokenizer.
         path: The file.
-        dtype: Of the matrices; vectors stay in float32. With `q8_0`, a matrix whose rows cannot be cut into blocks of
-            32 is written in f16.
-        overwrite: Whether to replace what is there.
+        dtype: Dtype of the matrices; vectors are float32. With `q8_0`, matrices whose rows are not multiples of 32 are
+            written in f16.
+        overwrite: Whether to replace an existing file.
 
     Raises:
-        FileExistsError: There is something at `path`.
-        ValueError: llama.cpp cannot run the model, or has no such tokenizer; the message gives every reason.
+        FileExistsError: The file exists.
+        ValueError: llama.cpp cannot run the model or its tokenizer; the message gives every reason.
         OSError: The file could not be written; nothing is left behind.
     """
     arch = arch_of(model)
@@ -264,10 +263,10 @@ def write(
 
 
 def _write_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, arch: str, dtype: Dtype) -> dict[str, Any]:
-    """First says what will come, by what the conversion makes of tensors without memory, then converts one by one.
+    """Writes the table of tensors from their conversion on the meta device, then converts and writes one by one.
 
     Returns:
-        A hash of each tensor.
+        A hash of each tensor's data.
     """
     kinds, digests = {}, {}
     for name, tensor in _tensors(model, arch, meta=True):
@@ -275,7 +274,7 @@ def _write_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, arch: str, d
         size = gguf.quants.quant_shape_to_byte_shape(tuple(tensor.shape), kind)
         writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), int(np.prod(size)), raw_dtype=kind)
     if uneven := sum(kind == GGMLQuantizationType.F16 for kind in kinds.values()) if dtype == "q8_0" else 0:
-        log.warning("%d of %d tensors have rows that are no multiple of 32: f16 for these", uneven, len(kinds))
+        log.warning("%d of %d tensors have rows that are not multiples of 32: written in f16", uneven, len(kinds))
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -284,7 +283,7 @@ def _write_tensors(writer: gguf.GGUFWriter, model: PreTrainedModel, arch: str, d
         for name, tensor in _tensors(model, arch):
             writer.write_padding(writer.fout[0], writer.fout[0].tell())
             digest = digests[name] = hashlib.sha256()
-            for part in tensor.split(max(1, PART // tensor[0].numel())):  # the library's own method takes it whole
+            for part in tensor.split(max(1, PART // tensor[0].numel())):  # add_tensor would hold the whole tensor
                 encoded = _encoded(part, kinds[name])
                 _check_finite(name, part, encoded)
                 digest.update(encoded.data)
@@ -302,10 +301,10 @@ def _check_finite(name: str, value: Tensor, encoded: np.ndarray) -> None:
 
 
 def _check_written(path: str | os.PathLike[str], digests: dict[str, Any]) -> None:
-    """Makes sure that a file holds what was written."""
-    there = {tensor.name: hashlib.sha256(tensor.data.data).digest() for tensor in gguf.GGUFReader(path).tensors}
-    if unlike := [name for name, digest in digests.items() if there.get(name) != digest.digest()]:
-        raise OSError(f"{unlike[0]} is not on the disk as it was written: nothing was saved; check the disk")
+    """Checks that a file holds the tensors that were written."""
+    stored = {tensor.name: hashlib.sha256(tensor.data.data).digest() for tensor in gguf.GGUFReader(path).tensors}
+    if unlike := [name for name, digest in digests.items() if stored.get(name) != digest.digest()]:
+        raise OSError(f"{unlike[0]} differs between the disk and memory: nothing was saved; check the disk")
 
 
 def _kind(name: str, tensor: Tensor, dtype: Dtype) -> GGMLQuantizationType:
@@ -339,21 +338,21 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-# What llama.cpp can run
+# Refusals
 
 
 def _choose(model: PreTrainedModel, layout: Layout) -> tuple[str, list[str]]:
-    """The first architecture that computes the model; if none does, the one with the fewest reasons against it."""
-    against = [(name, list(_against(model, name))) for name in layout.archs]
-    return min(against, key=lambda one: len(one[1]))
+    """The first architecture that computes the model, or else the one with the fewest refusals, and these."""
+    refused = [(name, list(_arch_refusals(model, name))) for name in layout.archs]
+    return min(refused, key=lambda one: len(one[1]))
 
 
-def _everywhere(model: PreTrainedModel, layout: Layout) -> Iterator[str]:
-    """What no architecture allows."""
+def _family_refusals(model: PreTrainedModel, layout: Layout) -> Iterator[str]:
+    """Reasons that hold for every architecture of a family."""
     blocks, modules = blocks_of(model), list(model.modules())
     if any(isinstance(module, Gather | Scatter) for module in modules):
         yield (
-            "value channels were removed one by one, which llama.cpp has no tensor for: widen them with zeros when "
+            "value channels were removed one by one, for which llama.cpp has no tensor: widen them with zeros when "
             "exporting, or prune whole kv heads"
         )
     if any(hasattr(module, "base_layer") for module in modules):
@@ -365,10 +364,7 @@ def _everywhere(model: PreTrainedModel, layout: Layout) -> Iterator[str]:
         )
     for block in blocks:
         if not block.channels:
-            yield (
-                f"block {block.index} has no feed-forward channels, of which llama.cpp silently computes something "
-                "else: keep some in every block"
-            )
+            yield f"block {block.index} has no FFN channels, which llama.cpp computes wrongly: keep some in every block"
     for key, allowed in layout.fixed.items():
         if getattr(model.config, key, allowed[0]) not in allowed:
             yield f"{key} is {getattr(model.config, key)!r}, and llama.cpp computes {allowed[0]!r} only"
@@ -377,22 +373,22 @@ def _everywhere(model: PreTrainedModel, layout: Layout) -> Iterator[str]:
             yield f"{key} is not set, and llama.cpp always applies it"
 
 
-def _against(model: PreTrainedModel, name: str) -> Iterator[str]:
-    """Why one architecture does not compute a model that passes :func:`_everywhere`."""
-    yield from _against_sizes(model, name)
-    yield from _against_rope(model, name)
+def _arch_refusals(model: PreTrainedModel, name: str) -> Iterator[str]:
+    """Reasons why one architecture does not compute a model."""
+    yield from _size_refusals(model, name)
+    yield from _rope_refusals(model, name)
     arch = ARCHS[name]
     if arch.head == "tied" and not tied(model):
-        yield f"the output head is not the embedding, which llama.cpp's {name} takes for granted: tie them"
+        yield f"the output head is not tied to the embedding, as llama.cpp's {name} requires: tie them"
     if arch.windows and not any(_windows(model.config)):
-        yield f"no block has a sliding window, and llama.cpp's {name} does not run without"
+        yield f"no block has a sliding window, and llama.cpp's {name} does not run without one"
     if name == "smollm3" and any(bool(r) == (not (i + 1) % NOPE) for i, r in enumerate(model.config.no_rope_layers)):
-        yield f"llama.cpp's smollm3 leaves every {NOPE}th block without rotary embedding, and this model others"
-    if lost := [own for own, there in _names(model, name).items() if there is None and own != HEAD]:
+        yield f"llama.cpp's smollm3 leaves every {NOPE}th block without rotary embedding, this model others"
+    if lost := [own for own, target in _names(model, name).items() if target is None and own != HEAD]:
         yield f"llama.cpp's {name} has no place for {lost[0]}{f' and {len(lost) - 1} others' if lost[1:] else ''}"
 
 
-def _against_sizes(model: PreTrainedModel, name: str) -> Iterator[str]:
+def _size_refusals(model: PreTrainedModel, name: str) -> Iterator[str]:
     arch, blocks = ARCHS[name], blocks_of(model)
     widths = sorted({block.channels for block in blocks})
     heads = sorted({_heads(block) for block in blocks if block.has_attention})
@@ -430,7 +426,7 @@ def _against_sizes(model: PreTrainedModel, name: str) -> Iterator[str]:
         )
 
 
-def _against_rope(model: PreTrainedModel, name: str) -> Iterator[str]:
+def _rope_refusals(model: PreTrainedModel, name: str) -> Iterator[str]:
     arch = ARCHS[name]
     rope, sliding = _rope(model.config)
     kind, other = _scaling(rope), sliding.get("rope_type", "default")
@@ -445,7 +441,7 @@ def _against_rope(model: PreTrainedModel, name: str) -> Iterator[str]:
         yield f"a part of each head is not rotated, and llama.cpp's {name} rotates the whole"
 
 
-# What a file says of the model
+# Metadata
 
 
 def _fields(model: PreTrainedModel, name: str) -> dict[str, Any]:
@@ -471,7 +467,7 @@ def _fields(model: PreTrainedModel, name: str) -> dict[str, Any]:
     usual = [bool((i + 1) % arch.windows) for i in range(len(blocks))] if arch.windows else []
     if arch.windows and usual != _windows(config):
         fields[Keys.Attention.SLIDING_WINDOW_PATTERN] = _windows(config)
-    # llama.cpp treats some names specially: none is made up.
+    # llama.cpp treats some names specially, so an unnamed model gets none.
     label = os.path.basename((config.name_or_path or "").rstrip("/"))
     named = {Keys.General.NAME: label} if label else {}
     return named | {key.format(arch=name): value for key, value in fields.items()}
@@ -492,20 +488,20 @@ def _rope_fields(model: PreTrainedModel) -> dict[str, Any]:
     if kind in ("yarn", "longrope"):
         fields[Keys.Rope.SCALING_ORIG_CTX_LEN] = _original_context(model.config)
     attention = float(getattr(_rotary(model), "attention_scaling", 1.0))
-    if kind == "yarn":  # llama.cpp multiplies by this itself
+    if kind == "yarn":  # llama.cpp multiplies by this factor itself
         attention /= 1 + 0.1 * math.log(factor)
     return fields if attention == 1 else fields | {Keys.Rope.SCALING_ATTN_FACTOR: attention}
 
 
 def _scaling(rope: Rope) -> str:
-    """The kind of scaling, in llama.cpp's terms: of YaRN, files can say no more than the factor."""
+    """The kind of scaling in llama.cpp; YaRN with settings other than the factor is written like Llama 3's."""
     kind = rope.get("rope_type", "default")
     settings = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1, rope.get("truncate", True)
     return "llama3" if kind == "yarn" and settings != (32, 1, True) else kind
 
 
 def _rope(config: PreTrainedConfig) -> tuple[Rope, Rope]:
-    """The parameters of rotary embeddings; and those of blocks with a window, where they have others."""
+    """The parameters of rotary embeddings, and those of blocks with a sliding window if they differ."""
     rope = getattr(config, "rope_parameters", None) or {}
     if "full_attention" in rope:
         return rope["full_attention"], rope["sliding_attention"]
@@ -527,18 +523,18 @@ def _rotated(model: PreTrainedModel) -> int:
 
 
 def _context(config: PreTrainedConfig, arch: Arch) -> int:
-    """The context that llama.cpp computes as transformers does: a window's, where it knows of no windows."""
+    """The context length up to which llama.cpp agrees with transformers: the window, if the graph has none."""
     longest = config.max_position_embeddings
     window = getattr(config, "sliding_window", None)
     if arch.windows or not window or SLIDING not in (getattr(config, "layer_types", None) or [SLIDING]):
         return longest
     if window < longest:
-        log.warning("llama.cpp has no windows here: the file's context ends where that of %d would begin", window)
+        log.warning("llama.cpp has no sliding window here: the file's context length is the window, %d", window)
     return min(window, longest)
 
 
 def _windows(config: PreTrainedConfig) -> list[bool]:
-    """Whether each block attends to a window only."""
+    """Whether each block has a sliding window."""
     return [kind == SLIDING for kind in config.layer_types]
 
 
@@ -550,11 +546,11 @@ def _head_dim(model: PreTrainedModel) -> int:
     return next((block.head_dim for block in blocks_of(model) if block.has_attention), 0)
 
 
-# Tensors, by name
+# Tensors
 
 
 def _tensors(model: PreTrainedModel, name: str, meta: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a file, made when they are asked for."""
+    """All tensors of a file by name, converted one at a time."""
     for own, value in _made(model, name, meta):
         factor = _factor(model.config, name, own)
         yield own, _times(value, factor)
@@ -564,7 +560,7 @@ def _made(model: PreTrainedModel, name: str, meta: bool) -> Iterator[tuple[str, 
     inside, names = f"{family_of(model.config).blocks}.", _name_map(model, name)
     gain = LAYOUTS[model.config.model_type].gain
     outside = {own: value for own, value in model.named_parameters() if not own.startswith(inside)}
-    if HEAD in names:  # also where it is the embedding
+    if HEAD in names:  # even if it is tied to the embedding
         outside[HEAD] = model.get_output_embeddings().weight  # type: ignore[union-attr,assignment]
     for own, value in outside.items():
         yield names[own], _plain(own, value, gain, meta)
@@ -573,13 +569,13 @@ def _made(model: PreTrainedModel, name: str, meta: bool) -> Iterator[tuple[str, 
         with contextlib.nullcontext() if meta else block.present():
             yield from _projections(block, model.config, name, meta)
             for own, value in _others(block):
-                if own in names:  # the norm before an attention that was removed is not
+                if own in names:  # not the norm before a removed attention
                     factor = _query_factor(block, model.config, name) if QUERY_NORM in own else 1
                     yield names[own], _times(_plain(own, value, gain, meta), factor)
 
 
 def _factor(config: PreTrainedConfig, name: str, own: str) -> float:
-    """What a tensor is multiplied with where the graph lacks a factor that the family has."""
+    """The factor of a tensor that makes up for `scales` that the graph lacks."""
     if ARCHS[name].scaled:
         return 1
     scales, part = LAYOUTS[config.model_type].scales, own.split(".")[-2]
@@ -587,7 +583,7 @@ def _factor(config: PreTrainedConfig, name: str, own: str) -> float:
 
 
 def _projections(block: Block, config: PreTrainedConfig, name: str, meta: bool) -> Iterator[tuple[str, Tensor]]:
-    """The projections of a block, fused as the architecture has them."""
+    """The projections of a block, fused as in the architecture."""
     parts = _parts(block)
     fused = {part: whole for whole, some in ARCHS[name].fused.items() for part in some}
     for whole in dict.fromkeys(fused.get(part, part) for part in parts):
@@ -599,7 +595,7 @@ def _projections(block: Block, config: PreTrainedConfig, name: str, meta: bool) 
 
 
 def _projection(block: Block, part: str, kind: str, config: PreTrainedConfig, name: str, meta: bool) -> Tensor:
-    """The weight or the bias of a projection, as an architecture has it."""
+    """The weight or bias of a projection, converted for an architecture."""
     path, rows = _parts(block)[part]
     module = block.part(path)
     value = (matrix(module) if kind == "weight" else innermost(module).bias).detach()
@@ -618,7 +614,7 @@ def _times(value: Tensor, factor: float) -> Tensor:
 
 
 def _query_factor(block: Block, config: PreTrainedConfig, name: str) -> float:
-    """What queries are multiplied with, where llama.cpp scales attention otherwise than the model."""
+    """The factor of queries that makes up for llama.cpp's different scaling of attention."""
     arch = ARCHS[name]
     ours = getattr(block.part(block.family.attention), "scaling", None)
     if ours is None or arch.scaled:
@@ -629,7 +625,7 @@ def _query_factor(block: Block, config: PreTrainedConfig, name: str) -> float:
 
 
 def _parts(block: Block) -> dict[str, tuple[str, Tensor]]:
-    """The projections of a block, by llama.cpp's names: path and rows."""
+    """The path and rows of each projection of a block, by llama.cpp's names."""
     groups: list[tuple[tuple[str, ...], str, UnitGroup]] = [(FFN_IN, "ffn_down", block.groups("none")[0])]
     if block.has_attention:
         groups.insert(0, (QKV, "attn_output", block.groups()[0]))
@@ -643,7 +639,7 @@ def _parts(block: Block) -> dict[str, tuple[str, Tensor]]:
 
 
 def _others(block: Block) -> list[tuple[str, Tensor]]:
-    """The parameters of a block that belong to no projection, with their names in the model."""
+    """The parameters of a block outside its projections, with their names in the model."""
     paths = tuple(f"{path}." for path, _ in _parts(block).values())
     prefix = f"{block.family.blocks}.{block.index}."
     own = block.module.named_parameters()
@@ -651,16 +647,16 @@ def _others(block: Block) -> list[tuple[str, Tensor]]:
 
 
 def _plain(name: str, value: Tensor, gain: float, meta: bool) -> Tensor:
-    """A tensor as it is, but for a norm's gain."""
+    """A tensor unchanged, or a norm's weight with the gain added."""
     value = value.detach().to("meta") if meta else value.detach()
     return value.float() + gain if gain and "norm" in name else value
 
 
 def _name_map(model: PreTrainedModel, name: str) -> dict[str, str]:
-    """llama.cpp's names of the parameters that it reads and that belong to no projection, by ours."""
+    """llama.cpp's names, by ours, of the parameters outside projections that it reads."""
     found, blocks = _names(model, name), blocks_of(model)
     bare = {f"blk.{block.index}.attn_norm.weight" for block in blocks if not block.has_attention}
-    return {own: there for own, there in found.items() if there and there not in bare}
+    return {own: target for own, target in found.items() if target and target not in bare}
 
 
 def _names(model: PreTrainedModel, name: str) -> dict[str, str | None]:
@@ -675,7 +671,7 @@ def _names(model: PreTrainedModel, name: str) -> dict[str, str | None]:
 
 
 def _rope_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """By what rotary frequencies are divided, where that differs between them."""
+    """The divisors of rotary frequencies, if they differ between frequencies."""
     rope, _ = _rope(model.config)
     kind, count = _scaling(rope), _rotated(model)
     if kind == "llama3":

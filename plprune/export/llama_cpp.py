@@ -1,12 +1,11 @@
-"""Runs a GGUF file in llama.cpp, to show that it is the model it was written from.
+"""Runs a GGUF file in llama.cpp: log-probabilities of a text, greedy continuation, and tokenisation.
 
-llama.cpp is the CPU build that the package `xllamacpp` carries. It ends its process when it meets a file that it does
-not expect, so it works in one of its own. Keys and values are cached in float32 and flash attention is off: what is
-left of the difference to another program is the file's.
+llama.cpp is the CPU build in the package `xllamacpp`. It ends its process on a file that it does not expect, so it runs
+in a subprocess. Keys and values are cached in float32 and flash attention is off, so that differences to another
+program come from the file.
 
-Log-probabilities of a given text come from one request per token, each of which reads one token more than the one
-before. What is asked for is a single new token that a bias forces to be the text's next one; its probability is
-reported as it was before the bias.
+Log-probabilities of a text take one request per token. Each request generates one token, which a logit bias forces to
+be the next token of the text; the server reports its probability without the bias.
 """
 
 import importlib
@@ -25,9 +24,9 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
-FORCE = 1e6  # added to a logit: no other token is left a chance
+FORCE = 1e6  # logit bias that leaves no other token a chance
 EVERYTHING = 2**24  # more tokens than any vocabulary has
-MARKS = (  # the telling ones first
+ERROR_PATTERNS = (  # the most specific first
     "^gguf_init",
     "error loading model: ",
     "GGML_ASSERT",
@@ -39,15 +38,15 @@ MARKS = (  # the telling ones first
 
 @dataclass(frozen=True)
 class Run:
-    """What llama.cpp made of a file.
+    """The output of llama.cpp on a prompt.
 
     Args:
-        token_ids: The text, as given or as llama.cpp's tokenizer divides it.
-        logprobs: The natural logarithm of the probability of each token of the text but the first.
-        greedy: The tokens that follow the text, each the likeliest.
-        text: These as text.
-        version: The program that ran.
-        tokens_per_second: Of generation, a token at a time.
+        token_ids: The prompt, as given or as llama.cpp tokenises it.
+        logprobs: Natural log-probabilities of every token of the prompt except the first.
+        greedy: The greedy continuation.
+        text: The continuation as text.
+        version: Name and version of the program.
+        tokens_per_second: Speed of generation, one token at a time.
     """
 
     token_ids: list[int]
@@ -59,15 +58,15 @@ class Run:
 
 
 def run(path: str | os.PathLike[str], prompt: str | Sequence[int], continue_for: int = 16) -> Run:
-    """Reads a text in llama.cpp, and continues it.
+    """Computes the log-probabilities of a prompt, and continues it greedily.
 
     Args:
         path: A GGUF file.
-        prompt: The text, or its token ids. Special tokens are as the file's tokenizer adds them; to ids none is added.
+        prompt: A text, to which the file's tokenizer adds special tokens, or token ids, to which none are added.
         continue_for: Tokens to generate.
 
     Raises:
-        ImportError: xllamacpp is not installed, so that nothing was checked.
+        ImportError: xllamacpp is not installed.
         ValueError: llama.cpp cannot load or run the file.
     """
     ids = prompt if isinstance(prompt, str) else [int(i) for i in prompt]
@@ -76,12 +75,12 @@ def run(path: str | os.PathLike[str], prompt: str | Sequence[int], continue_for:
 
 
 def tokenise(path: str | os.PathLike[str], texts: Sequence[str], special: bool = False) -> list[list[int]]:
-    """Divides texts into tokens as the tokenizer in a GGUF file does in llama.cpp.
+    """Tokenises texts in llama.cpp by the tokenizer of a GGUF file.
 
     Args:
         path: A GGUF file.
         texts: The texts.
-        special: Whether the special tokens are added that the file asks for.
+        special: Whether to add the special tokens that the file names.
 
     Raises:
         ImportError: xllamacpp is not installed.
@@ -91,7 +90,7 @@ def tokenise(path: str | os.PathLike[str], texts: Sequence[str], special: bool =
 
 
 def program() -> str:
-    """The name and the version of the program, for a report.
+    """Name and version of llama.cpp.
 
     Raises:
         ImportError: It is not installed.
@@ -102,7 +101,7 @@ def program() -> str:
 
 
 def _ask(request: dict[str, Any]) -> dict[str, Any]:
-    """Has a process of its own do what a request says."""
+    """Answers a request in a subprocess."""
     program()
     with tempfile.TemporaryDirectory() as folder:
         request |= {"answer": os.path.join(folder, "answer.json")}
@@ -116,16 +115,16 @@ def _ask(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reason(log: str, code: int) -> str:
-    """What is wrong, in the words of llama.cpp's log."""
+    """The line of llama.cpp's log that explains an error best."""
     lines = [re.sub(r"^[\d.]+ [A-Z] ", "", line) for line in log.splitlines() if line.strip()]
-    for mark in MARKS:
-        if told := [line for line in lines if re.search(mark, line)]:
+    for pattern in ERROR_PATTERNS:
+        if told := [line for line in lines if re.search(pattern, line)]:
             return told[-1]
     return f"it ended with code {code}"
 
 
 def _main() -> None:
-    sys.path.pop(0)  # this folder, whose gguf.py would hide the package
+    sys.path.pop(0)  # this folder, whose gguf.py would shadow the package
     request = json.load(sys.stdin)
     server = _server(request["path"], request.get("prompt", ""), request.get("continue_for", 0))
     if "texts" in request:
@@ -140,7 +139,7 @@ def _server(path: str, prompt: str | list[int], continue_for: int) -> Any:
     xllamacpp: Any = importlib.import_module("xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path = path
-    params.n_ctx = max(256, len(prompt) + continue_for + 8)  # of a text, there are no more tokens than bytes
+    params.n_ctx = max(256, len(prompt) + continue_for + 8)  # a text has at most as many tokens as characters
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.swa_full, params.warmup, params.fit_params = True, False, False
@@ -173,11 +172,11 @@ def _read(server: Any, prompt: str | list[int], continue_for: int) -> dict[str, 
 
 
 def _logprob(server: Any, ids: list[int], token: int) -> float:
-    """The log-probability that a token follows."""
+    """The log-probability of a token after a prefix."""
     answer = _post(server, "completion", **_next(ids, 1), n_probs=1, logit_bias=[[token, FORCE]])
     if "completion_probabilities" in answer:
         return answer["completion_probabilities"][0]["logprob"]
-    # The server keeps to itself a token that ends within a character: seek it among all that might follow.
+    # The server withholds a token that ends within a character: look it up among the probabilities of all tokens.
     whole = _tokens(server, "a", False)[0]
     answer = _post(server, "completion", **_next(ids, 1), n_probs=EVERYTHING, logit_bias=[[whole, FORCE]])
     return next(t["logprob"] for t in answer["completion_probabilities"][0]["top_logprobs"] if t["id"] == token)

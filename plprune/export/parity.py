@@ -1,6 +1,6 @@
-"""Proof that an exported model is the one it was exported from: another program loads it and reads a text.
+"""Compares an exported model, loaded by another program, with the model in memory.
 
-What the model itself makes of the text is compared with what the program makes of it, token by token.
+Both compute the log-probabilities of a text and continue a prompt greedily.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ from plprune.pruning.forward import evaluating
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What a program makes of a text.
+    """The output of a program on a text.
 
     Args:
-        logprobs: Of each token of each window but the first, [n, s - 1].
-        greedy: The tokens by which it continues the prompt, each the likeliest.
-        program: Which program, and its version.
-        tokens_per_second: How many it generates, one at a time.
+        logprobs: Log-probabilities of every token of every window except the first, [n, s - 1].
+        greedy: The greedy continuation of the prompt.
+        program: Name and version of the program.
+        tokens_per_second: Speed of generation, one token at a time.
     """
 
     logprobs: Tensor
@@ -46,15 +46,15 @@ class Row:
     """One line of the parity table.
 
     Args:
-        format: What was asked for.
-        file: What was written; None if it was refused.
-        refused: Why it was not written, and what to prune differently.
-        program: Which program loaded it, and its version; None if none did.
-        difference: The largest difference of log-probabilities over the text.
-        same_text: Whether the greedy continuation is the same, token by token.
-        bytes: Size of what was written.
-        tokens_per_second: How many the program generates, one at a time.
-        note: What else there is to say.
+        format: The format, with its dtype.
+        file: The file or folder that was written; None if the format was refused.
+        refused: Reasons why it was not written, with the settings to change.
+        program: Name and version of the program that loaded it; None if none did.
+        difference: Largest difference of log-probabilities over the text.
+        same_text: Whether the greedy continuations are equal.
+        bytes: Size of the file or folder.
+        tokens_per_second: Speed of generation, one token at a time.
+        note: A further remark.
     """
 
     format: str
@@ -69,18 +69,18 @@ class Row:
 
 
 @torch.no_grad()
-def reading(model: PreTrainedModel, windows: Tensor) -> Reading:  # [n, s]
-    """What the model itself makes of a text."""
+def read_model(model: PreTrainedModel, windows: Tensor) -> Reading:  # [n, s]
+    """The output of the model in memory."""
     with evaluating(model):
         tokens, speed = alone.continuation(model, alone.prompt_of(windows))
         return Reading(alone.logprobs(model, windows), tokens, "plprune", speed)
 
 
 def by_transformers(folder: Path, windows: Tensor) -> Reading:  # [n, s]
-    """What transformers makes of a folder, in a process where plprune cannot be imported.
+    """The output of transformers on a folder, in a process that cannot import plprune.
 
     Raises:
-        ValueError: It does not load there.
+        ValueError: The folder does not load there.
     """
     with tempfile.TemporaryDirectory() as room:
         request, answer = Path(room, "request.safetensors"), Path(room, "answer.safetensors")
@@ -97,10 +97,10 @@ def by_transformers(folder: Path, windows: Tensor) -> Reading:  # [n, s]
 
 
 def by_llama_cpp(file: Path, windows: Tensor) -> Reading:  # [n, s]
-    """What llama.cpp makes of a GGUF file.
+    """The output of llama.cpp on a GGUF file.
 
     Raises:
-        ValueError: It does not load it.
+        ValueError: llama.cpp does not load the file.
     """
     runs = [llama_cpp.run(file, window.tolist(), 0) for window in windows]
     continued = llama_cpp.run(file, alone.prompt_of(windows).tolist(), 32)
@@ -108,13 +108,13 @@ def by_llama_cpp(file: Path, windows: Tensor) -> Reading:  # [n, s]
     return Reading(logprobs, torch.tensor(continued.greedy), continued.version, continued.tokens_per_second)
 
 
-def compared(row: Row, read: Callable[[], Reading], own: Reading) -> Row:
-    """The row with what another program made of the text; with the reason if it could not."""
+def compare(row: Row, read: Callable[[], Reading], own: Reading) -> Row:
+    """Completes a row with the output of another program, or with the reason why it failed."""
     try:
         other = read()
     except ValueError as error:
         return dataclasses.replace(row, note=f"not loaded: {error}")
-    length = min(len(own.greedy), len(other.greedy))  # one may go on after the end of the text
+    length = min(len(own.greedy), len(other.greedy))  # one program may go on after the end of the text
     return dataclasses.replace(
         row,
         program=other.program,
@@ -135,7 +135,7 @@ HEADER = (
 
 
 def parity_table(rows: list[Row]) -> str:
-    """The rows in Markdown, with what was refused, and why, below.
+    """The rows as a Markdown table, followed by the reasons of refusals and other remarks.
 
     Example:
         >>> print(parity_table([Row("decilm", refused=["block 0 has no attention"])]))

@@ -1,8 +1,8 @@
-"""A Hugging Face tokenizer as llama.cpp reads it from a GGUF file.
+"""Converts a Hugging Face tokenizer to the fields of a GGUF file.
 
-llama.cpp has its own tokenizers, and knows by name how text is divided before byte-level BPE begins. The name follows
-from the expressions in `tokenizer.json`: a text that only looks like another's would be divided otherwise now and then,
-so what is not in :data:`DIVISIONS` is refused.
+llama.cpp implements a fixed set of named pre-tokenizers for byte-level BPE. :data:`PRE_TOKENIZERS` finds the name by
+the exact regular expressions in `tokenizer.json`; tokenizers with other expressions are refused, because similar ones
+would split some texts differently.
 """
 
 import json
@@ -14,7 +14,7 @@ from gguf import Keys, TokenType
 from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-GPT2 = "gpt-2"  # what a ByteLevel pre-tokenizer does with text, unless told otherwise
+GPT2 = "gpt-2"  # the expression that a ByteLevel pre-tokenizer has by default
 DIGIT = r"\p{N}"
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -24,8 +24,8 @@ CASED = (
 )
 CASED_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
-# By the expressions that divide a text, one after the other, and by whether whole words skip the merges.
-DIVISIONS: dict[tuple[tuple[str, ...], bool], str] = {
+# llama.cpp's names, by the expressions that split a text in turn, and by whether whole words skip the merges.
+PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((GPT2,), False): "gpt-2",
     ((DIGIT, GPT2), False): "smollm",
     ((WORDS + r"\p{N}{1,3}" + REST,), False): "dbrx",
@@ -39,14 +39,14 @@ PREFIXED = ("first", "always")
 
 
 def fields(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, Any]:
-    """What a GGUF file says of a tokenizer.
+    """The fields of a GGUF file that describe a tokenizer.
 
     Args:
-        tokenizer: The tokenizer; byte-level BPE, or SentencePiece's BPE with bytes for what it lacks.
-        rows: Of the embedding; those without a token get a name of their own.
+        tokenizer: A byte-level BPE tokenizer, or SentencePiece's BPE with byte fallback.
+        rows: Rows of the embedding; those without a token are named `[PAD...]`.
 
     Raises:
-        ValueError: It is of another kind, divides text in a way that llama.cpp does not know, or is another model's.
+        ValueError: The tokenizer is of another kind, splits text in a way that llama.cpp lacks, or is another model's.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -57,22 +57,22 @@ def fields(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, Any]:
             f"tokenizers of type {state['model']['type']} are not written to GGUF: byte-level BPE and "
             "SentencePiece's BPE are"
         )
-    if apart := _apart(state):
+    if odd := _differently_matched(state):
         log.warning(
-            "llama.cpp may divide text otherwise around the tokens %s: this tokenizer takes the spaces beside them "
-            "into them, or looks for them in what its normalizer has made of the text",
-            ", ".join(apart[:5]) + (f" and {len(apart) - 5} more" if len(apart) > 5 else ""),
+            "llama.cpp may split text differently around the tokens %s: this tokenizer strips spaces beside them, or "
+            "looks for them in normalised text",
+            ", ".join(odd[:5]) + (f" and {len(odd) - 5} more" if len(odd) > 5 else ""),
         )
-    own = _sentence_piece(state) if state["model"].get("byte_fallback") else _byte_level(state)
-    return own | _tokens(tokenizer, state, rows) | _special(tokenizer)
+    kind = _sentence_piece(state) if state["model"].get("byte_fallback") else _byte_level(state)
+    return kind | _tokens(tokenizer, state, rows) | _special(tokenizer)
 
 
-def _apart(state: dict[str, Any]) -> list[str]:
-    """The added tokens that llama.cpp does not find in a text just where the tokenizer does."""
+def _differently_matched(state: dict[str, Any]) -> list[str]:
+    """The added tokens that llama.cpp may find at other places of a text than the tokenizer."""
     return [
         token["content"]
         for token in state["added_tokens"]
-        if any(token[how] for how in ("lstrip", "rstrip", "single_word"))
+        if any(token[flag] for flag in ("lstrip", "rstrip", "single_word"))
         or (token["normalized"] and state["normalizer"])
     ]
 
@@ -80,7 +80,7 @@ def _apart(state: dict[str, Any]) -> list[str]:
 def _byte_level(state: dict[str, Any]) -> dict[str, Any]:
     steps = list(_steps(state["pre_tokenizer"]))
     key = tuple(step for step in steps if step), bool(state["model"].get("ignore_merges"))
-    if key not in DIVISIONS:
+    if key not in PRE_TOKENIZERS:
         raise ValueError(
             f"llama.cpp has no name for how this tokenizer divides text ({' then '.join(steps) or 'not at all'}): "
             "use the model with another program"
@@ -90,13 +90,13 @@ def _byte_level(state: dict[str, Any]) -> dict[str, Any]:
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in state["model"]["merges"]]
     return {
         Keys.Tokenizer.MODEL: "gpt2",
-        Keys.Tokenizer.PRE: DIVISIONS[key],
+        Keys.Tokenizer.PRE: PRE_TOKENIZERS[key],
         **({Keys.Tokenizer.MERGES: merges} if merges else {}),
     }
 
 
 def _steps(node: dict[str, Any] | None) -> Iterator[str]:
-    """The expressions by which a pre-tokenizer divides text; empty where it only maps bytes to letters."""
+    """The expressions by which a pre-tokenizer splits text; an empty one if it only maps bytes to letters."""
     node = node or {"type": "none"}
     if node["type"] == "Sequence":
         for each in node["pretokenizers"]:
@@ -112,17 +112,12 @@ def _steps(node: dict[str, Any] | None) -> Iterator[str]:
 
 
 def _sentence_piece(state: dict[str, Any]) -> dict[str, Any]:
-    """llama.cpp joins the two neighbours whose union scores highest: the earlier a merge, the higher."""
     prefixed = any(
         node.get("prepend") == SPACE or node.get("prepend_scheme") in PREFIXED
         for part in ("normalizer", "pre_tokenizer")
         for node in _nodes(state[part])
     )
-    return {
-        Keys.Tokenizer.MODEL: "llama",
-        Keys.Tokenizer.PRE: "default",
-        Keys.Tokenizer.ADD_PREFIX: prefixed,
-    }
+    return {Keys.Tokenizer.MODEL: "llama", Keys.Tokenizer.PRE: "default", Keys.Tokenizer.ADD_PREFIX: prefixed}
 
 
 def _nodes(node: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
@@ -133,7 +128,7 @@ def _nodes(node: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, state: dict[str, Any], rows: int) -> dict[str, Any]:
-    """Every row's token and kind, and for SentencePiece its score."""
+    """The token and type of every row; for SentencePiece also its score, the higher the earlier its merge."""
     names = {index: token for token, index in tokenizer.get_vocab().items()}
     if names and max(names) >= rows:
         raise ValueError(
@@ -149,7 +144,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, state: dict[str, Any], rows: int
         for rank, pair in enumerate(state["model"]["merges"]):
             ranks.setdefault("".join(pair.split(" ") if isinstance(pair, str) else pair), rank)
         found[Keys.Tokenizer.SCORES] = [-float(ranks.get(token, 0)) for token in tokens]
-        # What was added is printed as it stands: with spaces, not with what stands for them.
+        # llama.cpp prints added tokens as they are: write them with spaces.
         spaced = [token.replace(SPACE, " ") for token in tokens]
         taken = set(tokens)
         found[Keys.Tokenizer.LIST] = [

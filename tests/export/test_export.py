@@ -147,7 +147,7 @@ def test_a_program_that_does_not_load_a_file_is_quoted() -> None:
     def fail() -> Reading:
         raise ValueError("no such tensor")
 
-    row = parity.compared(Row("hf", "hf"), fail, Reading(torch.zeros(1, 1), torch.zeros(1), "plprune", 1.0))
+    row = parity.compare(Row("hf", "hf"), fail, Reading(torch.zeros(1, 1), torch.zeros(1), "plprune", 1.0))
     assert row.program is None
     assert row.note == "not loaded: no such tensor"
 
@@ -155,10 +155,10 @@ def test_a_program_that_does_not_load_a_file_is_quoted() -> None:
 def test_a_difference_is_seen() -> None:
     own = Reading(torch.zeros(2, 3), torch.tensor([1, 2, 3]), "plprune", 1.0)
     other = Reading(torch.tensor([[0, 0.5, 0], [0, 0, -2.0]]), torch.tensor([1, 2]), "another", 1.0)
-    row = parity.compared(Row("hf", "hf"), lambda: other, own)
+    row = parity.compare(Row("hf", "hf"), lambda: other, own)
     assert (row.difference, row.same_text) == (2.0, True)
     other.greedy[1] = 7
-    assert parity.compared(Row("hf", "hf"), lambda: other, own).same_text is False
+    assert parity.compare(Row("hf", "hf"), lambda: other, own).same_text is False
 
 
 # ---- reshaping

@@ -26,6 +26,7 @@ from plprune.architecture.families import FAMILIES
 from plprune.architecture.modules import innermost
 from plprune.checkpoint.load import load_model, load_tokenizer
 from plprune.export import gguf, llama_cpp, vocabulary
+from plprune.export.vocabulary import PRE_TOKENIZERS
 from plprune.pruning.surgery import drop_attention, shrink
 from plprune.streaming import open_streamed
 from tests.builders import PAIRS, method, save_tiny, tiny, tokenizer, windows
@@ -243,7 +244,7 @@ def test_rotary_embeddings_may_differ_where_there_is_a_window(tmp_path: Path) ->
 
 def test_a_window_that_llama_cpp_lacks_ends_the_context(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert fields(written(tiny("mistral"), tmp_path))["llama.context_length"] == 8
-    assert "no windows here" in caplog.text
+    assert "no sliding window here" in caplog.text
 
 
 @needs_llama_cpp
@@ -292,7 +293,7 @@ def refused(model: PreTrainedModel) -> str:
     [
         ("opt", None, "no architecture for 'opt'"),
         ("llama", functools.partial(without_attention, index=0), "block 0 keeps its attention"),
-        ("llama", functools.partial(widths, counts=(3, 0, 5)), "block 1 has no feed-forward channels"),
+        ("llama", functools.partial(widths, counts=(3, 0, 5)), "block 1 has no FFN channels"),
         ("gemma2", widths, "prune every block to the same width"),
         ("smollm3", heads, "prune as many in every block"),
         ("olmo2", functools.partial(heads, counts=(2, 2, 2)), "prune no heads"),
@@ -335,7 +336,7 @@ def test_unmerged_adapters_are_refused() -> None:
     [
         ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
-        ("gemma2", {"tie_word_embeddings": False}, "the output head is not the embedding"),
+        ("gemma2", {"tie_word_embeddings": False}, "the output head is not tied to the embedding"),
         ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping is not set"),
         ("gemma2", {"layer_types": ["full_attention"] * 3}, "no block has a sliding window"),
         ("smollm3", {}, "every 4th block without rotary embedding"),
@@ -475,11 +476,11 @@ def test_tokens_that_llama_cpp_finds_elsewhere_are_named(
     words.backend_tokenizer.normalizer = normalizer
     words.add_tokens([AddedToken("<|user|>", **{"normalized": False} | token)])
     vocabulary.fields(words, 310)
-    assert ("llama.cpp may divide text otherwise around the tokens <|user|>:" in caplog.text) == said
+    assert ("llama.cpp may split text differently around the tokens <|user|>:" in caplog.text) == said
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize(("division", "name"), vocabulary.DIVISIONS.items(), ids=vocabulary.DIVISIONS.values())
+@pytest.mark.parametrize(("division", "name"), PRE_TOKENIZERS.items(), ids=PRE_TOKENIZERS.values())
 def test_text_is_divided_as_by_the_tokenizer(division: tuple[Any, bool], name: str, tmp_path: Path) -> None:
     steps, whole_words = division
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -16,7 +16,8 @@ from plprune.architecture.blocks import blocks_of
 from plprune.checkpoint import stock_config
 from plprune.checkpoint.load import load_skeleton
 from plprune.cli import main
-from plprune.export import decilm, fits
+from plprune.export import decilm
+from plprune.export.formats import format_refusals
 from plprune.io.units import parse_amount
 from plprune.methods import Request
 from plprune.planning import hardware, needs
@@ -343,7 +344,9 @@ def test_the_formats_are_those_that_export_would_write(tmp_path: Path) -> None:
     skeleton = bare(tiny("llama", intermediate_size=512))
     for request in (Request(CFSP(0.2), serve_on=["vllm"]), Request(CFSP(0.2)), Request(FASP(0.2))):
         model, biased = tiny("llama", intermediate_size=512), request.method.biased
-        predicted = [fits.exports(pruned_skeleton(skeleton, case, biased)) for case in request.predict_sizes(skeleton)]
+        predicted = [
+            format_refusals(pruned_skeleton(skeleton, case, biased)) for case in request.predict_sizes(skeleton)
+        ]
         request.prune(model, [windows()])
         assert bool(decilm.refusals(model)) in {bool(each["decilm"]) for each in predicted}
 
