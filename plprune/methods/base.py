@@ -1,4 +1,4 @@
-"""What a pruning method is."""
+"""The base classes of all pruning methods."""
 
 import dataclasses
 from abc import ABC, abstractmethod
@@ -40,7 +40,7 @@ class PruningMethod(ABC):
 
     @abstractmethod
     def prune(self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor]) -> PruningPlan:
-        """Prunes in place, and says what was kept.
+        """Prunes a model in place and returns the plan.
 
         Args:
             model: A causal language model of a family in `plprune.architecture.families.FAMILIES`.
@@ -93,8 +93,8 @@ class Repairing(PruningMethod):
     """A method whose consumers can be repaired, in whichever way its paper does it.
 
     Args:
-        repair: What is done for consumers that lose inputs. none; compensate: their bias takes up what those gave on
-            average; restore: what they keep does the work of those too, by least squares.
+        repair: Repair of consumers that lose inputs. none; compensate: their bias takes up what the inputs contributed
+            on average; restore: least squares changes their kept weights to make up for the inputs.
         damping: Regularisation of a restoration, relative to the mean diagonal of the inputs' second moments. auto: of
             0.0001, 0.001 and so on to 1, what does best on every fourth calibration window, held out for that.
         bias: Whether a repair may give consumers a bias. Without it, a restoration is of inputs that are not centred.
@@ -121,7 +121,7 @@ class Repairing(PruningMethod):
         return []
 
     def repairer(self, calibration: Calibration) -> Repairer:
-        """What repairs consumers."""
+        """The repair that the settings describe."""
         return Repairer(self.repair, self.damping, self.bias, calibration)
 
     def repair_work(self, model: PreTrainedModel, tokens: int, length: int, attention: AttentionUnit) -> Work:

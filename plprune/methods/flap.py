@@ -132,7 +132,7 @@ class FLAP(Repairing):
         return unique_cases(budget.rows, cases)
 
     def work(self, model: PreTrainedModel, count: int, length: int, constraint: Constraint = FREE) -> Work:
-        """The walk that restores; compensation needs none."""
+        """The second pass, which restores; compensation needs none."""
         if self.repair != "restore":
             return Work()
         return self.repair_work(model, count * length, length, unit(constraint))
@@ -241,7 +241,7 @@ class FLAP(Repairing):
         return self._mixed(scores, p)
 
     def _counts(self, budget: Budget, wanted: Sequence[float]) -> list[int]:
-        """Units to keep in each group; a given number of heads is settled first, and channels give the rest."""
+        """Units to keep in each group; under the MM structures heads are fitted first, then channels to the rest."""
         rows, costs = budget.rows, budget.costs
         kinds = {kind: [i for i, (_, g) in enumerate(rows) if g.kind == kind] for kind in ("attention", "ffn")}
         if not self.structure.endswith("MM") or not kinds["attention"]:
@@ -278,12 +278,12 @@ class FLAP(Repairing):
         return [kept[group.name] for _, group in rows]
 
     def _heads_to_remove(self, rows: Rows) -> int:
-        """In all blocks together; under UL-MM in each of them."""
+        """kv heads to remove in all blocks together; under UL-MM in each block."""
         blocks = sum(group.kind == "attention" for _, group in rows)
         return self.remove_heads // max(1, blocks) if self.structure == "UL-MM" else self.remove_heads
 
     def _channels_to_remove(self, rows: Rows, counts: Sequence[int], p: float) -> int:
-        """Likewise, for the rest of the budget, once of the heads so many are kept."""
+        """FFN channels to remove so that the budget is met with the given counts; under UL-MM in each block."""
         costs = [block.cost(group) for block, group in rows]
         left = sum(cost * (count - (1 - p) * len(g)) for cost, count, (_, g) in zip(costs, counts, rows, strict=True))
         own = [cost for cost, (_, group) in zip(costs, rows, strict=True) if group.kind == "ffn"]
@@ -375,7 +375,7 @@ def _check_removal(remove: int, there: int, where: str) -> None:
 
 
 def _compensate(surgery: Surgery, decided: list[tuple[Block, UnitGroup, Tensor]], means: dict[str, Tensor]) -> None:
-    """Prunes what was decided, and has the means of the dense model's inputs go into the biases."""
+    """Prunes, and adds what the removed inputs contributed on average in the dense model to the biases."""
     for block, rows in itertools.groupby(decided, lambda row: row[0]):
         with block.present():
             for _, group, keep in rows:

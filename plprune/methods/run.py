@@ -1,4 +1,4 @@
-"""How any method is run: for a target, for a place to serve, and so that its plan says where everything came from."""
+"""Runs any method for a target and a runtime, and completes its plan with the origin of the model and the text."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Observing a dense model once, for any number of prunings."""
+"""Observations of a dense model, computed once for any number of prunings."""
 
 from pathlib import Path
 from typing import Any

@@ -1,10 +1,10 @@
-r"""Putting right what removal broke, for every method, in closed form: least-squares restoration and bias compensation.
+r"""Repairs consumers after removal, in closed form, for every method: least-squares restoration and bias compensation.
 
-A method that has decided for all blocks prunes them in a second walk: in each, the attention's consumer is repaired
-first, and then the FFN's, by the inputs that the repaired attention gives it; what leaves the block enters the next.
+A method that has decided for all blocks prunes them in a second pass. In each block the attention's consumer is
+repaired first, then the FFN's, by the inputs that the repaired attention produces; the next block sees both repairs.
 
-Restored weights are drawn toward the kept ones, so that what few tokens do not determine stays as it was. Inputs are
-centred where there may be a bias: on the text that it is fitted to, a restoration is then no worse than compensation.
+Damping pulls restored weights toward the kept ones, which therefore stay where few tokens determine them. Inputs are
+centred if a bias may be added: on the calibration text, restoration is then no worse than compensation.
 
 Symbols: W the consumer's weight, X its inputs with mean :math:`\mu` and second moments H, M the kept columns and P the
 removed ones, :math:`\lambda` the damping.
@@ -32,7 +32,7 @@ from plprune.pruning.surgery import Surgery
 Repair = Literal["none", "compensate", "restore"]
 Damping = float | Literal["auto"]
 Seen = Moments | Gram | HoldoutGram
-DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of which `auto` takes one
+DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # the candidates of `auto`
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Repairer:
     """How the consumers of what is removed are repaired.
 
     Args:
-        repair: Not at all, by a bias, or by restored weights.
-        damping: Of a restoration; auto: each consumer's own, chosen by what is held out of the text.
-        bias: Whether a consumer may get a bias.
+        repair: Nothing, compensation by a bias, or restoration of the kept weights.
+        damping: Regularisation of a restoration; auto chooses it for each consumer on held-out windows.
+        bias: Whether a bias may be added to a consumer.
         calibration: The text.
 
     Raises:
-        ValueError: Nothing of the text can be held out.
+        ValueError: `damping` is auto, but there is only one window.
     """
 
     repair: Repair
@@ -63,18 +63,18 @@ class Repairer:
 
     @property
     def statistic(self) -> Callable[[], Seen]:
-        """What has to be known of a consumer's inputs."""
+        """The statistic of a consumer's inputs that the repair needs."""
         if self.repair != "restore":
             return Moments
         return partial(HoldoutGram, self.calibration.first) if self.damping == "auto" else Gram
 
     def carry_out(self, surgery: Surgery, chosen: Sequence[tuple[Block, UnitGroup, Tensor]], title: str) -> None:
-        """Prunes what was chosen, and repairs it, if at all, in a walk of its own.
+        """Prunes the chosen groups and repairs their consumers, in a second pass over the blocks if there is a repair.
 
         Args:
-            surgery: What prunes.
-            chosen: Groups in the order of the blocks, each with the units that stay.
-            title: What the progress bar says.
+            surgery: Prunes the groups.
+            chosen: Groups in the order of the blocks, each with the units to keep.
+            title: Title of the progress bar.
         """
         if self.repair == "none":
             for block, group, keep in chosen:
@@ -96,7 +96,7 @@ class Repairer:
         keep: Tensor,  # [kept]
         seen: Seen,
     ) -> None:
-        """Removes all other units of a group, and repairs its consumer by what was seen of its inputs."""
+        """Removes all other units of a group, and repairs its consumer by the statistic of its inputs."""
         if len(keep) == len(group):
             return surgery.keep(block, group, keep)
         consumer, columns = group.consumer, group.consumer.index[keep].flatten().sort().values
@@ -118,7 +118,7 @@ class Repairer:
         columns: Tensor,  # [kept]
         seen: Seen,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The consumer's weight over the columns that stay, and what its bias gains; None of what does not change."""
+        """The consumer's new weight over the kept columns, and the gain of its bias; None for what stays as it is."""
         restored = None
         if not isinstance(seen, Moments):  # the rows of a weight are independent: each process restores some
             peers, damping = self.calibration.group, self.damping
@@ -133,7 +133,7 @@ class Repairer:
         return restored, compensation(weight, seen.mean, columns, restored) if gains else None
 
     def _best_damping(self, rows: Tensor, columns: Tensor, seen: HoldoutGram) -> float:
-        """What errs least, over the rows of all processes, on what is held out."""
+        """The damping with the smallest error on the held-out windows, over the rows of all processes."""
         fitting, held_out = seen.fitting, seen.held_out
         if self.bias:
             moments = fitting.covariance(), held_out.about(fitting.mean)
@@ -149,7 +149,7 @@ def restore(
     keep: Tensor,  # [kept]
     damping: float,
 ) -> Tensor:  # [d_out, kept], float64
-    r"""The kept columns, changed so that they also do the work of the removed ones (FASP).
+    r"""Least-squares weights of the kept columns, which make up for the removed ones (FASP).
 
     .. math:: W' = W_M + W_P H_{PM} \left(H_{MM} + \lambda \, \overline{\mathrm{diag}}(H_{MM}) \, I\right)^{-1}
 
@@ -169,7 +169,7 @@ def restore(
     gone = complement(keep, len(moments)).to(moments.device)
     keep = keep.to(moments.device)
     weight, moments = weight.double().to(moments.device), moments.double()
-    kept = moments[keep[:, None], keep]  # as few copies as can be: for a wide FFN each takes gigabytes
+    kept = moments[keep[:, None], keep]  # avoid further copies: for a wide FFN each takes gigabytes
     kept.diagonal().add_(damping * kept.diagonal().mean())
     factor, info = torch.linalg.cholesky_ex(kept)
     del kept
@@ -187,16 +187,16 @@ def held_out_errors(
     keep: Tensor,  # [kept]
     dampings: Sequence[float] = DAMPINGS,
 ) -> Tensor:  # [dampings], float64
-    r"""How far restored outputs are from the dense ones on inputs that the restoration has not seen, for each damping.
+    r"""The squared error of restored outputs on held-out inputs, for each damping.
 
     .. math:: \mathrm{tr}\bigl((W'_\lambda - W) \, H_{held} \, (W'_\lambda - W)^\top\bigr)
 
-    with zeros in W' for what was removed.
+    where W' is zero in the removed columns.
 
     Args:
         weight: The consumer's weight.
-        fitting: Second moments of the inputs that it is restored by.
-        held_out: Second moments of those that judge it, about the same point: with a bias, the mean of the former.
+        fitting: Second moments of the inputs that determine the restoration.
+        held_out: Second moments of the held-out inputs, about the mean of the fitting ones if there is a bias.
         keep: Columns that stay.
         dampings: Each :math:`\lambda` to try.
 
@@ -219,7 +219,7 @@ def compensation(
     keep: Tensor,  # [kept]
     restored: Tensor | None = None,  # [d_out, kept]
 ) -> Tensor:  # [d_out], float64
-    r"""What the bias must gain for the consumer's mean output to stay (FLAP's compensation; FASP's with W').
+    r"""The gain of the bias that preserves the consumer's mean output (FLAP's compensation; FASP's with W').
 
     .. math:: \Delta b = W \mu - W' \mu_M \quad (= W_P \, \mu_P \text{ when } W' = W_M)
 

@@ -1,7 +1,7 @@
-"""The only code that changes shapes, and the plan that grows with it.
+"""Removes units from projections, and records each removal for the plan. No other module changes shapes.
 
-Parameters are replaced by smaller ones, in place in the model; what leaves is freed. Everything works on the meta
-device too, so that a plan rebuilds the structure of a pruned model before any weight is read.
+Smaller parameters replace the old ones in the model. All functions work on the meta device too, so that a plan can
+rebuild the structure of a pruned model before any weight is read.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from plprune.pruning.plan import PruningPlan
 
 
 class Surgery:
-    """Prunes the groups of a model one by one and writes down what it did.
+    """Prunes the groups of a model one by one and records the decisions.
 
     Args:
         model: Changed in place.
@@ -285,7 +285,7 @@ def _remove(module: nn.Module, side: Side, gone: Tensor) -> nn.Module:
 
 
 def _vacate(module: nn.Module, side: Side, gone: Tensor) -> nn.Module:
-    """A projection that skips some of its inputs or outputs, of the same width to those around it."""
+    """A projection that skips some of its inputs or outputs but keeps its outer width."""
     wrapper, full = {"in_features": Gather, "out_features": Scatter}[side], width(module, side)
     if not isinstance(module, wrapper):
         module = wrapper(cast(nn.Linear, module), _everything(module, full), full)
