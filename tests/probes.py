@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from plprune.pruning.surgery import plan_of
-from plprune.training.strategies import whole
+from plprune.training.strategies import gather
 
 
 class Stopped(Exception):
@@ -43,7 +43,7 @@ class Probe(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model: Any = pl_module.model
-        trained = {name: whole(p).clone() for name, p in model.named_parameters() if p.requires_grad}
+        trained = {name: gather(p).clone() for name, p in model.named_parameters() if p.requires_grad}
         plan = plan_of(model)
         self.found |= {"adapters": trained, "plan": plan and plan.digest, "dtypes": _dtypes(model)}
         _save(trainer, self.found, "probe")

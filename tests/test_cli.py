@@ -22,7 +22,7 @@ from plprune.checkpoint.load import load_model
 from plprune.cli import COMMANDS, STAGES, explained, main
 from plprune.io.text import draw, tokenised
 from plprune.pruning.plan import PruningPlan
-from plprune.training.callbacks.record import summary
+from plprune.pruning.plan_summary import plan_summary
 from plprune.training.checkpointing import Checkpoint
 from tests.builders import save_tiny, tokenizer
 from tests.io.test_progress import lines_on_screen
@@ -160,7 +160,7 @@ def test_prune_does_what_the_library_does(here: Path, capsys: pytest.CaptureFixt
     assert PruningPlan.load("out").digest == plan.digest
     own = load_pruned("out")
     assert torch.equal(own(input_ids=ids[None, :16]).logits, model(input_ids=ids[None, :16]).logits)
-    assert out == f"{summary(plan)}; saved to out\n"
+    assert out == f"{plan_summary(plan)}; saved to out\n"
 
 
 def test_prune_says_what_its_own_text_is_about(here: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -233,7 +233,7 @@ def test_resuming_a_finished_run_writes_what_is_missing(resumable: Path, capsys:
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--config=fit.yaml", "--resume"])
     assert stop.value.code == 1
-    assert re.search(r"this run's model\.name_or_path is model \(\w+\), that of the", capsys.readouterr().err)
+    assert re.search(r"this run's model\.name_or_path is model \(\w+\), the checkpoint's", capsys.readouterr().err)
 
 
 def test_resuming_a_run_that_was_stopped_after_its_export_writes_it_again(
@@ -279,7 +279,7 @@ def test_the_checkpoints_of_another_run_are_left_alone(resumable: Path, capsys: 
     printed(capsys, "fit", "--config=fit.yaml")
     before = there(resumable)
     for options, said in {
-        ("--model.learning_rate=0.5",): "this run's model.learning_rate is 0.5, that of the checkpoint is 0.0002: give",
+        ("--model.learning_rate=0.5",): "this run's model.learning_rate is 0.5, the checkpoint's is 0.0002: use",
         ("--model.learning_rate=0.5", "--trainer.max_steps=4"): "this run's model.learning_rate is 0.5",
         ("--data.train=pydoc_data.topics",): "this run's data.train is pydoc_data.topics (",
     }.items():
@@ -430,7 +430,7 @@ def test_our_own_lines_are_heard_and_those_of_others_are_not(
     main(["--version"])
     assert logging.getLogger("plprune.training.callbacks.report").isEnabledFor(logging.INFO)
     assert not logging.getLogger("httpx").isEnabledFor(logging.INFO)
-    monkeypatch.setattr("plprune.cli.rank_zero_only.rank", 1)
+    monkeypatch.setattr("plprune.training.console.rank_zero_only.rank", 1)
     main(["--version"])
     assert not logging.getLogger("plprune.training.callbacks.report").isEnabledFor(logging.INFO)
 

@@ -28,7 +28,7 @@ from plprune.io.readers import PYDOC, check_text
 from plprune.io.text import MAX_DROPPED
 from plprune.pruning.forward import check_ids
 from plprune.pruning.plan import FILE, PruningPlan
-from plprune.training.callbacks.record import summary
+from plprune.pruning.plan_summary import plan_summary
 
 AUTO, NONE = "auto", "none"
 
@@ -158,7 +158,7 @@ def _origin(plan: PruningPlan) -> str:
 
 def _report(found: _Evaluation, limit: int | None) -> list[str]:
     """The paragraphs to print."""
-    parts = [summary(found.plan)] if found.plan else []
+    parts = [plan_summary(found.plan)] if found.plan else []
     parts.append(f"{measurement.measurement_table(found.measured)}\n{_protocols(found.passages)}")
     if "dense" in found.models:
         parts[-1] += f"\ndense: {found.models['dense']}"

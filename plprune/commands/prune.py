@@ -23,7 +23,7 @@ from plprune.planning.serving import Runtime
 from plprune.planning.targets import Target
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.forward import check_ids
-from plprune.training.callbacks import record
+from plprune.pruning.plan_summary import plan_summary
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def prune(
             if first:
                 save_pruned(network, output, tokenizer, overwrite)
     if first:
-        print(f"{'this run is finished: ' if finished else ''}{record.summary(plan)}; saved to {output}")
+        print(f"{'this run is finished: ' if finished else ''}{plan_summary(plan)}; saved to {output}")
 
 
 def _open(name_or_path: str, dtype: Dtype | None, stream: bool) -> PreTrainedModel:

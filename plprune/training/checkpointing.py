@@ -1,11 +1,12 @@
-"""Checkpoints that outlive whatever ends a run: only complete ones, found again, and written before a run has to go.
+"""The callback that writes checkpoints, and that ends a run in time when its process has to stop.
 
-Lightning's `ModelCheckpoint` collects a file in /tmp, has DeepSpeed write under the final name, and stops at a full
-disk; its answer to SIGTERM is a broadcast from within the signal handler, where other ranks may be in another
-collective, and code 0. Here the handler only takes a note, and all ranks look at their notes together after each step.
+Lightning's `ModelCheckpoint` assembles a file in /tmp, lets DeepSpeed write under the final name, and stops training
+when the disk is full. Lightning answers SIGTERM by a broadcast within the signal handler, while other ranks may be in
+another collective operation, and exits with code 0. Here the handler only takes a note of the signal, and after each
+step all ranks decide together.
 
-The last checkpoint is the one before the last step: Lightning calls no `on_train_end` if there is nothing left to
-train, and a run that was killed while it exported must come there again.
+The last checkpoint is written before the last step: Lightning calls no `on_train_end` when there is nothing left to
+train, and a run that was killed during its export must come to that point again.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from plprune.io.atomic import remove, remove_leftovers, resolve_path, staged
-from plprune.training import lightning_internals, resuming
+from plprune.training import lightning_internals
 from plprune.training.checkpoint_files import (
     FINISHED,
     MANIFEST,
@@ -39,63 +40,60 @@ from plprune.training.checkpoint_files import (
     set_aside,
 )
 from plprune.training.deepspeed_internals import COPY_SCRIPT
-from plprune.training.preemption import go, leave_now, on_sigterm
+from plprune.training.preemption import leave, leave_on_signal, on_sigterm
+from plprune.training.run_identity import Run, identify
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 class Checkpoint(LightningCheckpoint):
-    """Writes checkpoints that are complete or not there, and ends a run that has to go so that it can go on exactly.
+    """Writes complete checkpoints, and stops a run on request so that it can be resumed exactly.
 
-    A checkpoint that cannot be written, for want of space for example, is a warning: those before it stay, training
-    goes on, and the next is tried when it is due. At SIGTERM, at SLURM's signal to requeue and after `max_hours` the
-    step is finished, a checkpoint is written, and the process ends with exit code 75, without export or evaluation.
-    A run whose training ends otherwise, by its steps, `EarlyStopping` or `max_time`, is finished, and is not gone on
-    with unless it is given more of these. A dry run (`fast_dev_run`) writes, moves and removes nothing.
+    On SIGTERM, on SLURM's requeue signal and after `max_hours`, the current step is finished, a checkpoint is written,
+    and the process ends with exit code 75, without export or evaluation. A run that ends by its steps, by
+    `EarlyStopping` or by `max_time` is finished: it is resumed only with more steps or time. If a checkpoint cannot be
+    written, for example because the disk is full, there is a warning, earlier checkpoints stay, training continues,
+    and the next one is tried when it is due. A dry run (`fast_dev_run`) writes, moves and removes nothing.
 
     Args:
-        every_n_train_steps: Steps of the optimizer from one checkpoint to the next.
-        keep: How many are kept.
-        dirpath: Folder to write them to; `checkpoints` in the trainer's `default_root_dir` if not given.
-        max_hours: How long the run may take, loading and pruning included, before it ends with exit code 75 so that
-            it can be started again; no limit if not given.
+        every_n_train_steps: Optimizer steps between two checkpoints.
+        keep: The number of checkpoints to keep.
+        dirpath: The folder to write to; if not given, `checkpoints` in the trainer's `default_root_dir`.
+        max_hours: The time, with loading and pruning, after which the run ends with exit code 75 so that it can be
+            started again; if not given, there is no limit.
     """
 
     def __init__(
-        self,
-        every_n_train_steps: int = 100,
-        keep: int = 2,
-        dirpath: str | None = None,
-        max_hours: float | None = None,
+        self, every_n_train_steps: int = 100, keep: int = 2, dirpath: str | None = None, max_hours: float | None = None
     ) -> None:
-        self.best_model_path = ""  # Lightning asks for it: nothing is judged here
+        self.best_model_path = ""  # Lightning reads it; checkpoints are not compared here
         for name, value in {"every_n_train_steps": every_n_train_steps, "keep": keep, "max_hours": max_hours}.items():
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}, but must be above 0")
         self.every_n_train_steps, self.keep, self.dirpath = every_n_train_steps, keep, dirpath
         self.max_hours, self._since = max_hours, time.monotonic()
         self._origin: dict[str, Any] = {}
-        self._run: resuming.Run = {}
+        self._run: Run = {}
         self._step, self._steps = 0, 0.0
-        self._owed: dict[str, Any] = {}  # what comes after a step, and after the checkpoint of it
-        self._noted: int | None = None  # the signal that came in training
-        self._requeue: tuple[int, Any] | None = None  # SLURM's signal, and what Lightning does at it
+        self._pending: dict[str, Any] = {}  # what Lightning does after the checkpoint's step
+        self._signal: int | None = None  # received in training
+        self._requeue: tuple[int, Any] | None = None  # SLURM's signal, and Lightning's handler of it
 
     def folder(self, trainer: pl.Trainer) -> Path:
-        """Where a trainer's checkpoints are."""
+        """The folder of a trainer's checkpoints."""
         return resolve_path(self.dirpath or Path(trainer.default_root_dir) / "checkpoints")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self._run = resuming.asked(trainer, pl_module, getattr(trainer, "datamodule", None))
-        self._origin, self._noted, self._owed = origin(trainer), None, {}
+        self._run = identify(trainer, pl_module, getattr(trainer, "datamodule", None))
+        self._origin, self._signal, self._pending = origin(trainer), None, {}
         if trainer.is_global_zero and not is_dry(trainer):
             remove_leftovers(self.folder(trainer), PATTERN)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lightning sets its own handler next, and there is no hook between that and further collective operations."""
+        """Replaces the handler that Lightning sets next; collective operations follow without another hook."""
         lightning_internals.on_sigterm(trainer, self._note)
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -106,9 +104,9 @@ class Checkpoint(LightningCheckpoint):
         self._step, self._steps = trainer.global_step, trainer.estimated_stepping_batches
         if trainer.is_global_zero and not is_dry(trainer):
             set_aside(self.folder(trainer), self._step)
-        if self._owed:
-            _catch_up(trainer, **self._owed)
-        self._owed = {}
+        if self._pending:
+            _catch_up(trainer, **self._pending)
+        self._pending = {}
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step == self._step:  # gradients are being accumulated
@@ -116,35 +114,35 @@ class Checkpoint(LightningCheckpoint):
         self._step = trainer.global_step
         left = self._steps - self._step
         late = self.max_hours is not None and time.monotonic() - self._since > 3600 * self.max_hours
-        # At the end it is never too late: a run that takes longer to begin than it may would not come to its export.
-        stop = trainer.strategy.reduce_boolean_decision(self._noted is not None or (late and left >= 1), all=False)
+        # There is no time limit for the last step, or a run that takes longer to begin would never reach its export.
+        stop = trainer.strategy.reduce_boolean_decision(self._signal is not None or (late and left >= 1), all=False)
         due = stop or left == 1 or self._step % self.every_n_train_steps == 0
         if left >= 1 and due and not is_dry(trainer):
-            self._owed = _owed(trainer)
+            self._pending = _due_after_step(trainer)
             self._save(trainer)
-            self._owed = {}
+            self._pending = {}
         if stop:
             self._leave(trainer)
         if left < 1:
-            on_sigterm(partial(leave_now, trainer.strategy.launcher))
+            on_sigterm(partial(leave_on_signal, trainer.strategy.launcher))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lightning calls this one last, so that all is done that is done at the end."""
+        """Marks the run as finished; Lightning calls this hook last."""
         if trainer.is_global_zero and not is_dry(trainer):
-            run = getattr(pl_module, "run", self._run)  # it knows what the texts hold
+            run = getattr(pl_module, "run", self._run)  # the module knows the content of the texts
             with staged(self.folder(trainer) / FINISHED, overwrite=True) as file:
                 file.write_text(json.dumps({"end": end_of(trainer), "run": run}))
 
     def state_dict(self) -> dict[str, Any]:
-        return self._origin | {"run": self._run, "owed": self._owed}
+        return self._origin | {"run": self._run, "owed": self._pending}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._owed = state_dict.get("owed", {})
+        self._pending = state_dict.get("owed", {})
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Counts the finished batches of the epoch anew: with more processes, they are fewer and larger."""
+        """Counts the finished batches of the epoch anew, as more processes take fewer and larger ones."""
         count = getattr(getattr(trainer, "datamodule", None), "batches_done", None)
         if count is not None and trainer.training:
             current = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
@@ -161,25 +159,25 @@ class Checkpoint(LightningCheckpoint):
             self._requeue = number, signal.signal(number, self._note)
 
     def _note(self, number: int, _: Any) -> None:
-        self._noted = number
+        self._signal = number
 
     def _leave(self, trainer: pl.Trainer) -> NoReturn:
-        if self._requeue is not None:  # in all processes or none
+        if self._requeue is not None:  # the same in all processes
             number, requeue = self._requeue
-            if trainer.strategy.reduce_boolean_decision(self._noted == number, all=False):
+            if trainer.strategy.reduce_boolean_decision(self._signal == number, all=False):
                 requeue(number, None)
-        why = signal.Signals(self._noted).name if self._noted else "the time limit, or a signal to another process"
-        go(f"{why} after step {self._step} of {self._steps:.0f}")
+        reason = signal.Signals(self._signal).name if self._signal else "the time limit, or a signal to another process"
+        leave(f"{reason} after step {self._step} of {self._steps:.0f}")
 
     def _save(self, trainer: pl.Trainer) -> None:
-        """Writes a checkpoint and removes those that are too many; all processes together."""
+        """Writes a checkpoint and removes the oldest ones; all processes together."""
         path = self.folder(trainer) / f"step={self._step:06d}.ckpt"
         try:
-            with contextlib.ExitStack() as place:
-                begin = partial(place.enter_context, staged(path, overwrite=True)) if trainer.is_global_zero else Path
+            with contextlib.ExitStack() as stack:
+                begin = partial(stack.enter_context, staged(path, overwrite=True)) if trainer.is_global_zero else Path
                 temporary = trainer.strategy.broadcast(_together(trainer, begin))
                 _together(trainer, partial(self._write, trainer, temporary))
-                _together(trainer, place.close)
+                _together(trainer, stack.close)
         except OSError as error:
             if trainer.is_global_zero:
                 log.warning("%s; training goes on, and the checkpoints before this one stay", error)
@@ -189,15 +187,15 @@ class Checkpoint(LightningCheckpoint):
                 remove(old)
 
     def _write(self, trainer: pl.Trainer, path: Path) -> None:
-        """Has the strategy write, with failures kept until the collective operations around the writing are over."""
+        """Lets the strategy write, and raises errors only after the collective operations around the writing."""
         faults: list[Exception] = []
-        with contextlib.ExitStack() as replaced:
+        with contextlib.ExitStack() as stack:
             if isinstance(trainer.strategy, DeepSpeedStrategy):
                 engine: Any = trainer.strategy.deepspeed_engine
-                replaced.enter_context(_replaced(engine.checkpoint_engine, "save", save_file, faults))
-                replaced.enter_context(_replaced(engine, COPY_SCRIPT, getattr(engine, COPY_SCRIPT), faults))
+                stack.enter_context(_replaced(engine.checkpoint_engine, "save", save_file, faults))
+                stack.enter_context(_replaced(engine, COPY_SCRIPT, getattr(engine, COPY_SCRIPT), faults))
             else:
-                replaced.enter_context(_replaced(trainer.strategy.checkpoint_io, "save_checkpoint", save_file, faults))
+                stack.enter_context(_replaced(trainer.strategy.checkpoint_io, "save_checkpoint", save_file, faults))
             trainer.save_checkpoint(path, weights_only=False)
         if faults:
             raise faults[0]
@@ -206,14 +204,15 @@ class Checkpoint(LightningCheckpoint):
             (path / MANIFEST).write_text(json.dumps({"origin": self.state_dict(), "files": sizes}))
 
 
-def _owed(trainer: pl.Trainer) -> dict[str, Any]:
-    """What Lightning does after a step, but not when a run goes on from a checkpoint of it."""
-    owed: dict[str, Any] = {**lightning_internals.due_after_step(trainer)}
+def _due_after_step(trainer: pl.Trainer) -> dict[str, Any]:
+    """What Lightning does after this step, and would skip when resuming from a checkpoint of it."""
+    due: dict[str, Any] = {**lightning_internals.due_after_step(trainer)}
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return owed | {"metrics": metrics} if any(owed.values()) else {}
+    return due | {"metrics": metrics} if any(due.values()) else {}
 
 
 def _catch_up(trainer: pl.Trainer, validation: bool, epoch: bool, metrics: dict[str, float]) -> None:
+    """Does what :func:`_due_after_step` returned."""
     lightning_internals.set_metrics(trainer, {name: torch.tensor(value) for name, value in metrics.items()})
     if validation:
         trainer.validating = True
@@ -224,13 +223,13 @@ def _catch_up(trainer: pl.Trainer, validation: bool, epoch: bool, metrics: dict[
 
 
 def is_dry(trainer: pl.Trainer) -> bool:
-    """Whether a run is a rehearsal, which leaves what is there as it is."""
+    """Whether a run is a dry run (`fast_dev_run`), which must leave existing files alone."""
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, method: Callable[..., None], faults: list[Exception]) -> Iterator[None]:
-    """While it lasts, an object's method is another, whose failures are collected."""
+    """Replaces a method of an object within the context, and collects its errors in `faults`."""
 
     def attempt(*args: Any, **kwargs: Any) -> None:
         try:
@@ -246,10 +245,10 @@ def _replaced(owner: Any, name: str, method: Callable[..., None], faults: list[E
 
 
 def _together(trainer: pl.Trainer, work: Callable[[], T]) -> T:
-    """What `work` gives, once it went well in all processes.
+    """Runs `work` in all processes.
 
     Raises:
-        OSError: It failed in this one or another.
+        OSError: It failed in this process or in another.
     """
     result, fault = None, None
     try:

@@ -1,4 +1,4 @@
-"""RecoveryData: calibration windows, training batches and held-out windows as a LightningDataModule."""
+"""The LightningDataModule of a fit: windows to calibrate on, to train on and to evaluate on."""
 
 import contextlib
 import copy
@@ -23,49 +23,46 @@ from plprune.pruning.plan import fingerprint
 
 
 class RecoveryData(pl.LightningDataModule):
-    """Calibration windows, training batches and held-out windows from any text.
+    """Cuts texts into windows for calibration, training and evaluation.
 
     A text is a `.txt`, `.jsonl`, `.json` or `.parquet` file; a dataset on the hub or in a folder, as `ORG/NAME`,
-    `ORG/NAME:CONFIG` or `ORG/NAME:CONFIG:SPLIT`, whose split is `train` if not given; or `pydoc_data.topics`, the 110
-    thousand tokens of English about Python that come with CPython: enough to try things, while a model that is to speak
-    of more wants other text. Rows hold a `text`; or a conversation, which goes through the tokenizer's chat template
-    and is trained on the answers only: `messages` or `conversations`, with the roles that OpenAI, ShareGPT or Gemma
-    name; `instruction`, `input` and `output`; or `prompt` and `completion`, as text or as messages. `system`, `history`
-    and `tools` may stand beside.
+    `ORG/NAME:CONFIG` or `ORG/NAME:CONFIG:SPLIT` (the default split is `train`); or `pydoc_data.topics`, 110 thousand
+    tokens of English about Python that come with CPython, which are enough to try things out.
 
-    What was read, used and dropped, and why, is said at the start. Rows without any text are left out, and those that
-    cannot be used are dropped: no text, no answer, a message without role or content, a template that refuses it.
+    A row of a dataset holds a `text` or a conversation: `messages` or `conversations`, with the roles of OpenAI,
+    ShareGPT or Gemma; `instruction`, `input` and `output`; or `prompt` and `completion`, as text or as messages.
+    `system`, `history` and `tools` may be given too. Conversations go through the tokenizer's chat template, and only
+    their answers are trained on. Rows without text are left out. Unusable rows are dropped: no answer, a message
+    without role or content, or refused by the template. The log says how many rows were read, used and dropped.
 
-    Where the tokenizer begins texts with a BOS token, every window begins with it, also those that start within a
-    document; it is one of the window's tokens.
-
-    Documents are packed: they stand one after the other in a window, with the end-of-text token between them, and
-    attention reaches back over it. `intra_document_masking` keeps it within each.
+    If the tokenizer begins texts with a BOS token, so does every window, even inside a document; the BOS token is one
+    of the window's tokens. Documents are packed one after another, with the end-of-text token between them. Attention
+    crosses from one document to the next, unless `intra_document_masking` is set.
 
     Args:
-        train: Text to recover on: a `.txt`, `.jsonl`, `.json` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` of the
-            hub or of a folder, or `pydoc_data.topics`.
-        validation: Text to judge by; if not given, the last `held_out` of `train`, which is then not trained on.
-        test: Text of `trainer.test`; the validation text if not given.
-        calibration: Text to calibrate on; the part of `train` that is trained on if not given.
-        tokenizer: Name or path of a tokenizer; the model's own if not given.
-        seq_len: Tokens of a training or validation window.
-        batch_size: Windows of a batch.
-        num_samples: Calibration windows.
-        calibration_seq_len: Tokens of a calibration window; `seq_len` if not given.
-        calibration_batch_size: Calibration windows that are run at once; the statistics do not depend on it.
+        train: The text to train on.
+        validation: The text to evaluate on; if not given, the last `held_out` of `train`, which is then not trained on.
+        test: The text of `trainer.test`; if not given, the validation text.
+        calibration: The text to calibrate on; if not given, the part of `train` that is trained on.
+        tokenizer: The name or path of a tokenizer; if not given, the model's.
+        seq_len: Tokens in a training or validation window.
+        batch_size: Windows in a batch.
+        num_samples: The number of calibration windows.
+        calibration_seq_len: Tokens in a calibration window; if not given, `seq_len`.
+        calibration_batch_size: Calibration windows in a forward pass; the statistics do not depend on it.
         held_out: The fraction of `train` to hold out when `validation` is not given, in (0, 1).
-        max_windows: At most this many held-out windows are judged by; all if not given.
-        max_documents: At most this many rows are read of each text; a hub dataset is then streamed. All if not given.
-        join: Put between the rows of the validation, test and calibration texts, which are then one document each:
-            "\\n\\n" is usual for WikiText. If not given, every row is a document, as those of `train` always are.
+        max_windows: The maximum number of held-out windows to evaluate on; if not given, all.
+        max_documents: The maximum number of rows to read from each text; a hub dataset is then streamed. If not given,
+            all.
+        join: The string between the rows of the validation, test and calibration texts, which makes one document of
+            each; "\\n\\n" is usual for WikiText. If not given, every row is a document, as in `train`.
         num_workers: Processes that load batches.
-        seed: Of the order of documents and windows.
-        bos: Whether the BOS token is put before each window; as the tokenizer does with a text if not given.
-        max_dropped: The share of a text's rows that may be dropped, as they cannot be used: in [0, 1].
-        intra_document_masking: Whether each token of a training window attends to its own document only, which begins
-            at position 0, with the BOS token if windows do, and whose first token is not learnt. A model that does not
-            heed it is refused. What is calibrated on and judged by is not masked: perplexities stay comparable.
+        seed: The seed for the order of documents and windows.
+        bos: Whether each window begins with the BOS token; if not given, as the tokenizer does for a text.
+        max_dropped: The fraction of a text's rows that may be unusable, in [0, 1].
+        intra_document_masking: Whether a token of a training window attends to its own document only. Every document
+            then begins at position 0, with a BOS token if windows do, and its first token is not learnt. Models that
+            ignore the mask are refused. Calibration and evaluation do not mask, so that perplexities stay comparable.
     """
 
     def __init__(
@@ -109,7 +106,7 @@ class RecoveryData(pl.LightningDataModule):
         self.intra_document_masking = intra_document_masking
         self._train: TokenStream | None = None
         self._parts: dict[str, TensorDataset] = {}
-        self._done = (0, 0)  # epoch, and samples of it that all processes together were trained on before a resume
+        self._done = (0, 0)  # the epoch to resume, and the samples of it that all processes have trained on
         self._sampler: ResumableSampler | None = None
         for source in self.sources.values():
             check_text(source)
@@ -137,7 +134,7 @@ class RecoveryData(pl.LightningDataModule):
         return Calibration(list(windows.split(self.calibration_batch_size)))
 
     def fingerprint(self) -> dict[str, str]:
-        """Hashes of what is trained on and of what is judged by, for what a checkpoint belongs to."""
+        """Hashes of the training and the validation windows, which identify the text of a checkpoint."""
         self.setup()
         parts = {"train": self._parts["train"].tensors, "validation": (self._parts["validation"].tensors[0],)}
         return {
@@ -146,7 +143,7 @@ class RecoveryData(pl.LightningDataModule):
         }
 
     def held_out_windows(self) -> list[Tensor]:  # [1, seq_len] each
-        """The windows to judge by, one by one."""
+        """The windows to evaluate on."""
         self.setup()
         return list(self._parts["validation"].tensors[0][: self.max_windows].split(1))
 
@@ -169,7 +166,7 @@ class RecoveryData(pl.LightningDataModule):
         return self._held_out_loader("test")
 
     def state_dict(self) -> dict[str, Any]:
-        """How far training has come, so that a resumed run goes on with the next sample, in any number of processes."""
+        """The place in the training text, from which any number of processes can continue."""
         assert self.trainer is not None
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         return {"epoch": self.trainer.current_epoch, "samples": batches * self.batch_size * self._replicas()[0]}
@@ -178,52 +175,52 @@ class RecoveryData(pl.LightningDataModule):
         run: Any = self.trainer
         if run is not None and run.overfit_batches and run.state.fn == "fit":
             raise ValueError(
-                "trainer.overfit_batches has every epoch begin with the same batch, also one that is gone on with: "
-                "start without a checkpoint (without --resume)"
+                "trainer.overfit_batches begins every epoch with the same batch, also a resumed one: start without a "
+                "checkpoint (without --resume)"
             )
         self._done = (state_dict["epoch"], state_dict["samples"])
-        if self._sampler is not None:  # some strategies make the loader first
+        if self._sampler is not None:  # some strategies create the loader before the checkpoint is read
             self._sampler.begin(*self._done)
 
     def batches_done(self) -> int:
-        """Batches of the current epoch that were trained on before a resume, had their size always been this run's."""
+        """Batches of the current epoch before a resume, at this run's batch size and number of processes."""
         (replicas, _), (_, samples), count = self._replicas(), self._done, len(self._parts["train"])
         if count // replicas < self.batch_size:
             return int(samples > 0)
         return count // replicas // self.batch_size - max(0, count - samples) // replicas // self.batch_size
 
     def coming_windows(self, batches: int) -> list[dict[str, Tensor]]:  # [1, seq_len] each
-        """What this process will be trained on in its next batches, in order; a window comes again in every epoch."""
+        """The windows in the next batches of this process, in order; a window returns in every epoch."""
         assert self.trainer is not None
         sampler, size = copy.copy(cast(ResumableSampler, self._sampler)), self.batch_size
         epoch, of_epoch = self.trainer.current_epoch, int(self.trainer.num_training_batches)
-        found: list[dict[str, Tensor]] = []
+        windows: list[dict[str, Tensor]] = []
         most = of_epoch - (self.batches_done() if epoch == self._done[0] else 0)
         while batches > 0:
             sampler.set_epoch(epoch)
             rows = list(sampler)[: min(most, batches) * size]
-            if len(sampler) >= size:  # the loader then drops what does not fill a batch
+            if len(sampler) >= size:  # the loader then drops an incomplete batch
                 rows = rows[: len(rows) // size * size]
-            found += [collate([self._parts["train"][row]]) for row in rows]
+            windows += [collate([self._parts["train"][row]]) for row in rows]
             batches -= -(-len(rows) // size)
             epoch, most = epoch + 1, of_epoch
-        return found
+        return windows
 
     def _replicas(self) -> tuple[int, int]:
-        """How many processes share the data, and which of them this one is."""
+        """The number of processes that share the data, and the index of this one."""
         shares = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
         return shares["num_replicas"], shares["rank"]
 
     def _held_out_loader(self, part: str) -> DataLoader:
         ids, labels = (tensor[: self.max_windows] for tensor in self._parts[part].tensors)
-        missing = -len(ids) % self._replicas()[0]  # every process needs as many, and none may count twice
+        missing = -len(ids) % self._replicas()[0]  # all processes need equally many; padding must not count
         if missing:
             ids = torch.cat([ids, ids[:1].expand(missing, -1)])
             labels = torch.cat([labels, torch.full_like(labels[:1], IGNORED).expand(missing, -1)])
         return self._loader(DataLoader, TensorDataset(ids, labels))
 
     def _loader(self, kind: type[DataLoader], data: TensorDataset, **kwargs: Any) -> DataLoader:
-        # A generator of its own keeps the making of an iterator from moving the global random state.
+        # With a generator, creating an iterator does not advance the global random state.
         return kind(
             data,
             batch_size=self.batch_size,
@@ -240,7 +237,7 @@ class RecoveryData(pl.LightningDataModule):
         module = self.trainer and self.trainer.lightning_module
         tokenizer = self.tokenizer or getattr(module, "tokenizer", None)
         if tokenizer is None:
-            raise ValueError("RecoveryData has no tokenizer: give `tokenizer`, or train a module that has one")
+            raise ValueError("RecoveryData has no tokenizer: give `tokenizer`, or a module that has one")
         return tokenizer
 
     def _read(self, part: str) -> TokenStream:
@@ -261,19 +258,19 @@ class RecoveryData(pl.LightningDataModule):
 
 
 class ResumableSampler(DistributedSampler[int]):
-    """A new order for every epoch that depends on nothing but the seed, and can start within one.
+    """Draws a new order for every epoch from the seed alone, and can start within an epoch.
 
-    At the same global batch, several processes see together, batch by batch, what one would: each takes every n-th
-    sample of the same order, and what is left over at the end is left out. Lightning leaves a `DistributedSampler` as
-    it is; any other it would wrap, and lose the place in the epoch.
+    At the same global batch, several processes together see the batches that a single one would: each takes every n-th
+    sample of the same order, and the remainder is left out. As a `DistributedSampler` it is left alone by Lightning,
+    which would wrap any other sampler and lose the place in the epoch.
 
     Args:
-        data: What is sampled.
-        seed: Of the orders.
-        epoch: The epoch to begin with.
-        skip: Samples of that epoch to leave out, of all processes together.
-        num_replicas: Processes that share the data.
-        rank: Which of them this one is.
+        data: The dataset.
+        seed: The seed of the orders.
+        epoch: The first epoch.
+        skip: Samples to skip in that epoch, counted over all processes.
+        num_replicas: The number of processes that share the data.
+        rank: The index of this process.
     """
 
     def __init__(
@@ -283,7 +280,7 @@ class ResumableSampler(DistributedSampler[int]):
         self.begin(epoch, skip)
 
     def begin(self, epoch: int, skip: int) -> None:
-        """Sets where the next iteration starts."""
+        """Sets the epoch of the next iteration, and the samples to skip in it."""
         self.epoch = epoch
         self._skip = {epoch: skip}
 
@@ -296,45 +293,42 @@ class ResumableSampler(DistributedSampler[int]):
 
 
 class LateDataLoader(DataLoader):
-    """A DataLoader that asks its sampler for nothing until the first batch is wanted.
+    """A DataLoader that asks its sampler for nothing until the first batch is needed.
 
-    Under DeepSpeed and FSDP2, Lightning makes the iterator before it knows where a resumed run goes on.
+    Under DeepSpeed and FSDP2, Lightning creates the iterator before it reads where a resumed run continues.
     """
 
     def __iter__(self) -> Any:
         yield from super().__iter__()
 
 
-class Ahead:
-    """An iterator that can be looked into.
-
-    Args:
-        of: What it gives, one by one.
+class Lookahead:
+    """An iterator whose next items can be read before they are taken.
 
     Example:
-        >>> letters = Ahead(iter("abc"))
-        >>> letters.coming(2), next(letters), letters.coming(9)
+        >>> letters = Lookahead(iter("abc"))
+        >>> letters.peek(2), next(letters), letters.peek(9)
         (['a', 'b'], 'a', ['b', 'c'])
     """
 
-    def __init__(self, of: Iterator[Any]) -> None:
-        self._of, self._waiting = of, deque[Any]()
+    def __init__(self, iterator: Iterator[Any]) -> None:
+        self._iterator, self._waiting = iterator, deque[Any]()
 
-    def __iter__(self) -> "Ahead":
+    def __iter__(self) -> "Lookahead":
         return self
 
     def __next__(self) -> Any:
-        return self._waiting.popleft() if self._waiting else next(self._of)
+        return self._waiting.popleft() if self._waiting else next(self._iterator)
 
-    def coming(self, count: int) -> list[Any]:
-        """What comes next, `count` at most; it still comes."""
+    def peek(self, count: int) -> list[Any]:
+        """The next items, at most `count`, without taking them."""
         with contextlib.suppress(StopIteration):
             while len(self._waiting) < count:
-                self._waiting.append(next(self._of))  # `iter` of a loader would begin anew
+                self._waiting.append(next(self._iterator))  # `iter` of a loader would begin anew
         return list(self._waiting)[: max(0, count)]
 
 
 def collate(rows: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
-    """A batch of windows: token ids, labels and, where documents are apart, positions."""
+    """Stacks windows into a batch: token ids, labels and, with `intra_document_masking`, positions."""
     names = ("input_ids", "labels", "position_ids")
     return {name: torch.stack(part) for name, part in zip(names, zip(*rows, strict=True), strict=False)}

@@ -1,4 +1,4 @@
-"""The schedule of the learning rate, and the norms of gradients."""
+"""The learning rate schedule, and the norms of gradients."""
 
 import math
 
@@ -11,7 +11,7 @@ from plprune.io import distributed
 
 
 def gradient_norms(parameters: list[list[nn.Parameter]]) -> Tensor:  # [groups]
-    """The norm of the gradients of each group of parameters, which may be in shards of FSDP2.
+    """Computes the gradient norm of each group of parameters, also of those that FSDP2 has sharded.
 
     Example:
         >>> weight = nn.Parameter(torch.zeros(2))
@@ -22,13 +22,13 @@ def gradient_norms(parameters: list[list[nn.Parameter]]) -> Tensor:  # [groups]
     grads = [[p.grad for p in group if p.grad is not None] for group in parameters]
     sharded = any(isinstance(grad, DTensor) for group in grads for grad in group)
     local = [[grad.to_local() if isinstance(grad, DTensor) else grad for grad in group] for group in grads]
-    place = next(p.device for group in parameters for p in group)
-    squares = torch.stack([get_total_norm(group).to(place) for group in local]).square()
+    device = next(p.device for group in parameters for p in group)
+    squares = torch.stack([get_total_norm(group).to(device) for group in local]).square()
     return (distributed.all_reduce_sum(squares, distributed.world()) if sharded else squares).sqrt()
 
 
 def warmup_cosine(step: int, steps: int, warmup: float) -> float:
-    """The learning rate at a step, as a fraction of its peak.
+    """The learning rate at a step as a fraction of its peak: a linear warmup, then a cosine to 0.
 
     Example:
         >>> [round(warmup_cosine(step, 10, 0.2), 3) for step in (0, 1, 2, 6, 10)]

@@ -1,4 +1,4 @@
-"""A run that has to go: the signal is noted, and the process ends with a code that means start me again."""
+"""Ends a process that is asked to stop, with an exit code that means: start me again."""
 
 import contextlib
 import logging
@@ -19,22 +19,22 @@ AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
 
 class Preempted(SystemExit):
-    """Ends the process with a code that means: start me again."""
+    """Ends the process with exit code 75."""
 
     def __init__(self) -> None:
-        # If a process that Lightning started ends with another code than 0, Lightning kills the one that started it.
+        # If a process that Lightning started exits with another code than 0, Lightning kills the main process.
         others = TorchElasticEnvironment.detect() or SLURMEnvironment.detect()
         super().__init__(0 if local_rank() and not others else AGAIN)
 
 
 @contextlib.contextmanager
 def preemptible(launcher: Any = None) -> Iterator[None]:
-    """While it lasts, SIGTERM ends the process with exit code 75; in training, `Checkpoint` saves before.
+    """Within the context, SIGTERM ends the process with exit code 75; in training, `Checkpoint` saves first.
 
     Args:
-        launcher: What has started further processes, which are then told as well.
+        launcher: Lightning's launcher, whose processes are sent the signal as well.
     """
-    before = on_sigterm(partial(leave_now, launcher))
+    before = on_sigterm(partial(leave_on_signal, launcher))
     try:
         yield
     finally:
@@ -42,21 +42,21 @@ def preemptible(launcher: Any = None) -> Iterator[None]:
 
 
 def on_sigterm(handler: Any) -> Any:
-    """Sets what is done at SIGTERM, and gives back what was done before; only the main thread can."""
+    """Sets the handler of SIGTERM and returns the one before; does nothing outside of the main thread."""
     main = threading.current_thread() is threading.main_thread()
     return signal.signal(signal.SIGTERM, handler) if main else None
 
 
-def leave_now(launcher: Any, number: int, _: Any) -> NoReturn:
-    """Ends this process, and those that it started, at once; a handler of signals."""
+def leave_on_signal(launcher: Any, number: int, _: Any) -> NoReturn:
+    """Handles a signal by ending this process, and the ones that it started, at once."""
     on_sigterm(signal.SIG_IGN)
     if launcher is not None:
         launcher.kill(number)
-    go(signal.Signals(number).name)
+    leave(signal.Signals(number).name)
 
 
-def go(why: str) -> NoReturn:
-    """Ends this process so that its run can go on later; the log says why."""
+def leave(reason: str) -> NoReturn:
+    """Ends this process so that the run can be resumed, and logs the reason."""
     if rank_zero_only.rank == 0:
-        log.warning("%s: stopped; start the same command again, with --resume, to go on (exit code %d)", why, AGAIN)
+        log.warning("%s: stopped; start the same command again with --resume to continue (exit code %d)", reason, AGAIN)
     raise Preempted

@@ -1,4 +1,4 @@
-"""With which checkpoint a run goes on, and whether it has ended."""
+"""Finds the checkpoint from which a run continues, and tells whether the run has finished."""
 
 import json
 from pathlib import Path
@@ -9,125 +9,138 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from plprune.training import lightning_internals, resuming
+from plprune.training import lightning_internals
 from plprune.training.checkpoint_files import ANY_COUNT, FINISHED, MANIFEST, end_of, fault, newest, origin
 from plprune.training.checkpointing import Checkpoint
+from plprune.training.run_identity import LENGTH, Run, check_same_run, check_written_by_recovery
 
 
-def resume_from(trainer: pl.Trainer, run: resuming.Run | None = None) -> Path | None:
-    """The checkpoint with which a trainer's run goes on, for `trainer.fit(ckpt_path=...)`; None: from the start.
+def checkpoint_to_resume(trainer: pl.Trainer, run: Run | None = None) -> Path | None:
+    """Finds the checkpoint from which a run continues, for `trainer.fit(ckpt_path=...)`.
 
     Args:
         trainer: The trainer.
-        run: What is asked for, as far as it is known by now.
+        run: The run, as far as it is known before texts and models are loaded.
+
+    Returns:
+        The newest complete checkpoint; None if there is none, and the run begins at the start.
 
     Raises:
-        ValueError: The trainer has no `Checkpoint`, its strategy or number of processes is not the checkpoint's, or it
-            is of another run.
+        ValueError: The trainer has no `Checkpoint`, or the checkpoint belongs to another run, strategy or number of
+            processes.
     """
-    path = newest(checkpoint_of(trainer).folder(trainer))
+    path = newest(_checkpoint_callback(trainer).folder(trainer))
     if path is not None:
-        there = _check_origin(path, trainer)
-        if run is not None:  # what texts and models hold is compared when they are there
-            later = {name for name, value in run.items() if isinstance(value, dict)} | set(resuming.LENGTH)
-            resuming.check(there.get("run", {}), {name: run[name] for name in run if name not in later})
+        saved = _check_origin(path, trainer)
+        if run is not None:
+            known = {k: v for k, v in run.items() if not isinstance(v, dict) and k not in LENGTH}
+            check_same_run(saved.get("run", {}), known)
     return path
 
 
-def named(path: str, trainer: pl.Trainer, train: bool) -> str:
-    """A checkpoint that was named, looked at before anything is done.
+def resolve_checkpoint(path: str, trainer: pl.Trainer, training: bool) -> str:
+    """Checks the checkpoint that a user has named before any work is done.
 
     Args:
-        path: Where it is; `last` is the newest of `Checkpoint`.
+        path: Its path; `last` is the newest checkpoint of the trainer's `Checkpoint`.
         trainer: The trainer.
-        train: Whether it is to be trained on.
+        training: Whether it is trained further.
+
+    Returns:
+        The path that Lightning is given.
 
     Raises:
-        ValueError: There is none, it is damaged, or not one of `Recovery`, or holds less than is needed.
+        ValueError: The checkpoint is missing or damaged, was not written by `Recovery`, or lacks what training needs.
     """
-    own = [each.folder(trainer) for each in cast(Any, trainer).callbacks if isinstance(each, Checkpoint)]
-    if path == "last" and own and (found := newest(own[0])):
+    callback = _find_checkpoint_callback(trainer)
+    folder = callback and callback.folder(trainer)
+    if path == "last" and folder and (found := newest(folder)):
         return str(found)
-    if path == "last" and not own and not train and not _last_of_lightning(trainer):
+    if path == "last" and not folder and not training and not _lightning_finds_last(trainer):
         raise ValueError("there is no last checkpoint: name a file, or leave out --ckpt_path for the model as it is")
-    if "://" in path or path == "hpc" or Path(path).is_dir() or (path in ("best", "last") and not own):
-        return path  # which Lightning knows, or has something to say about
+    if "://" in path or path == "hpc" or Path(path).is_dir() or (path in ("best", "last") and not folder):
+        return path  # Lightning resolves these, or reports what is wrong
     if not Path(path).exists():
-        place = own[0] if own else "checkpoints"
-        raise ValueError(f"there is no checkpoint {path}: name a file, like those in {place}")
+        raise ValueError(f"there is no checkpoint {path}: name a file, like those in {folder or 'checkpoints'}")
     if (wrong := fault(Path(path))) is not None:
-        raise ValueError(f"{path} is no checkpoint, or damaged ({wrong}): name another by --ckpt_path")
+        raise ValueError(f"{path} is no checkpoint, or is damaged ({wrong}): give another one with --ckpt_path")
     try:
         content = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
-    except Exception as error:  # of another project, it may hold anything
-        raise ValueError(f"{path} is no checkpoint of plprune: name another by --ckpt_path") from error
-    if not isinstance(content, dict) or "plprune" not in content:
-        raise ValueError(f"{path} was not written by plprune.Recovery: name another by --ckpt_path")
-    if train and "lr_schedulers" not in content:
-        raise ValueError(f"{path} holds weights only, which cannot be trained on: name another by --ckpt_path")
+    except Exception as error:  # a file of another project may hold anything
+        raise ValueError(f"{path} is no checkpoint of plprune: give another one with --ckpt_path") from error
+    check_written_by_recovery(content, training, path)
     return path
 
 
-def _last_of_lightning(trainer: pl.Trainer) -> bool:
-    """Whether Lightning's own callbacks find a last checkpoint; without one it would only warn, and judge the model."""
-    own = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
-    return any(lightning_internals.last_checkpoints(each, trainer) for each in own)
+def unmark_finished(trainer: pl.Trainer) -> None:
+    """Removes the mark that a run has finished in a trainer's folder, as a new run begins there."""
+    callback = _find_checkpoint_callback(trainer)
+    if callback is not None and rank_zero_only.rank == 0:
+        (callback.folder(trainer) / FINISHED).unlink(missing_ok=True)
 
 
-def checkpoint_of(trainer: pl.Trainer) -> Checkpoint:
-    """The `Checkpoint` of a trainer.
+def is_finished(trainer: pl.Trainer, run: Run | None = None) -> bool:
+    """Whether the run in a trainer's folder has finished, and was not given more steps, epochs or time since.
+
+    Args:
+        trainer: The trainer.
+        run: The run, as far as it is known.
+
+    Raises:
+        ValueError: Another run has finished there.
+    """
+    file = _checkpoint_callback(trainer).folder(trainer) / FINISHED
+    finished = json.loads(file.read_text()) if file.exists() else {}
+    same_end = finished.get("end", finished | {"max_time": []}) == end_of(trainer)
+    if same_end and run is not None:
+        check_same_run(finished.get("run", {}), run)
+    return same_end
+
+
+def _find_checkpoint_callback(trainer: pl.Trainer) -> Checkpoint | None:
+    return next((each for each in cast(Any, trainer).callbacks if isinstance(each, Checkpoint)), None)
+
+
+def _checkpoint_callback(trainer: pl.Trainer) -> Checkpoint:
+    """The trainer's `Checkpoint`.
 
     Raises:
         ValueError: It has none.
     """
-    for callback in cast(Any, trainer).callbacks:
-        if isinstance(callback, Checkpoint):
-            return callback
-    raise ValueError("there is nothing to resume from: add plprune.Checkpoint to trainer.callbacks")
+    callback = _find_checkpoint_callback(trainer)
+    if callback is None:
+        raise ValueError("there is nothing to resume from: add plprune.Checkpoint to trainer.callbacks")
+    return callback
 
 
-def begin_anew(trainer: pl.Trainer) -> None:
-    """Forgets that a run in a trainer's folder has ended; its checkpoints are moved when training begins."""
-    for callback in cast(Any, trainer).callbacks:
-        if isinstance(callback, Checkpoint) and rank_zero_only.rank == 0:
-            (callback.folder(trainer) / FINISHED).unlink(missing_ok=True)
-
-
-def is_finished(trainer: pl.Trainer, run: resuming.Run | None = None) -> bool:
-    """Whether a run has ended in a trainer's folder, and was not given more steps or time since.
-
-    Args:
-        trainer: The trainer.
-        run: What is asked for, as far as it is known by now.
-
-    Raises:
-        ValueError: Another run has.
-    """
-    file = checkpoint_of(trainer).folder(trainer) / FINISHED
-    ended = json.loads(file.read_text()) if file.exists() else {}
-    done = ended.get("end", ended | {"max_time": []}) == end_of(trainer)
-    if done and run is not None:
-        resuming.check(ended.get("run", {}), run)
-    return done
+def _lightning_finds_last(trainer: pl.Trainer) -> bool:
+    """Whether Lightning's callbacks find a last checkpoint; without one, Lightning evaluates the model as it is."""
+    callbacks = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+    return any(lightning_internals.last_checkpoints(each, trainer) for each in callbacks)
 
 
 def _check_origin(path: Path, trainer: pl.Trainer) -> dict[str, Any]:
+    """Checks that a trainer's strategy and number of processes can continue from a checkpoint.
+
+    Returns:
+        The entry that `Checkpoint` wrote into it.
+    """
     if path.is_dir():
-        there = json.loads((path / MANIFEST).read_text())["origin"]
+        saved = json.loads((path / MANIFEST).read_text())["origin"]
     else:
         content = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
-        there = content.get("callbacks", {}).get(checkpoint_of(trainer).state_key)
-    if there is None:
-        raise ValueError(f"{path} was not written by plprune.Checkpoint: give it by --ckpt_path")
-    here = origin(trainer)
-    if there["strategy"] != here["strategy"]:
+        saved = content.get("callbacks", {}).get(_checkpoint_callback(trainer).state_key)
+    if saved is None:
+        raise ValueError(f"{path} was not written by plprune.Checkpoint: give it with --ckpt_path")
+    current = origin(trainer)
+    if saved["strategy"] != current["strategy"]:
         raise ValueError(
-            f"{path} was written under {there['strategy']}, and cannot go on under {here['strategy']}, which keeps "
-            "its states differently: use the same strategy, or start without --resume"
+            f"{path} was written under {saved['strategy']}, and {current['strategy']} stores its states differently: "
+            "use the same strategy, or start without --resume"
         )
-    if there["processes"] != here["processes"] and there["strategy"] not in ANY_COUNT:
+    if saved["processes"] != current["processes"] and saved["strategy"] not in ANY_COUNT:
         raise ValueError(
-            f"{path} was written by {there['processes']} processes under {there['strategy']}, and cannot go on with "
-            f"{here['processes']}, as each has a part of the states: use as many, or start without --resume"
+            f"{path} was written by {saved['processes']} processes under {saved['strategy']}, each with a part of the "
+            f"states, and this run has {current['processes']}: use as many, or start without --resume"
         )
-    return there
+    return saved

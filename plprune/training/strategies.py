@@ -1,8 +1,8 @@
-"""How the processes of a training run share it: DeepSpeed's ZeRO and FSDP2, set up for adapters on a frozen model.
+"""Strategies for several processes: DeepSpeed's ZeRO and FSDP2, set up for adapters on a frozen model.
 
-Lightning and DeepSpeed do the work. What is added: both save the adapters only, accumulated gradients are not divided
-twice, a DeepSpeed config that contradicts the Trainer is refused, and a model of which only the first process has the
-weights goes straight into shards.
+Lightning's strategies do most of the work. These subclasses save trained parameters only, keep DeepSpeed from dividing
+accumulated gradients a second time, refuse a DeepSpeed config that contradicts the Trainer, and shard a model of which
+only the first process has loaded the weights.
 """
 
 import importlib.util
@@ -25,24 +25,24 @@ from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import blocks_of
 from plprune.io.units import format_value
-from plprune.training.deepspeed_internals import compile_nothing
+from plprune.training.deepspeed_internals import skip_compilation
 from plprune.training.lightning_internals import data_source, set_data_parallel_size
 
-TAG = "checkpoint"  # the folder that Lightning has DeepSpeed write to, inside of that of the checkpoint
+TAG = "checkpoint"  # the folder in a checkpoint that DeepSpeed writes to
 
 
-class AsLoaded(DeepSpeedPrecision):
-    """Leaves frozen weights in the dtype in which they were loaded, where Lightning would make 32-true of bfloat16."""
+class LoadedPrecision(DeepSpeedPrecision):
+    """Keeps frozen weights in the dtype they were loaded in; Lightning's 32-true would convert them to float32."""
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         return module
 
 
-class FrozenInHalf(Precision):
-    """Leaves what is trained in float32, where Lightning's bf16-true and 16-true would round it.
+class FrozenHalfPrecision(Precision):
+    """Keeps trained parameters in float32; Lightning's bf16-true and 16-true would round them.
 
     Args:
-        precision: Which of the two.
+        precision: bf16-true or 16-true.
     """
 
     def __init__(self, precision: Any) -> None:
@@ -52,11 +52,11 @@ class FrozenInHalf(Precision):
 class DeepSpeed(DeepSpeedStrategy):
     """Lightning's DeepSpeed strategy, with the settings that adapters on a frozen model need.
 
-    Checkpoints hold what is trained only, and with `offload_optimizer` torch's AdamW runs on the CPU, so that nothing
-    needs to be compiled. See Lightning's `DeepSpeedStrategy` for the arguments.
+    Checkpoints hold trained parameters only. With `offload_optimizer`, torch's AdamW runs on the CPU, so that nothing
+    has to be compiled. For the other arguments see Lightning's `DeepSpeedStrategy`.
 
     Args:
-        exclude_frozen_parameters: Whether checkpoints leave out what is not trained.
+        exclude_frozen_parameters: Whether checkpoints leave out frozen parameters.
     """
 
     def __init__(self, *args: Any, exclude_frozen_parameters: bool = True, **kwargs: Any) -> None:
@@ -69,11 +69,11 @@ class DeepSpeed(DeepSpeedStrategy):
 
     def setup_environment(self) -> None:
         if not isinstance(self.accelerator, CUDAAccelerator):
-            raise ValueError("DeepSpeed needs GPUs, and this run has none: take the strategy ddp, or FSDP2, on CPUs")
+            raise ValueError("DeepSpeed needs GPUs, and this run has none: use the strategy ddp or FSDP2 on CPUs")
         super().setup_environment()
 
     def setup(self, trainer: pl.Trainer) -> None:
-        self.precision_plugin = AsLoaded(cast(Any, self.precision_plugin).precision)
+        self.precision_plugin = LoadedPrecision(cast(Any, self.precision_plugin).precision)
         super().setup(trainer)
 
     def setup_distributed(self) -> None:
@@ -81,7 +81,7 @@ class DeepSpeed(DeepSpeedStrategy):
         check_config(cast(dict[str, Any], self.config), cast(pl.LightningModule, self.lightning_module).trainer)
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        """Leaves the division by `accumulate_grad_batches` to Lightning; DeepSpeed's engine would divide once more."""
+        """Leaves the division by `accumulate_grad_batches` to Lightning; DeepSpeed's engine would divide again."""
         super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -90,30 +90,31 @@ class DeepSpeed(DeepSpeedStrategy):
         return super().load_checkpoint(checkpoint_path, weights_only)
 
     def _check_checkpoint(self, folder: Path) -> None:
-        """Says in one line what would otherwise fail deep inside of DeepSpeed, on some ranks only."""
+        """Refuses in one line a checkpoint at which some ranks would fail deep inside of DeepSpeed."""
         rank = self.global_rank if self.zero_stage_3 else 0
         name = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if self.zero_stage_3 else "mp_rank_00_model_states.pt"
-        there = [path.name for path in folder.glob("*_optim_states.pt")]
-        if there and len(there) != self.world_size:
+        writers = len(list(folder.glob("*_optim_states.pt")))
+        if not writers:
+            return
+        if writers != self.world_size:
             raise ValueError(
-                f"{folder.parent} was written by {len(there)} processes and cannot be resumed by {self.world_size}, "
-                "as DeepSpeed cuts its states by their number: start as many"
+                f"{folder.parent} was written by {writers} processes and cannot be resumed by {self.world_size}, "
+                "because DeepSpeed splits its states by the number of processes: start as many"
             )
-        if there and not (folder / name).exists():
+        if not (folder / name).exists():
             raise ValueError(f"{folder.parent} was written with another ZeRO stage: resume it with the same")
-        if there:
-            # DeepSpeed, which reads it next, trusts the file as well.
-            _check(self.lightning_module, torch.load(folder / name, map_location="cpu", weights_only=False))
+        # DeepSpeed unpickles the file as well.
+        _check(self.lightning_module, torch.load(folder / name, map_location="cpu", weights_only=False))
 
 
 class CPUDeepSpeed(DeepSpeed):
-    """DeepSpeed on CPU processes: for tests, and to try a run out before GPUs are paid for. Slow.
+    """DeepSpeed on CPU processes, for tests and rehearsals: slow, but without GPUs and without compiling anything.
 
-    Nothing is compiled. Start the ranks with torchrun, or from a script.
+    Start the ranks with torchrun, or from a script.
 
     Args:
-        persist_below: At stage 3, weights of fewer elements stay whole on every rank; DeepSpeed's 100000 would leave
-            nothing of a small model to shard.
+        persist_below: At stage 3, weights with fewer elements stay whole on every rank. DeepSpeed's default of 100000
+            would leave nothing of a small model to shard.
     """
 
     def __init__(self, *args: Any, persist_below: int = 0, **kwargs: Any) -> None:
@@ -124,23 +125,23 @@ class CPUDeepSpeed(DeepSpeed):
 
     @DeepSpeedStrategy.parallel_devices.setter
     def parallel_devices(self, devices: list[torch.device] | None) -> None:
-        # A CPU's index is None, where DeepSpeed wants those from 0 on.
+        # Lightning gives CPU devices no index, and DeepSpeed needs one.
         numbered = devices and [torch.device("cpu", i) for i in range(len(devices))]
         cast(Any, DeepSpeedStrategy.parallel_devices).fset(self, numbered)
 
     def setup_environment(self) -> None:
-        compile_nothing()
-        DDPStrategy.setup_environment(self)  # DeepSpeedStrategy's is this, with a check that there is a GPU
+        skip_compilation()
+        DDPStrategy.setup_environment(self)  # DeepSpeedStrategy's does the same, and requires a GPU
 
 
 class FSDP2(ModelParallelStrategy):
-    """Weights, gradients and optimizer states in shards over all processes, by torch's `fully_shard`.
+    """Shards weights, gradients and optimizer states over all processes by torch's `fully_shard`.
 
-    Checkpoints are single files that hold what is trained only.
+    A checkpoint is a single file with the trained parameters only.
 
     Args:
-        process_group_backend: nccl or gloo; by the device if not given.
-        timeout: How long a process waits for the others.
+        process_group_backend: nccl or gloo; if not given, chosen by the device.
+        timeout: The time after which a process stops waiting for the others.
     """
 
     def __init__(self, process_group_backend: str | None = None, timeout: timedelta = timedelta(minutes=30)) -> None:
@@ -161,14 +162,14 @@ class FSDP2(ModelParallelStrategy):
 
 
 def shards(strategy: Strategy) -> bool:
-    """Whether no process has whole weights while it trains: ZeRO-3, FSDP2."""
+    """Whether a strategy splits the weights over the processes: ZeRO-3 and FSDP2 do."""
     return isinstance(strategy, ModelParallelStrategy) or bool(getattr(strategy, "zero_stage_3", False))
 
 
 def fusable(strategy: Strategy) -> bool:
-    """Whether AdamW takes its steps in one kernel: on a GPU, of whole parameters, and of gradients that are not scaled.
+    """Whether fused AdamW can be used: on a GPU, with whole parameters, and without the gradient scaler of float16.
 
-    The kernel would undo the scale of float16 by itself, after the gradients were clipped and logged.
+    The fused kernel would undo the scale by itself, after the gradients were clipped and logged.
     """
     scaled = getattr(strategy.precision_plugin, "scaler", None) is not None
     sharing = shards(strategy) or isinstance(strategy, DeepSpeedStrategy)
@@ -176,51 +177,50 @@ def fusable(strategy: Strategy) -> bool:
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Makes sure that a strategy is not one of Lightning's that is silently wrong here.
+    """Refuses the strategies of Lightning that would give wrong results here without an error.
 
     Raises:
-        ValueError: It is.
+        ValueError: It is one of them.
     """
     if isinstance(strategy, DeepSpeedStrategy) and not isinstance(strategy, DeepSpeed):
         raise ValueError(
-            "Lightning's DeepSpeedStrategy divides accumulated gradients twice: take "
-            "plprune.training.strategies.DeepSpeed, "
-            "as configs/strategy/zero2.yaml does"
+            "Lightning's DeepSpeedStrategy divides accumulated gradients twice: use "
+            "plprune.training.strategies.DeepSpeed, as configs/strategy/zero2.yaml does"
         )
     if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2):
         raise ValueError(
-            "Lightning's ModelParallelStrategy gives all processes of a node the same data: take "
+            "Lightning's ModelParallelStrategy gives all processes of a node the same data: use "
             "plprune.training.strategies.FSDP2, as configs/strategy/fsdp2.yaml does"
         )
 
 
-def frozen_in_half(parameters: Iterable[nn.Parameter], strategy: Strategy) -> None:
-    """Gives weights the dtype that bf16-true and 16-true ask for, and leaves all others as they are.
+def cast_frozen(parameters: Iterable[nn.Parameter], strategy: Strategy) -> None:
+    """Casts frozen parameters to the dtype of bf16-true or 16-true; other precisions leave them as they are.
 
     Raises:
-        ValueError: The strategy would round what is trained.
+        ValueError: The strategy would round trained parameters.
     """
     plugin = strategy.precision_plugin
     if plugin.precision not in ("bf16-true", "16-true"):
         return
     if isinstance(strategy, DeepSpeedStrategy):
         raise ValueError(
-            f"under DeepSpeed trainer.precision {plugin.precision} would round what is trained: "
-            "take bf16-mixed, or 32-true with model.dtype bfloat16"
+            f"under DeepSpeed trainer.precision {plugin.precision} would round trained parameters: "
+            "use bf16-mixed, or 32-true with model.dtype bfloat16"
         )
-    strategy.precision_plugin = FrozenInHalf(plugin.precision)
+    strategy.precision_plugin = FrozenHalfPrecision(plugin.precision)
     dtype = torch.bfloat16 if plugin.precision == "bf16-true" else torch.float16
     for parameter in parameters:
         parameter.data = parameter.data.to(dtype)
 
 
-def held(parameter: Tensor) -> Tensor:
-    """What this process holds of a parameter, which may be in shards."""
+def local_part(parameter: Tensor) -> Tensor:
+    """The part of a parameter that this process holds: its shard, or all of it."""
     return parameter.to_local() if isinstance(parameter, DTensor) else getattr(parameter, "ds_tensor", parameter)
 
 
-def whole(parameter: Tensor) -> Tensor:
-    """The full value of a parameter on the CPU, wherever its shards are; all processes must ask for it together."""
+def gather(parameter: Tensor) -> Tensor:
+    """Copies a parameter to the CPU, whole even if it is sharded; all processes must call this together."""
     if isinstance(parameter, DTensor):
         return cast(DTensor, parameter.detach()).full_tensor().cpu()
     if not hasattr(parameter, "ds_id"):
@@ -232,12 +232,12 @@ def whole(parameter: Tensor) -> Tensor:
 
 
 def description(strategy: Strategy, processes: int, size: int) -> str:
-    """One line on what each process of a run holds.
+    """Describes in one line what each process of a run holds.
 
     Args:
-        strategy: Of the run.
-        processes: How many there are.
-        size: Of the model's weights, in bytes.
+        strategy: The strategy.
+        processes: The number of processes.
+        size: The size of the model's weights in bytes.
 
     Example:
         2 processes, ZeRO-2: each takes 1/2 of every batch, and holds the whole model (538 MB) and 1/2 of the gradients
@@ -253,7 +253,7 @@ def description(strategy: Strategy, processes: int, size: int) -> str:
         3: f"{part} the model ({weights} in all), gradients and optimizer states",
     }[stage]
     if "offload_optimizer" in zero:
-        held += f"; optimizer states{' and weights' * ('offload_param' in zero)} wait in the CPU's memory"
+        held += f"; optimizer states{' and weights' * ('offload_param' in zero)} are in the CPU's memory"
     name = f"ZeRO-{stage}" if zero else type(strategy).__name__.removesuffix("Strategy")
     if processes == 1:
         return f"1 process{f', {name}' * (stage > 0)}: it holds {held}"
@@ -265,46 +265,46 @@ def _zero(strategy: Strategy) -> dict[str, Any]:
     return config.get("zero_optimization", {}) if isinstance(config, dict) else {}
 
 
-def split(model: PreTrainedModel, strategy: Strategy) -> None:
-    """Puts the parameters of the first process's model into shards on all processes, one parameter at a time.
+def shard(model: PreTrainedModel, strategy: Strategy) -> None:
+    """Distributes the parameters of the first process's model in shards over all processes, one at a time.
 
     Args:
-        model: The whole model on the first process; of the others' only the structure matters.
-        strategy: One that shards.
+        model: The model, whose weights only the first process needs to have.
+        strategy: ZeRO-3 or FSDP2.
     """
     if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()):
         return
     if isinstance(strategy, ModelParallelStrategy):
-        _into_fsdp2(model, strategy)
+        _shard_fsdp2(model, strategy)
     else:
-        _into_zero3(model, cast(DeepSpeedStrategy, strategy))
+        _shard_zero3(model, cast(DeepSpeedStrategy, strategy))
 
 
 def check_config(config: dict[str, Any], trainer: pl.Trainer) -> None:
-    """Makes sure that a DeepSpeed config says nothing else than the Trainer, and leaves what it repeats to that.
+    """Refuses a DeepSpeed config that contradicts the Trainer, and removes the keys that only repeat it.
 
     Raises:
         ValueError: They contradict each other.
     """
-    for key, (value, where) in _said_by_trainer(trainer).items():
+    for key, (value, where) in _trainer_settings(trainer).items():
         block, _, name = key.rpartition(".")
-        holder = config.get(block) if block else config
-        if holder is None or value is None:
+        settings = config.get(block) if block else config
+        if settings is None or value is None:
             continue
-        said = holder.pop(name, "auto")
-        if said not in ("auto", value):
+        given = settings.pop(name, "auto")
+        if given not in ("auto", value):
             raise ValueError(
-                f"the DeepSpeed config has {key}: {said}, but {where} is {value}: make them equal, or remove the key"
+                f"the DeepSpeed config has {key}: {given}, but {where} is {value}: make them equal, or remove the key"
             )
         if block:
-            holder[name] = value
+            settings[name] = value
     for key in ("optimizer", "scheduler"):
         if key in config:
-            raise ValueError(f"the DeepSpeed config has {key}, but the module brings its own: remove the key")
+            raise ValueError(f"the DeepSpeed config has {key}, but plprune.Recovery sets its own: remove the key")
 
 
-def _said_by_trainer(trainer: pl.Trainer) -> dict[str, tuple[Any, str]]:
-    """Keys of a DeepSpeed config that repeat a setting of the run: its value, and what that is called there."""
+def _trainer_settings(trainer: pl.Trainer) -> dict[str, tuple[Any, str]]:
+    """The keys of a DeepSpeed config that repeat a setting of the run, each with its value and name there."""
     source = getattr(trainer, "datamodule", None) or data_source(trainer)
     batch, k = getattr(source, "batch_size", None), trainer.accumulate_grad_batches
     precision = str(trainer.precision)
@@ -316,12 +316,12 @@ def _said_by_trainer(trainer: pl.Trainer) -> dict[str, tuple[Any, str]]:
             "batch_size times trainer.accumulate_grad_batches times the number of processes",
         ),
         "gradient_clipping": (trainer.gradient_clip_val or 0.0, "trainer.gradient_clip_val"),
-        "fp16.enabled": (precision.startswith("16"), f"that of trainer.precision={precision}"),
-        "bf16.enabled": (precision.startswith("bf16"), f"that of trainer.precision={precision}"),
+        "fp16.enabled": (precision.startswith("16"), f"the value for trainer.precision={precision}"),
+        "bf16.enabled": (precision.startswith("bf16"), f"the value for trainer.precision={precision}"),
     }
 
 
-def _into_fsdp2(model: PreTrainedModel, strategy: ModelParallelStrategy) -> None:
+def _shard_fsdp2(model: PreTrainedModel, strategy: ModelParallelStrategy) -> None:
     mesh = strategy.device_mesh["data_parallel"]
     state = model.state_dict() if strategy.is_global_zero else {}
     _empty(model, torch.device("meta"))
@@ -333,13 +333,13 @@ def _into_fsdp2(model: PreTrainedModel, strategy: ModelParallelStrategy) -> None
     set_model_state_dict(model, state, options=options)
 
 
-def _into_zero3(model: PreTrainedModel, strategy: DeepSpeedStrategy) -> None:
+def _shard_zero3(model: PreTrainedModel, strategy: DeepSpeedStrategy) -> None:
     import deepspeed
     from deepspeed.runtime.zero.partition_parameters import restore_init_context, shutdown_init_context
 
-    shutdown_init_context()  # Lightning's, in which whatever makes a tensor would make it in shards
+    shutdown_init_context()  # Lightning's context would shard every new tensor
     made: dict[nn.Parameter, nn.Parameter] = {}
-    for module in reversed(list(model.modules())):  # children first, as a module is converted with those it contains
+    for module in reversed(list(model.modules())):  # children first: a module is converted with its submodules
         if any(p.is_meta for p in module.parameters(recurse=False)):
             _replace(module, torch.device("cpu"), made)
         if any(True for _ in module.parameters(recurse=False)):
@@ -350,14 +350,14 @@ def _into_zero3(model: PreTrainedModel, strategy: DeepSpeedStrategy) -> None:
 
 
 def _empty(model: nn.Module, device: torch.device) -> None:
-    """Moves all parameters to a device, without their values; `to_empty` would take buffers too, and tear ties."""
+    """Moves parameters to a device without their values; `to_empty` would take buffers too, and untie weights."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         _replace(module, device, made)
 
 
 def _replace(module: nn.Module, device: torch.device, made: dict[nn.Parameter, nn.Parameter]) -> None:
-    """Gives a module empty parameters on a device; those that were tied stay so."""
+    """Gives a module empty parameters on a device, the same for tied weights."""
     for name, old in list(module.named_parameters(recurse=False)):
         if old not in made:
             made[old] = nn.Parameter(torch.empty_like(old, device=device), requires_grad=old.requires_grad)
@@ -365,7 +365,7 @@ def _replace(module: nn.Module, device: torch.device, made: dict[nn.Parameter, n
 
 
 def _check(module: pl.LightningModule | None, checkpoint: dict[str, Any]) -> None:
-    """Has a module refuse a checkpoint before anything of it is loaded."""
+    """Lets a module refuse a checkpoint before it is loaded."""
     check = getattr(module, "check_checkpoint", None)
     if check is not None:
         check(checkpoint)

@@ -1,8 +1,8 @@
-"""Several processes that notice when one of them is gone, and say which.
+"""Ends all processes of a run soon after one of them has died, and names that one.
 
-A collective operation waits for a process that was killed or ran out of memory: minutes with NCCL, and what it says in
-the end does not name the culprit. Every process therefore writes a sign of life to the store that the group was made
-with, reads those of the others, and ends with one line once one of them has failed or fallen silent.
+A collective operation waits for a dead process: minutes with NCCL, whose final error does not name it. Every process
+therefore writes a heartbeat to the store with which the process group was made, reads the heartbeats of the others, and
+exits with one line when another one has failed or is silent.
 """
 
 import contextlib
@@ -19,17 +19,17 @@ import torch.distributed as dist
 from plprune.io import distributed
 
 log = logging.getLogger(__name__)
-BEAT = 2.0  # seconds between signs of life
-SILENCE = 40.0  # seconds without one, after which a process counts as gone
-GRACE = 12.0  # the same, once the connection to some process is known to be broken
+BEAT = 2.0  # seconds between heartbeats
+SILENCE = 40.0  # seconds without a heartbeat, after which a process counts as dead
+GRACE = 12.0  # the same, once a connection to some process is known to be broken
 PREFIX = "plprune/alive/"
 BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "recvValue failed", "Socket")
 
 
 class Watch(pl.Callback):
-    """Ends every process of a run within a minute when one of them has failed, with a line that names it.
+    """Ends every process of a run within a minute after one of them has failed, with a line that names it.
 
-    `plprune fit` adds it by itself. In a script of your own, list it first.
+    `plprune fit` adds this callback. In a script, list it first.
     """
 
     def __init__(self) -> None:
@@ -46,63 +46,62 @@ class Watch(pl.Callback):
             self._peers = None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.setup(trainer, pl_module, "fit")  # it may have failed before
+        self.setup(trainer, pl_module, "fit")  # in case the exception came before it
         if self._peers is None:
             return
         if isinstance(exception, RuntimeError) and any(sign in str(exception) for sign in BROKEN):
-            self._peers.silence = GRACE  # another one's fault: the thread is about to name it
+            self._peers.silence = GRACE  # the thread will soon name the process that caused this
             self._peers.join(2 * GRACE)
-        asked = isinstance(exception, SystemExit | KeyboardInterrupt)
-        self._peers.leave(
-            "done" if asked else f"failed: {' '.join(str(exception).split()) or type(exception).__name__}"
-        )
+        intended = isinstance(exception, SystemExit | KeyboardInterrupt)
+        reason = " ".join(str(exception).split()) or type(exception).__name__
+        self._peers.leave("done" if intended else f"failed: {reason}")
 
 
 class Peers(threading.Thread):
-    """The signs of life of all processes.
+    """Writes this process's heartbeat, and watches those of all processes.
 
     Args:
-        rank: This process's.
-        count: How many there are.
+        rank: The rank of this process.
+        count: The number of processes.
     """
 
     def __init__(self, rank: int, count: int) -> None:
         super().__init__(daemon=True, name="plprune-watch")
         self.rank, self.count, self.silence = rank, count, SILENCE
-        self.store = dist.PrefixStore(PREFIX, _own_store())  # type: ignore[reportPrivateImportUsage]
+        self.store = dist.PrefixStore(PREFIX, _connect())  # type: ignore[reportPrivateImportUsage]
         self._left = threading.Event()
-        self._last: dict[int, tuple[str, float]] = {}  # what each process wrote, and when that was first read
+        self._last: dict[int, tuple[str, float]] = {}  # of each process, the last text and when it was first read
         self._beat()
 
     def run(self) -> None:
         while not self._left.wait(BEAT):
-            if reason := self._look():
+            if reason := self._check():
                 log.error("plprune: error: %s; this was rank %d, which stops", reason, self.rank)
                 os._exit(1)
 
-    def leave(self, word: str) -> None:
-        """The last sign of life."""
+    def leave(self, status: str) -> None:
+        """Writes a last status, done or failed, and ends the thread."""
         if not self._left.is_set():
             self._left.set()
-            with contextlib.suppress(RuntimeError):  # nobody may be there to read it
-                self.store.set(str(self.rank), word)
-            self.join(BEAT)  # a thread that the end of Python finds within the store would abort the process
+            with contextlib.suppress(RuntimeError):  # the process with the store may have ended
+                self.store.set(str(self.rank), status)
+            self.join(BEAT)  # Python would abort if it ended while the thread uses the store
 
     def _beat(self) -> None:
         self.store.set(str(self.rank), f"{time.time()} {platform.node()}, process {os.getpid()}")
 
-    def _look(self) -> str | None:
-        """What is wrong with another process, if anything is."""
+    def _check(self) -> str | None:
+        """Writes a heartbeat, and returns what is wrong with another process, or None."""
         try:
             self._beat()
             return next(filter(None, map(self._wrong, range(self.count))), None)
         except RuntimeError as error:
-            return f"rank 0 is gone, or the store that it keeps ({' '.join(str(error).split())[:120]})"
+            return f"rank 0, which keeps the store, is dead ({' '.join(str(error).split())[:120]})"
 
     def _wrong(self, rank: int) -> str | None:
         now = time.monotonic()
         if not self.store.check([str(rank)]):
-            return None  # it has not begun
+            return None  # it has not started yet
         word = self.store.get(str(rank)).decode()
         if word.startswith("failed"):
             return f"rank {rank} {word}"
@@ -116,7 +115,7 @@ class Peers(threading.Thread):
         return None
 
 
-def _own_store() -> Any:
-    """A connection of its own to the store: the group's would be held up by whoever waits on it."""
+def _connect() -> Any:
+    """A second connection to the store; the group's is blocked while another thread waits on it."""
     make: Any = dist.TCPStore  # type: ignore[reportPrivateImportUsage]
     return make(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False)

@@ -12,7 +12,7 @@ import yaml
 
 from plprune.cli import main
 from plprune.pruning import forward, gate_training
-from plprune.training import module
+from plprune.training import objective
 from tests.builders import numbers
 from tests.gpu.models import save
 
@@ -93,12 +93,12 @@ def test_in_learned_gates(here: Path, limit: Limit, capsys: Any, device: torch.d
     limit(28 << 20, gate_training, "gradients")
     sizes = (*SIZES, "--num_samples=4", "--batch_size=1", f"--device={device.type}")
     line = complaint(capsys, "prune", "model", "--method=LearnedGates", *sizes)
-    assert "take a method that needs room for one block: all but LearnedGates" in line
+    assert "choose a method that needs memory for one block only: any but LearnedGates" in line
     assert left(here) == set()
 
 
 def test_in_training(here: Path, limit: Limit, capsys: Any, device: torch.device) -> None:
-    limit(96 << 20, module, "summed")
+    limit(96 << 20, objective, "weighted_loss")
     prune = {"class_path": "Prune", "init_args": {"method": {"class_path": "CFSP", "init_args": {"sparsity": 0.1}}}}
     export = {"class_path": "Export", "init_args": {"output": "out"}}
     checkpoint = {"class_path": "plprune.Checkpoint", "init_args": {"every_n_train_steps": 1}}

@@ -12,7 +12,7 @@ import torch
 from plprune import FLAP, Checkpoint, Distillation, Export, LoRA, Prune, Recovery, RecoveryData, load_pruned, perplexity
 from plprune.recovery.lora import merged, merged_state
 from plprune.training.checkpoint_files import checkpoints
-from plprune.training.strategies import whole
+from plprune.training.strategies import gather
 from tests.builders import numbers
 from tests.gpu.models import JUDGED, save
 from tests.probes import StopAfter, Stopped
@@ -140,7 +140,7 @@ def test_adapters_merged_there_are_those_merged_on_the_cpu(
 ) -> None:
     module, _ = fit(source, tmp_path, device, precision="bf16-mixed", dtype=dtype, lora=LoRA(rank=8, dora=dora))
     model = module.to(device).model
-    here = {name: value.to(device) for name, value in merged_state(model, whole)}  # on the CPU
+    here = {name: value.to(device) for name, value in merged_state(model, gather)}  # on the CPU
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with merged(model):
         there = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -25,9 +25,9 @@ from plprune.planning import sizes as sizes_
 from plprune.planning.sizes import Ledger, Structure, pruned_skeleton, structure
 from plprune.planning.targets import least_sparsity
 from plprune.pruning.plan import PruningPlan
+from plprune.pruning.plan_summary import plan_summary
 from plprune.pruning.surgery import plan_of
 from plprune.recovery.lora import LoRA, inject
-from plprune.training.callbacks.record import summary
 from tests.builders import DEFAULTS, METHODS, PAIRS, REPAIRED, save_tiny, tiny, windows
 
 CONTEXT = 20  # longer than any sliding window
@@ -223,7 +223,7 @@ def test_a_target_of_parameters_is_met_from_below(name: str) -> None:
     assert (1 - loose) * asked <= reached <= asked
     assert plan.origin["targets"] == {"parameters": {"asked": asked, "reached": reached}}
     assert plan.settings["target_parameters"] == asked
-    assert f"{reached / 1000:.4g}K parameters (35000 asked)" in summary(plan)
+    assert f"{reached / 1000:.4g}K parameters (35000 asked)" in plan_summary(plan)
 
 
 @pytest.mark.parametrize("name", DEFAULTS)

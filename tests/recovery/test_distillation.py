@@ -238,10 +238,10 @@ def test_the_loss_is_shared_between_text_and_teacher(folder: str, tmp_path: Path
     with torch.no_grad(), recorded_outputs(dense, [0, 1, 2]) as theirs:
         values, tokens = top_k_log_probs(dense(ids).logits[:, :-1], 5, 1.0)
     answers = {"values": values, "tokens": tokens, "hidden": torch.stack(theirs, 1)[:, :, :-1]}
-    module._step = loss_denominators(labels, answers)
-    expected = (hidden_distances(ours, labels, answers["hidden"]) / module._step[1:]).mean()
-    expected += divergence(rows(own, labels), rows(values, labels), rows(tokens, labels), 1.0) / module._step[0]
-    assert module._shares_of(batch)["train_loss"].item() == pytest.approx(
+    totals = loss_denominators(labels, answers)
+    expected = (hidden_distances(ours, labels, answers["hidden"]) / totals[1:]).mean()
+    expected += divergence(rows(own, labels), rows(values, labels), rows(tokens, labels), 1.0) / totals[0]
+    assert module._objective.losses(batch, totals)["train_loss"].item() == pytest.approx(
         (0.7 * next_token_loss(own, labels) + 0.3 * expected).item(), rel=2e-3
     )
 

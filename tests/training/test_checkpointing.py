@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from plprune import Checkpoint
-from plprune.training import resuming
 from plprune.training.checkpoint_files import FINISHED, MANIFEST, OLD, checkpoints, newest, set_aside
 from plprune.training.preemption import AGAIN, Preempted, preemptible
-from plprune.training.resume import is_finished, named, resume_from
+from plprune.training.resume import checkpoint_to_resume, is_finished, resolve_checkpoint
+from plprune.training.run_identity import TRAINER, identify
 from tests.builders import windows
 
 
@@ -79,7 +79,7 @@ def trainer(root: Path, *others: pl.Callback, steps: int = 10, accumulate: int =
 
 def fit(run: pl.Trainer, resume: bool = False) -> pl.Trainer:
     data: Any = DataLoader(windows(24), batch_size=2)  # type: ignore[arg-type]
-    run.fit(Plain(), data, ckpt_path=resume_from(run) if resume else None)
+    run.fit(Plain(), data, ckpt_path=checkpoint_to_resume(run) if resume else None)
     return run
 
 
@@ -135,7 +135,7 @@ def test_what_comes_after_a_step_comes_after_a_checkpoint_of_it(
         run = trainer(tmp_path, stopping, steps=40, every_n_train_steps=4, keep=9)
         run.val_check_interval = interval
         train, judged = (cast(Any, DataLoader(windows(count), batch_size=2)) for count in (rows, 2))  # type: ignore[arg-type]
-        run.fit(Judged(), train, judged, ckpt_path=resume_from(run) if resume else None)
+        run.fit(Judged(), train, judged, ckpt_path=checkpoint_to_resume(run) if resume else None)
         return run.global_step, stopping.wait_count
 
     whole = run(resume=False)
@@ -283,10 +283,10 @@ def test_a_dry_run_leaves_all_checkpoints_where_they_are(tmp_path: Path) -> None
 def test_a_finished_run_of_other_settings_is_another(tmp_path: Path) -> None:
     fit(trainer(tmp_path))
     again = trainer(tmp_path, accumulate=2)
-    with pytest.raises(ValueError, match=r"trainer\.accumulate_grad_batches is 2, that of the checkpoint is 1"):
-        is_finished(again, resuming.asked(again, Plain(), None))
-    with pytest.raises(ValueError, match=r"trainer\.accumulate_grad_batches is 2, that of the checkpoint is 1"):
-        resume_from(again, resuming.asked(again, Plain(), None))
+    with pytest.raises(ValueError, match=r"trainer\.accumulate_grad_batches is 2, the checkpoint's is 1"):
+        is_finished(again, identify(again, Plain(), None))
+    with pytest.raises(ValueError, match=r"trainer\.accumulate_grad_batches is 2, the checkpoint's is 1"):
+        checkpoint_to_resume(again, identify(again, Plain(), None))
 
 
 # ---- named
@@ -299,25 +299,25 @@ def test_what_is_no_checkpoint_to_train_on_is_refused_in_one_line(tmp_path: Path
     damaged.write_bytes(damaged.read_bytes()[:-100])
     torch.save({"plprune": {}}, tmp_path / "ours.ckpt")
     torch.save(Plain(), tmp_path / "pickled.ckpt")
-    assert named("last", run, train=True) == str(tmp_path / "checkpoints" / "step=000009.ckpt")
-    assert named(str(tmp_path / "ours.ckpt"), run, train=False) == str(tmp_path / "ours.ckpt")
+    assert resolve_checkpoint("last", run, training=True) == str(tmp_path / "checkpoints" / "step=000009.ckpt")
+    assert resolve_checkpoint(str(tmp_path / "ours.ckpt"), run, training=False) == str(tmp_path / "ours.ckpt")
     for path, reason in {
         "best": "there is no checkpoint best: name a file, like those in",
         "registry:model": "there is no checkpoint registry:model",
         "none.ckpt": "there is no checkpoint none.ckpt",
-        damaged: "is no checkpoint, or damaged",
+        damaged: "is no checkpoint, or is damaged",
         tmp_path / "weights.ckpt": r"was not written by plprune\.Recovery",
         tmp_path / "pickled.ckpt": "is no checkpoint of plprune",
         tmp_path / "ours.ckpt": "holds weights only",
     }.items():
         with pytest.raises(ValueError, match=reason) as raised:
-            named(str(path), run, train=True)
+            resolve_checkpoint(str(path), run, training=True)
         assert "\n" not in str(raised.value)
 
 
-def test_there_must_be_a_callback_to_resume_from(tmp_path: Path) -> None:
+def test_there_must_be_a_callback_to_checkpoint_to_resume(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"add plprune\.Checkpoint to trainer\.callbacks"):
-        resume_from(pl.Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False))
+        checkpoint_to_resume(pl.Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False))
 
 
 # ---- the table of plprune/training/README.md: what each may be resumed with
@@ -332,7 +332,7 @@ def zero(stage: int) -> Strategy:
 
 
 def as_if(strategy: Strategy, processes: int, root: Path) -> Any:
-    settings = vars(pl.Trainer(accelerator="cpu", logger=False)) | dict.fromkeys(resuming.COUNTED)
+    settings = vars(pl.Trainer(accelerator="cpu", logger=False)) | dict.fromkeys(TRAINER)
     settings |= {"num_nodes": 1, "num_devices": processes, "max_steps": 10, "max_epochs": -1, "strategy": strategy}
     return SimpleNamespace(**settings | {"callbacks": [Checkpoint()], "default_root_dir": str(root)})
 
@@ -352,13 +352,13 @@ def write(folder: Path, strategy: Strategy, processes: int) -> None:
         ((DDP, 4), (DDP, 3), None),
         ((DDP, 4), (ALONE, 1), None),
         ((FSDP2, 4), (FSDP2, 2), None),
-        ((FSDP2, 4), (DDP, 4), "written under FSDP2, and cannot go on under one process or DDP"),
-        ((DDP, 4), (FSDP2, 4), "written under one process or DDP, and cannot go on under FSDP2"),
+        ((FSDP2, 4), (DDP, 4), "written under FSDP2, and one process or DDP stores its states differently"),
+        ((DDP, 4), (FSDP2, 4), "written under one process or DDP, and FSDP2 stores its states differently"),
         ((1, 2), (1, 2), None),
-        ((2, 2), (2, 4), "written by 2 processes under DeepSpeed ZeRO-2, and cannot go on with 4"),
-        ((3, 4), (3, 2), "written by 4 processes under DeepSpeed ZeRO-3, and cannot go on with 2"),
-        ((2, 2), (3, 2), "written under DeepSpeed ZeRO-2, and cannot go on under DeepSpeed ZeRO-3"),
-        ((2, 2), (DDP, 2), "written under DeepSpeed ZeRO-2, and cannot go on under one process or DDP"),
+        ((2, 2), (2, 4), "written by 2 processes under DeepSpeed ZeRO-2, each .* and this run has 4"),
+        ((3, 4), (3, 2), "written by 4 processes under DeepSpeed ZeRO-3, each .* and this run has 2"),
+        ((2, 2), (3, 2), "written under DeepSpeed ZeRO-2, and DeepSpeed ZeRO-3 stores"),
+        ((2, 2), (DDP, 2), "written under DeepSpeed ZeRO-2, and one process or DDP stores its states differently"),
     ],
 )
 def test_what_a_checkpoint_may_be_resumed_with(
@@ -368,24 +368,24 @@ def test_what_a_checkpoint_may_be_resumed_with(
     write(tmp_path, old, before[1])
     here = as_if(new, after[1], tmp_path)
     if reason is None:
-        assert resume_from(here) == tmp_path / "checkpoints" / "step=000005.ckpt"
+        assert checkpoint_to_resume(here) == tmp_path / "checkpoints" / "step=000005.ckpt"
     else:
         with pytest.raises(ValueError, match=reason) as raised:
-            resume_from(here)
+            checkpoint_to_resume(here)
         assert str(raised.value).endswith("or start without --resume")
 
 
 def test_a_folder_says_itself_what_it_was_written_with(tmp_path: Path) -> None:
     shared_folder(tmp_path / "checkpoints", 5)
-    assert resume_from(as_if(zero(2), 2, tmp_path)) is not None
+    assert checkpoint_to_resume(as_if(zero(2), 2, tmp_path)) is not None
     with pytest.raises(ValueError, match="by 2 processes"):
-        resume_from(as_if(zero(2), 3, tmp_path))
+        checkpoint_to_resume(as_if(zero(2), 3, tmp_path))
 
 
 def test_another_callbacks_file_is_named(tmp_path: Path) -> None:
     fake(tmp_path / "checkpoints", 5)
     with pytest.raises(ValueError, match=r"was not written by plprune\.Checkpoint"):
-        resume_from(as_if(ALONE, 1, tmp_path))
+        checkpoint_to_resume(as_if(ALONE, 1, tmp_path))
 
 
 # ---- stopping
@@ -464,7 +464,7 @@ def test_the_exit_code_of_a_process_depends_on_who_started_it(
 def test_the_last_checkpoint_is_judged_or_none(tmp_path: Path) -> None:
     trainer = pl.Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False)
     with pytest.raises(ValueError, match="there is no last checkpoint"):
-        named("last", trainer, train=False)
+        resolve_checkpoint("last", trainer, training=False)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.ckpt").touch()
-    assert named("last", trainer, train=False) == "last"
+    assert resolve_checkpoint("last", trainer, training=False) == "last"

@@ -13,7 +13,15 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelSummary, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from plprune.training.console import Bar, BarsFirst, Rows, Stderr, display_arguments, loggers, summary
+from plprune.training.console import (
+    CloseBar,
+    CurrentStderr,
+    ResumableCSVLogger,
+    display_arguments,
+    fit_summary,
+    loggers,
+)
+from plprune.training.lightning_internals import EpochBar
 
 
 class Terminal(io.StringIO):
@@ -43,7 +51,7 @@ def test_a_terminal_gets_a_bar(monkeypatch, stage: str, out: bool, err: bool, ba
     monkeypatch.setattr(sys, "stdout", Terminal() if out else io.StringIO())
     monkeypatch.setattr(sys, "stderr", Terminal() if err else io.StringIO())
     chosen = display_arguments(asked(), stage)
-    assert kinds(chosen) == [Bar] * bar
+    assert kinds(chosen) == [EpochBar] * bar
     assert chosen["enable_progress_bar"] is bar
     assert chosen["enable_model_summary"] is False
 
@@ -68,7 +76,7 @@ def test_lightnings_bar_has_ended_when_others_speak() -> None:
     bar = RichProgressBar()
     cast(Any, bar).teardown = lambda *args: ended.append(args[-1])
     for callback in (bar, None):
-        BarsFirst().on_train_end(cast(Any, SimpleNamespace(progress_bar_callback=callback)), cast(Any, None))
+        CloseBar().on_train_end(cast(Any, SimpleNamespace(progress_bar_callback=callback)), cast(Any, None))
     assert ended == ["fit"]
 
 
@@ -76,7 +84,7 @@ def test_both_loggers_write_to_one_folder_and_a_new_run_to_another(tmp_path: Pat
     for version in range(2):
         board, rows = loggers(str(tmp_path), "fit", None)
         assert isinstance(board, TensorBoardLogger)
-        assert isinstance(rows, Rows)
+        assert isinstance(rows, ResumableCSVLogger)
         assert board.log_dir == rows.log_dir == str(tmp_path / f"lightning_logs/fit/version_{version}")
         Path(rows.log_dir).mkdir(parents=True)
     assert loggers(str(tmp_path), "test")[0].version == 0
@@ -85,11 +93,11 @@ def test_both_loggers_write_to_one_folder_and_a_new_run_to_another(tmp_path: Pat
 
 
 def test_rows_of_steps_that_are_taken_again_are_dropped(tmp_path: Path) -> None:
-    first = Rows(str(tmp_path), "fit", 0)
+    first = ResumableCSVLogger(str(tmp_path), "fit", 0)
     for step in range(6):
         first.log_metrics({"loss": step / 2}, step)
     first.save()
-    again = Rows(str(tmp_path), "fit", 0, before=4)
+    again = ResumableCSVLogger(str(tmp_path), "fit", 0, before=4)
     again.log_metrics({"loss": 9.0, "more": 1.0}, 4)
     again.save()
     with open(tmp_path / "fit" / "version_0" / "metrics.csv", newline="") as file:
@@ -102,13 +110,13 @@ def test_a_row_that_a_killed_run_has_begun_is_dropped(tmp_path: Path) -> None:
     file = tmp_path / "fit" / "version_0" / "metrics.csv"
     file.parent.mkdir(parents=True)
     file.write_text("loss,step,tokens\n2.0,0,7\n1.5,1,7\n1.")
-    Rows(str(tmp_path), "fit", 0, before=9).save()
+    ResumableCSVLogger(str(tmp_path), "fit", 0, before=9).save()
     assert file.read_text().split() == ["loss,step,tokens", "2.0,0,7", "1.5,1,7"]
 
 
 def test_only_the_first_process_writes_rows(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(rank_zero_only, "rank", 1)
-    rows = Rows(str(tmp_path), "fit", 0)
+    rows = ResumableCSVLogger(str(tmp_path), "fit", 0)
     rows.log_metrics({"loss": 1.0}, 0)
     rows.save()
     assert list(tmp_path.iterdir()) == []
@@ -116,7 +124,7 @@ def test_only_the_first_process_writes_rows(tmp_path: Path, monkeypatch) -> None
 
 def test_the_summary_says_where_things_are() -> None:
     places = [CSVLogger("runs", "a", 0), CSVLogger("runs", "a", 0)]
-    lines = summary(
+    lines = fit_summary(
         cast(Any, SimpleNamespace(loggers=places)), {"model": ["out", "more"], "report": []}, 75
     ).splitlines()
     assert [line.split() for line in lines] == [
@@ -128,7 +136,7 @@ def test_the_summary_says_where_things_are() -> None:
 
 
 def test_the_log_goes_where_the_standard_error_is_now(monkeypatch) -> None:
-    handler = logging.StreamHandler(cast(Any, Stderr()))
+    handler = logging.StreamHandler(cast(Any, CurrentStderr()))
     later = io.StringIO()
     monkeypatch.setattr(sys, "stderr", later)
     handler.emit(logging.LogRecord("a", logging.INFO, "", 0, "a line", None, None))

@@ -156,7 +156,7 @@ def test_the_same_batches_in_every_epoch_cannot_be_gone_on_with(tmp_path: Path) 
     own.trainer = SimpleNamespace(overfit_batches=2, state=SimpleNamespace(fn="validate"))
     own.load_state_dict({"epoch": 0, "samples": 3})
     own.trainer.state.fn = "fit"
-    with pytest.raises(ValueError, match=r"trainer\.overfit_batches has every epoch begin with the same batch"):
+    with pytest.raises(ValueError, match=r"trainer\.overfit_batches begins every epoch with the same batch"):
         own.load_state_dict({"epoch": 0, "samples": 3})
 
 

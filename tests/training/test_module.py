@@ -54,7 +54,7 @@ from plprune.pruning.surgery import apply, plan_of
 from plprune.recovery.lora import adapters
 from plprune.training.callbacks.order import ORDER, check_order
 from plprune.training.checkpoint_files import checkpoints
-from plprune.training.console import BarsFirst
+from plprune.training.console import CloseBar
 from plprune.training.data import collate
 from plprune.training.optimisation import gradient_norms
 from plprune.training.watchdog import Watch
@@ -185,7 +185,7 @@ def test_checkpoints_hold_magnitudes_too(folder: str, text: str, tmp_path: Path)
     magnitudes = [name for name in state if "lora_magnitude_vector" in name]
     assert len(magnitudes) == len(adapters(module.model))
     torch.testing.assert_close(logits(load_pruned(tmp_path / "out")), logits(module.model.eval()))
-    with pytest.raises(ValueError, match=r"this run's model\.lora\.dora is False, that of the checkpoint is True"):
+    with pytest.raises(ValueError, match=r"this run's model\.lora\.dora is False, the checkpoint's is True"):
         trainer(tmp_path, Prune(CFSP(0.3)), steps=3).fit(
             recovery(folder, lora=LoRA(rank=2)), datamodule=data(text), ckpt_path=tmp_path / "a.ckpt"
         )
@@ -391,9 +391,9 @@ def test_without_training_the_pruned_model_is_judged_and_exported(
         (lambda: [EMAWeightAveraging()], "EMAWeightAveraging copies the model before it is pruned"),
         (lambda: [StochasticWeightAveraging(1e-2)], "StochasticWeightAveraging copies the model before it is pruned"),
         (lambda: [BackboneFinetuning()], "BackboneFinetuning chooses what is trained, as model.lora and model.train"),
-        (lambda: [ModelPruning("l1_unstructured")], "ModelPruning only masks weights"),
+        (lambda: [ModelPruning("l1_unstructured")], "ModelPruning masks weights"),
         (lambda: [BatchSizeFinder()], r"BatchSizeFinder changes data\.batch_size after the steps were counted"),
-        (lambda: [LearningRateFinder()], "LearningRateFinder finds a rate that the schedule does not follow"),
+        (lambda: [LearningRateFinder()], "LearningRateFinder suggests a rate that the schedule does not use"),
         (lambda: [GradientAccumulationScheduler({0: 2})], r"set trainer\.accumulate_grad_batches; leave it out"),
         (lambda: [SpikeDetection()], "SpikeDetection takes a batch's share"),
         (lambda: [EarlyStopping("val_loss")], "monitors val_loss, which is not logged: monitor one of train_loss"),
@@ -409,20 +409,20 @@ def test_callbacks_that_cannot_work_are_refused_before_pruning(
 
 
 def test_callbacks_in_an_order_that_loses_something_are_refused() -> None:
-    makers: dict[str, Any] = {kind.__name__: kind for kind in (Watch, BarsFirst, Evaluate, Report)}
+    makers: dict[str, Any] = {kind.__name__: kind for kind in (Watch, CloseBar, Evaluate, Report)}
     makers |= {"Prune": lambda: Prune(CFSP()), "Export": lambda: Export("out")}
     for first, second, lost in ORDER:
         wrong = [makers[second](), pl.Callback(), makers[first]()]
         with pytest.raises(ValueError, match=f"{first} is listed after {second}, and {lost}: list {first} before"):
             wrong[0].setup(SimpleNamespace(callbacks=wrong), None, "fit")
-    right = ("Watch", "BarsFirst", "Evaluate", "Report", "Export", "Prune")
+    right = ("Watch", "CloseBar", "Evaluate", "Report", "Export", "Prune")
     check_order(cast(Any, SimpleNamespace(callbacks=[makers[name]() for name in right])))
 
 
 def test_a_fitted_module_is_not_pruned_again(folder: str, text: str, tmp_path: Path) -> None:
     module = recovery(folder)
     trainer(tmp_path, Prune(CFSP(0.2)), steps=1).fit(module, datamodule=data(text))
-    with pytest.raises(ValueError, match="the model was fitted before"):
+    with pytest.raises(ValueError, match="the model was trained before"):
         trainer(tmp_path, Prune(CFSP(0.3)), steps=1).fit(module, datamodule=data(text))
 
 

@@ -220,7 +220,7 @@ def test_a_checkpoint_with_other_adapters_is_refused(
     narrow = start(source, tmp_path / "run", strategy, f"--ckpt_path={checkpoint}", lora={"targets": ["q_proj"]})
     other = start(source, tmp_path / "other", strategy, f"--ckpt_path={checkpoint}", dtype="bfloat16")
     assert 0 not in [*narrow.finish(), *other.finish()]
-    assert "this run's model.lora.targets is ['q_proj'], that of the checkpoint is" in narrow.output()
+    assert "this run's model.lora.targets is ['q_proj'], the checkpoint's is" in narrow.output()
     assert "this run's model.name_or_path is" in other.output()
 
 
@@ -324,7 +324,7 @@ def test_description_of_zero(stage: int) -> None:
     assert line.startswith(f"2 processes, ZeRO-{stage}: each takes 1/2 of every batch, and holds ")
     assert ("gradients" in line) == (stage > 1)
     assert ("the whole model" in line) == (stage < 3) == (not shards(strategy))
-    assert line.endswith(f"; optimizer states{' and weights' * (stage == 3)} wait in the CPU's memory")
+    assert line.endswith(f"; optimizer states{' and weights' * (stage == 3)} are in the CPU's memory")
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def test_a_config_that_repeats_the_trainer_is_fine() -> None:
 
 @pytest.mark.parametrize("key", ["optimizer", "scheduler"])
 def test_a_config_with_an_optimizer_of_its_own_is_refused(key: str) -> None:
-    with pytest.raises(ValueError, match=rf"has {key}, but the module brings its own: remove the key"):
+    with pytest.raises(ValueError, match=rf"has {key}, but plprune.Recovery sets its own: remove the key"):
         check_config({key: {}}, settings())
 
 

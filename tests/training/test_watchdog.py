@@ -99,7 +99,7 @@ def test_a_process_that_is_killed_or_hangs_is_named(number: signal.Signals) -> N
 def test_the_first_process_keeps_the_store() -> None:
     code, said = outcome(["sleep", "collect"], victim=0, number=signal.SIGKILL)
     assert code == 1
-    assert "plprune: error: rank 0 is gone" in said
+    assert "plprune: error: rank 0, which keeps the store, is dead" in said
 
 
 @pytest.mark.slow

@@ -1,1 +1,1 @@
-"""The callbacks of a fit: when things happen; how is said elsewhere."""
+"""The callbacks of a fit. They decide when something happens; the packages below implement it."""

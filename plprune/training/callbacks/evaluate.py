@@ -15,21 +15,21 @@ from plprune.io import distributed
 from plprune.pruning.plan import fingerprint
 from plprune.pruning.surgery import plan_of
 from plprune.recovery.lora import merged
+from plprune.training.callbacks.lookup import datamodule_of, model_of
 from plprune.training.callbacks.order import check_order
-from plprune.training.callbacks.shared import model_of, trainer_data
 from plprune.training.strategies import shards
 
 log = logging.getLogger(__name__)
 
 
 class Evaluate(pl.Callback):
-    """Measures the model dense, pruned and recovered, on the data module's held-out windows, and prints a table.
+    """Measures the dense, the pruned and the recovered model on the data module's held-out windows, and prints a table.
 
-    List it before `Prune`, so that it sees the dense model, and before `Report` and `Export`, which show what it finds.
-    Several processes share the windows; with weights in shards the speed is not measured.
+    List it before `Prune`, so that it sees the dense model, and before `Report` and `Export`, which show its results.
+    Several processes share the windows; with sharded weights the speed is not measured.
 
     Args:
-        attribute: Name of the module's attribute that holds the Hugging Face model.
+        attribute: The attribute of the module that holds the Hugging Face model.
     """
 
     def __init__(self, attribute: str = "model") -> None:
@@ -60,7 +60,7 @@ class Evaluate(pl.Callback):
         self._show(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lightning calls no `on_train_end` where there is nothing to train, or nothing more."""
+        """Measures if Lightning has called no `on_train_end`, because nothing was left to train."""
         if self._due and not trainer.global_step:
             self._show(trainer)
         elif self._due:
@@ -78,13 +78,13 @@ class Evaluate(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         rows = state_dict.get("rows", state_dict)
         if None not in (state_dict.get("windows"), self._windows) and state_dict["windows"] != self._windows:
-            log.warning("what the checkpoint says of the model was measured on another text, and is left out")
+            log.warning("the checkpoint's measurements are left out, because they were made on another text")
             return
         self.rows = {name: Measurement(**{"tokens_per_second": None} | row) for name, row in rows.items()}
 
     def _held_out(self, trainer: pl.Trainer) -> list[Tensor]:
-        """The windows to judge by."""
-        data = trainer_data(trainer)
+        """The windows to evaluate on."""
+        data = datamodule_of(trainer)
         if not hasattr(data, "held_out_windows"):
             raise ValueError("Evaluate has no text: train with a data module that has `held_out_windows`")
         return cast(Any, data).held_out_windows()

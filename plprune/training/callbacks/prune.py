@@ -1,7 +1,7 @@
-"""The callback that prunes when a fit begins.
+"""The callback that prunes the model at the beginning of a fit.
 
-Pruning happens in `setup`: the model is whole then, on the CPU, and no optimizer or wrapper has seen it. `on_fit_start`
-is too late; there, nothing would train, without an error.
+It prunes in `setup`, while the model is whole and on the CPU, and before an optimizer or wrapper has seen it. In
+`on_fit_start` it would be too late: nothing would train, without an error.
 """
 
 import dataclasses
@@ -30,10 +30,10 @@ from plprune.planning.targets import Target
 from plprune.pruning import surgery
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.plan import FILE, PruningPlan, fingerprint
+from plprune.pruning.plan_summary import plan_summary
 from plprune.pruning.surgery import plan_of
+from plprune.training.callbacks.lookup import datamodule_of, model_of
 from plprune.training.callbacks.order import check_order
-from plprune.training.callbacks.record import summary
-from plprune.training.callbacks.shared import model_of, trainer_data
 from plprune.training.strategies import shards
 
 log = logging.getLogger(__name__)
@@ -42,22 +42,22 @@ log = logging.getLogger(__name__)
 class Prune(pl.Callback):
     """Prunes the model of a LightningModule before training, once.
 
-    Under several processes each calibrates on its share of the windows, and all take the decisions that one would.
+    Each of several processes calibrates on its share of the windows, and all take the decisions of a single process.
 
-    The plan and what the method repaired are kept beside the run, under `plans/` and a name made of the model, the
-    text and the method's settings: a run that is stopped and started again finds them, and does not calibrate again.
+    The plan and the repaired values are kept in a folder under `plans/`, which is named by the model, the text and the
+    method's settings. A run that is started again finds them there, and does not calibrate again.
 
     Args:
-        method: How to prune.
-        calibration: Token ids, [b, s] each; the data module's `calibration()` if not given.
-        attribute: Name of the module's attribute that holds the Hugging Face model.
-        folder: Where plans are kept; the trainer's `default_root_dir` if not given.
-        offload: Where the hidden states of calibration wait, to save memory on the accelerator: `cpu`, or on it.
-        again: Whether a model that was pruned by this method with these settings is pruned once more.
-        target: What the result may be at most: `sparsity` is then found by it, and what is given for it does not count.
-        serve_on: Where the result must load: llama.cpp, vllm, transformers. Its sizes are then such as can be served
-            there, and its sparsity as near to the one asked for as that allows; what cannot be is refused.
-        tensor_parallel: Devices that will share the result: widths and heads are divisible by their number.
+        method: The pruning method.
+        calibration: Token ids, [b, s] each; if not given, the data module's `calibration()`.
+        attribute: The attribute of the module that holds the Hugging Face model.
+        folder: The folder for plans; if not given, the trainer's `default_root_dir`.
+        offload: `cpu` moves the hidden states of calibration off the accelerator to save memory.
+        again: Whether to prune a model again that was pruned by this method with these settings.
+        target: The maximum size of the result. The sparsity is then solved for, and the method's is ignored.
+        serve_on: Where the result must load: llama.cpp, vllm, transformers. Sizes are restricted to what these can
+            serve, and the sparsity is as near to the requested one as that allows.
+        tensor_parallel: The number of devices that will share the result; widths and heads are divisible by it.
     """
 
     def __init__(
@@ -83,17 +83,17 @@ class Prune(pl.Callback):
         if self.plan is not None and plan_of(model) is self.plan:
             return
         loaded = plan_of(model)
-        if loaded is not None and not self.again and (loaded.method, loaded.settings) == self._asked():
+        if loaded is not None and not self.again and (loaded.method, loaded.settings) == self._name_and_settings():
             log.info("the model is already pruned by %s with these settings", loaded.method)
             self.plan = loaded
             return
-        if getattr(pl_module, "begun", False):
+        if getattr(pl_module, "is_prepared", False):
             raise ValueError(
-                "the model was fitted before, and a trained model cannot be pruned by other settings: export it, and "
-                "make a new Recovery of that folder"
+                "the model was trained before, and cannot be pruned with other settings now: export it, and "
+                "create a new Recovery from that folder"
             )
         self.plan = self._prune(trainer, model)
-        log.info("%s", summary(self.plan))
+        log.info("%s", plan_summary(self.plan))
 
     def state_dict(self) -> dict[str, Any]:
         return {"plan": self.plan.digest if self.plan else None}
@@ -108,16 +108,13 @@ class Prune(pl.Callback):
     def _prune(self, trainer: pl.Trainer, model: PreTrainedModel) -> PruningPlan:
         group, batches = distributed.world(), self._batches(trainer)
         key = None if distributed.rank(group) else self._key(model, batches)
-        folder = (
-            resolve_path(self.folder or trainer.default_root_dir)
-            / "plans"
-            / cast(str, distributed.broadcast_object(key, group))
-        )
+        name = cast(str, distributed.broadcast_object(key, group))
+        folder = resolve_path(self.folder or trainer.default_root_dir) / "plans" / name
         if distributed.broadcast_object((folder / FILE).exists(), group):
             return self._reload(trainer, model, folder, group)
         if not distributed.rank(group):
             check_output(folder)
-        plan = self.request.prune(model, batches, getattr(trainer_data(trainer), "seed", None))
+        plan = self.request.prune(model, batches, getattr(datamodule_of(trainer), "seed", None))
         if not distributed.rank(group):
             save_stage(model, plan, folder)
         return plan
@@ -125,14 +122,14 @@ class Prune(pl.Callback):
     def _reload(
         self, trainer: pl.Trainer, model: PreTrainedModel, folder: Path, group: distributed.ProcessGroup
     ) -> PruningPlan:
-        """The first process reads the plan, the others get its structure before its weights."""
+        """Reads a plan in the first process, and sends the others its structure and then its weights."""
         log.info("using the plan in %s", folder)
         plan = distributed.broadcast_object(None if distributed.rank(group) else load_stage(model, folder), group)
         assert plan is not None
         if distributed.rank(group):
             surgery.apply(model, plan)
         lacking = distributed.all_reduce_sum(torch.tensor(modules.lacks_weights(model), dtype=torch.int64), group)
-        if not shards(trainer.strategy) or not lacking:  # those that lack weights get shards of them later
+        if not shards(trainer.strategy) or not lacking:  # processes without weights receive shards later
             sharing.receive(model, group)
             equalise(model, plan, group)
         return plan
@@ -140,7 +137,7 @@ class Prune(pl.Callback):
     def _batches(self, trainer: pl.Trainer) -> Calibration:
         batches = self.calibration
         if batches is None:
-            source = getattr(trainer_data(trainer), "calibration", None)
+            source = getattr(datamodule_of(trainer), "calibration", None)
             if source is None:
                 raise ValueError(
                     "Prune has no calibration text: give `calibration`, or a data module like RecoveryData"
@@ -149,10 +146,10 @@ class Prune(pl.Callback):
         device, group = trainer.strategy.root_device, distributed.world()
         return dataclasses.replace(Calibration.of(batches), device=device, offload=self.offload, group=group)
 
-    def _asked(self) -> tuple[str, dict[str, Any]]:
+    def _name_and_settings(self) -> tuple[str, dict[str, Any]]:
         return type(self.request.method).__name__, self.request.settings
 
     def _key(self, model: PreTrainedModel, batches: Calibration) -> str:
-        name, settings = self._asked()
-        asked = [fingerprint(model.named_parameters()), batches.fingerprint, settings]
-        return f"{name}-{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]}"
+        name, settings = self._name_and_settings()
+        parts = [fingerprint(model.named_parameters()), batches.fingerprint, settings]
+        return f"{name}-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]}"

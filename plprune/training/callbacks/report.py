@@ -1,5 +1,6 @@
-"""The callback that writes the report of a fit, from its start on."""
+"""The callback that writes the report of a fit while it runs."""
 
+import dataclasses
 import logging
 import os
 import time
@@ -7,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import yaml
+from lightning.pytorch.cli import SaveConfigCallback
 from transformers import PreTrainedModel
 
 from plprune import report
@@ -17,30 +20,30 @@ from plprune.recovery.lora import merged
 from plprune.report.found import of_plan, of_process, title_of, versions
 from plprune.report.samples import PROMPTS, continued
 from plprune.training.callbacks.evaluate import Evaluate
+from plprune.training.callbacks.lookup import datamodule_of, model_of
 from plprune.training.callbacks.order import check_order
 from plprune.training.callbacks.prune import Prune
-from plprune.training.callbacks.record import configuration
-from plprune.training.callbacks.shared import model_of, trainer_data
 from plprune.training.checkpointing import is_dry
 from plprune.training.strategies import shards
 
 log = logging.getLogger(__name__)
 PAUSE = 10.0  # seconds between two reports while training goes on
-FOUND = ("stages", "loss", "generated")  # of a report, what a run that goes on takes over
-POINTS = 2000  # of the loss in a report; where there are more, every second one goes
+RESTORED = ("stages", "loss", "generated")  # entries of a record that a resumed run takes from the checkpoint
+POINTS = 2000  # the maximum number of losses in a report; beyond it, every second one is dropped
 
 
 class Report(pl.Callback):
     """Writes `report.html` and `report.json` from the start of a fit on, and again after each stage.
 
-    A run that is killed leaves a report of what there is, a dry run none. A report that cannot be written is a warning,
-    and the run goes on. What `Evaluate` measures is taken from it; list `Report` after it and before `Prune`.
+    A run that is killed leaves a report of its stages so far; a dry run leaves none. If a report cannot be written,
+    there is a warning and the run continues. The measurements are those of `Evaluate`: list `Report` after it and
+    before `Prune`.
 
     Args:
-        output: Folder to write to, or an `.html` file; the trainer's `default_root_dir` if not given.
-        prompts: Texts that the dense, the pruned and the recovered model continue; three short ones if not given. None
-            is continued where weights are in shards, or where the module has no `tokenizer`.
-        attribute: Name of the module's attribute that holds the Hugging Face model.
+        output: The folder to write to, or an `.html` file; if not given, the trainer's `default_root_dir`.
+        prompts: Texts that the dense, the pruned and the recovered model continue; if not given, three short ones.
+            Nothing is continued with sharded weights, or if the module has no `tokenizer`.
+        attribute: The attribute of the module that holds the Hugging Face model.
     """
 
     def __init__(self, output: str | None = None, prompts: list[str] | None = None, attribute: str = "model") -> None:
@@ -57,8 +60,8 @@ class Report(pl.Callback):
         if trainer.is_global_zero:
             report.check_ours(report.page_of(self._place(trainer)))
         self.record = {"version": report.VERSION, "kind": "run", "status": "running", "process": of_process()}
-        self.record |= self._asked(trainer, pl_module, model) | {"stages": {}, "loss": [], "generated": []}
-        if trainer.ckpt_path is None:  # else what an earlier run has written stays until the checkpoint is read
+        self.record |= self._initial(trainer, pl_module, model) | {"stages": {}, "loss": [], "generated": []}
+        if trainer.ckpt_path is None:  # else the earlier report stays until the checkpoint is read
             if plan_of(model) is None and trainer.is_global_zero:
                 with on_device(model, trainer.strategy.root_device):
                     self._generate("dense", trainer, pl_module, sharded=False)
@@ -86,7 +89,7 @@ class Report(pl.Callback):
     ) -> None:
         step, known = trainer.global_step, self.record["loss"]
         every = getattr(trainer, "log_every_n_steps", 1) or 1
-        if not step or step % every or (known and known[-1][0] == step):  # there may be many batches to a step
+        if not step or step % every or (known and known[-1][0] == step):  # a step may take several batches
             return
         loss = trainer.callback_metrics.get("train_loss", outputs.get("loss") if isinstance(outputs, Mapping) else None)
         if loss is None:
@@ -111,7 +114,7 @@ class Report(pl.Callback):
         if self.record["status"] == "running":  # there was nothing to train
             self.on_train_start(trainer, pl_module)
             self.record["status"] = "finished"
-        self._write(trainer)  # with what callbacks that are listed later have found
+        self._write(trainer)  # with the results of callbacks that are listed later
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self.record:
@@ -124,19 +127,19 @@ class Report(pl.Callback):
         return report.completed(self.record)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.record |= {name: state_dict[name] for name in FOUND if name in state_dict}
+        self.record |= {name: state_dict[name] for name in RESTORED if name in state_dict}
 
     def _place(self, trainer: pl.Trainer) -> str:
         return self.output or trainer.default_root_dir
 
-    def _asked(self, trainer: pl.Trainer, module: pl.LightningModule, model: PreTrainedModel) -> dict[str, Any]:
-        """What is known before anything is done."""
+    def _initial(self, trainer: pl.Trainer, module: pl.LightningModule, model: PreTrainedModel) -> dict[str, Any]:
+        """The entries that are known from the start."""
         request = next((each.request for each in cast(Any, trainer).callbacks if isinstance(each, Prune)), None)
         asked = {}
         if request:
             method = request.method
             asked = {"method": type(method).__name__, "sparsity": method.sparsity, "settings": request.settings}
-        seeds = {"run": os.environ.get("PL_GLOBAL_SEED"), "data": getattr(trainer_data(trainer), "seed", None)}
+        seeds = {"run": os.environ.get("PL_GLOBAL_SEED"), "data": getattr(datamodule_of(trainer), "seed", None)}
         known = {
             "model": model.config.name_or_path,
             "asked": asked,
@@ -147,7 +150,7 @@ class Report(pl.Callback):
         return known | {"title": title_of(known)}
 
     def _generate(self, name: str, trainer: pl.Trainer, module: pl.LightningModule, sharded: bool) -> None:
-        """Has the model continue the prompts."""
+        """Lets the model continue the prompts."""
         tokenizer = getattr(module, "tokenizer", None)
         if sharded or tokenizer is None or not trainer.is_global_zero or not self.prompts:
             return
@@ -173,3 +176,24 @@ class Report(pl.Callback):
                 report.write(self.record, self._place(trainer), overwrite=True)
             except (OSError, ValueError) as error:
                 log.warning("no report: %s", error)
+
+
+def configuration(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+    """The settings of a run: the config of the command line, or else the attributes of the module and the data."""
+    for each in cast(Any, trainer).callbacks:
+        if isinstance(each, SaveConfigCallback):
+            return yaml.safe_load(each.parser.dump(each.config, skip_none=False))
+    sections = {"model": module, "data": datamodule_of(trainer)}
+    steps = {"max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs}
+    return {"trainer": steps} | {name: _settings(each) for name, each in sections.items() if each is not None}
+
+
+def _settings(owner: object) -> dict[str, Any]:
+    """The public attributes of an object that are plain values or dataclasses."""
+    settings = {}
+    for name, value in vars(owner).items():
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = dataclasses.asdict(value)
+        if not name.startswith("_") and name != "training" and isinstance(value, str | int | float | dict):
+            settings[name] = value
+    return settings

@@ -1,4 +1,4 @@
-"""What the callbacks ask of a trainer."""
+"""Finds the model and the data module of a run."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ def model_of(module: pl.LightningModule, attribute: str) -> PreTrainedModel:
     """The Hugging Face model that a LightningModule holds.
 
     Raises:
-        ValueError: There is none under that name.
+        ValueError: The attribute holds something else, or does not exist.
     """
     model = getattr(module, attribute, None)
     if not isinstance(model, PreTrainedModel):
@@ -21,6 +21,6 @@ def model_of(module: pl.LightningModule, attribute: str) -> PreTrainedModel:
     return model
 
 
-def trainer_data(trainer: pl.Trainer) -> Any:
-    """The data module of a run, if it has one."""
+def datamodule_of(trainer: pl.Trainer) -> Any:
+    """The data module of a run, or None."""
     return getattr(trainer, "datamodule", None)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from plprune import CFSP, Distillation, Evaluate, LoRA, Prune, Recovery, RecoveryData
-from plprune.training.resuming import COUNTED, FREE, asked, check
+from plprune.training.run_identity import FREE, TRAINER, check_same_run, identify
 from tests.builders import numbers, save_tiny
 
 
@@ -52,29 +52,29 @@ def fit(
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"model": {"learning_rate": 0.01}}, r"model\.learning_rate is 0\.01, that of the checkpoint is 0\.0002"),
-        ({"model": {"weight_decay": 0.1}}, r"model\.weight_decay is 0\.1, that of the checkpoint is 0\.0"),
+        ({"model": {"learning_rate": 0.01}}, r"model\.learning_rate is 0\.01, the checkpoint's is 0\.0002"),
+        ({"model": {"weight_decay": 0.1}}, r"model\.weight_decay is 0\.1, the checkpoint's is 0\.0"),
         ({"model": {"warmup": 0.5}}, r"model\.warmup is 0\.5, "),
         ({"model": {"lora": LoRA(rank=2, alpha=64)}}, r"model\.lora\.alpha is 64, "),
-        ({"model": {"distill": Distillation()}}, r"model\.distill is Distillation, that of the checkpoint is None"),
-        ({"data": {"seed": 1}}, r"data\.seed is 1, that of the checkpoint is 0"),
-        ({"data": {"batch_size": 2}}, r"data\.batch_size is 2, that of the checkpoint is 4"),
+        ({"model": {"distill": Distillation()}}, r"model\.distill is Distillation, the checkpoint's is None"),
+        ({"data": {"seed": 1}}, r"data\.seed is 1, the checkpoint's is 0"),
+        ({"data": {"batch_size": 2}}, r"data\.batch_size is 2, the checkpoint's is 4"),
         ({"data": {"held_out": 0.2}}, r"data\.held_out is 0\.2, "),
-        ({"gradient_clip_val": 0.5}, r"trainer\.gradient_clip_val is 0\.5, that of the checkpoint is None"),
-        ({"precision": "bf16-mixed"}, r"trainer\.precision is bf16-mixed, that of the checkpoint is 32-true"),
-        ({"accumulate_grad_batches": 2}, r"trainer\.accumulate_grad_batches is 2, that of the checkpoint is 1"),
+        ({"gradient_clip_val": 0.5}, r"trainer\.gradient_clip_val is 0\.5, the checkpoint's is None"),
+        ({"precision": "bf16-mixed"}, r"trainer\.precision is bf16-mixed, the checkpoint's is 32-true"),
+        ({"accumulate_grad_batches": 2}, r"trainer\.accumulate_grad_batches is 2, the checkpoint's is 1"),
     ],
 )
 def test_another_setting_is_refused_by_its_name(folder: Path, changed: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=f"^this run's {said}.*give what it was trained with, or start without it"):
+    with pytest.raises(ValueError, match=f"^this run's {said}.*use the settings .* or start without it"):
         fit(folder, "a.ckpt", **changed)
 
 
 def test_another_text_is_refused_wherever_it_is(folder: Path) -> None:
-    said = r"this run's data\.train is \S+other\.txt \(\w+\), that of the checkpoint is \S+text\.txt \(\w+\)"
+    said = r"this run's data\.train is \S+other\.txt \(\w+\), the checkpoint's is \S+text\.txt \(\w+\)"
     with pytest.raises(ValueError, match=said):
         fit(folder, "a.ckpt", data={"train": str(folder / "other.txt")})
-    with pytest.raises(ValueError, match=r"data\.validation is \S+other\.txt \(\w+\), that of .* is not given \("):
+    with pytest.raises(ValueError, match=r"data\.validation is \S+other\.txt \(\w+\), the .* is not given \("):
         fit(folder, "a.ckpt", data={"validation": str(folder / "other.txt")})
     (folder / "moved.txt").write_bytes((folder / "text.txt").read_bytes())
     assert fit(folder, "a.ckpt", data={"train": str(folder / "moved.txt")}, max_steps=4).global_step == 4
@@ -86,7 +86,7 @@ def test_what_may_change_may(folder: Path, caplog: pytest.LogCaptureFixture) -> 
     run = fit(folder, "a.ckpt", model, max_steps=5, log_every_n_steps=1, callbacks=watching, limit_val_batches=0)
     assert run.global_step == 5
     (said,) = [each for each in caplog.messages if "learning rate" in each]
-    assert said.startswith("this run's trainer.max_steps is 5, that of the checkpoint is 3: it goes on at the learning")
+    assert said.startswith("this run's trainer.max_steps is 5, the checkpoint's is 3: training continues at")
 
 
 def test_a_model_that_is_measured_is_the_one_that_was_trained(folder: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_checkpoint_of_before_is_gone_on_with_and_said_to_be(folder: Path, cap
     del old["plprune"]["run"]
     torch.save(old, folder / "old.ckpt")
     assert fit(folder, "old.ckpt", max_steps=4).global_step == 4
-    assert "the checkpoint does not say of which text and settings it is" in caplog.text
+    assert "the checkpoint does not name its text and settings" in caplog.text
 
 
 def test_a_checkpoint_without_an_optimizer_is_refused(folder: Path) -> None:
@@ -114,22 +114,22 @@ def test_a_checkpoint_without_an_optimizer_is_refused(folder: Path) -> None:
 
 def test_another_number_of_processes_may_share_the_same_steps() -> None:
     run = {"processes": 1, "data.batch_size": 8, "trainer.accumulate_grad_batches": 1, "model.lora": "LoRA"}
-    check(run, run | {"processes": 2, "data.batch_size": 4})
-    check(run, run | {"processes": 2, "data.batch_size": 2, "trainer.accumulate_grad_batches": 2})
-    check(run, run | {"processes": 2})  # the steps are others, at the same place in the data
+    check_same_run(run, run | {"processes": 2, "data.batch_size": 4})
+    check_same_run(run, run | {"processes": 2, "data.batch_size": 2, "trainer.accumulate_grad_batches": 2})
+    check_same_run(run, run | {"processes": 2})  # the steps are others, at the same place in the data
     with pytest.raises(ValueError, match=r"data\.batch_size is 2"):
-        check(run, run | {"processes": 2, "data.batch_size": 2})
+        check_same_run(run, run | {"processes": 2, "data.batch_size": 2})
 
 
 def test_every_option_is_free_or_counts(folder: Path) -> None:
     """An option that is new must be decided on."""
     module, data = Recovery(str(folder / "model"), distill=Distillation()), RecoveryData(str(folder / "text.txt"))
-    run = asked(pl.Trainer(accelerator="cpu", logger=False), module, data)
+    run = identify(pl.Trainer(accelerator="cpu", logger=False), module, data)
     for kind, owner in (("model", Recovery), ("data", RecoveryData), ("trainer", pl.Trainer)):
         options = set(inspect.signature(owner).parameters)
         counted = {name.split(".")[1] for name in run if name.startswith(f"{kind}.")} - FREE[kind]
         assert counted | FREE[kind] == options
-    assert set(COUNTED) <= set(inspect.signature(pl.Trainer).parameters)
+    assert set(TRAINER) <= set(inspect.signature(pl.Trainer).parameters)
     assert {type(value) for value in run.values()} <= {type(None), bool, int, float, str, dict}
 
 
@@ -141,4 +141,4 @@ def test_rows_of_another_text_are_left_out(caplog: pytest.LogCaptureFixture) -> 
     first.load_state_dict(state)
     second.load_state_dict(state)
     assert (list(first.rows), list(second.rows)) == (["pruned"], [])
-    assert "was measured on another text" in caplog.text
+    assert "measurements are left out" in caplog.text

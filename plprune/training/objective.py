@@ -1,0 +1,60 @@
+"""The loss of recovery: cross-entropy of the next token and, with a teacher, the distance from its answers."""
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from plprune.architecture.blocks import blocks_of
+from plprune.pruning.losses import (
+    HeadInputs,
+    counted_positions,
+    head_inputs,
+    model_inputs,
+    next_token_criterion,
+    weighted_loss,
+)
+from plprune.recovery.distillation import Teacher, hidden_distances, loss_denominators, recorded_outputs
+
+
+class Objective:
+    """The losses of a batch, divided by sums over its optimizer step, so that every token counts the same.
+
+    Args:
+        model: The model that is trained.
+        teacher: The teacher to learn from, if any.
+        whole_head: Whether this process holds the whole head of the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, teacher: Teacher | None, whole_head: bool) -> None:
+        self.model, self.teacher, self.whole_head = model, teacher, whole_head
+
+    def denominators(self, batch: dict[str, Tensor]) -> Tensor:  # [1 + compared blocks]
+        """The batch's share in the sums by which losses are divided: its counted tokens, and its teacher's norms."""
+        compares = self.teacher is not None and self.teacher.settings.of != "logits"
+        answers = self.teacher.answers(model_inputs(batch)) if self.teacher is not None and compares else {}
+        return loss_denominators(batch["labels"], answers)
+
+    def losses(self, batch: dict[str, Tensor], denominators: Tensor) -> dict[str, Tensor]:
+        """The batch's share in the losses of its step, by name; `train_loss` is the one to minimise.
+
+        Args:
+            batch: The batch.
+            denominators: The sum of :meth:`denominators` over all batches of the step, in all processes.
+        """
+        labels, positions, tokens = batch["labels"], counted_positions(batch["labels"]), denominators[0]
+        cross_entropy = next_token_criterion(labels, positions)
+        if self.teacher is None:
+            return {"train_loss": weighted_loss(self.head_inputs(batch, positions), [cross_entropy], [1.0])[0] / tokens}
+        settings, answers = self.teacher.settings, self.teacher.answers(model_inputs(batch))
+        parts = [cross_entropy, settings.criterion(answers, positions)] if settings.uses_logits else [cross_entropy]
+        weights = [1 - settings.weight, settings.weight][: len(parts)]
+        with recorded_outputs(self.model, settings.blocks(len(blocks_of(self.model)))) as hidden:
+            loss, sums = weighted_loss(self.head_inputs(batch, positions), parts, weights)
+        loss, distilled = loss / tokens, sums[1:].sum() / tokens
+        if hidden:
+            distance = (hidden_distances(hidden, labels, answers["hidden"]) / denominators[1:]).mean()
+            loss, distilled = loss + settings.weight * distance, distilled + distance
+        return {"train_loss": loss, "next_token_loss": sums[0] / tokens, "distillation_loss": distilled}
+
+    def head_inputs(self, batch: dict[str, Tensor], positions: Tensor) -> HeadInputs:
+        """The hidden states that enter the model's head, at some positions of a batch."""
+        return head_inputs(self.model, model_inputs(batch), positions, whole=self.whole_head)
