@@ -44,7 +44,7 @@ ORDER = {
     "evaluation": [["lm_eval", "measurement", "sensitivity"], ["perplexity", "speed", "task_results"], ["alone"]],
     "recovery": [["lora"], ["consumers", "distillation"]],
     "checkpoint": [["save"], ["load"], ["locate"], ["stored"], ["weights"], ["model_card", "sharing", "stock_config"]],
-    "planning": [["extremes", "needs", "targets"], ["hardware", "serving", "sizes"]],
+    "planning": [["structures"], ["extremes", "needs", "targets"], ["hardware", "serving", "sizes"]],
     "pruning": [
         ["attention_search", "observations", "plan_summary", "repair"],
         ["stream"],

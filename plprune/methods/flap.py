@@ -20,27 +20,21 @@ Deviations from the authors' code:
 
 import dataclasses
 import itertools
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.methods.base import Repairing
-from plprune.planning.extremes import attention_by_span, extreme_sizes, unique_cases
+from plprune.planning.extremes import attention_by_span
 from plprune.planning.needs import Work
+from plprune.planning.structures import Competition, Structure
 from plprune.pruning.allocation import (
     Budget,
-    Rows,
-    check_best,
-    fit_counts,
     fraction_to_remove,
-    global_ranking,
     importance,
-    largest_remainder,
     rescale,
     top_k,
 )
@@ -53,7 +47,6 @@ from plprune.pruning.stream import observe, stream
 from plprune.pruning.surgery import Surgery
 
 Metric = Literal["WIFV", "IFV", "WIFN"]
-Structure = Literal["AL-AM", "AL-MM", "UL-MM", "UL-UM"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +90,9 @@ class FLAP(Repairing):
                 means[group.name] = moments.mean
                 scores.append((block, group, self._score(block, group, moments)))
             distances.append(inputs.influence.distance("angular"))
-        surgery, chosen = Surgery(model), self._choose(scores, p)
+        surgery, chosen = Surgery(model), self._competition.choose(scores, p)
         if constraint != FREE:  # the best units of each group, as many as it allows: near the number that was chosen
-            counts = self._counts(budget, [len(keep) for keep in chosen])
+            counts = self._competition.counts(budget, [len(keep) for keep in chosen])
             chosen = [top_k(score.sum(1), count) for (*_, score), count in zip(scores, counts, strict=True)]
         decided = [(block, group, keep) for (block, group, _), keep in zip(scores, chosen, strict=True)]
         if self.repair == "compensate":
@@ -120,16 +113,7 @@ class FLAP(Repairing):
         blocks = blocks_of(model)
         p = self._fraction(blocks, constraint)
         budget = self._budget(blocks, p, constraint)
-        heads = attention_by_span(model, budget.rows)
-        if self.structure == "AL-AM":
-            return unique_cases(budget.rows, self._contests(budget, heads, p))
-        if self.structure == "UL-UM":
-            cases = [[size - removed_alike(p, size) for size in budget.sizes]]
-        else:
-            cases = self._mixes(budget.rows, heads, p)
-        if constraint != FREE:
-            cases = [self._counts(budget, case) for case in cases]
-        return unique_cases(budget.rows, cases)
+        return self._competition.predict(budget, attention_by_span(model, budget.rows), p, self.biased)
 
     def work(self, model: PreTrainedModel, count: int, length: int, constraint: Constraint = FREE) -> Work:
         """The second pass, which restores; compensation needs none."""
@@ -137,73 +121,9 @@ class FLAP(Repairing):
             return Work()
         return self.repair_work(model, count * length, length, unit(constraint))
 
-    def _contests(self, budget: Budget, heads: list[int], p: float) -> list[list[int]]:
-        """What can come of one ranking: a typical case, and the extremes in which heads or channels go first.
-
-        The ranking ends within half a unit of the budget, which counts a bias for every group.
-        """
-        rows, costs, free = budget.rows, budget.costs, budget.constraint == FREE
-        check_best(costs, budget.sizes, p)
-        allowed = [
-            range(1, len(group) + 1) if free else budget.constraint.counts(block, group) for block, group in rows
-        ]
-        channels = [i for i in range(len(rows)) if i not in set(heads)]
-        steps = [costs[i] * (allowed[i][-1] - allowed[i][-2] if len(allowed[i]) > 1 else 1) for i in range(len(rows))]
-        slack = (max(steps) if free else max(steps[i] for i in channels)) / 2
-        target = budget.keep * budget.whole
-        biases = sum(block.absent_bias(group) for block, group in rows) if self.biased else 0
-        most, least = target + slack + biases, target - slack - biases - max(steps[i] for i in channels)
-        room = sum(costs[i] * (allowed[i][-1] - allowed[i][0]) for i in channels)
-        every = sum(costs[i] * allowed[i][-1] for i in range(len(rows)))
-        cases = [self._typical(rows, heads, channels, p) if free else self._counts(budget, self._rehearsed(budget))]
-        for limit, even in ((most, True), (least, False)):
-            channels_first = [channels] if room >= every - limit else [channels, heads]
-            for phases in (channels_first, [heads[::-1], channels]):
-                cases.append(extreme_sizes(rows, allowed, phases, limit, even))
-        return cases
-
-    def _typical(self, rows: Rows, heads: list[int], channels: list[int], p: float) -> list[int]:
-        """The same share of heads and of channels, in every block, as near to the budget as channels get it."""
-        costs, counts = [block.cost(group) for block, group in rows], [len(group) for _, group in rows]
-        left = (1 - p) * sum(map(operator.mul, costs, counts))
-        for own in filter(None, (heads, channels)):
-            every = sum(counts[i] for i in own)
-            total = round((1 - p) * every if own is heads else left / costs[own[0]])
-            kept = largest_remainder([counts[i] for i in own], min(every, max(len(own), total)))
-            for i, count in zip(own, kept, strict=True):
-                counts[i] = count
-            left -= sum(costs[i] * counts[i] for i in own)
-        return counts
-
-    def _mixes(self, rows: Rows, heads: list[int], p: float) -> list[list[int]]:
-        """What comes of a given number of heads, which data may take from any block, as they may the channels."""
-        channels = [i for i in range(len(rows)) if i not in set(heads)]
-        sizes, cases = [len(group) for _, group in rows], []
-        for order in (heads, heads[::-1]):
-            for even in (True, False):
-                counts = list(sizes)
-                self._take(counts, order, self._heads_to_remove(rows), even)
-                self._take(counts, channels, self._channels_to_remove(rows, counts, p), even)
-                cases.append(counts)
-        return cases
-
-    def _take(self, counts: list[int], own: list[int], remove: int, even: bool) -> None:
-        """Takes units of one kind: as many in each block under UL-MM, or in all together, evenly or from the first."""
-        if self.structure == "UL-MM":
-            _check_removal(remove, min((counts[i] for i in own), default=1), "in each block")
-            for i in own:
-                counts[i] -= remove
-            return
-        every = sum(counts[i] for i in own)
-        _check_removal(remove, every - len(own) + 1, "in all blocks")
-        if even and own:
-            kept = largest_remainder([counts[i] for i in own], every - remove)
-            for i, count in zip(own, kept, strict=True):
-                counts[i] = count
-            return
-        for i in own:
-            gone = min(counts[i] - 1, remove)
-            counts[i], remove = counts[i] - gone, remove - gone
+    @property
+    def _competition(self) -> Competition:
+        return Competition(self.structure, self.remove_heads)
 
     def _whole(self, blocks: list[Block]) -> int:
         """The parameters of which `sparsity` is a fraction."""
@@ -222,7 +142,11 @@ class FLAP(Repairing):
         each_block = self.structure.startswith("UL")
         budget = Budget(blocks, 1 - p, constraint, unit(constraint), each_block)
         if constraint != FREE:
-            budget.check(self.sparsity, self._whole(blocks), self._counts(budget, self._rehearsed(budget)))
+            budget.check(
+                self.sparsity,
+                self._whole(blocks),
+                self._competition.counts(budget, self._competition.even_counts(budget)),
+            )
         return budget
 
     def _score(self, block: Block, group: UnitGroup, moments: Moments) -> Tensor:  # [units, columns per unit]
@@ -231,63 +155,6 @@ class FLAP(Repairing):
         variance = moments.running_variance if self.variance == "running" else moments.variance
         score = METRICS[self.metric](weight, variance[index], moments.norm[index])
         return score.square() if group.kind == "attention" and self.square_attention else score
-
-    def _choose(self, scores: list[tuple[Block, UnitGroup, Tensor]], p: float) -> list[Tensor]:
-        if self.structure == "AL-AM":
-            costs = [block.cost(group) for block, group, _ in scores]
-            return global_ranking([standardised(s) for *_, s in scores], costs, p)
-        if self.structure == "UL-UM":
-            return [top_k(s.sum(1), len(s) - removed_alike(p, len(s))) for *_, s in scores]
-        return self._mixed(scores, p)
-
-    def _counts(self, budget: Budget, wanted: Sequence[float]) -> list[int]:
-        """Units to keep in each group; under the MM structures heads are fitted first, then channels to the rest."""
-        rows, costs = budget.rows, budget.costs
-        kinds = {kind: [i for i, (_, g) in enumerate(rows) if g.kind == kind] for kind in ("attention", "ffn")}
-        if not self.structure.endswith("MM") or not kinds["attention"]:
-            return budget.fit(wanted)
-        left, counts = budget.keep * budget.whole, {}
-        for kind, own in kinds.items():
-            share = sum(costs[i] * wanted[i] for i in own) if kind == "attention" else left
-            keep = share / sum(costs[i] * budget.sizes[i] for i in own)
-            every = [rows[i] for i in own], [wanted[i] for i in own]
-            found = fit_counts(*every, keep, budget.constraint, budget.each_block)
-            counts |= dict(zip(own, found, strict=True))
-            left -= sum(costs[i] * counts[i] for i in own)
-        return [counts[i] for i in range(len(rows))]
-
-    def _rehearsed(self, budget: Budget) -> list[float]:
-        """How many units each group would keep if all scores were alike."""
-        rows, wanted = budget.rows, budget.alike
-        if not self.structure.endswith("MM"):
-            return wanted
-        gone = self.remove_heads / max(1, sum(group.kind == "attention" for _, group in rows))
-        gone = int(gone) if self.structure == "UL-MM" else gone
-        return [len(g) - gone if g.kind == "attention" else w for (_, g), w in zip(rows, wanted, strict=True)]
-
-    def _mixed(self, scores: list[tuple[Block, UnitGroup, Tensor]], p: float) -> list[Tensor]:
-        """UL-MM and AL-MM: `remove_heads` heads go, and channels for the rest of the budget."""
-        rows = [(block, group) for block, group, _ in scores]
-        choose = _within_blocks if self.structure == "UL-MM" else _among_themselves
-        heads = [row for row in scores if row[1].kind == "attention"]
-        channels = [row for row in scores if row[1].kind == "ffn"]
-        kept = {g.name: k for (_, g, _), k in zip(heads, choose(heads, self._heads_to_remove(rows)), strict=True)}
-        counts = [len(kept[group.name]) if group.name in kept else len(group) for _, group in rows]
-        others = choose(channels, self._channels_to_remove(rows, counts, p))
-        kept |= {g.name: k for (_, g, _), k in zip(channels, others, strict=True)}
-        return [kept[group.name] for _, group in rows]
-
-    def _heads_to_remove(self, rows: Rows) -> int:
-        """kv heads to remove in all blocks together; under UL-MM in each block."""
-        blocks = sum(group.kind == "attention" for _, group in rows)
-        return self.remove_heads // max(1, blocks) if self.structure == "UL-MM" else self.remove_heads
-
-    def _channels_to_remove(self, rows: Rows, counts: Sequence[int], p: float) -> int:
-        """FFN channels to remove so that the budget is met with the given counts; under UL-MM in each block."""
-        costs = [block.cost(group) for block, group in rows]
-        left = sum(cost * (count - (1 - p) * len(g)) for cost, count, (_, g) in zip(costs, counts, rows, strict=True))
-        own = [cost for cost, (_, group) in zip(costs, rows, strict=True) if group.kind == "ffn"]
-        return int(left / (sum(own) if self.structure == "UL-MM" else own[0]) + 1e-9)
 
 
 def unit(asked: Constraint) -> Literal["kv_heads", "none"]:
@@ -330,48 +197,6 @@ def weighted_norm(
         tensor([2., 5.])
     """
     return weight.abs().mean(0) * norm
-
-
-def standardised(score: Tensor) -> Tensor:  # [units, channels per unit] -> [units]
-    r"""Scores of one kind in one block as comparable with any other's: the mean over a unit's channels of
-
-    .. math:: z_j = (S_j - \bar S) / \mathrm{std}(S)
-
-    Example:
-        >>> standardised(torch.tensor([[1.0], [2.0], [3.0]]))
-        tensor([-1.,  0.,  1.])
-    """
-    if score.numel() < 2 or not score.std():
-        return torch.zeros(len(score), dtype=score.dtype)
-    return ((score - score.mean()) / score.std()).mean(1)
-
-
-def removed_alike(p: float, size: int) -> int:
-    """Units that leave a group under UL-UM."""
-    return int(p * size + 1e-9)
-
-
-def _within_blocks(rows: list[tuple[Block, UnitGroup, Tensor]], remove: int) -> list[Tensor]:
-    """UL-MM: a ranking of one kind's units in each block, which loses `remove` of them."""
-    _check_removal(remove, min((len(g) for _, g, _ in rows), default=1), "in each block")
-    return [top_k(score.sum(1), len(score) - remove) for *_, score in rows]
-
-
-def _among_themselves(rows: list[tuple[Block, UnitGroup, Tensor]], remove: int) -> list[Tensor]:
-    """AL-MM: one ranking of all units of one kind."""
-    units = sum(len(g) for _, g, _ in rows)
-    _check_removal(remove, units - len(rows) + 1, "in all blocks")
-    if not rows:
-        return []
-    return global_ranking([standardised(s) for *_, s in rows], [1] * len(rows), remove / units)
-
-
-def _check_removal(remove: int, there: int, where: str) -> None:
-    if not 0 <= remove < there:
-        raise ValueError(
-            f"FLAP would have to remove {remove} units {where} where at most {there - 1} can go: "
-            "change `sparsity` or `remove_heads`"
-        )
 
 
 def _compensate(surgery: Surgery, decided: list[tuple[Block, UnitGroup, Tensor]], means: dict[str, Tensor]) -> None:
