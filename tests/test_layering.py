@@ -38,10 +38,10 @@ ORDER = {
     ],
     # the Lightning line
     "streaming": [],
-    "report": [["comparison", "sensitivity"], ["found", "run"], ["page"], ["charts", "samples"], ["svg"]],
+    "report": [["comparison", "sensitivity"], ["records", "run", "summary"], ["page"], ["charts", "samples"], ["svg"]],
     "methods": [["cfsp", "fasp", "flap", "learned_gates", "run", "two_ssp"], ["base"]],
     "export": [["formats"], ["gguf", "parity"], ["decilm", "llama_cpp", "vocabulary"]],
-    "evaluation": [["lm_eval", "measurement", "sensitivity"], ["perplexity", "speed", "task_results"], ["alone"]],
+    "evaluation": [["lm_eval", "measurement", "sensitivity"], ["perplexity", "speed", "task_results"], ["standalone"]],
     "recovery": [["lora"], ["consumers", "distillation"]],
     "checkpoint": [["save"], ["load"], ["locate"], ["stored"], ["weights"], ["model_card", "sharing", "stock_config"]],
     "planning": [["structures"], ["extremes", "needs", "targets"], ["hardware", "serving", "sizes"]],

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from plprune.commands.options import shared_help
 from plprune.io.atomic import check_output_file
-from plprune.report import NAME, check_ours, write
-from plprune.report.found import found
+from plprune.report import NAME, check_replaceable, write
 from plprune.report.page import at
+from plprune.report.records import collect
 
 
 @shared_help
@@ -18,14 +18,14 @@ def report(folder: str, output: str | None = None, overwrite: bool = False) -> N
         output: HTML file to write, with its JSON beside it. If not given, `report.html` in the folder, or
             `NAME-report.html` beside a file `NAME.json`.
     """
-    record = found(folder)
+    record = collect(folder)
     page = Path(output).expanduser() if output is not None else _beside(Path(folder))
     if page.suffix != ".html":
         raise ValueError(f"the output is {page}, but a report is a file whose name ends in .html")
     if output is not None:
         check_output_file(page, overwrite)
     else:
-        check_ours(page)
+        check_replaceable(page)
     write(record, page, overwrite=overwrite or output is None)
     print(f"{_note(record)}saved to {page}")
 

@@ -20,9 +20,9 @@ from plprune.comparison.study import Study
 from plprune.io.atomic import resolve_path, staged
 from plprune.io.distributed import without_launcher
 from plprune.io.progress import Progress
-from plprune.report import NAME, check_ours, completed, write
+from plprune.report import NAME, check_replaceable, completed, write
 from plprune.report.comparison import plots
-from plprune.report.found import of_process
+from plprune.report.records import this_process
 
 
 def compare(study: Study, output: str | os.PathLike[str]) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def compare(study: Study, output: str | os.PathLike[str]) -> dict[str, Any]:
     study.check()
     output = resolve_path(output)
     page = output / NAME
-    check_ours(page)
+    check_replaceable(page)
     found: dict[tuple[int, int], list[Cell]] = {}  # by model and part
     start = time.perf_counter()
 
@@ -84,7 +84,7 @@ def record(study: Study, cells: list[Cell], status: str, start: float) -> dict[s
         "kind": "comparison",
         "title": "Comparison of " + ", ".join(dict.fromkeys(type(method).__name__ for method in study.methods)),
         "status": status,
-        "process": of_process(),
+        "process": this_process(),
         "progress": {"step": len(cells), "steps": study.size},
         "protocol": protocol | dataclasses.asdict(study.protocol),
         "machine": machine(),

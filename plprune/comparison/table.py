@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from plprune.io.tables import markdown_table
-from plprune.report.comparison import name_of, summarised
+from plprune.io.tables import markdown
 from plprune.report.page import at
+from plprune.report.summary import name_of, summarised
 
 MEASURES = (  # title, keys in a row of a report's summary, format
     ("perplexity", ("perplexity",), ".2f"),

@@ -1,11 +1,11 @@
-"""How fast a model writes, and how much memory that takes, measured so that two models can be compared.
+"""How fast a model generates text, and how much memory that takes, so that two models can be compared.
 
-A model reads a prompt and writes greedily with a key-value cache, always as many tokens: an early end would be another
-measurement. What is timed is run once before, then several times; a figure is the median with its quartiles, and two
-figures whose quartiles overlap are not told apart.
+A model reads a prompt and generates greedily with a key-value cache. The number of tokens is fixed, as an early end
+would make runs differ. After a warm-up run each figure is taken several times, and given as the median with its
+quartiles; two figures whose quartiles overlap count as equal.
 
-Batches are doubled until that gains little: beyond, the machine is saturated. At batch 1 each token reads all weights,
-so that speed follows their bytes; at saturation it follows the operations.
+Batches are doubled until that gains little: the machine is then saturated. At batch 1 each token reads all weights, so
+speed follows their bytes; at saturation it follows the operations.
 """
 
 import contextlib
@@ -23,26 +23,20 @@ from transformers import PreTrainedModel
 from plprune.architecture.blocks import blocks_of
 from plprune.architecture.modeling_plprune import Gather, Scatter
 from plprune.architecture.modules import matrix
-from plprune.evaluation.alone import write_greedily
+from plprune.evaluation.standalone import greedy_tokens
 from plprune.io.checks import check_sizes
 from plprune.io.tables import text_table
 from plprune.io.units import format_value
 from plprune.pruning.forward import evaluating
 
-GAIN = 1.1  # a doubled batch that gives less is one too many
+GAIN = 1.1  # doubling stops at a batch that gains less
 ENDS = {"gain": "more gains less than 10%", "cap": "none larger was tried", "memory": "more does not fit"}
-MULTIPLES = (8, 32, 64)  # widths that vector units and matrix kernels are made for
+MULTIPLES = (8, 32, 64)  # vector units and matrix kernels are made for such widths
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure that was taken several times.
-
-    Args:
-        median: The middle one.
-        low: The lower quartile.
-        high: The upper quartile.
-    """
+    """The median of a figure that was taken several times, with its lower and upper quartile."""
 
     median: float
     low: float
@@ -50,7 +44,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """The spread of values.
+        """The spread of several values.
 
         Example:
             >>> Spread.of([1.0, 2.0, 3.0, 4.0, 5.0])
@@ -64,28 +58,28 @@ class Spread:
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a model writes.
+    """Speed and memory of a model that generates.
 
     Args:
-        device: Where.
+        device: Name of the device.
         dtype: Of the weights.
         threads: Of the CPU.
         prompt: Tokens of the prompt.
-        new_tokens: Tokens that were written.
-        repeats: How often each figure was taken, after one that does not count.
-        first_token: Seconds until the first token is written, at batch 1.
-        reading: Tokens of the prompt that are read per second, at batch 1.
-        writing: Tokens that are written per second, at batch 1, once the prompt is read.
-        saturated: The same over all sequences of the batch that gave most.
+        new_tokens: Tokens generated.
+        repeats: How often each figure was taken.
+        first_token: Seconds until the first token, at batch 1.
+        reading: Tokens of the prompt read per second, at batch 1.
+        writing: Tokens generated per second after the first, at batch 1.
+        saturated: The same over all sequences of the batch that generates most.
         batch: The size of that batch.
         ended_by: Why no larger batch was tried or taken: gain, cap or memory.
-        peak: Bytes, at batch 1, and None if they cannot be had.
-        saturated_peak: Bytes, over all batches.
-        peak_of: What these are the peak of.
+        peak: Peak of memory in bytes, at batch 1; None if it is unknown.
+        saturated_peak: The same over all batches.
+        peak_of: The kind of memory.
         weights: Bytes of the weights.
-        widths: The FFN's width in each block.
-        attention_widths: What the output projection of the attention in each block reads; 0 without attention.
-        gathers: How many projections pick or place single channels besides, as FASP's value channels need.
+        widths: The width of the FFN in each block.
+        attention_widths: Columns of the attention's output projection in each block; 0 without attention.
+        gathers: Number of projections that also gather or scatter single channels, as for FASP's value channels.
     """
 
     device: str
@@ -113,23 +107,23 @@ class Speed:
 def measure_speed(
     model: PreTrainedModel, prompt: int = 128, new_tokens: int = 32, repeats: int = 5, max_batch: int | None = None
 ) -> Speed:
-    """Measures how fast a model writes where it is.
+    """Measures the speed of a model on its device.
 
     Args:
         model: A causal language model.
-        prompt: Tokens of the prompt; which they are does not matter.
-        new_tokens: Tokens to write.
+        prompt: Tokens of the prompt.
+        new_tokens: Tokens to generate.
         repeats: How often each figure is taken.
         max_batch: The largest batch to try; 16 on a CPU and 256 elsewhere if not given.
 
     Raises:
-        ValueError: The model cannot hold so many tokens, or there is not enough to time.
+        ValueError: A size is out of range, or too long for the model.
     """
     check_sizes(prompt=prompt, repeats=repeats, max_batch=max_batch)
     _check_length(model, prompt, new_tokens)
     cap = max_batch or (16 if model.device.type == "cpu" else 256)
     ids = torch.arange(prompt, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr,operator]
-    with evaluating(model), _watched(model.device) as peak:
+    with evaluating(model), _memory_peak(model.device) as peak:
         runs = _runs(model, ids, new_tokens, repeats)
         alone = peak()
         writing = Spread.of([(new_tokens - 1) / rest for _, rest in runs])
@@ -156,14 +150,16 @@ def measure_speed(
 
 
 def why_not_faster(dense: Speed, pruned: Speed) -> list[str]:
-    """Where a pruned model is not faster than the dense one, and then why; nothing if it is faster everywhere.
+    """Lines that say where a pruned model is not faster than the dense one, and why; empty if it is faster everywhere.
 
     Raises:
-        ValueError: They were not measured alike.
+        ValueError: They were measured under different conditions.
     """
     alike = [(s.device, s.dtype, s.threads, s.prompt, s.new_tokens) for s in (dense, pruned)]
     if alike[0] != alike[1]:
-        raise ValueError("two speeds cannot be compared: measure both on one machine, in one dtype, and as many tokens")
+        raise ValueError(
+            "two speeds cannot be compared: measure both on one machine, in one dtype, with equal numbers of tokens"
+        )
     figures = {
         "reading the prompt is": (dense.reading, pruned.reading),
         "writing at batch 1 is": (dense.writing, pruned.writing),
@@ -200,8 +196,7 @@ def _cell(spread: Spread, scale: float = 1) -> str:
 
 
 def _not_faster(what: str, dense: Spread, pruned: Spread) -> str:
-    told_apart = pruned.high < dense.low
-    how = "slower" if told_apart else "not faster beyond the spread"
+    how = "slower" if pruned.high < dense.low else "not faster beyond the spread"
     return f"{what} {how}: {pruned.median:.1f} tokens/s, dense {dense.median:.1f}"
 
 
@@ -231,7 +226,7 @@ def _reasons(dense: Speed, pruned: Speed, at_batch_1: bool) -> list[str]:
 
 
 def _odd(part: str, before: Sequence[int], after: Sequence[int]) -> str | None:
-    """Says how many widths suit kernels less than before, by the smallest multiple that shows it."""
+    """A line on widths that are not multiples of what kernels are made for; None if there are no more than before."""
     for multiple in MULTIPLES:
         odd, dense = (sum(width % multiple > 0 for width in widths) for widths in (after, before))
         if odd > dense:
@@ -245,7 +240,7 @@ def _odd(part: str, before: Sequence[int], after: Sequence[int]) -> str | None:
 def _saturate(
     model: PreTrainedModel, ids: Tensor, new_tokens: int, repeats: int, max_batch: int, alone: Spread
 ) -> tuple[int, Spread, str]:
-    """The batch that writes most, how much, and why no larger one was taken."""
+    """The batch that generates most, its tokens per second, and why no larger batch was taken."""
     sizes, best = [1], alone
     while (batch := sizes[-1] * 2) <= max_batch:
         try:
@@ -254,10 +249,10 @@ def _saturate(
             if "memory" not in str(error):
                 raise
             return sizes[-1], best, "memory"
-        found = Spread.of([batch * (new_tokens - 1) / rest for _, rest in runs])
-        gain = found.median / best.median
+        speed = Spread.of([batch * (new_tokens - 1) / rest for _, rest in runs])
+        gain = speed.median / best.median
         if gain > 1:
-            best = found
+            best = speed
             sizes.append(batch)
         if gain < GAIN:
             return sizes[-1], best, "gain"
@@ -265,14 +260,14 @@ def _saturate(
 
 
 def _runs(model: PreTrainedModel, ids: Tensor, new_tokens: int, repeats: int) -> list[tuple[float, float]]:
-    """Seconds to the first token and from there to the last, of each run but the first."""
+    """Seconds to the first token, and from there to the last, of each run after the warm-up."""
     runs = []
     for _ in range(repeats + 1):
-        written = write_greedily(model, ids, new_tokens)
+        tokens = greedy_tokens(model, ids, new_tokens)
         start = _now(model.device)
-        next(written)
+        next(tokens)
         first = _now(model.device)
-        for _ in written:
+        for _ in tokens:
             pass
         runs.append((first - start, _now(model.device) - first))
     return runs[1:]
@@ -285,13 +280,13 @@ def _now(device: torch.device) -> float:
 
 
 @contextlib.contextmanager
-def _watched(device: torch.device) -> Iterator[Callable[[], int | None]]:
-    """Gives a function that tells the peak of memory since the start of the context."""
+def _memory_peak(device: torch.device) -> Iterator[Callable[[], int | None]]:
+    """Gives a function that returns the peak of memory since the context began."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device)
     else:
-        with contextlib.suppress(OSError):  # without the right to it, the peak is that of the process's life
+        with contextlib.suppress(OSError):  # if forbidden, the peak is that since the process started
             Path("/proc/self/clear_refs").write_text("5")
         yield _resident_peak
 
@@ -309,14 +304,16 @@ def _name(device: torch.device) -> str:
 
 def _check_length(model: PreTrainedModel, prompt: int, new_tokens: int) -> None:
     if new_tokens < 2:
-        raise ValueError(f"new_tokens is {new_tokens}, but must be at least 2: the first comes with the prompt")
+        raise ValueError(f"new_tokens is {new_tokens}, but must be at least 2, as the first is timed with the prompt")
     most = getattr(model.config, "max_position_embeddings", None)
     if most is not None and prompt + new_tokens > most:
-        raise ValueError(f"the model takes {most} tokens, fewer than {prompt} and {new_tokens} more: ask for fewer")
+        raise ValueError(
+            f"the model takes {most} tokens, fewer than {prompt} + {new_tokens}: lower prompt or new_tokens"
+        )
 
 
 def _shape(model: PreTrainedModel) -> dict[str, Any]:
-    """What of a model's structure bears on its speed."""
+    """The parts of a model's structure that affect its speed."""
     blocks = blocks_of(model)
     attentions = [matrix(b.part(b.family.output)).shape[1] if b.has_attention else 0 for b in blocks]
     return {

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune.evaluation import alone
+from plprune.evaluation import standalone
 from plprune.export import llama_cpp
 from plprune.io.tables import markdown_table
 from plprune.io.units import format_value
@@ -72,8 +72,8 @@ class Row:
 def read_model(model: PreTrainedModel, windows: Tensor) -> Reading:  # [n, s]
     """The output of the model in memory."""
     with evaluating(model):
-        tokens, speed = alone.continuation(model, alone.prompt_of(windows))
-        return Reading(alone.logprobs(model, windows), tokens, "plprune", speed)
+        tokens, speed = standalone.continuation(model, standalone.prompt_of(windows))
+        return Reading(standalone.logprobs(model, windows), tokens, "plprune", speed)
 
 
 def by_transformers(folder: Path, windows: Tensor) -> Reading:  # [n, s]
@@ -85,7 +85,7 @@ def by_transformers(folder: Path, windows: Tensor) -> Reading:  # [n, s]
     with tempfile.TemporaryDirectory() as room:
         request, answer = Path(room, "request.safetensors"), Path(room, "answer.safetensors")
         save_file({"windows": windows.contiguous()}, request)
-        command = [sys.executable, "-I", alone.__file__, str(folder), str(request), str(answer)]
+        command = [sys.executable, "-I", standalone.__file__, str(folder), str(request), str(answer)]
         own = os.environ | {"HF_MODULES_CACHE": room, "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, env=own, capture_output=True, text=True)
         if done.returncode:
@@ -103,7 +103,7 @@ def by_llama_cpp(file: Path, windows: Tensor) -> Reading:  # [n, s]
         ValueError: llama.cpp does not load the file.
     """
     runs = [llama_cpp.run(file, window.tolist(), 0) for window in windows]
-    continued = llama_cpp.run(file, alone.prompt_of(windows).tolist(), 32)
+    continued = llama_cpp.run(file, standalone.prompt_of(windows).tolist(), 32)
     logprobs = torch.tensor([run.logprobs for run in runs])
     return Reading(logprobs, torch.tensor(continued.greedy), continued.version, continued.tokens_per_second)
 

@@ -1,8 +1,8 @@
-"""A report: one HTML file that opens from disk, and the same content as JSON beside it.
+"""Reports: one HTML file that opens from disk, with the same content as JSON beside it.
 
-A record is plain data (JSON) of one of three kinds, `run`, `comparison` and `sensitivity`; any part of it may be
-missing, and the page shows what there is. What is derived from a record, such as means over seeds, is added to it
-before anything is written, so that the page has no number that the JSON has not.
+A record is plain JSON data of one of three kinds, `run`, `comparison` and `sensitivity`. Any part of it may be missing;
+the page shows what there is. Derived values, such as means over seeds, are added to the record before anything is
+written, so that every number on the page is in the JSON too.
 """
 
 import datetime
@@ -15,53 +15,53 @@ from typing import Any
 
 from plprune.io.atomic import check_output_file, resolve_path, staged
 from plprune.report import comparison, run, sensitivity
-from plprune.report.comparison import summarised
 from plprune.report.page import MARK, readable
+from plprune.report.summary import summarised
 
 VERSION = 1
 NAME = "report.html"
-WRITTEN = '"written": "'  # near the head of a report's JSON, and of no other
+WRITTEN = '"written": "'  # near the start of a report's JSON, and of no other JSON
 PAGES = {"run": run.page, "comparison": comparison.page, "sensitivity": sensitivity.page}
 DROPPED = {
     "tasks": ("scores", "examples", "parts"),
     "speed": ("widths", "attention_widths"),
-}  # long, and known otherwise
+}  # long or redundant
 
 
 def write(record: dict[str, Any], path: str | os.PathLike[str], overwrite: bool = False) -> None:
     """Writes a report and its JSON, each whole or not at all.
 
     Args:
-        record: What is reported.
-        path: A folder, which gets `report.html` and `report.json`; or an `.html` file, whose JSON is beside it.
-        overwrite: Whether to replace what is there.
+        record: The record.
+        path: A folder, which gets `report.html` and `report.json`; or an `.html` file, with its JSON beside it.
+        overwrite: Whether to replace existing files.
 
     Raises:
-        FileExistsError: One of them is there already, and `overwrite` is not set.
-        OSError: It could not be written.
-        ValueError: The record is of no kind that is known.
+        FileExistsError: One of the files exists, and `overwrite` is not set.
+        OSError: A file cannot be written.
+        ValueError: The kind of the record is unknown.
     """
-    page, whole = page_of(path), completed(record)
+    page, whole = page_path(path), completed(record)
     texts = {page: html(whole), page.with_suffix(".json"): json.dumps(whole, indent=1, allow_nan=False) + "\n"}
     for file in texts:
         check_output_file(file, overwrite)
     for file, text in texts.items():
         with staged(file, overwrite) as temporary:
-            temporary.write_text(text, encoding="utf-8", errors="replace")  # names of files need not be UTF-8
+            temporary.write_text(text, encoding="utf-8", errors="replace")  # file names need not be UTF-8
 
 
-def page_of(path: str | os.PathLike[str]) -> Path:
-    """The page of a report that is asked for as a folder or as a file."""
+def page_path(path: str | os.PathLike[str]) -> Path:
+    """The HTML file of a report, for its folder or the file itself."""
     path = Path(path).expanduser()
     return path if path.suffix == ".html" else resolve_path(path) / NAME
 
 
-def check_ours(page: str | os.PathLike[str]) -> None:
-    """Makes sure that a page to be written anew, and the JSON beside it, are a report, if they are there.
+def check_replaceable(page: str | os.PathLike[str]) -> None:
+    """Makes sure that a page, and the JSON beside it, can be written and would replace nothing but a report.
 
     Raises:
-        FileExistsError: Something else has such a name.
-        OSError: Nothing can be written there.
+        FileExistsError: Another file has one of these names.
+        OSError: The files cannot be written.
     """
     for file, mark in ((Path(page), MARK), (Path(page).with_suffix(".json"), WRITTEN)):
         check_output_file(file, overwrite=True)
@@ -70,10 +70,10 @@ def check_ours(page: str | os.PathLike[str]) -> None:
 
 
 def html(record: dict[str, Any]) -> str:
-    """A record as a page.
+    """The page of a record.
 
     Raises:
-        ValueError: The record is of no kind that is known, or not as we write them.
+        ValueError: The kind of the record is unknown, or the record is malformed.
     """
     kind = record.get("kind")
     if kind not in PAGES:
@@ -84,7 +84,7 @@ def html(record: dict[str, Any]) -> str:
 
 
 def completed(record: dict[str, Any]) -> dict[str, Any]:
-    """The record as JSON has it, with what is derived from it; completing it again changes nothing."""
+    """The record in JSON's types with its derived values; completing it again changes nothing."""
     head = {"version": VERSION, "written": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
     with readable():
         plain: dict[str, Any] = head | _plain(record)
@@ -94,7 +94,7 @@ def completed(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any, within: str = "") -> Any:
-    """A value of JSON's kinds: numbers that are not finite become words, and what is long and known is left out."""
+    """A value in JSON's types: numbers that are not finite become text, and what is in `DROPPED` is left out."""
     if isinstance(value, Mapping):
         left_out = DROPPED.get(within, ())
         return {str(k): _plain(v, str(k) if k in DROPPED else within) for k, v in value.items() if k not in left_out}

@@ -1,10 +1,8 @@
-"""Charts as SVG strings: pure functions of numbers, without a plotting library, for the report and for files.
+"""Charts as SVG strings, for pages and for files: pure functions of numbers, without a plotting library.
 
-Each is complete in itself: it has a title and a description for those who cannot see it, follows a light or a dark
-scheme, and never tells by colour alone. Lines differ by marker.
-
-Where all of a chart is rectangles (`heat_map`, `block_picture`), places across are percentages: it takes any width
-while its letters keep their size. The others scale as a whole.
+Each chart stands alone: it has a title and a description for people who cannot see it, follows the light or dark
+scheme of the reader, and distinguishes nothing by colour alone. Charts of rectangles (`heat_map`, `block_picture`)
+place them by percentages, so that they take any width while letters keep their size; the others scale as a whole.
 """
 
 from collections.abc import Sequence
@@ -21,12 +19,13 @@ from plprune.report.svg import (
     Axis,
     Scale,
     Shade,
-    column,
+    bar,
     column_names,
     drawing,
     finite,
     marker,
     place_across,
+    ticks,
     tooltip,
     words,
 )
@@ -34,16 +33,16 @@ from plprune.report.svg import (
 
 @dataclass(frozen=True)
 class Series:
-    """Points that belong together.
+    """Points of one name and kind.
 
     Args:
-        name: What they belong to; series of one name have one colour.
+        name: Shown in the legend; series of one name have one colour.
         points: x and y of each.
-        colour: Which colour and marker, counted from 0.
-        kind: Which of several kinds of the same thing it is.
-        hollow: Whether markers are hollow and lines dashed, as another kind has them filled.
+        colour: Index of the colour and marker.
+        kind: Distinguishes series of one name, such as pruned and recovered.
+        hollow: Whether markers are hollow and lines dashed.
         spread: The lowest and highest y of each point, where there are several measurements.
-        joined: Whether a line connects them.
+        joined: Whether a line connects the points.
     """
 
     name: str
@@ -57,13 +56,13 @@ class Series:
 
 @dataclass(frozen=True)
 class Blocks:
-    """What is left of each block.
+    """The units that each block keeps.
 
     Args:
-        kept: For each kind of unit, how many each block has and had.
-        heads: Indices of the attention heads that each block has; drawn where they are not too many.
-        importance: Of each block.
-        ranks: The LoRA rank of each block.
+        kept: By kind of unit, how many each block keeps, and how many it had.
+        heads: Indices of the attention heads that each block keeps; drawn one by one up to 40 heads.
+        importance: Of each block; empty if unknown.
+        ranks: The LoRA rank of each block; empty if unknown.
     """
 
     kept: dict[str, list[tuple[int, int]]]
@@ -78,7 +77,7 @@ def line(series: Sequence[Series], title: str, x: Axis, y: Axis, about: str = ""
 
 
 def scatter(series: Sequence[Series], title: str, x: Axis, y: Axis, about: str = "") -> str:
-    """Points with markers, those of a series connected, and what they spread over."""
+    """Points with markers and ranges, those of a series connected."""
     return _plot(series, title, x, y, about, marked=True)
 
 
@@ -90,9 +89,9 @@ def bars(
     Args:
         values: By name.
         title: Of the chart.
-        about: What it shows, for those who cannot see it.
+        about: The description.
         form: How the values are written.
-        colours: Of each bar; the first for all if not given.
+        colours: Index of each bar's colour; the first for all if not given.
     """
     left = min(170.0, MARGIN + 8 + LETTER * max(map(len, values), default=0))
     longest = max((v for v in values.values() if finite(v)), default=0) or 1
@@ -123,19 +122,19 @@ def heat_map(
 
     Args:
         values: Of each row, by column.
-        rows: Their names.
-        columns: Their names.
+        rows: Names of the rows.
+        columns: Names of the columns.
         title: Of the chart.
-        about: What it shows, for those who cannot see it.
+        about: The description.
         form: How the values are written.
-        above: If given, the colour follows the logarithm of how far a value is above it.
-        label: What the columns are.
+        above: If given, colours follow the logarithm of the distance of a value above it.
+        label: The name of the columns' axis.
     """
     shade = Shade([v for row in values for v in row if v is not None and finite(v)], above)
     left, top, tall = 22 + LETTER * max(map(len, rows), default=0), 68, 22 if len(rows) <= 12 else 16
     wide, cells = 1 / max(1, len(columns)), []
     for i, row in enumerate(values):
-        for j, value in enumerate(row):  # a cell is a little too wide, and the next one covers what is too much
+        for j, value in enumerate(row):  # a cell is a little too wide, and the next one covers the rest
             colour = "bg" if value is None else f"h{shade(value)}"
             told = "" if value is None else tooltip(f"{rows[i]}, {label} {columns[j]}: {format_value(value, form)}")
             data = "" if value is None else f' data-value="{escape(str(value))}"'
@@ -151,7 +150,7 @@ def heat_map(
 
 
 def block_picture(blocks: Blocks, title: str, about: str = "") -> str:
-    """What each block, a column each from the first to the last, has kept and lost; its importance and LoRA rank."""
+    """A column for each block: the units that it keeps and has lost, its importance and its LoRA rank."""
     panels, top = "", 74.0
     for kind, pairs in blocks.kept.items():
         full = max((had for _, had in pairs), default=0)
@@ -189,25 +188,24 @@ def _plot(series: Sequence[Series], title: str, x: Axis, y: Axis, about: str, ma
 
 
 def _drawable(series: Series, x: Axis, y: Axis) -> Series:
-    """The points of a series that are numbers, above 0 where a scale is logarithmic."""
-    fine = [
-        i
-        for i, (px, py) in enumerate(series.points)
-        if finite(px) and finite(py) and (px > 0 or not x.log) and (py > 0 or not y.log)
-    ]
-    spread = [series.spread[i] for i in fine] if series.spread else ()
-    points = [series.points[i] for i in fine]
-    return replace(series, points=points, spread=spread)
+    """The series without points that are not finite, or not positive where a scale is logarithmic."""
+
+    def fits(value: float, axis: Axis) -> bool:
+        return finite(value) and (value > 0 or not axis.log)
+
+    drawn = [i for i, (px, py) in enumerate(series.points) if fits(px, x) and fits(py, y)]
+    spread = [series.spread[i] for i in drawn] if series.spread else ()
+    return replace(series, points=[series.points[i] for i in drawn], spread=spread)
 
 
 def _grid(across: Scale, up: Scale, box: tuple[float, float, float, float]) -> str:
     left, right, top, bottom = box
     drawn = []
-    for tick in up.ticks():
+    for tick in ticks(up.low, up.high, up.axis.log):
         at = up(tick)
         drawn.append(f'<line class="gr" x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        drawn.append(words(left - 8, at + 4, format_value(tick, up.axis.form), "end", "mu"))
-    for tick in across.ticks():
+        drawn.append(words(left - 8, at + 4, shown(tick, up.axis.form), "end", "mu"))
+    for tick in ticks(across.low, across.high, across.axis.log):
         at = across(tick)
         drawn.append(f'<line class="gr" x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{bottom}"/>')
         drawn.append(words(at, bottom + 17, format_value(tick, across.axis.form), "middle", "mu"))
@@ -256,23 +254,21 @@ def _heads(pairs: Sequence[tuple[int, int]], heads: Sequence[Sequence[int]], top
     """A cell for each head."""
     drawn, tall = [], height / max(1, *(had for _, had in pairs))
     for i, ((kept, had), present) in enumerate(zip(pairs, heads, strict=True)):
-        tip = tooltip(f"block {i}: {kept} of {had} heads kept")
+        tip = f"block {i}: {kept} of {had} heads kept"
         for head in range(had):
-            colour = "s0" if head in present else "off"
-            place = f'y="{top + tall * head + 1:.1f}" height="{tall - 2:.1f}"'
-            drawn.append(f'<rect class="{colour}" {column(i, len(pairs))} {place}>{tip}</rect>')
+            style = "s0" if head in present else "off"
+            drawn.append(bar(i, len(pairs), top + tall * head + 1, tall - 2, style, tip))
     return "".join(drawn)
 
 
 def _filled(kind: str, pairs: Sequence[tuple[int, int]], full: int, top: float, height: float) -> str:
-    """A column for each block, filled as far as it was kept."""
+    """A column for each block, filled by the share that it keeps."""
     drawn = []
     for i, (kept, had) in enumerate(pairs):
-        tip = tooltip(f"block {i}: {kept:,} of {had:,} {kind} kept")
-        for colour, count in (("off", had), ("s0", kept)):
+        tip = f"block {i}: {kept:,} of {had:,} {kind} kept"
+        for style, count in (("off", had), ("s0", kept)):
             tall = height * count / max(1, full)
-            place = f'y="{top + height - tall:.1f}" height="{tall:.1f}" data-value="{count}"'
-            drawn.append(f'<rect class="{colour}" {column(i, len(pairs))} {place}>{tip}</rect>')
+            drawn.append(bar(i, len(pairs), top + height - tall, tall, style, tip, count))
     return "".join(drawn)
 
 
@@ -281,7 +277,6 @@ def _columns(name: str, values: Sequence[float], top: float, height: float, colo
     largest, drawn = max((v for v in values if finite(v)), default=0) or 1, []
     for i, value in enumerate(values):
         tall = height * max(0.02, value / largest) if finite(value) else 0
-        place = f'y="{top + height - tall:.1f}" height="{tall:.1f}" data-value="{escape(str(value))}"'
-        tip = tooltip(f"block {i}: {name} {format_value(value)}")
-        drawn.append(f'<rect class="s{colour}" {column(i, len(values))} {place}>{tip}</rect>')
+        tip = f"block {i}: {name} {shown(value)}"
+        drawn.append(bar(i, len(values), top + height - tall, tall, f"s{colour}", tip, value))
     return "".join(drawn)

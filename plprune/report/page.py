@@ -1,43 +1,32 @@
-"""The pieces of a page: numbers, tables, sections, and the document around them. Nothing is loaded from elsewhere.
+"""The parts of a report page: numbers, tables, charts, sections, and the document around them.
 
-A number is written as `<data value="exact" data-path="/stages/dense/perplexity">20.31</data>`: the path is a JSON
-pointer into the record, so that each can be checked against the JSON beside the page. All else that is given is
-escaped.
+The templates hold all HTML, and escape what they are given. A page loads nothing from elsewhere. A number is a `data`
+element, whose attributes are its exact value and the JSON pointer to it in the record, so that every number can be
+checked against the JSON file beside the page.
 """
 
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from html import escape
 from typing import Any, NamedTuple
 
 import yaml
 from jinja2 import Environment, PackageLoader
+from markupsafe import Markup, escape
 
 from plprune.io.units import Form, format_value
 
 Record = Mapping[str, Any]
-MARK = '<meta name="generator" content="plprune">'
+MARK = 'name="generator" content="plprune"'
 FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, StopIteration, TypeError, ValueError)
-FORMS: dict[str, Form] = {  # how a field is written, by its name
-    "parameters": "count",
-    "block_parameters": "count",
-    "target_parameters": "count",
-    "bytes": "bytes",
-    "peak": "bytes",
-    "saturated_peak": "bytes",
-    "weights": "bytes",
-    "target_memory": "bytes",
-    "sparsity": "percent",
-    "sparsity_of_model": "percent",
-    "reached": "percent",
-    "fraction": "percent",
-    "value": "score",
-    "stderr": "score",
-    "average": "score",
-    "difference": "signed",
-    "difference_stderr": "score",
+NAMES: dict[Form, tuple[str, ...]] = {  # fields by the form that their numbers are written in
+    "count": ("parameters", "block_parameters", "target_parameters"),
+    "bytes": ("bytes", "peak", "saturated_peak", "weights", "target_memory"),
+    "percent": ("sparsity", "sparsity_of_model", "reached", "fraction"),
+    "score": ("value", "stderr", "average", "difference_stderr"),
+    "signed": ("difference",),
 }
+FORMS: dict[str, Form] = {name: form for form, names in NAMES.items() for name in names}
 LABELS = {
     "bits_per_byte": "bits per byte",
     "block_parameters": "parameters in blocks",
@@ -54,17 +43,24 @@ LABELS = {
     "peak": "peak memory, batch 1",
     "saturated_peak": "peak memory, saturated",
 }
+KNOWN = {  # fields of a record that pages show in their places, or leave out on purpose
+    *("version", "kind", "title", "status", "progress", "written", "reason", "process", "model", "protocol", "machine"),
+    *("versions", "seeds", "fingerprints", "asked", "reached", "blocks", "stages", "loss", "tasks", "speed", "parity"),
+    *("generated", "config", "evaluation", "models", "not_faster", "averages", "differences", "noted"),
+    *("cells", "summary", "dense", "fractions"),
+}
 TEMPLATES = Environment(loader=PackageLoader("plprune.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+PIECES: Any = TEMPLATES.get_template("pieces.html").module  # its macros
 
 
 class Section(NamedTuple):
     """A part of the page; one without a body is left out.
 
     Args:
-        id: By which a link finds it.
+        id: The target of links to it.
         title: Its heading.
         body: HTML.
-        lead: What to know before reading on.
+        lead: An introduction.
     """
 
     id: str
@@ -73,12 +69,26 @@ class Section(NamedTuple):
     lead: str = ""
 
 
+class Figure(NamedTuple):
+    """A chart of the page.
+
+    Args:
+        svg: The chart; nothing is shown if it is empty.
+        caption: A line below it.
+        wide: Whether it takes the whole width.
+    """
+
+    svg: str
+    caption: str = ""
+    wide: bool = False
+
+
 @contextlib.contextmanager
 def readable() -> Iterator[None]:
-    """Says in one line that a record is not as we write them, whatever that leads to.
+    """Turns whatever a malformed record causes into an error of one line.
 
     Raises:
-        ValueError: It is not.
+        ValueError: The record is malformed.
     """
     try:
         yield
@@ -87,16 +97,34 @@ def readable() -> Iterator[None]:
         raise ValueError(f"the record is not as plprune writes them ({reason}): write it again") from error
 
 
-def number(record: Any, *keys: str | int, form: Form | None = None) -> str:
-    """A value of the record by its path; a number as `data`, all else escaped, and a dash where there is none."""
+def number(record: Any, *keys: str | int, form: Form | None = None) -> Markup:
+    """The value at a path of the record: a number as a `data` element, another value in words, none as a dash."""
     value = _value(record, keys)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return escape(said(value))
-    names = [key for key in keys if isinstance(key, str)]
-    usual: list[Form] = [FORMS[name] for name in names if name in FORMS]
-    form = form or (usual or ["number"])[-1]
-    text = "∞" if math.isinf(value) else format_value(value, form)
-    return f'<data value="{value!r}" data-path="{escape(pointer(keys))}" data-form="{form}">{text}</data>'
+        return escape(_words(value))
+    forms: list[Form] = [FORMS[key] for key in keys if isinstance(key, str) and key in FORMS]
+    form = form or (forms or ["number"])[-1]
+    text = "∞" if math.isinf(value) else shown(value, form)
+    return PIECES.number(text, repr(value), pointer(keys), form)
+
+
+def with_error(record: Any, *keys: str | int, form: Form | None = None) -> Markup:
+    """A score with its standard error."""
+    score = at(record, *keys)
+    text = number(record, *keys, "value", form=form)
+    if score.get("value") is None or score.get("stderr") is None:
+        return text
+    return PIECES.note(text, Markup("± {}").format(number(record, *keys, "stderr")))
+
+
+def with_range(value: Markup, low: Markup, high: Markup) -> Markup:
+    """A number with the range that it is from."""
+    return PIECES.note(value, Markup("({} to {})").format(low, high))
+
+
+def joined(parts: Iterable[str], between: str = ", ") -> Markup:
+    """Texts and HTML in one; a dash if there are none."""
+    return Markup(between).join(parts) or Markup("-")
 
 
 def pointer(keys: Iterable[str | int]) -> str:
@@ -109,118 +137,131 @@ def pointer(keys: Iterable[str | int]) -> str:
     return "".join("/" + str(key).replace("~", "~0").replace("/", "~1") for key in keys)
 
 
-def said(value: Any) -> str:
-    """A value in words, where it is not one number."""
-    if isinstance(value, str | int | float) or value is None:
-        return format_value(value)
-    if isinstance(value, Mapping):
-        return ", ".join(f"{label(key)} {_plain(each)}" for key, each in value.items()) or "-"
-    return ", ".join(_plain(each) for each in value) or "-"
-
-
 def label(name: Any) -> str:
     """The name of a field, for people."""
     return LABELS.get(str(name), str(name).replace("_", " "))
 
 
-def table(
-    head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", style: str = "", wide: Sequence[int] = ()
-) -> str:
-    """Rows of cells that are HTML already; it scrolls within its own box.
+def html_table(
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    caption: str = "",
+    style: str = "",
+    wide: Sequence[int] = (),
+) -> Markup:
+    """A table that scrolls within its box; nothing if it has no rows.
 
     Args:
-        head: Names of the columns, as text.
+        head: Names of the columns.
         rows: Cells; the first of each row is its name.
-        caption: What the table shows.
-        style: Its class.
-        wide: Columns of running text.
+        caption: The subject of the table.
+        style: Its CSS class.
+        wide: Indices of columns of running text.
     """
-    body = "<tbody>" + "".join(row(cells, wide) for cells in rows) + "</tbody>"
-    return framed(head, body, caption, style, wide)
+    rows = list(rows)
+    return grouped_table(head, [("", rows)], caption, style, wide) if rows else Markup()
 
 
-def framed(head: Sequence[str], body: str, caption: str = "", style: str = "", wide: Sequence[int] = ()) -> str:
-    """A table around rows, in a box that scrolls."""
-    cells = "".join(
-        f'<th scope="col"{_wide(i, wide)}>{escape(name)}</th>' if name else "<td></td>" for i, name in enumerate(head)
-    )
-    told = f"<caption>{escape(caption)}</caption>" if caption else ""
-    named = escape(caption or ", ".join(filter(None, head)))
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{named}"><table class="{style}">{told}'
-        f"<thead><tr>{cells}</tr></thead>{body}</table></div>"
-    )
+def grouped_table(
+    head: Sequence[str],
+    groups: Sequence[tuple[str, Sequence[Sequence[str]]]],
+    caption: str = "",
+    style: str = "",
+    wide: Sequence[int] = (),
+) -> Markup:
+    """A table as by :func:`html_table`, of groups of rows, each below its title."""
+    return PIECES.table(head, groups, caption, style, wide)
 
 
-def row(cells: Sequence[str], wide: Sequence[int] = ()) -> str:
-    """A row of a table."""
-    rest = "".join(f"<td{_wide(i + 1, wide)}>{cell}</td>" for i, cell in enumerate(cells[1:]))
-    return f'<tr><th scope="row">{cells[0]}</th>{rest}</tr>'
-
-
-def facts(record: Any, *keys: str | int) -> str:
+def facts(record: Any, *keys: str | int) -> Markup:
     """A mapping of the record as names and values."""
-    place = at(record, *keys)
-    there = [(name, (*keys, name)) for name, value in place.items() if value not in (None, {}, [])]
-    items = "".join(f"<dt>{escape(label(name))}</dt><dd>{_inner(record, path)}</dd>" for name, path in there)
-    return f"<dl>{items}</dl>" if items else ""
+    known = [name for name, value in at(record, *keys).items() if value not in (None, {}, [])]
+    return PIECES.facts([(label(name), _nested(record, (*keys, name))) for name in known]) if known else Markup()
+
+
+def fact_columns(record: Any, titles: Mapping[str, Sequence[str]]) -> Markup:
+    """Mappings of the record side by side, each by its path below its title; missing ones are left out."""
+    return columns([(title, facts(record, *keys)) for title, keys in titles.items() if at(record, *keys)])
+
+
+def columns(parts: Sequence[tuple[str, str]]) -> Markup:
+    """HTML side by side, each below its title."""
+    return PIECES.columns(parts) if parts else Markup()
 
 
 def at(record: Any, *keys: str | int) -> dict[str, Any]:
-    """A mapping within the record; empty if it is not there."""
-    found = _value(record, keys)
-    return found if isinstance(found, dict) else {}
+    """The mapping at a path of the record; empty if there is none."""
+    value = _value(record, keys)
+    return value if isinstance(value, dict) else {}
 
 
-def figures(*charts: str) -> str:
+def figures(*charts: Figure) -> Markup:
     """Charts side by side, as far as there is room."""
-    return f'<div class="figs">{"".join(charts)}</div>' if any(charts) else ""
+    drawn = [chart for chart in charts if chart.svg]
+    return PIECES.figures(drawn) if drawn else Markup()
 
 
-def figure(svg: str, caption: str = "", wide: bool = False) -> str:
-    """A chart with what is to be said of it."""
-    told = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f"<figure{' class=wide' * wide}>{svg}{told}</figure>"
+def folded(summary: str, body: str) -> Markup:
+    """HTML that is hidden until the summary is clicked."""
+    return PIECES.folded(summary, body) if body else Markup()
 
 
-def tile(name: str, value: str, below: str = "") -> str:
-    """One figure, large; value and what is below are HTML already."""
-    return f'<div class="tile"><span>{escape(name)}</span><b>{value}</b><small>{below}</small></div>'
+def yaml_block(title: str, value: Any) -> Markup:
+    """Nested settings as YAML, below a title; nothing if there are none."""
+    text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
+    return PIECES.code(title, text) if value else Markup()
 
 
-def folded(summary: str, body: str) -> str:
-    """What only some want to read."""
-    return f"<details><summary>{escape(summary)}</summary>{body}</details>" if body else ""
+def provenance(record: Record) -> Markup:
+    """Versions, seeds and fingerprints."""
+    return fact_columns(record, {name.capitalize(): (name,) for name in ("versions", "seeds", "fingerprints")})
 
 
-def as_yaml(value: Any) -> str:
-    """Nested settings as YAML."""
-    return f"<pre>{escape(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100))}</pre>"
+def further(record: Record) -> Markup:
+    """The fields of the record that no part of a page shows."""
+    more = {key: value for key, value in record.items() if key not in KNOWN and value not in (None, {}, [], "")}
+    return yaml_block("Further", more)
 
 
-def document(title: str, eyebrow: str, status: str, notice: str, tiles: str, sections: Sequence[Section]) -> str:
+def document(
+    record: Record, kind: str, untitled: str, what: str, tiles: Sequence[str], sections: Sequence[Section]
+) -> str:
     """The whole page.
 
     Args:
-        title: Of the run.
-        eyebrow: What kind of report it is.
-        status: finished, running or stopped.
-        notice: What to know before reading on, as HTML.
-        tiles: The figures that matter most, as HTML.
+        record: The record.
+        kind: The kind of report, above the title.
+        untitled: The title of a record that has none.
+        what: The subject of the notice that it has not ended.
+        tiles: The most important figures, as HTML.
         sections: The parts of the page.
     """
     return TEMPLATES.get_template("page.html").render(
-        title=title,
-        eyebrow=eyebrow,
-        status=status,
-        notice=notice,
-        tiles=tiles,
+        title=str(record.get("title") or untitled),
+        eyebrow=kind,
+        status=str(record.get("status") or ""),
+        notice=_notice(record, what),
+        tiles=[tile for tile in tiles if tile],
         sections=[section for section in sections if section.body],
     )
 
 
+def _notice(record: Record, what: str) -> str:
+    """A notice that the subject of the record has not ended; empty if it has."""
+    status, progress = record.get("status"), at(record, "progress")
+    if status not in ("running", "stopped"):
+        return ""
+    step, steps = (number(record, "progress", name) for name in ("step", "steps"))
+    reached = Markup(" after {} of {} steps").format(step, steps) if "step" in progress else ""
+    reason = f" ({record['reason']})" if record.get("reason") else ""
+    word = "was still going" if status == "running" else "was stopped"
+    when = f" when this was written, {record.get('written')}" if status == "running" else ""
+    text = Markup("This {} {}{}{}{}. Below is what there is so far.")
+    return text.format(what, word, reached, reason, when)
+
+
 def _value(record: Any, keys: Iterable[str | int]) -> Any:
-    """What is at a path of the record; None if there is nothing."""
+    """The value at a path of the record; None if there is none."""
     for key in keys:
         if isinstance(record, dict):
             record = record.get(key)
@@ -229,19 +270,20 @@ def _value(record: Any, keys: Iterable[str | int]) -> Any:
     return record
 
 
-def _plain(value: Any) -> str:
-    return f"({said(value)})" if isinstance(value, Mapping | list | tuple) else format_value(value)
+def _words(value: Any, inner: bool = False) -> str:
+    """A value as text; mappings and lists within others are in brackets."""
+    if not isinstance(value, Mapping | list | tuple):
+        return shown(value)
+    pairs = value.items() if isinstance(value, Mapping) else [("", each) for each in value]
+    text = ", ".join(f"{label(name)} {_words(each, True)}".strip() for name, each in pairs) or "-"
+    return f"({text})" if inner else text
 
 
-def _inner(record: Any, path: tuple[str | int, ...]) -> str:
-    """A value within facts: mappings and lists of numbers keep their paths."""
+def _nested(record: Any, path: tuple[str | int, ...]) -> Markup:
+    """A value of :func:`facts`; numbers within mappings and lists keep their paths."""
     value = _value(record, path)
     if isinstance(value, dict):
-        return ", ".join(f"{escape(label(name))} {_inner(record, (*path, name))}" for name in value) or "-"
+        return joined(Markup("{} {}").format(label(name), _nested(record, (*path, name))) for name in value)
     if isinstance(value, list):
-        return ", ".join(_inner(record, (*path, i)) for i in range(len(value))) or "-"
+        return joined(_nested(record, (*path, i)) for i in range(len(value)))
     return number(record, *path)
-
-
-def _wide(column: int, wide: Sequence[int]) -> str:
-    return ' class="w"' if column in wide else ""

@@ -1,4 +1,4 @@
-"""Text that a model continues, to look at: figures do not show that a model repeats itself."""
+"""Continuations of prompts by a model, to be read: figures do not show that a model repeats itself."""
 
 from collections.abc import Sequence
 from itertools import takewhile
@@ -7,30 +7,26 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plprune.evaluation.alone import write_greedily
+from plprune.evaluation.standalone import greedy_tokens
 from plprune.pruning.forward import checking_ids, evaluating
 
 PROMPTS = ("The capital of France is", "To make bread, you need", "Once upon a time, there was")
 
 
 @torch.no_grad()
-def continued(
+def continuations(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int = 40
 ) -> list[str]:
-    """The likeliest continuation of each prompt, token by token.
+    """The greedy continuation of each prompt, up to the end-of-text token or `new_tokens`.
 
-    Args:
-        model: A causal language model.
-        tokenizer: Its own.
-        prompts: Beginnings of texts; chat templates are not applied.
-        new_tokens: At most so many are added.
+    Prompts are given to the model as they are, without a chat template.
     """
     end: Any = model.generation_config.eos_token_id if model.generation_config else None
     ends, texts = end if isinstance(end, list) else [end], []
     with evaluating(model), checking_ids(model, tokenizer):
         for prompt in prompts:
             ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-            tokens = (int(token) for token in write_greedily(model, ids, new_tokens))
+            tokens = (int(token) for token in greedy_tokens(model, ids, new_tokens))
             written = list(takewhile(lambda token: token not in ends, tokens))
             texts.append(str(tokenizer.decode(written, skip_special_tokens=True)))
     return texts

@@ -1,37 +1,53 @@
 """The page of a sensitivity: the perplexity when one sub-block is pruned and nothing else."""
 
-from html import escape
+from collections.abc import Sequence
 from typing import Any
 
-from plprune.io.units import format_value
+from markupsafe import Markup
+
+from plprune.io.units import shown
 from plprune.report.charts import heat_map
-from plprune.report.page import Section, document, facts, figure, figures, folded, number, table, tile
-from plprune.report.run import notice, provenance, rest
+from plprune.report.page import (
+    PIECES,
+    Figure,
+    Section,
+    columns,
+    document,
+    facts,
+    figures,
+    folded,
+    further,
+    html_table,
+    number,
+    provenance,
+)
 from plprune.report.svg import finite
 
-KNOWN = {"version", "kind", "title", "status", "progress", "written", "reason", "model", "protocol", "dense"}
-KNOWN |= {"fractions", "cells", "versions", "seeds", "fingerprints"}
 NAMES = {"attention": "attention", "ffn": "FFN"}
 SHOWN = 5  # sub-blocks at each end
+CAPTION = (
+    "Rows: how much of the attention or the FFN of one block was removed. Darker, or in the dark lighter, is worse."
+)
 
 
 def page(record: dict[str, Any]) -> str:
     """The page of a record of the kind `sensitivity`."""
-    parts = [
-        Section("map", "Where it hurts", _map(record)),
-        Section("ends", "Most and least sensitive", _ends(record)),
-        Section("all", "All in numbers", folded("Every sub-block", _all(record))),
-        Section("protocol", "Protocol", facts(record, "protocol") + provenance(record) + rest(record, KNOWN)),
-    ]
-    tiles = tile("Perplexity of the dense model", number(record, "dense")) if "dense" in record else ""
-    tiles += tile("Model", escape(str(record["model"]))) if record.get("model") else ""
-    title, status = str(record.get("title") or "Sensitivity"), str(record.get("status") or "")
-    return document(title, "Sensitivity", status, notice(record, "measurement"), tiles, parts)
-
-
-def heat(record: dict[str, Any]) -> str:
-    """The heat map: blocks across, attention and FFN with each fraction down."""
     cells = record.get("cells") or []
+    chart = [Figure(_heat(record, cells), CAPTION, wide=True)] if cells else []
+    everything = _table(record, range(len(cells)), "All sub-blocks", "sorts")
+    sections = [
+        Section("map", "Where it hurts", figures(*chart)),
+        Section("ends", "Most and least sensitive", _ends(record, cells)),
+        Section("all", "All in numbers", folded("Every sub-block", everything)),
+        Section("protocol", "Protocol", facts(record, "protocol") + provenance(record) + further(record)),
+    ]
+    tiles = [PIECES.tile("Perplexity of the dense model", number(record, "dense"))] if "dense" in record else []
+    tiles += [PIECES.tile("Model", str(record["model"]))] if record.get("model") else []
+    return document(record, "Sensitivity", "Sensitivity", "measurement", tiles, sections)
+
+
+def _heat(record: dict[str, Any], cells: Sequence[dict[str, Any]]) -> str:
+    """The heat map: blocks across, attention and FFN with each fraction down."""
     blocks = sorted({cell["block"] for cell in cells})
     pairs = sorted({(cell["kind"], cell["fraction"]) for cell in cells})
     of = {(c["kind"], c["fraction"], c["block"]): c.get("perplexity") for c in cells}
@@ -46,36 +62,21 @@ def heat(record: dict[str, Any]) -> str:
     return heat_map(values, rows, [str(block) for block in blocks], title, about, above=record.get("dense"))
 
 
-def _map(record: dict[str, Any]) -> str:
-    if not record.get("cells"):
-        return ""
-    caption = (
-        "Rows: how much of the attention or the FFN of one block was removed. Darker, or in the dark lighter, is worse."
-    )
-    return figures(figure(heat(record), caption, wide=True))
-
-
-def _ends(record: dict[str, Any]) -> str:
-    """The sub-blocks that cost most and least when all of them goes, or as much as was tried."""
-    cells = record.get("cells") or []
+def _ends(record: dict[str, Any], cells: Sequence[dict[str, Any]]) -> Markup:
+    """The sub-blocks that cost most and least at the largest fraction that was tried."""
     most = max((cell["fraction"] for cell in cells), default=None)
-    found = [i for i, c in enumerate(cells) if c["fraction"] == most and finite(c.get("perplexity"))]
-    order = sorted(found, key=lambda i: cells[i]["perplexity"])
-    if not order:
-        return ""
-    both = (("Most sensitive", order[::-1][:SHOWN]), ("Least sensitive", order[:SHOWN]))
-    return '<div class="cols">' + "".join(f"<div>{_table(record, ids, name)}</div>" for name, ids in both) + "</div>"
+    measured = [i for i, c in enumerate(cells) if c["fraction"] == most and finite(c.get("perplexity"))]
+    order = sorted(measured, key=lambda i: cells[i]["perplexity"])
+    ends = {"Most sensitive": order[::-1][:SHOWN], "Least sensitive": order[:SHOWN]}
+    return columns([("", _table(record, ids, name)) for name, ids in ends.items() if ids])
 
 
-def _all(record: dict[str, Any]) -> str:
-    return _table(record, range(len(record.get("cells") or [])), "All sub-blocks", "sorts")
-
-
-def _table(record: dict[str, Any], ids: Any, caption: str, style: str = "") -> str:
-    cells, rows = record.get("cells") or [], []
+def _table(record: dict[str, Any], ids: Sequence[int], caption: str, style: str = "") -> Markup:
+    rows = []
     for i in ids:
-        units = [number(record, "cells", i, name) for name in ("removed", "units") if name in cells[i]]
-        removed = " of ".join(units) or number(record, "cells", i, "fraction")
-        part = escape(NAMES.get(cells[i]["kind"], str(cells[i]["kind"])))
+        cell = record["cells"][i]
+        units = [number(record, "cells", i, name) for name in ("removed", "units") if name in cell]
+        removed = Markup(" of ").join(units) or number(record, "cells", i, "fraction")
+        part = NAMES.get(cell["kind"], str(cell["kind"]))
         rows.append([number(record, "cells", i, "block"), part, removed, number(record, "cells", i, "perplexity")])
-    return table(["block", "part", "removed", "perplexity"], rows, caption, style) if rows else ""
+    return html_table(["block", "part", "removed", "perplexity"], rows, caption, style)

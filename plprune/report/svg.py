@@ -1,7 +1,7 @@
-"""The parts of a chart: the drawing with its colours, text and markers, and the scales from numbers to places.
+"""The parts of a chart: its frame, text and markers, and the scales from numbers to places.
 
-The colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which people with any kind of colour vision
-can tell apart, lighter ones of them on dark ground.
+The colours, in `templates/chart.css`, are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which people with
+any kind of colour vision can tell apart; a dark page has lighter shades of them.
 """
 
 import hashlib
@@ -9,33 +9,16 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from importlib import resources
 
 from plprune.io.units import Form, format_value
 
 WIDTH, HEIGHT, MARGIN = 460, 300, 16
-FLUID = 760  # pixels that a chart of rectangles is wide by itself
-LETTER = 7.4  # pixels of a letter, about
+FLUID = 760  # width in pixels of a chart of rectangles that stands alone
+LETTER = 7.4  # approximate width of a letter in pixels
 STEPS = 9  # colours of a heat map
 
-STYLE = (
-    """
-.plc{--g:#fff;--k:#1d2129;--m:#5c6370;--r:#e3e6ea;--o:#d5d9df;font:12px system-ui,-apple-system,"Segoe UI",Roboto,
-"Helvetica Neue",Arial,sans-serif;font-variant-numeric:tabular-nums;color:var(--k);
---s0:#0072b2;--s1:#d55e00;--s2:#009e73;--s3:#b8568f;--s4:#8a6d00;--s5:#5b5f97;--s6:#5c6370;
---h0:#f3f1ea;--h1:#dfe3df;--h2:#c3d3d8;--h3:#a3c1d1;--h4:#80adc9;--h5:#5a97bf;--h6:#377fb0;--h7:#1b6699;--h8:#084a78}
-@media (prefers-color-scheme:dark){.plc{--g:#181b21;--k:#e8eaee;--m:#a3abb8;--r:#2b303a;--o:#3b424e;
---s0:#56b4e9;--s1:#ff9150;--s2:#2fc89b;--s3:#e59ac8;--s4:#d8bf4a;--s5:#a9adf0;--s6:#a3abb8;
---h0:#22262e;--h1:#243441;--h2:#264355;--h3:#28546b;--h4:#2b6783;--h5:#327d9f;--h6:#4096bc;--h7:#63b2d5;--h8:#a2d7ee}}
-@media print{.plc{--g:#fff;--k:#1d2129;--m:#5c6370;--r:#e3e6ea;--o:#d5d9df}}
-.plc text{fill:currentColor}.plc .ti{font-weight:600;font-size:13.5px}.plc .mu{color:var(--m)}
-.plc .bg{fill:var(--g)}.plc .gr{stroke:var(--r);stroke-width:1}.plc .off{fill:var(--o)}
-.plc .ln{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}.plc .da{stroke-dasharray:5 4}
-.plc .mk{stroke-width:1.8}.plc .ho{fill:var(--g)!important}
-"""
-    + "".join(f".plc .s{i}{{fill:var(--s{i});stroke:var(--s{i})}}.plc .ln.s{i}{{fill:none}}" for i in range(7))
-    + ("".join(f".plc .h{i}{{fill:var(--h{i})}}" for i in range(STEPS)))
-)
-
+STYLE = resources.files("plprune.report").joinpath("templates", "chart.css").read_text(encoding="utf-8")
 MARKERS = (
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
     "M-3.6-3.6h7.2v7.2h-7.2z",
@@ -54,12 +37,12 @@ def finite(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Axis:
-    """What an axis shows.
+    """The quantity along an axis.
 
     Args:
         label: The quantity and its unit.
-        form: How its numbers are written, a form of `plprune.io.units.format_value`.
-        log: Whether equal steps are equal ratios.
+        form: How its numbers are written, as for `plprune.io.units.shown`.
+        log: Whether the scale is logarithmic.
     """
 
     label: str
@@ -68,7 +51,7 @@ class Axis:
 
 
 class Scale:
-    """From numbers to places."""
+    """Maps numbers to places along an axis."""
 
     def __init__(self, values: Iterable[float], axis: Axis, start: float, end: float) -> None:
         known = list(values) or [1.0]
@@ -82,9 +65,6 @@ class Scale:
         of = math.log if self.axis.log else float
         share = (of(value) - of(self.low)) / (of(self.high) - of(self.low))
         return self.start + share * (self.end - self.start)
-
-    def ticks(self) -> list[float]:
-        return ticks(self.low, self.high, self.axis.log)
 
 
 def ticks(low: float, high: float, log: bool = False, count: int = 5) -> list[float]:
@@ -107,7 +87,7 @@ def ticks(low: float, high: float, log: bool = False, count: int = 5) -> list[fl
 
 
 class Shade:
-    """From numbers to colours; infinity has the last."""
+    """Maps numbers to the colours of a heat map; infinity has the last."""
 
     def __init__(self, values: Sequence[float], above: float | None) -> None:
         self.low, self.high, self.above = min(values, default=0.0), max(values, default=1.0), above
@@ -134,7 +114,7 @@ class Shade:
 def marker(
     colour: int, hollow: bool, x: float, y: float, tip: str = "", data: str = "", shape: int | None = None
 ) -> str:
-    """The marker of a point, filled or hollow."""
+    """The marker of a point, filled or hollow; its shape is that of its colour if not given."""
     outline = MARKERS[colour if shape is None else shape]
     return (
         f'<path class="mk s{colour}{" ho" * hollow}" transform="translate({x:.1f} {y:.1f})" d="{outline}"{data}>'
@@ -143,7 +123,7 @@ def marker(
 
 
 def column_names(names: Sequence[str], y: float, left: float = MARGIN) -> str:
-    """The names below columns, as many as there is room for."""
+    """The names below columns, as many as fit."""
     every, wide = max(1, -(-len(names) // 16)), 1 / max(1, len(names))
     return "".join(
         f'<text class="mu" {place_across(wide * (i + 0.5), left)} y="{y}" text-anchor="middle">{escape(name)}</text>'
@@ -152,13 +132,15 @@ def column_names(names: Sequence[str], y: float, left: float = MARGIN) -> str:
     )
 
 
-def column(i: int, count: int) -> str:
-    """Where a column of several is, with a gap beside it."""
-    return f'{place_across(i / count, MARGIN)} width="{80 / count:.3f}%" rx="1.5" stroke="none"'
+def bar(i: int, count: int, top: float, height: float, style: str, tip: str, value: object = None) -> str:
+    """A bar in the i-th of several columns, with a gap beside it."""
+    data = "" if value is None else f' data-value="{escape(str(value))}"'
+    place = f'{place_across(i / count, MARGIN)} y="{top:.1f}" width="{80 / count:.3f}%" height="{height:.1f}"'
+    return f'<rect class="{style}" {place} rx="1.5" stroke="none"{data}>{tooltip(tip)}</rect>'
 
 
 def place_across(share: float, left: float, right: float = MARGIN) -> str:
-    """A place between margins of so many pixels, whatever the width: the share of it, and then a shift."""
+    """The x at a share of the width between two margins in pixels, whatever the width."""
     return f'x="{100 * share:.3f}%" transform="translate({left - (left + right) * share:.2f} 0)"'
 
 
@@ -169,17 +151,17 @@ def words(x: float, y: float, text: str, anchor: str = "start", style: str = "")
 
 
 def tooltip(text: str) -> str:
-    """What shows when the pointer rests on a mark."""
+    """The text that shows when the pointer rests on a mark."""
     return f"<title>{escape(text)}</title>"
 
 
 def drawing(body: str, title: str, about: str, height: float, fluid: bool = False) -> str:
-    """The whole chart: its title, its description for those who cannot see it, and its style."""
-    own = hashlib.sha256((title + about + body).encode()).hexdigest()[:10]
+    """The whole chart, with its title, a description for people who cannot see it, and its style."""
+    key = hashlib.sha256((title + about + body).encode()).hexdigest()[:10]
     size = f'width="{FLUID}" height="{height:.0f}"' if fluid else f'viewBox="0 0 {WIDTH} {height:.0f}"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="plc{" fluid" * fluid}" {size} role="img" '
-        f'aria-labelledby="t{own} d{own}"><title id="t{own}">{escape(title)}</title>'
-        f'<desc id="d{own}">{escape(about or title)}</desc><style>{STYLE}</style>'
+        f'aria-labelledby="t{key} d{key}"><title id="t{key}">{escape(title)}</title>'
+        f'<desc id="d{key}">{escape(about or title)}</desc><style>{STYLE}</style>'
         f'<rect class="bg" width="100%" height="100%" rx="8"/>{words(MARGIN, 22, title, "start", "ti")}{body}</svg>'
     )

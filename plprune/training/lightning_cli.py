@@ -198,7 +198,7 @@ class RecoveryCLI(OpenCLI):
     def _outputs(self) -> dict[str, list[str]]:
         """The existing outputs of a fit, by kind."""
         root = self.trainer.default_root_dir
-        pages = [str(report.page_of(each.output or root)) for each in self._callbacks(Report)]
+        pages = [str(report.page_path(each.output or root)) for each in self._callbacks(Report)]
         paths = {"model": [each.output for each in self._callbacks(Export)], "report": pages}
         return {kind: [path for path in each if os.path.exists(path)] for kind, each in paths.items()}
 

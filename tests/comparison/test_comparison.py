@@ -33,7 +33,7 @@ from plprune.io.cache import source_digest
 from plprune.io.text import draw, tokenised
 from plprune.methods import Request
 from plprune.recovery.lora import LoRA
-from plprune.report.found import as_it_is
+from plprune.report.records import with_true_status
 from tests.builders import jsonl, numbers, save_tiny
 
 FOUR = (FLAP(), FASP(), CFSP(), TwoSSP())
@@ -267,9 +267,9 @@ def test_models_of_one_name_are_told_apart(study: Study) -> None:
 def test_a_killed_comparison_is_no_longer_running(study: Study, tmp_path: Path) -> None:
     record = compare(study, tmp_path / "out")
     running = record | {"status": "running"}
-    assert as_it_is(running)["status"] == "running"
+    assert with_true_status(running)["status"] == "running"
     gone = running | {"process": record["process"] | {"pid": 2**22 + 1}}  # above what a system gives
-    assert as_it_is(gone)["status"] == "stopped"
+    assert with_true_status(gone)["status"] == "stopped"
 
 
 def test_a_failure_of_one_cell_stops_nothing(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ from plprune.architecture.blocks import blocks_of
 from plprune.architecture.modules import matrix
 from plprune.cli import main
 from plprune.evaluation import sensitivity
-from plprune.evaluation.sensitivity import Frontier, Sensitivity
-from plprune.io.atomic import file_lock
+from plprune.evaluation.sensitivity import BlockInputs, Sensitivity
+from plprune.io.atomic import alone
 from plprune.io.cache import Cache
 from plprune.pruning.allocation import top_k
 from plprune.pruning.calibration import Calibration
@@ -36,13 +36,13 @@ def found(model, folder: Path, **settings) -> Sensitivity:
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The blocks of which something was computed, in order."""
     done: list[int] = []
-    own = Frontier.perplexity
+    own = BlockInputs.perplexity
 
-    def counted(self: Frontier, block):
+    def counted(self: BlockInputs, block):
         done.append(block.index)
         return own(self, block)
 
-    monkeypatch.setattr(Frontier, "perplexity", counted)
+    monkeypatch.setattr(BlockInputs, "perplexity", counted)
     return done
 
 
@@ -106,17 +106,17 @@ def test_impossible_fractions_are_refused(fractions: list[float], tmp_path: Path
 
 def test_a_stopped_run_computes_only_what_is_missing(tmp_path: Path, computed: list[int], monkeypatch) -> None:
     model = tiny("llama")
-    counted = Frontier.perplexity
+    counted = BlockInputs.perplexity
 
-    def killed(self: Frontier, block):
+    def killed(self: BlockInputs, block):
         if len(computed) == 7:
             raise KeyboardInterrupt
         return counted(self, block)
 
-    monkeypatch.setattr(Frontier, "perplexity", killed)
+    monkeypatch.setattr(BlockInputs, "perplexity", killed)
     with pytest.raises(KeyboardInterrupt):
         found(model, tmp_path / "a")
-    monkeypatch.setattr(Frontier, "perplexity", counted)
+    monkeypatch.setattr(BlockInputs, "perplexity", counted)
     again = found(model, tmp_path / "a")
     assert computed == [0] * 6 + [1] * 6 + [2] * 6
     whole = found(model, tmp_path / "b")
@@ -170,7 +170,7 @@ def test_a_model_that_breaks_has_no_perplexity(tmp_path: Path, monkeypatch) -> N
 
 
 def test_the_table_shows_both_ends() -> None:
-    cells = [sensitivity.Cell(block, "ffn", 1.0, 4, 4, 10.0 + block) for block in range(13)]
+    cells = [sensitivity.SubBlockResult(block, "ffn", 1.0, 4, 4, 10.0 + block) for block in range(13)]
     lines = sensitivity.sensitivity_table(Sensitivity(9.0, cells)).splitlines()
     assert [line.split()[1] for line in lines[1:6]] == ["12", "11", "10", "9", "8"]
     assert lines[6] == "... 3 more ..."

@@ -9,8 +9,8 @@ import torch
 
 from plprune.architecture.families import FAMILIES
 from plprune.evaluation import speed
-from plprune.evaluation.alone import write_greedily
 from plprune.evaluation.speed import Speed, Spread, measure_speed, speed_table, why_not_faster
+from plprune.evaluation.standalone import greedy_tokens
 from plprune.methods import prune
 from tests.builders import DEFAULTS, method, tiny, windows
 
@@ -26,7 +26,7 @@ def test_what_is_written_is_what_a_model_without_a_cache_would_write(family: str
     if pruned:
         prune(model, method(pruned), [windows()])
     ids = windows(2, 12)
-    written = torch.cat(list(write_greedily(model, ids, 5)), 1)
+    written = torch.cat(list(greedy_tokens(model, ids, 5)), 1)
     for _ in range(5):
         ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(written, ids[:, 12:])

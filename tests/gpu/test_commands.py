@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from plprune import load_pruned, prune, save_pruned
 from plprune.checkpoint.load import load_model
 from plprune.cli import main
-from plprune.evaluation.alone import write_greedily
+from plprune.evaluation.standalone import greedy_tokens
 from tests.builders import logits, method, numbers, tokenizer, windows
 from tests.gpu.models import TEXT, model, save
 
@@ -95,7 +95,7 @@ def test_a_pruned_model_writes_with_a_cache_what_it_writes_without(
     written = there.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, use_cache=True)[:, 12:]  # type: ignore[operator]
     without = there.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, use_cache=False)[:, 12:]  # type: ignore[operator]
     assert torch.equal(written, without)
-    greedily = torch.cat(list(write_greedily(there, ids, 8)), 1)  # this does not ban the end of the text
+    greedily = torch.cat(list(greedy_tokens(there, ids, 8)), 1)  # this does not ban the end of the text
     ended = (greedily == network.config.eos_token_id).any(1)
     assert torch.equal(greedily[~ended], written[~ended])
 

@@ -1,12 +1,12 @@
 """Reports: every number is the JSON's, and whatever a run leaves gives a page."""
 
+import ast
 import json
 import logging
 import math
 import re
 import shutil
 import subprocess
-from html import escape
 from html.parser import HTMLParser
 from importlib import resources
 from pathlib import Path
@@ -18,16 +18,18 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from markupsafe import escape
 
 from plprune import CFSP, Evaluate, Export, LoRA, Prune, Recovery, RecoveryData, Report, TwoSSP, prune, report
 from plprune.cli import main
 from plprune.io.units import Form, format_value
 from plprune.pruning.plan import PruningPlan
 from plprune.pruning.surgery import plan_of
-from plprune.report.comparison import plots, summarised
-from plprune.report.found import as_it_is, found, of_plan, of_process
+from plprune.report.comparison import plots
 from plprune.report.page import MARK
-from plprune.report.samples import continued
+from plprune.report.records import collect, of_plan, this_process, with_true_status
+from plprune.report.samples import continuations
+from plprune.report.summary import summarised
 from tests.builders import save_tiny, tiny, tokenizer, windows
 from tests.probes import StopAfter, Stopped
 
@@ -255,8 +257,16 @@ def flat(value: Any, path: str) -> list[tuple[str, Any]]:
 
 def test_the_templates_are_in_the_package() -> None:
     names = {each.name for each in resources.files("plprune.report").joinpath("templates").iterdir()}
-    assert names == {"page.html", "sort.js", "style.css"}
+    assert names == {"chart.css", "page.html", "pieces.html", "sort.js", "style.css"}
     assert MARK in report.html({"kind": "run"})[:400]
+
+
+def test_only_templates_and_charts_have_tags() -> None:
+    for file in Path(report.__file__).parent.glob("*.py"):
+        trees = ast.walk(ast.parse(file.read_text()))
+        texts = [node.value for node in trees if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        tags = [text for text in texts if re.search("</?[a-z]", text)]
+        assert bool(tags) == (file.name in ("charts.py", "svg.py"))
 
 
 @every_kind
@@ -298,7 +308,7 @@ def test_what_is_not_as_it_should_be_is_shown_safely_or_refused(kind: str, path:
 
 def page_or_error(record: dict[str, Any]) -> str:
     try:
-        return report.html(as_it_is(record))
+        return report.html(with_true_status(record))
     except ValueError as error:
         return str(error)
 
@@ -311,7 +321,7 @@ def test_nothing_but_the_kind_is_needed(kind: str) -> None:
         assert Reader(report.html({name: value for name, value in whole.items() if name != key})).text[""]
 
 
-def test_a_part_of_a_kind_that_is_unknown_is_shown_as_it_is() -> None:
+def test_a_part_of_a_kind_that_is_unknown_is_shown_with_true_status() -> None:
     assert "hours: 7" in report.html(run_record() | {"cost": {"hours": 7}})
 
 
@@ -340,7 +350,7 @@ def test_a_report_replaces_nothing_unasked(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.html", "a.json"]
     (tmp_path / "own.html").write_text("<h1>mine</h1>")
     with pytest.raises(FileExistsError, match="is no report of plprune"):
-        report.check_ours(tmp_path / "own.html")
+        report.check_replaceable(tmp_path / "own.html")
 
 
 def test_completing_twice_changes_nothing() -> None:
@@ -442,7 +452,7 @@ def test_blocks_are_counted_over_all_prunings() -> None:
 
 def test_texts_are_continued_greedily() -> None:
     model = tiny().train()
-    said = continued(model, tokenizer(), ["if the", "else"], new_tokens=5)
+    said = continuations(model, tokenizer(), ["if the", "else"], new_tokens=5)
     ids = tokenizer()("else", return_tensors="pt").input_ids
     for _ in range(5):
         ids = torch.cat([ids, model.eval()(ids).logits[:, -1:].argmax(-1)], 1)
@@ -452,7 +462,7 @@ def test_texts_are_continued_greedily() -> None:
 
 def test_prompts_with_tokens_that_the_embedding_lacks() -> None:
     with pytest.raises(ValueError, match="the text has tokens that the embedding, of 200 rows, has none for"):
-        continued(tiny(vocab_size=200), tokenizer(), ["if the"])
+        continuations(tiny(vocab_size=200), tokenizer(), ["if the"])
 
 
 @pytest.fixture(scope="module")
@@ -502,8 +512,8 @@ def test_a_fit_leaves_a_report(finished: tuple[Path, list[int]]) -> None:
     assert record["versions"].keys() >= {"plprune", "torch", "transformers", "lightning", "peft"}
     assert record["fingerprints"].keys() == {"weights", "calibration", "plan"}
     for attributes, text in Reader(page).numbers:
-        assert text == format_value(at(record, attributes["data-path"]), cast(Form, attributes["data-form"]))
-    kept = found(root / "out")
+        assert text == shown(at(record, attributes["data-path"]), cast(Form, attributes["data-form"]))
+    kept = collect(root / "out")
     assert kept["blocks"] == [{k: v for k, v in block.items() if k != "rank"} for block in record["blocks"]]
     assert kept["stages"]["recovered"]["perplexity"] == record["stages"]["recovered"]["perplexity"]
     assert report.html(kept)
@@ -535,15 +545,15 @@ def test_a_fit_of_the_command_line_keeps_its_configuration(
 def test_a_run_that_ended_before_training_shows_its_plan(finished: tuple[Path, list[int]], tmp_path: Path) -> None:
     root, whole = tmp_path, json.loads((finished[0] / "report.json").read_text())
     shutil.copytree(finished[0] / "plans", root / "plans")
-    assert found(root)["reason"] == "there is only its plan"
+    assert collect(root)["reason"] == "there is only its plan"
     early: dict[str, Any] = {key: whole[key] for key in ("kind", "asked", "stages", "title")} | {"status": "stopped"}
     (root / "report.json").write_text(json.dumps(early))
-    again = found(root)
+    again = collect(root)
     assert [block["kept"] for block in again["blocks"]] == [block["kept"] for block in whole["blocks"]]
     assert (again["stages"], again["status"]) == (whole["stages"], "stopped")
     early["asked"]["settings"] = {"sparsity": 0.7}
     (root / "report.json").write_text(json.dumps(early))
-    assert "blocks" not in found(root)
+    assert "blocks" not in collect(root)
 
 
 class Save(pl.Callback):
@@ -623,24 +633,24 @@ def test_a_page_of_another_is_not_replaced(model: str, tmp_path: Path) -> None:
 
 
 def test_a_running_run_whose_process_is_gone_was_stopped() -> None:
-    running = {"kind": "run", "status": "running", "process": of_process()}
-    assert as_it_is(running)["status"] == "running"
+    running = {"kind": "run", "status": "running", "process": this_process()}
+    assert with_true_status(running)["status"] == "running"
     ended = subprocess.Popen(["true"])
     ended.wait()
-    gone = as_it_is(running | {"process": of_process() | {"pid": ended.pid}})
+    gone = with_true_status(running | {"process": this_process() | {"pid": ended.pid}})
     assert (gone["status"], gone["reason"]) == ("stopped", "its process is gone")
     for pid in (None, "1", 10**30):
-        assert as_it_is(running | {"process": of_process() | {"pid": pid}})["status"] == "stopped"
-    assert as_it_is(running | {"process": [1]})["status"] == "running"
+        assert with_true_status(running | {"process": this_process() | {"pid": pid}})["status"] == "stopped"
+    assert with_true_status(running | {"process": [1]})["status"] == "running"
     elsewhere = running | {"process": {"host": "elsewhere", "pid": ended.pid}}
-    assert as_it_is(elsewhere)["status"] == "running"
+    assert with_true_status(elsewhere)["status"] == "running"
 
 
 def test_the_command_says_that_a_run_is_going_or_was_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     half = run_record(3) | {"progress": {"step": 12, "steps": 50}}
-    report.write(half | {"status": "running", "process": of_process()}, tmp_path)
+    report.write(half | {"status": "running", "process": this_process()}, tmp_path)
     main(["report", str(tmp_path)])
     assert "the run is still going at step 12 of 50: the report shows it so far" in capsys.readouterr().out
     report.write(half | {"status": "stopped", "reason": "SIGTERM"}, tmp_path, overwrite=True)

@@ -17,8 +17,8 @@ from plprune.architecture.modules import on_device
 from plprune.evaluation.measurement import as_dict
 from plprune.pruning.surgery import plan_of
 from plprune.recovery.lora import merged
-from plprune.report.found import of_plan, of_process, title_of, versions
-from plprune.report.samples import PROMPTS, continued
+from plprune.report.records import of_plan, this_process, title_of, versions
+from plprune.report.samples import PROMPTS, continuations
 from plprune.training.callbacks.evaluate import Evaluate
 from plprune.training.callbacks.lookup import datamodule_of, model_of
 from plprune.training.callbacks.order import check_order
@@ -58,8 +58,8 @@ class Report(pl.Callback):
         check_order(trainer)
         model = model_of(pl_module, self.attribute)
         if trainer.is_global_zero:
-            report.check_ours(report.page_of(self._place(trainer)))
-        self.record = {"version": report.VERSION, "kind": "run", "status": "running", "process": of_process()}
+            report.check_replaceable(report.page_path(self._place(trainer)))
+        self.record = {"version": report.VERSION, "kind": "run", "status": "running", "process": this_process()}
         self.record |= self._initial(trainer, pl_module, model) | {"stages": {}, "loss": [], "generated": []}
         if trainer.ckpt_path is None:  # else the earlier report stays until the checkpoint is read
             if plan_of(model) is None and trainer.is_global_zero:
@@ -69,7 +69,7 @@ class Report(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         plan = plan_of(model_of(pl_module, self.attribute))
-        self.record |= {"status": "running", "process": of_process()}
+        self.record |= {"status": "running", "process": this_process()}
         self.record.pop("reason", None)
         if plan is not None:
             known = of_plan(plan)
@@ -154,7 +154,7 @@ class Report(pl.Callback):
         tokenizer = getattr(module, "tokenizer", None)
         if sharded or tokenizer is None or not trainer.is_global_zero or not self.prompts:
             return
-        texts = continued(model_of(module, self.attribute), tokenizer, self.prompts)
+        texts = continuations(model_of(module, self.attribute), tokenizer, self.prompts)
         known = {each["prompt"]: each for each in self.record["generated"]}
         self.record["generated"] = [
             {**known.get(prompt, {"prompt": prompt}), name: text}

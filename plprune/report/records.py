@@ -1,4 +1,4 @@
-"""Records of what is in a folder: what a run has written so far, a plan, tables of parity, evaluations."""
+"""Collects the record of a report from a folder: a run so far, a plan, parity tables, evaluations."""
 
 import json
 import os
@@ -18,11 +18,11 @@ PARITY = "parity.json"
 LOOKED_FOR = "report.json, plan.safetensors, or a JSON file of evaluate, compare or sensitivity"
 
 
-def found(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The record of what is in a folder, with the parity and the evaluation that lie there or one folder deeper.
+def collect(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The record of a folder, with the parity tables and evaluations in it or one folder deeper.
 
     Args:
-        path: The folder of a run, one that plprune has written a model to, or a JSON file of a record.
+        path: The folder of a run, a folder that plprune has written a model to, or a JSON file of a record.
 
     Raises:
         ValueError: There is nothing to report, or it cannot be read.
@@ -35,31 +35,47 @@ def found(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"nothing to report in {path}: there is no {LOOKED_FOR}")
     if record["kind"] == "run" and path.is_dir():
         record = _with_parity(_with_evaluation(_with_plan(record, path), path), path)
-    return as_it_is(record)
+    return with_true_status(record)
 
 
-def as_it_is(record: dict[str, Any]) -> dict[str, Any]:
-    """The record, stopped if it says that it is running but its process is no longer there."""
+def with_true_status(record: dict[str, Any]) -> dict[str, Any]:
+    """The record, marked as stopped if it says that it is running but its process is gone."""
     process = at(record, "process")
-    here = process.get("host") == platform.node() and os.name == "posix"  # elsewhere the same call would end it
+    here = process.get("host") == platform.node() and os.name == "posix"  # elsewhere `os.kill` would end the process
     if record.get("status") != "running" or not here or _alive(process.get("pid")):
         return record
     return record | {"status": "stopped", "reason": "its process is gone"}
 
 
-def of_process() -> dict[str, Any]:
-    """By which to know whether this process is still there."""
+def this_process() -> dict[str, Any]:
+    """The host and the number of this process, by which :func:`with_true_status` finds out whether it still runs."""
     return {"host": platform.node(), "pid": os.getpid()}
 
 
+def versions(*names: str) -> dict[str, str]:
+    """Versions of Python and of packages."""
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def title_of(record: dict[str, Any]) -> str:
+    """The title of a run."""
+    model = Path(str(record.get("model") or "")).name or "A model"
+    method = at(record, "asked").get("method")
+    return f"{model} pruned by {method}" if method else model
+
+
 def of_plan(plan: PruningPlan) -> dict[str, Any]:
-    """What a plan says of a run: asked, reached, blocks, versions, seeds, fingerprints."""
+    """The part of a run's record that its plan holds: settings, sizes, blocks, versions, seeds, fingerprints."""
     first, origin = plan.chain()[0], plan.origin
     total, left = sum(first.before), sum(plan.after)
-    asked = {"method": plan.method, "sparsity": plan.sparsity, "settings": plan.settings}
+    prints = {
+        "weights": first.origin.get("weights"),
+        "calibration": origin.get("calibration"),
+        "plan": plan.digest,
+    }
     return {
         "model": first.origin.get("model") or "",
-        "asked": asked,
+        "asked": {"method": plan.method, "sparsity": plan.sparsity, "settings": plan.settings},
         "reached": {
             "sparsity": 1 - left / total,
             "sparsity_of_model": (total - left) / (total + plan.rest),
@@ -69,55 +85,35 @@ def of_plan(plan: PruningPlan) -> dict[str, Any]:
         "blocks": _blocks(plan),
         "versions": origin.get("versions", {}),
         "seeds": {"calibration": origin["seed"]} if origin.get("seed") is not None else {},
-        "fingerprints": {
-            name: value
-            for name, value in (
-                ("weights", first.origin.get("weights")),
-                ("calibration", origin.get("calibration")),
-                ("plan", plan.digest),
-            )
-            if value
-        },
+        "fingerprints": {name: value for name, value in prints.items() if value},
     }
 
 
-def versions(*names: str) -> dict[str, str]:
-    """Versions of Python and of packages."""
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
-
-
-def title_of(record: dict[str, Any]) -> str:
-    """What to call a run."""
-    model = Path(str(record.get("model") or "")).name or "A model"
-    method = (record.get("asked") or {}).get("method")
-    return f"{model} pruned by {method}" if method else model
-
-
 def _blocks(plan: PruningPlan) -> list[dict[str, Any]]:
-    """Each block as it is after all prunings, against what it was before the first."""
+    """Each block after all prunings, against what it was before the first."""
     kept: dict[str, Tensor] = {}
     sizes: dict[str, int] = {}
     for step in plan.chain():
         for name, index in step.keep.items():
             kept[name] = kept[name][index] if name in kept else index
             sizes.setdefault(name, step.sizes[name])
-    usual = {name.rpartition(".")[2]: size for name, size in sizes.items()}  # of blocks that a method left alone
+    usual = {name.rpartition(".")[2]: size for name, size in sizes.items()}  # of blocks that were not pruned
     blocks = []
     for i, (before, after) in enumerate(zip(plan.chain()[0].before, plan.after, strict=True)):
         names = {kind: f"blocks.{i}.{kind}" for kind in ("attention", "value", "ffn") if kind in usual}
-        pairs = {
+        units = {
             kind: [len(kept[name]), sizes[name]] if name in kept else [usual[kind]] * 2 for kind, name in names.items()
         }
-        block = {"kept": pairs, "parameters": [before, after], "importance": float(plan.importance[i])}
+        block = {"kept": units, "parameters": [before, after], "importance": float(plan.importance[i])}
         if "attention" in names:
-            own = kept.get(names["attention"])
-            block["heads"] = list(range(usual["attention"])) if own is None else own.tolist()
+            heads = kept.get(names["attention"])
+            block["heads"] = list(range(usual["attention"])) if heads is None else heads.tolist()
         blocks.append(block)
     return blocks
 
 
 def _record(path: Path) -> dict[str, Any] | None:
-    """What there is to begin with: the report of a run, a plan, another record."""
+    """The record to begin with: the report of a run, a plan, or another record; None if there is none."""
     if path.is_file():
         record = _read(path)
         if record.get("kind") not in KINDS:
@@ -127,9 +123,9 @@ def _record(path: Path) -> dict[str, Any] | None:
         return _record(path / "report.json")
     if (path / FILE).exists():
         return _of_folder(path)
-    others = [record for file in sorted(path.glob("*.json")) if (record := _tried(file)).get("kind") in KINDS]
-    if others:
-        return others[0]
+    others = (record for file in sorted(path.glob("*.json")) if (record := _read_any(file)).get("kind") in KINDS)
+    if other := next(others, None):
+        return other
     exported, planned = _newest(path, f"*/{FILE}"), _newest(path, f"plans/*/{FILE}")
     if exported:
         return _of_folder(exported.parent)
@@ -143,21 +139,21 @@ def _newest(folder: Path, pattern: str) -> Path | None:
 
 
 def _with_plan(record: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The record with the plan of the run, which is there before its report says so."""
+    """The record with the plan of the run, which is on disk before the report mentions it."""
     plan = _newest(folder, f"plans/*/{FILE}")
     if plan is None or record.get("blocks") or not record.get("asked"):
         return record
-    known = of_plan(PruningPlan.load(plan))
-    if known["asked"]["settings"] != at(record, "asked").get("settings"):
-        return record  # that of an earlier run
-    return known | {name: value for name, value in record.items() if value}
+    planned = of_plan(PruningPlan.load(plan))
+    if planned["asked"]["settings"] != at(record, "asked").get("settings"):
+        return record  # the plan is that of an earlier run
+    return planned | {name: value for name, value in record.items() if value}
 
 
 def _of_folder(folder: Path) -> dict[str, Any]:
-    """The record of a folder with a plan, and what the run that wrote it noted down."""
+    """The record of a folder with a plan, with the notes of the run that wrote it."""
     record: dict[str, Any] = {"version": 1, "kind": "run", "status": "finished"}
     record |= of_plan(PruningPlan.load(folder))
-    noted = _tried(folder / RECORD)
+    noted = _read_any(folder / RECORD)
     record["stages"] = {stage: {"perplexity": value} for stage, value in at(noted, "perplexity").items()}
     noted.pop("perplexity", None)
     return record | ({"noted": noted} if noted else {}) | {"title": title_of(record)}
@@ -166,30 +162,28 @@ def _of_folder(folder: Path) -> dict[str, Any]:
 def _with_evaluation(record: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The record with the tasks, the speed and the perplexities of `plprune evaluate`."""
     files = [file for file in [*folder.glob("*.json"), *folder.glob("*/*.json")] if file.name != "report.json"]
-    judged = [each for file in sorted(files) if (each := _tried(file)).get("kind") == "run"]
-    for each in judged:
-        if each.get("title") == record.get("title") and each.get("stages") == record.get("stages"):
-            continue  # it is the record itself
+    for evaluation in map(_read_any, sorted(files)):
+        same = all(evaluation.get(key) == record.get(key) for key in ("title", "stages"))
+        if evaluation.get("kind") != "run" or same:  # the latter is the record itself
+            continue
         last = "recovered" if "recovered" in at(record, "stages") else "pruned"  # evaluate knows no recovery
-        names = {"pruned": last}
-        for key in ("tasks", "speed", "stages"):
-            if of := {names.get(stage, stage): value for stage, value in at(each, key).items()}:
-                name = "evaluation" if key == "stages" else key
-                record = record | {name: at(record, name) | of}
-        more = {key: each[key] for key in ("protocol", "not_faster", "averages", "differences") if each.get(key)}
-        record = record | more
+        for key, place in (("tasks", "tasks"), ("speed", "speed"), ("stages", "evaluation")):
+            if found := {last if stage == "pruned" else stage: each for stage, each in at(evaluation, key).items()}:
+                record = record | {place: at(record, place) | found}
+        more = ("protocol", "not_faster", "averages", "differences")
+        record = record | {key: evaluation[key] for key in more if evaluation.get(key)}
     return record
 
 
 def _with_parity(record: dict[str, Any], folder: Path) -> dict[str, Any]:
     for file in (folder / PARITY, *sorted(folder.glob(f"*/{PARITY}")), folder.parent / PARITY):
-        if parity := _tried(file):
+        if parity := _read_any(file):
             return record | {"parity": parity}
     return record
 
 
-def _tried(file: Path) -> dict[str, Any]:
-    """A JSON object; empty if there is none, as not all that lies in a folder is ours."""
+def _read_any(file: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is none, as a folder may hold files of others."""
     try:
         return _read(file) if file.is_file() else {}
     except ValueError:
@@ -198,10 +192,10 @@ def _tried(file: Path) -> dict[str, Any]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        record = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is truncated or no JSON ({error}): write it again") from error
-    return found if isinstance(found, dict) else {}
+    return record if isinstance(record, dict) else {}
 
 
 def _alive(pid: Any) -> bool:

@@ -1,7 +1,8 @@
-"""Reads and writes with transformers alone: a module, and a program that proves that a folder loads without plprune.
+"""Log-probabilities and greedy generation with transformers alone.
 
-Run as `python -I alone.py FOLDER REQUEST ANSWER`. REQUEST is a safetensors file with `windows`, token ids, [n, s];
-ANSWER gets `logprobs`, [n, s - 1], `greedy`, [c], and, as metadata, versions and speed.
+plprune imports these functions. Run as a program, `python -I standalone.py FOLDER REQUEST ANSWER`, this file proves
+that a folder loads without plprune. REQUEST is a safetensors file with `windows`, token ids, [n, s]. ANSWER gets
+`logprobs`, [n, s - 1], `greedy`, [c], and the version and the speed as metadata.
 """
 
 import sys
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
 def logprobs(model: PreTrainedModel, ids: Tensor) -> Tensor:  # [n, s] -> [n, s - 1]
-    """Log-probabilities of each token of each window but the first."""
+    """Log-probabilities of all tokens but the first of each window."""
     rows = []
     for window in ids.split(1):
         logits = model(input_ids=window, use_cache=False).logits[:, :-1].float()
@@ -26,12 +27,12 @@ def logprobs(model: PreTrainedModel, ids: Tensor) -> Tensor:  # [n, s] -> [n, s 
 
 
 def prompt_of(windows: Tensor) -> Tensor:  # [n, s] -> [s / 4]
-    """What is to be continued: the beginning of the text."""
+    """The prompt that parity checks continue: the first quarter of the first window."""
     return windows[0, : max(1, windows.shape[1] // 4)]
 
 
-def write_greedily(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> Iterator[Tensor]:  # [b, s] -> [b, 1] each
-    """The most probable next tokens, one after the other, with a key-value cache; an end-of-text token ends nothing."""
+def greedy_tokens(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> Iterator[Tensor]:  # [b, s] -> [b, 1] each
+    """Generates the most probable tokens one by one with a key-value cache; end-of-text tokens do not stop it."""
     known: dict[str, Any] = {}
     for _ in range(new_tokens):
         output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **known)
@@ -41,23 +42,23 @@ def write_greedily(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> Iter
 
 
 def continuation(model: PreTrainedModel, prompt: Tensor, count: int = 32) -> tuple[Tensor, float]:  # [p] -> [c]
-    """The tokens that follow a prompt, each the likeliest, and how many of them are written per second."""
+    """The greedy continuation of a prompt, and the tokens generated per second."""
     start = time.perf_counter()
-    tokens = torch.cat(list(write_greedily(model, prompt[None], count)), 1)[0]
+    tokens = torch.cat(list(greedy_tokens(model, prompt[None], count)), 1)[0]
     return tokens, count / (time.perf_counter() - start)
 
 
 @torch.no_grad()
 def main(folder: str, request: str, answer: str) -> None:
-    """Answers a request."""
+    """Answers a request about the model in a folder."""
     windows = load_file(request)["windows"]
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
-    found = {"logprobs": logprobs(model, windows)}
-    found["greedy"], speed = continuation(model, prompt_of(windows))
-    told = {"program": f"transformers {transformers.__version__}", "speed": str(speed)}
-    save_file({name: value.contiguous() for name, value in found.items()}, answer, metadata=told)
+    tensors = {"logprobs": logprobs(model, windows)}
+    tensors["greedy"], speed = continuation(model, prompt_of(windows))
+    metadata = {"program": f"transformers {transformers.__version__}", "speed": str(speed)}
+    save_file({name: value.contiguous() for name, value in tensors.items()}, answer, metadata=metadata)
 
 
 if __name__ == "__main__":
-    sys.modules["plprune"] = None  # type: ignore[assignment]  # an import of it fails
+    sys.modules["plprune"] = None  # type: ignore[assignment]  # importing it fails
     main(*sys.argv[1:])
