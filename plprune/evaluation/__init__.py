@@ -1,1 +1,1 @@
-"""How good and how fast a model is."""
+"""Quality and speed of a model."""

@@ -1,15 +1,14 @@
-"""lm-eval's tasks on a model in memory, from local files if there are some, with standard errors and per example.
+"""Runs lm-eval tasks on a model in memory, with standard errors and scores of single examples.
 
-The tasks, their prompts and their metrics are lm-eval's own: a model scores here what `lm_eval --model hf` gives it
-from its folder. Two models are compared example by example, as both see the same: the standard error of the mean of
-the differences is much smaller than that of two accuracies.
+Tasks, prompts and metrics are those of lm-eval: a model has the score that `lm_eval --model hf` gives to its folder.
+Two models are compared example by example; the standard error of the mean difference is then much smaller than those of
+the two scores.
 
-A group, such as mmlu, that lm-eval gives a score of its own has a result beside those of its tasks, which are marked as
-parts of it: averages are over what was asked for. A tag, or a group without a score, only stands for what is in it.
+A group with a score, such as mmlu, has a result beside those of its tasks, which are marked as parts of it; averages
+are over the names that were asked for. A tag, or a group without a score, only stands for its tasks.
 
-A folder of task files holds data sets as ORG/NAME, each as `datasets` loads it, and tasks of one's own as YAML files.
-Where a data set lacks a split that its task names but does not need, such as the one for examples in the prompt, the
-task goes without.
+A folder of task files holds data sets as ORG/NAME, each as `datasets` loads it, and tasks of your own as YAML files. A
+task goes without a split that its data set lacks and the task does not need, such as the one for few-shot examples.
 """
 
 import contextlib
@@ -27,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from unittest import mock
 
 import numpy as np
@@ -42,12 +41,12 @@ from plprune.io.text import bos_token
 from plprune.pruning.forward import checking_ids, evaluating
 
 log = logging.getLogger(__name__)
-METRICS = ("acc", "exact_match")  # the first of them that a task has is its result; else its own first
+METRICS = ("acc", "exact_match")  # the first that a task has is its result; otherwise the task's first metric
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
 def named(tasks: str | None) -> list[str]:
-    """Names that are separated by commas.
+    """Names separated by commas.
 
     Example:
         >>> named("mmlu, piqa,")
@@ -60,7 +59,7 @@ def check_tasks(names: Sequence[str], folder: str | None = None) -> None:
     """Makes sure, before a model is loaded, that tasks can be run: loads them and their data.
 
     Args:
-        names: Of tasks, groups or tags, as lm-eval calls them.
+        names: lm-eval's names of tasks, groups or tags.
         folder: The folder of task files; data sets come from the hub or its cache if not given.
 
     Raises:
@@ -79,42 +78,42 @@ def run_tasks(
     bos: bool | None = None,
     group: distributed.ProcessGroup = None,
 ) -> dict[str, TaskResult]:
-    """Runs tasks on a model where it is.
+    """Runs tasks on a model on its device.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        names: Of tasks, groups or tags, as lm-eval calls them.
+        names: lm-eval's names of tasks, groups or tags.
         limit: At most this many examples of each task; all if not given.
         folder: The folder of task files; data sets come from the hub or its cache if not given.
-        batch_size: Requests that are run at once.
-        bos: Whether prompts begin with the BOS token; as the tokenizer itself does if not given.
-        group: The processes among which the examples are shared, unless a task has fewer examples than there are
-            processes; each gets all results.
+        batch_size: Requests that run at once.
+        bos: Whether prompts begin with the BOS token; the tokenizer's default if not given.
+        group: The processes that share the examples, unless a task has fewer examples than there are processes; each
+            gets all results.
 
     Returns:
-        The result of each task and of each group that has one, by name; a group comes before what is in it.
+        The result of each task, and of each group with a score, by name; a group comes before its tasks.
 
     Raises:
-        ValueError: As :func:`check_tasks`, or prompts have tokens that the model or the tokenizer has not.
+        ValueError: As :func:`check_tasks`, or prompts have tokens that the model or the tokenizer lacks.
     """
     loaded = _loaded(tuple(names), folder)
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    log.info("running %s%s", ", ".join(loaded["tasks"]), f", {limit} examples of each" if limit else "")
-    with _undisturbed(), evaluating(model), checking_ids(model, tokenizer):
-        sizes = [len(task.eval_docs) for task in loaded["tasks"].values()] if group else []
+    log.info("running %s%s", ", ".join(loaded.tasks), f", {limit} examples of each" if limit else "")
+    with _isolated(), evaluating(model), checking_ids(model, tokenizer):
+        sizes = [len(task.eval_docs) for task in loaded.tasks.values()] if group else []
         shared = group and min(limit or math.inf, *sizes) >= distributed.size(group)
         wrap, run = cast(Any, _sharing(HFLM, group) if shared else HFLM), cast(Any, lm_eval.simple_evaluate)
-        own = _beginning(tokenizer) if bos and bos_token(tokenizer) is None else tokenizer
+        own = _with_bos(tokenizer) if bos and bos_token(tokenizer) is None else tokenizer
         wrapped = wrap(model, tokenizer=own, backend="causal", batch_size=batch_size, add_bos_token=bos)
-        found = run(wrapped, tasks=loaded["asked"], limit=limit, task_manager=loaded["manager"])
-    return distributed.broadcast_object(_results(found, loaded) if not distributed.rank(group) else {}, group)
+        output = run(wrapped, tasks=loaded.asked, limit=limit, task_manager=loaded.manager)
+    return distributed.same({} if distributed.rank(group) else _results(output, loaded), group)
 
 
-def _sharing(wrapper: Any, group: distributed.ProcessGroup) -> type:
-    """A model of lm-eval that shares examples among processes, as one does among those that accelerate has started."""
+def _sharing(wrapper: Any, group: distributed.Group) -> type:
+    """lm-eval's wrapper of a model, but sharing examples among a group instead of accelerate's processes."""
 
     class Sharing(wrapper):
         rank = property(lambda self: distributed.rank(group))
@@ -129,60 +128,71 @@ def _sharing(wrapper: Any, group: distributed.ProcessGroup) -> type:
     return Sharing
 
 
+class _Loaded(NamedTuple):
+    """Tasks and groups by name, the group of each that is in one, those that were asked for, and lm-eval's index."""
+
+    tasks: dict[str, Any]
+    groups: dict[str, Any]
+    parents: dict[str, str]
+    asked: list[Any]
+    manager: Any
+
+
 @functools.lru_cache(maxsize=16)  # for the check before a model is loaded, and for each model
-def _loaded(names: tuple[str, ...], folder: str | None) -> dict[str, Any]:
-    """What is asked for, the tasks and the groups in it, which group holds which, and the manager that knows them."""
+def _loaded(names: tuple[str, ...], folder: str | None) -> _Loaded:
     if find_spec("lm_eval") is None:
         raise ValueError("running tasks needs lm-eval: pip install 'plprune[eval]'")
     if folder is not None and not Path(folder).is_dir():
         raise ValueError(f"no benchmark files: {folder} is not a folder; give one that holds data sets as ORG/NAME")
-    with _undisturbed():
+    with _isolated():
         manager = _manager(names, folder)
         for name in names:
             if name not in manager.all_tasks:
                 near = difflib.get_close_matches(name, manager.all_tasks, 3)
-                meant = f"did you mean {' or '.join(near)}?" if near else "`lm_eval ls tasks` lists them"
-                raise ValueError(f"no task {name!r}; {meant}")
+                hint = f"did you mean {' or '.join(near)}?" if near else "`lm_eval ls tasks` lists them"
+                raise ValueError(f"no task {name!r}; {hint}")
         with _data_from(folder) if folder else contextlib.nullcontext():
             try:
-                found = {name: manager.load(name) for name in names}
+                loaded = {name: manager.load(name) for name in names}
             except (OSError, ValueError, ImportError, RuntimeError) as error:
-                raise ValueError(_missing(names, folder, error)) from error
-    _check_apart(found)
-    tasks, groups = ({k: v for each in found.values() for k, v in each[kind].items()} for kind in ("tasks", "groups"))
-    within = {child: name for name, group in groups.items() for child in group.child_names}
-    asked = [each for name, each in (groups | tasks).items() if name not in within]
-    return {"manager": manager, "tasks": tasks, "groups": groups, "within": within, "asked": asked}
+                raise ValueError(_load_error(names, folder, error)) from error
+    _check_disjoint(loaded)
+    tasks, groups = ({k: v for each in loaded.values() for k, v in each[kind].items()} for kind in ("tasks", "groups"))
+    parents = {child: name for name, group in groups.items() for child in group.child_names}
+    asked = [each for name, each in (groups | tasks).items() if name not in parents]
+    return _Loaded(tasks, groups, parents, asked, manager)
 
 
-def _beginning(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A tokenizer like another, but that texts begin with the BOS token.
+def _with_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy of a tokenizer that puts the BOS token before texts.
 
     Raises:
-        ValueError: There is no such token, or the tokenizer cannot be made to.
+        ValueError: There is no such token, or the tokenizer cannot be changed.
     """
     token = bos_token(tokenizer, True)
     if not tokenizer.is_fast:
         raise ValueError("bos does not reach tasks, as the tokenizer is not a fast one: leave out bos or tasks")
-    made: Any = copy.deepcopy(tokenizer)
+    changed: Any = copy.deepcopy(tokenizer)
     parts = {"single": f"{tokenizer.bos_token} $A", "pair": f"{tokenizer.bos_token} $A $B:1"}
-    made.backend_tokenizer.post_processor = TemplateProcessing(**parts, special_tokens=[(tokenizer.bos_token, token)])
-    return made
+    changed.backend_tokenizer.post_processor = TemplateProcessing(
+        **parts, special_tokens=[(tokenizer.bos_token, token)]
+    )
+    return changed
 
 
-def _check_apart(loaded: dict[str, dict[str, Any]]) -> None:
-    """Raises ValueError if a task is in two of what is asked for, which lm-eval does not run; tags are no matter."""
+def _check_disjoint(loaded: dict[str, dict[str, Any]]) -> None:
+    """Raises ValueError if a group shares a task with another name, which lm-eval cannot run; tags may overlap."""
     for one, other in itertools.combinations(loaded, 2):
         a, b = (set(loaded[name]["tasks"]) for name in (one, other))
         if not a & b or not (loaded[one]["groups"] or loaded[other]["groups"]):
             continue
         if not (a <= b or b <= a):
             raise ValueError(f"{one} and {other} both contain {min(a & b)}: run them one after the other")
-        within, whole = sorted((one, other), key=lambda name: [len(loaded[name][kind]) for kind in ("tasks", "groups")])
-        raise ValueError(f"{within} is in {whole}: leave it out, as {whole} is shown with all that is in it")
+        inner, outer = sorted((one, other), key=lambda name: [len(loaded[name][kind]) for kind in ("tasks", "groups")])
+        raise ValueError(f"{inner} is in {outer}: leave it out, as {outer} is shown with all that is in it")
 
 
-def _missing(names: Sequence[str], folder: str | None, error: Exception) -> str:
+def _load_error(names: Sequence[str], folder: str | None, error: Exception) -> str:
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     if folder is not None and reason.startswith("no benchmark files"):
         return reason
@@ -191,7 +201,7 @@ def _missing(names: Sequence[str], folder: str | None, error: Exception) -> str:
 
 
 def _manager(names: Sequence[str], folder: str | None) -> Any:
-    """lm-eval's index of tasks; its own are read, which takes seconds, unless the folder has all that is asked for."""
+    """lm-eval's index of tasks; its default tasks, which take seconds to read, only if the folder lacks a name."""
     own = _index(folder, False) if folder else None
     return own if own is not None and set(names) <= set(own.all_tasks) else _index(folder, True)
 
@@ -205,7 +215,7 @@ def _index(folder: str | None, with_own: bool) -> Any:
 
 @contextlib.contextmanager
 def _data_from(folder: str) -> Iterator[None]:
-    """Has tasks take their data sets from a folder, and go without the splits that are not there."""
+    """Makes tasks load their data sets from a folder, and go without missing splits."""
     from lm_eval.api.task import ConfigurableTask
 
     download = ConfigurableTask.download
@@ -228,20 +238,17 @@ def _data_from(folder: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Leaves out lm-eval's lines, its look at git and at the machine, and its bars where there is no terminal.
-
-    The random states, which it sets and uses, stay as they were.
-    """
+def _isolated() -> Iterator[None]:
+    """Silences lm-eval, skips its queries of git and the machine, and restores the random states that it changes."""
     logger, silent = logging.getLogger("lm_eval"), not sys.stderr.isatty()
     level, others, arrays = logger.level, random.getstate(), np.random.get_state()
     logger.setLevel(logging.ERROR)
-    looks = {"get_git_commit_hash": mock.Mock(return_value=None), "add_env_info": mock.Mock()}
+    queries = {"get_git_commit_hash": mock.Mock(return_value=None), "add_env_info": mock.Mock()}
     try:
         with (
             torch.random.fork_rng(),
             contextlib.redirect_stderr(io.StringIO()) if silent else contextlib.nullcontext(),
-            mock.patch.multiple("lm_eval.evaluator", create=True, **looks),
+            mock.patch.multiple("lm_eval.evaluator", create=True, **queries),
         ):
             yield
     finally:
@@ -250,61 +257,53 @@ def _undisturbed() -> Iterator[None]:
         np.random.set_state(arrays)
 
 
-def _results(found: dict[str, Any], loaded: dict[str, Any]) -> dict[str, TaskResult]:
-    """What lm-eval returns, groups before what is in them; a group without a score is left out."""
+def _results(output: dict[str, Any], loaded: _Loaded) -> dict[str, TaskResult]:
+    """The results in lm-eval's output, groups before their tasks; groups without a score are left out."""
     results: dict[str, TaskResult] = {}
-    for task in loaded["tasks"]:
+    for task in loaded.tasks:
         chain = [task]
-        while chain[0] in loaded["within"]:
-            chain.insert(0, loaded["within"][chain[0]])
-        above = None
+        while chain[0] in loaded.parents:
+            chain.insert(0, loaded.parents[chain[0]])
+        parent = None
         for name in chain:
-            group = loaded["groups"].get(name)
-            if group is None or _figures(name, found):
+            group = loaded.groups.get(name)
+            if group is None or _figures(name, output):
                 if name not in results:
-                    own = _result(name, found) if group is None else _group(group, found)
-                    results[name] = replace(own, group=above)
-                above = name
+                    result = _of_task(name, output) if group is None else _of_group(group, output)
+                    results[name] = replace(result, group=parent)
+                parent = name
     return results
 
 
-def _result(name: str, found: dict[str, Any]) -> TaskResult:
-    """One task's part of what lm-eval returns."""
-    figures = _figures(name, found)
-    chosen = _chosen(figures)
-    scores, examples = _scores(name, chosen, found)
-    return _scored(name, chosen, found, scores, examples, [])
+def _of_task(name: str, output: dict[str, Any]) -> TaskResult:
+    chosen = _chosen(_figures(name, output))
+    return _result(name, chosen, output, *_scores(name, chosen, output), [])
 
 
-def _group(group: Any, found: dict[str, Any]) -> TaskResult:
-    """One group's part: a mean over its tasks, by their sizes or not, as lm-eval takes it."""
-    chosen = _chosen(_figures(group.name, found))
+def _of_group(group: Any, output: dict[str, Any]) -> TaskResult:
+    """The result of a group: a mean over its tasks, by size or not, as lm-eval computes it."""
+    chosen = _chosen(_figures(group.name, output))
     by_size = next(each.weight_by_size for each in group.aggregate_metric_list if each.metric == chosen.split(",")[0])
-    tasks = [each.task_name for each in group.get_all_tasks() if chosen in found["results"][each.task_name]]
-    sizes = [found["results"][task]["sample_len"] for task in tasks]
+    tasks = [each.task_name for each in group.get_all_tasks() if chosen in output["results"][each.task_name]]
+    sizes = [output["results"][task]["sample_len"] for task in tasks]
     weights = [size / sum(sizes) if by_size else 1 / len(sizes) for size in sizes]
-    each = [_scores(task, chosen, found) for task in tasks]
-    known = all(len(scores) == size for (scores, _), size in zip(each, sizes, strict=True))
-    scores = [score for own, _ in each for score in own] if known else []
+    scores, hashes = zip(*(_scores(task, chosen, output) for task in tasks), strict=True)
+    known = all(len(each) == size for each, size in zip(scores, sizes, strict=True))
+    joined = list(itertools.chain(*scores)) if known else []
     parts = list(zip(sizes, weights, strict=True)) if known else []
-    return _scored(group.name, chosen, found, scores, _hash("".join(examples for _, examples in each)), parts)
+    return _result(group.name, chosen, output, joined, _hash("".join(hashes)), parts)
 
 
-def _scored(
-    name: str,
-    chosen: str,
-    found: dict[str, Any],
-    scores: list[float],
-    examples: str,
-    parts: list[tuple[int, float]],
+def _result(
+    name: str, chosen: str, output: dict[str, Any], scores: list[float], examples: str, parts: list[tuple[int, float]]
 ) -> TaskResult:
-    """A result by one of its metrics, the others beside it."""
-    figures, metric = _figures(name, found), chosen.partition(",")[0]
+    """A result by one of its metrics, with the other metrics."""
+    figures, metric = _figures(name, output), chosen.partition(",")[0]
     return TaskResult(
         metric=metric,
         value=figures[chosen][0],
         stderr=figures[chosen][1],
-        higher_is_better=found["higher_is_better"].get(name, {}).get(metric) is not False,
+        higher_is_better=output["higher_is_better"].get(name, {}).get(metric) is not False,
         scores=scores,
         examples=examples,
         others={key.removesuffix(",none"): figure for key, figure in figures.items() if key != chosen},
@@ -312,13 +311,15 @@ def _scored(
     )
 
 
-def _figures(name: str, found: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
-    """The metrics of a task or group with their standard errors: they are called `METRIC,FILTER`."""
-    return {
-        key: (float(value), _number(found["results"][name].get(_stderr(key))))
-        for key, value in found["results"][name].items()
-        if "," in key and "_stderr," not in key and isinstance(value, int | float)
-    }
+def _figures(name: str, output: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
+    """The metrics of a task or group with their standard errors; lm-eval names them `METRIC,FILTER`."""
+    values, figures = output["results"][name], {}
+    for key, value in values.items():
+        metric, _, way = key.partition(",")
+        if way and not metric.endswith("_stderr") and isinstance(value, int | float):
+            stderr = values.get(f"{metric}_stderr,{way}")  # "N/A" if there is none
+            figures[key] = float(value), float(stderr) if isinstance(stderr, int | float) else None
+    return figures
 
 
 def _chosen(figures: dict[str, tuple[float, float | None]]) -> str:
@@ -326,26 +327,16 @@ def _chosen(figures: dict[str, tuple[float, float | None]]) -> str:
     return next((key for metric in METRICS for key in figures if key.startswith(f"{metric},")), next(iter(figures)))
 
 
-def _scores(name: str, chosen: str, found: dict[str, Any]) -> tuple[list[float], str]:
-    """A metric of each of a task's examples, if it is a mean over them, and a hash of the examples."""
+def _scores(name: str, chosen: str, output: dict[str, Any]) -> tuple[list[float], str]:
+    """The scores of a task's examples, empty if the metric is not a mean over them, and a hash of the examples."""
     metric, _, way = chosen.partition(",")
-    samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+    samples = sorted(output["samples"][name], key=lambda sample: sample["doc_id"])
     samples = [sample for sample in samples if sample["filter"] == way]
     scores = [sample.get(metric) for sample in samples]
-    mean = all(isinstance(score, int | float | np.number) for score in scores)
+    numeric = all(isinstance(score, int | float | np.number) for score in scores)
     examples = _hash("".join(sample["doc_hash"] for sample in samples))
-    return [float(cast(Any, score)) for score in scores] if mean else [], examples
+    return [float(cast(Any, score)) for score in scores] if numeric else [], examples
 
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _stderr(key: str) -> str:
-    metric, _, way = key.partition(",")
-    return f"{metric}_stderr,{way}"
-
-
-def _number(value: object) -> float | None:
-    """lm-eval says "N/A" where it has no standard error."""
-    return float(value) if isinstance(value, int | float) else None

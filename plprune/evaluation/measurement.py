@@ -1,4 +1,4 @@
-"""One measurement of a model: quality on a text, parameters, size and reading speed."""
+"""Measures a model: perplexity on a text, parameters, size and reading speed."""
 
 import statistics
 import time
@@ -23,7 +23,7 @@ from plprune.recovery.lora import base_parameters
 
 @torch.no_grad()
 def tokens_per_second(model: PreTrainedModel, ids: Tensor, repeats: int = 9) -> float:  # [b, s]
-    """How fast a model reads: the median over `repeats` forward passes, after one that does not count."""
+    """The reading speed: the median over `repeats` forward passes after a warm-up pass."""
     ids = ids.to(model.device)
     seconds = []
     with evaluating(model):
@@ -37,12 +37,12 @@ def tokens_per_second(model: PreTrainedModel, ids: Tensor, repeats: int = 9) -> 
 
 
 def parameters(model: PreTrainedModel) -> tuple[int, int]:
-    """Parameters in the decoder blocks, and in all, without adapters; tied ones count once."""
+    """The parameters in the decoder blocks, and in all, without adapters; tied parameters count once."""
     return sum(_count(block.module) for block in blocks_of(model)), _count(model)
 
 
 def saved_bytes(model: PreTrainedModel) -> int:
-    """What the weights that :func:`plprune.save_pruned` writes take, adapters merged: tied ones once, buffers too."""
+    """The bytes that :func:`plprune.save_pruned` writes: adapters merged, tied parameters once, buffers included."""
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     others = [value for name, value in model.state_dict().items() if name not in names]
     size = sum(value.numel() * value.element_size() for value in (*others, *saved_config(model)[1].values()))
@@ -54,13 +54,13 @@ def saved_bytes(model: PreTrainedModel) -> int:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One row of the table.
+    """A measured model.
 
     Args:
-        perplexity: On held-out windows.
+        perplexity: On held-out text.
         block_parameters: Parameters in the decoder blocks.
         parameters: All parameters.
-        bytes: Size of the weights on disk, where the model is saved as it stands: in the dtype that it has.
+        bytes: Size of the weights if the model were saved in its present dtype.
         tokens_per_second: Reading speed, batch 1; None if it was not measured.
         bits_per_byte: On the same text; None if it was not measured.
     """
@@ -79,27 +79,27 @@ def measure(
     group: distributed.ProcessGroup = None,
     speed: bool = True,
 ) -> Measurement:
-    """Measures a model as it stands.
+    """Measures a model.
 
     Args:
         model: The model, LoRA merged unless it is in shards.
         text: Held-out text, cut for the model's tokenizer; or token ids, of which all but the first of a row count.
-        group: The processes that measure it together; each gets the result.
-        speed: Whether the first of them measures the speed; one that holds a part of the model cannot.
+        group: The processes that share the work; each gets the result.
+        speed: Whether the first process measures the speed, for which it must hold the whole model.
     """
     in_blocks, in_all = parameters(model)
     if isinstance(text, Passage):
         quality, first = judge(model, text, group), text.windows[0]
-        found, bits = quality.perplexity, quality.bits_per_byte
+        value, bits = quality.perplexity, quality.bits_per_byte
     else:
-        found, bits, first = perplexity(model, text, group), None, text[0][:1]
+        value, bits, first = perplexity(model, text, group), None, text[0][:1]
     alone = speed and distributed.rank(group) == 0
-    rate = distributed.broadcast_object(tokens_per_second(model, first) if alone else None, group)
-    return Measurement(found, in_blocks, in_all, saved_bytes(model), rate, bits)
+    rate = distributed.same(tokens_per_second(model, first) if alone else None, group)
+    return Measurement(value, in_blocks, in_all, saved_bytes(model), rate, bits)
 
 
 def measurement_table(rows: dict[str, Measurement]) -> str:
-    """Measurements side by side, one row each, the first of them as the yardstick.
+    """A table of measurements, one row each.
 
     Example:
         >>> print(measurement_table({"dense": Measurement(20.0, 100, 150, 600_000_000, 10.0)}))
@@ -118,7 +118,7 @@ def measurement_table(rows: dict[str, Measurement]) -> str:
 
 
 def as_dict(rows: dict[str, Measurement]) -> dict[str, dict[str, float]]:
-    """Measurements as JSON-ready numbers, without those that were not taken."""
+    """Measurements in JSON's types, without figures that were not taken."""
     return {name: {k: v for k, v in asdict(row).items() if v is not None} for name, row in rows.items()}
 
 
@@ -127,9 +127,8 @@ def _count(module: nn.Module) -> int:
 
 
 def _numel(parameter: Tensor) -> int:
-    return cast(
-        int, getattr(parameter, "ds_numel", parameter.numel())
-    )  # under ZeRO-3 a parameter is empty between uses
+    """The size of a parameter, which under ZeRO-3 is empty between uses."""
+    return cast(int, getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _synchronise(device: torch.device) -> None:

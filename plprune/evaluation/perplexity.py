@@ -1,11 +1,10 @@
 """Perplexity and bits per byte of a text under a model.
 
-A perplexity means little without its protocol: how long the windows are, whether they overlap, whether a BOS token
-comes first, and how many tokens were counted. A :class:`Passage` is a text cut up by a :class:`Protocol`, and names it.
+A perplexity means little without its protocol: the length of the windows, their overlap, a BOS token, the number of
+tokens counted. A :class:`Passage` is a text cut into windows by a :class:`Protocol`, and describes both.
 
-Perplexity is per token, so it cannot be compared between tokenizers. Bits per byte can: they are the cost of the
-text's tokens over its bytes in UTF-8. A token that ends a document has no bytes; it counts in the perplexity and not in
-the bits.
+Perplexity is per token, so it cannot be compared between tokenizers. Bits per byte can: they are the cost of the text's
+tokens over its bytes in UTF-8. A token that ends a document has no bytes; it counts in the perplexity only.
 
 Symbols: b windows of a batch, s tokens of a window, v the vocabulary.
 """
@@ -29,8 +28,8 @@ from plprune.io.text import MAX_DROPPED, Tally, bos_token, end_tokens, needs_bos
 from plprune.pruning.forward import check_ids, evaluating
 from plprune.pruning.losses import next_token_loss
 
-BYTE = re.compile("<0x[0-9A-F]{2}>")  # what SentencePiece calls a byte of a character that it has no token for
-ENDS = -1  # in the place of a number of bytes: the token ends a document
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # how SentencePiece spells the bytes of characters without a token
+ENDS = -1  # stands for the bytes of a token that ends a document
 
 
 @dataclass(frozen=True)
@@ -38,16 +37,16 @@ class Protocol:
     """How a text is cut into windows.
 
     Args:
-        seq_len: Tokens that the model sees at once, the BOS token included.
-        stride: Tokens from the start of one window to that of the next. Every token is counted once, in the first
-            window that holds it, given all those before it there; the last window may be shorter. If not given,
-            windows do not overlap, and what does not fill one is left out.
-        bos: Whether the BOS token is put before each window, but where the text has it; None for what the tokenizer
-            itself does. Without it a token that has none before it in any window is given, and does not count.
+        seq_len: Tokens of a window, including the BOS token.
+        stride: Tokens from the start of one window to that of the next. Every token counts once, in the first window
+            that holds it, with all tokens before it there as context; the last window may be shorter. Without a stride
+            windows do not overlap, and a rest that does not fill a window is left out.
+        bos: Whether a BOS token is put before each window that does not begin with one; None for the tokenizer's
+            default. Without it the first token of a window is context only.
         max_windows: At most this many windows from the start of the text; all if not given.
 
     Raises:
-        ValueError: There are no such windows.
+        ValueError: A size is out of range.
     """
 
     seq_len: int = 512
@@ -59,22 +58,22 @@ class Protocol:
         check_sizes(seq_len=self.seq_len, stride=self.stride, max_windows=self.max_windows)
         room = self.seq_len - bool(self.bos)
         if self.seq_len < 2:
-            raise ValueError(f"seq_len is {self.seq_len}, but a window needs a token that is given and one to predict")
+            raise ValueError(f"seq_len is {self.seq_len}, but a window needs a token of context and one to predict")
         if self.stride and self.stride > room:
             raise ValueError(f"stride is {self.stride}, but a window has {room} tokens of text: tokens would be missed")
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A text as windows.
+    """A text cut into windows.
 
     Args:
-        source: Where the text is from.
-        protocol: How it was cut, `bos` settled.
+        source: Name of the text.
+        protocol: How it was cut; `bos` is not None.
         windows: Token ids, [1, s] each.
-        counts: How many tokens of each window count, the last ones.
-        sizes: The bytes of text that each of these stands for, :data:`ENDS` for the end of a document; None if the
-            tokenizer does not tell.
+        counts: How many tokens at the end of each window count.
+        sizes: For each window, the bytes of text of the tokens that count, :data:`ENDS` for one that ends a document;
+            None if the tokenizer gives no offsets.
     """
 
     source: str
@@ -85,21 +84,20 @@ class Passage:
 
     @property
     def tokens(self) -> int:
-        """How many tokens count."""
+        """The number of tokens that count."""
         return sum(self.counts)
 
     @property
     def bytes(self) -> int | None:
-        """How many bytes of text these stand for."""
+        """The bytes of text of these tokens; None if unknown."""
         return None if self.sizes is None else sum(int(each[each != ENDS].sum()) for each in self.sizes)
 
     def as_dict(self) -> dict[str, Any]:
-        """The protocol and what it came to, as JSON."""
-        found = {"windows": len(self.windows), "tokens": self.tokens, "bytes_of_text": self.bytes}
-        return {"text": self.source} | asdict(self.protocol) | found
+        """The protocol and the sizes that resulted, in JSON's types."""
+        sizes = {"windows": len(self.windows), "tokens": self.tokens, "bytes_of_text": self.bytes}
+        return {"text": self.source} | asdict(self.protocol) | sizes
 
     def __str__(self) -> str:
-        """The protocol in words."""
         how = self.protocol
         overlap = f"a stride of {how.stride}" if how.stride else "no overlap"
         size = "" if self.bytes is None else f", {self.bytes:,} bytes"
@@ -115,8 +113,8 @@ class Quality:
 
     Args:
         perplexity: Per token.
-        bits_per_byte: Of the text; None if the tokenizer does not tell what its tokens stand for.
-        tokens: How many were counted.
+        bits_per_byte: Of the text; None if the tokenizer gives no offsets.
+        tokens: The number of tokens counted.
     """
 
     perplexity: float
@@ -134,14 +132,14 @@ def passage(
     """Cuts a text into windows.
 
     Args:
-        source: A text as for :class:`RecoveryData`; no more of it is tokenised than is needed.
+        source: A text as for :class:`RecoveryData`; no more of it is tokenised than needed.
         tokenizer: The model's.
         protocol: How to cut.
-        join: Put between the rows, which are then one document.
+        join: Separator that makes one document of all rows.
         max_dropped: The share of rows that may be unusable.
 
     Raises:
-        ValueError: The text cannot be read or is too short, or a BOS token is wanted that there is not.
+        ValueError: The text cannot be read or is too short, or there is no BOS token although one is asked for.
     """
     bos = bos_token(tokenizer, protocol.bos)
     protocol = Protocol(protocol.seq_len, protocol.stride, bos is not None, protocol.max_windows)
@@ -149,12 +147,12 @@ def passage(
     needed = protocol.seq_len + (most - 1) * (stride or protocol.seq_len)
     ids, sizes = _tokens(source, tokenizer, join, needed, max_dropped)
     windows: list[Tensor] = []
-    spans, start, reached = [], 0, 0
+    spans, start, reached = [], 0, 0  # spans of the tokens that count
     while start < len(ids) and len(spans) < most:
         first = needs_bos(ids, start, bos)
         room = protocol.seq_len - first
         end = min(start + room, len(ids))
-        reached = max(reached, start + (not first))  # a first token without BOS is given
+        reached = max(reached, start + (not first))  # without BOS the first token is context
         if end <= reached or (not stride and end < start + room):
             break
         windows.append(torch.cat([ids.new_tensor([bos] * first), ids[start:end]])[None])
@@ -163,9 +161,9 @@ def passage(
     if not spans:
         needed = 2 if stride else protocol.seq_len - bool(protocol.bos)
         raise ValueError(f"the evaluation text has {len(ids)} tokens, but a window needs {needed}: give more text")
-    counts = [end - counted for counted, end in spans]
-    told = None if sizes is None else [sizes[counted:end] for counted, end in spans]
-    return Passage(source, protocol, windows, counts, told)
+    counts = [end - begin for begin, end in spans]
+    counted = None if sizes is None else [sizes[begin:end] for begin, end in spans]
+    return Passage(source, protocol, windows, counts, counted)
 
 
 def judge(model: PreTrainedModel, passage: Passage, group: distributed.ProcessGroup = None) -> Quality:
@@ -176,7 +174,7 @@ def judge(model: PreTrainedModel, passage: Passage, group: distributed.ProcessGr
     Args:
         model: A causal language model.
         passage: The text, cut for its tokenizer.
-        group: The processes among which the windows are shared; each gets the result over all.
+        group: The processes that share the windows; each gets the result over all.
     """
     in_text = None if passage.sizes is None else [each != ENDS for each in passage.sizes]
     total, of_text = _cost(model, passage.windows, passage.counts, in_text, group)
@@ -184,16 +182,16 @@ def judge(model: PreTrainedModel, passage: Passage, group: distributed.ProcessGr
     return Quality(_exp(total / passage.tokens), bits, passage.tokens)
 
 
-def perplexity(model: PreTrainedModel, windows: Iterable[Tensor], group: distributed.ProcessGroup = None) -> float:
-    r"""Perplexity over windows of token ids, the first token of each given.
+def perplexity(model: PreTrainedModel, windows: Iterable[Tensor], group: distributed.Group = None) -> float:
+    r"""Perplexity over windows of token ids, the first token of each as context.
 
     .. math:: \exp\Bigl(-\frac1N \sum_{w} \sum_{t > 1} \log p(x_{w,t} \mid x_{w,<t})\Bigr)
 
     Args:
         model: A causal language model.
         windows: Token ids, [b, s] each, without padding.
-        group: The processes among which the windows are shared; each gets the perplexity over all. They take as many
-            steps each, as those that hold parts of one model must.
+        group: The processes that share the windows; each gets the perplexity over all. All run equally many forward
+            passes, as shards of one model must.
 
     Raises:
         ValueError: There is no token to predict.
@@ -214,11 +212,11 @@ def _cost(
     in_text: Sequence[Tensor] | None,  # [count] each
     group: distributed.ProcessGroup,
 ) -> tuple[float, float]:
-    """What the last `counts` tokens of the windows cost in nats, all of them and those of the text."""
+    """The negative log-likelihood in nats of the last `counts` tokens of windows: of all, and of those in the text."""
     check_ids(model, windows)
     mine = distributed.shard(range(len(windows)), group)
     total = torch.zeros(2, dtype=torch.float64)
-    steps = -(-len(windows) // distributed.size(group))  # as many for each process, as shards of a model need
+    steps = -(-len(windows) // distributed.size(group))  # equal for all processes, as shards of a model need
     quiet = distributed.rank(group) > 0
     with evaluating(model), Progress(steps, "measuring perplexity", "window", quiet=quiet) as progress:
         for step in range(steps):
@@ -233,9 +231,9 @@ def _cost(
 
 
 def _losses(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:  # [b, s] -> [b, count]
-    """What the last `count` tokens cost, in nats."""
+    """The negative log-likelihood of the last `count` tokens, in nats."""
     ids = ids.to(model.device)
-    fewer = {"logits_to_keep": count + 1} if count + 1 < ids.shape[1] else {}  # the head costs time for each
+    fewer = {"logits_to_keep": count + 1} if count + 1 < ids.shape[1] else {}  # the head takes time for each
     logits = model(input_ids=ids, use_cache=False, **fewer).logits[:, -count - 1 :]
     return next_token_loss(logits, ids[:, -count - 1 :], "none").view(len(ids), -1)
 
@@ -243,7 +241,7 @@ def _losses(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:  # [b, s
 def _tokens(
     source: str, tokenizer: PreTrainedTokenizerBase, join: str | None, needed: float, max_dropped: float
 ) -> tuple[Tensor, Tensor | None]:
-    """The first `needed` tokens of a text, and the bytes that each stands for."""
+    """The first `needed` tokens of a text, and the bytes of each."""
     ids: list[int] = []
     sizes: list[int] = []
     exact, tally = cast(bool, tokenizer.is_fast), Tally(source, join is None and tokenizer.eos_token_id is None)
@@ -263,15 +261,15 @@ def _tokens(
 
 
 def byte_counts(text: str, offsets: Sequence[tuple[int, int]], pieces: Sequence[str]) -> list[int]:
-    """How many bytes of UTF-8 each token of a text stands for: together all, up to the end of the last token.
+    """The bytes of UTF-8 of each token of a text; they add up to the end of the last token.
 
-    What lies between two tokens, such as a space that the tokenizer drops, is the later one's. Tokens that share a
-    character each have the part of its bytes that they spell.
+    Characters between two tokens, such as a space that the tokenizer drops, belong to the later one. Tokens that share
+    a character each have the bytes of it that they spell.
 
     Args:
         text: The text.
-        offsets: Where each token begins and ends in it, in characters.
-        pieces: What the vocabulary calls each token.
+        offsets: Start and end of each token, in characters.
+        pieces: The spelling of each token in the vocabulary.
 
     Example:
         >>> byte_counts("né!", [(0, 1), (1, 2), (1, 2), (2, 3)], ["n", "Ã", "©", "!"])
@@ -292,8 +290,8 @@ def byte_counts(text: str, offsets: Sequence[tuple[int, int]], pieces: Sequence[
 
 
 def _spelled(size: int, pieces: Sequence[str]) -> list[int]:
-    """The bytes of characters that several tokens share, token by token, as byte-level or SentencePiece writes them."""
-    letters = [len(piece) for piece in pieces]  # in a byte-level vocabulary each stands for a byte
+    """The bytes of each of several tokens that share characters, by byte-level or SentencePiece spelling."""
+    letters = [len(piece) for piece in pieces]  # in a byte-level vocabulary each letter is a byte
     if sum(letters) == size:
         return letters
     sizes = [1 if BYTE.fullmatch(piece) else len(piece.replace("▁", " ").encode()) for piece in pieces]

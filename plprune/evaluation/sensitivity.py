@@ -1,18 +1,17 @@
-r"""How much each sub-block matters: the perplexity when units of one FFN or one attention are pruned, and nothing else.
+r"""The perplexity of a model when units of one FFN or one attention are pruned and nothing else.
 
-The units that go are those whose outputs are the smallest on calibration text,
+The units to remove are those with the smallest outputs on calibration text,
 
 .. math:: S_u = \Bigl( \sum_{j \in u} \lVert X_{:,j} \rVert_2^2 \, \lVert W_{:,j} \rVert_2^2 \Bigr)^{1/2}
 
-(Wanda's product, https://arxiv.org/abs/2306.11695, of whole columns and over all columns of a unit), and nothing is
-repaired. All of a sub-block's units are the sub-block.
+(Wanda's product, https://arxiv.org/abs/2306.11695, of whole columns and over all columns of a unit). Nothing is
+repaired. Removing all units removes the sub-block.
 
 Symbols: X the consumer's inputs over all tokens, W its weight, u a unit with its columns j.
 
-A candidate is a copy of one block, pruned by the same surgery as any model, so that what a family does with its norms
-and biases is as it will be. It is run on what enters that block in the dense model, which is computed once, and only
-the blocks after it are run again. Results are cached by content: a run that was stopped goes on where it was, and of
-several that use one cache each takes candidates that nobody is at.
+A candidate is a copy of one block, pruned by the same surgery as any model. Its inputs are those that the block has in
+the dense model, which are computed once; only the blocks after it run again. Each result is cached under its content,
+so that a stopped run continues where it stopped, and processes that share a cache share the candidates.
 """
 
 import copy
@@ -48,16 +47,16 @@ SHOWN = 5  # sub-blocks at each end of the table
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One sub-block pruned by one fraction, everything else dense.
+class SubBlockResult:
+    """The perplexity with one sub-block pruned and everything else dense.
 
     Args:
         block: Index of the block.
         kind: attention or ffn.
-        fraction: Of its units, kv heads or channels, that was asked to go.
-        removed: Units that went: at least one.
-        units: Of how many.
-        perplexity: Of the text then; None if it is not finite.
+        fraction: Share of the units, kv heads or channels, that was asked to go.
+        removed: Number of units that went: at least one.
+        units: Number of units before.
+        perplexity: None if it is not finite.
     """
 
     block: int
@@ -70,14 +69,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What was found: the perplexity of the dense model, and of every sub-block pruned alone."""
+    """The perplexity of the dense model, and those with each sub-block pruned alone."""
 
     dense: float
-    cells: list[Cell]
+    cells: list[SubBlockResult]
 
 
 @dataclass(frozen=True)
 class _Candidate:
+    """A sub-block to prune by a fraction."""
+
     block: Block
     group: UnitGroup
     fraction: float
@@ -85,6 +86,9 @@ class _Candidate:
     @property
     def removed(self) -> int:
         return max(1, round(self.fraction * len(self.group)))
+
+    def result(self, value: float | None) -> SubBlockResult:
+        return SubBlockResult(self.block.index, self.group.kind, self.fraction, self.removed, len(self.group), value)
 
 
 def sensitivity(
@@ -99,44 +103,42 @@ def sensitivity(
     Args:
         model: A dense or pruned model, which stays as it is.
         windows: Token ids to measure on, [b, s] each.
-        calibration: Text by which the units are chosen.
-        cache: Where results are kept, one by one.
+        calibration: Text that decides which units go.
+        cache: Holds the results, one by one.
         fractions: Of the units, in (0, 1]; 1 removes the whole sub-block.
 
     Raises:
         ValueError: A fraction is not in (0, 1].
     """
     check_fractions(fractions)
-    blocks = blocks_of(model)
-    text = Calibration(list(windows)).fingerprint
-    same: dict[str, Any] = {"weights": fingerprint(model.named_parameters()), "text": text}
-    same |= {
+    common: dict[str, Any] = {
+        "weights": fingerprint(model.named_parameters()),
+        "text": Calibration(list(windows)).fingerprint,
         "dtype": str(model.dtype),
         "device": model.device.type,
         "source": source_digest("plprune.evaluation.sensitivity"),
     }
-    same |= {name: version(name) for name in ("torch", "transformers")}
-    chosen_by = calibration.fingerprint
-    keys = [(each, _key(each, same, chosen_by)) for each in _candidates(blocks, fractions)]
-    of_dense = same | {"of": "the dense model"}
-    with cache.lock(of_dense, wait=True):
+    common |= {name: version(name) for name in ("torch", "transformers")}
+    keys = [(each, _key(each, common, calibration)) for each in _candidates(blocks_of(model), fractions)]
+    of_dense = common | {"of": "the dense model"}
+    with cache.alone(of_dense, wait=True):
         dense = cache.get(of_dense, lambda: perplexity(model, windows))
-    for wait in (False, True):  # in the end for what others are at
-        missing = [(each, key) for each, key in keys if not cache.has(key)]
+    for wait in (False, True):  # waits at the end for candidates that other processes compute
+        missing = [(each, key) for each, key in keys if not cache.known(key)]
         if missing:
             _measure(model, windows, calibration, cache, missing, wait)
-    return Sensitivity(dense, [_cell(each, cache.get(key, _not_there)) for each, key in keys])
+    return Sensitivity(dense, [each.result(cache.get(key, _missing)) for each, key in keys])
 
 
 def check_fractions(fractions: Sequence[float]) -> None:
-    """Raises ValueError for fractions of a sub-block that cannot be removed."""
+    """Raises ValueError for fractions that are not in (0, 1], or if there are none."""
     wrong = [fraction for fraction in fractions if not 0 < fraction <= 1]
     if wrong or not fractions:
         raise ValueError(f"fractions must be above 0 and at most 1, not {wrong or 'none at all'}: 1 is all of a part")
 
 
-class Frontier:
-    """What enters one block after another of the dense model, of every window.
+class BlockInputs:
+    """The inputs of one block of the dense model, for every window; it moves from block to block.
 
     Args:
         model: The model.
@@ -150,7 +152,7 @@ class Frontier:
 
     @torch.no_grad()
     def advance(self, block: Block) -> None:
-        """Goes on to what enters a block; it does not go back."""
+        """Moves to the inputs of a block that is not before the present one."""
         assert self.index <= block.index
         for passed in self.blocks[self.index : block.index]:
             pairs = zip(self.hidden, self.calls, strict=True)
@@ -159,7 +161,7 @@ class Frontier:
 
     @torch.no_grad()
     def perplexity(self, block: Block) -> float | None:
-        """Of the windows, with another block in the place of the one they enter; None if it is not finite."""
+        """The perplexity with another block in the place of the present one; None if it is not finite."""
         total, count = 0.0, 0
         for ids, x, calls in zip(self.windows, self.hidden, self.calls, strict=True):
             for each in (block, *self.blocks[self.index + 1 :]):
@@ -170,46 +172,44 @@ class Frontier:
         return value if math.isfinite(value) else None
 
 
-def as_record(found: Sensitivity, model: str, fractions: Sequence[float], protocol: dict[str, Any]) -> dict[str, Any]:
-    """What a report is made from.
+def as_record(result: Sensitivity, model: str, fractions: Sequence[float], protocol: dict[str, Any]) -> dict[str, Any]:
+    """The record of a report.
 
     Args:
-        found: The results.
+        result: The results.
         model: Name of the model.
-        fractions: That were asked for.
+        fractions: Those that were asked for.
         protocol: How it was measured, in JSON's types.
     """
-    cells = [dataclasses.asdict(cell) for cell in found.cells]
     head = {"version": 1, "kind": "sensitivity", "title": f"Sensitivity of {model}", "model": model}
-    return head | {"protocol": protocol, "dense": found.dense, "fractions": list(fractions), "cells": cells}
+    return head | {"protocol": protocol, "fractions": list(fractions)} | dataclasses.asdict(result)
 
 
-def sensitivity_table(found: Sensitivity) -> str:
-    """The sub-blocks that matter most and least, by what the largest fraction costs.
+def sensitivity_table(result: Sensitivity) -> str:
+    """The sub-blocks whose pruning by the largest fraction costs most and least.
 
     Example:
-        >>> cells = [Cell(0, "ffn", 0.5, 2, 4, 9.0), Cell(0, "ffn", 1.0, 4, 4, 90.0)]
+        >>> cells = [SubBlockResult(0, "ffn", 0.5, 2, 4, 9.0), SubBlockResult(0, "ffn", 1.0, 4, 4, 90.0)]
         >>> print(sensitivity_table(Sensitivity(8.0, cells)))
         part                       50%      100%
         block 0   ffn             9.00     90.00
         dense                     8.00      8.00
     """
-    rows: dict[tuple[int, str], dict[float, float | None]] = {}
-    for cell in found.cells:
-        rows.setdefault((cell.block, cell.kind), {})[cell.fraction] = cell.perplexity
-    fractions = sorted({cell.fraction for cell in found.cells})
-    order = sorted(rows, key=lambda part: -_or_infinite(rows[part][fractions[-1]]))
-    left_out = len(order) - 2 * SHOWN
-    heads = [f"{100 * fraction:.3g}%" for fraction in fractions]
-    lines = [["part", *heads]]
-    for i, (block, kind) in enumerate(order):
-        if left_out <= 0 or i < SHOWN or i >= SHOWN + left_out:
-            values = [_or_infinite(rows[block, kind][fraction]) for fraction in fractions]
-            lines.append([f"{f'block {block}':<10}{kind}", *(f"{value:.2f}" for value in values)])
-        elif i == SHOWN:
-            lines.append([f"... {left_out} more ..."])
-    lines.append(["dense", *[f"{found.dense:.2f}"] * len(fractions)])
-    return text_table(lines, [20, *[10] * len(fractions)])
+    rows: dict[tuple[int, str], dict[float, float]] = {}
+    for cell in result.cells:
+        value = math.inf if cell.perplexity is None else cell.perplexity
+        rows.setdefault((cell.block, cell.kind), {})[cell.fraction] = value
+    fractions = sorted({cell.fraction for cell in result.cells})
+    order = sorted(rows, key=lambda part: -rows[part][fractions[-1]])
+    lines = [
+        [f"{f'block {block}':<10}{kind}", *(f"{rows[block, kind][fraction]:.2f}" for fraction in fractions)]
+        for block, kind in order
+    ]
+    if (left_out := len(lines) - 2 * SHOWN) > 0:
+        lines[SHOWN:-SHOWN] = [[f"... {left_out} more ..."]]
+    heads = ["part", *(f"{100 * fraction:.3g}%" for fraction in fractions)]
+    dense = ["dense", *[f"{result.dense:.2f}"] * len(fractions)]
+    return aligned([heads, *lines, dense], [20, *[10] * len(fractions)])
 
 
 def _measure(
@@ -220,39 +220,34 @@ def _measure(
     missing: list[tuple[_Candidate, dict[str, Any]]],
     wait: bool,
 ) -> None:
-    """Computes what is missing, in depth order, and keeps each result at once; leaves what others are at, or waits."""
+    """Computes and caches missing results in depth order; skips those that other processes compute, or waits."""
     scores = functools.cache(lambda: _scores(model, calibration))
-    front = functools.cache(lambda: Frontier(model, windows))
+    inputs = functools.cache(lambda: BlockInputs(model, windows))
     runs = [len(blocks_of(model)) - each.block.index for each, _ in missing]
     with evaluating(model), Progress(sum(runs), "sensitivity", "block run") as bar:
         for (each, key), count in zip(missing, runs, strict=True):
             with cache.lock(key, wait) as own:
                 if own and not cache.has(key):
                     block = _pruned(each, scores)
-                    front().advance(each.block)
-                    cache.get(key, functools.partial(front().perplexity, block))
+                    inputs().advance(each.block)
+                    cache.get(key, functools.partial(inputs().perplexity, block))
             bar.update(count)
 
 
 def _candidates(blocks: list[Block], fractions: Sequence[float]) -> list[_Candidate]:
     """Everything to measure, in depth order."""
-    return [
-        _Candidate(block, group, fraction)
-        for block in blocks
-        for group in block.groups("kv_heads")
-        if len(group)
-        for fraction in fractions
-    ]
+    groups = [(block, group) for block in blocks for group in block.groups("kv_heads") if len(group)]
+    return [_Candidate(block, group, fraction) for block, group in groups for fraction in fractions]
 
 
-def _key(each: _Candidate, same: dict[str, Any], chosen_by: str) -> dict[str, Any]:
-    """All that a result depends on; which units matter most does not, once all go."""
-    by = chosen_by if each.removed < len(each.group) else None
-    return same | {"group": each.group.name, "removed": each.removed, "chosen by": by}
+def _key(each: _Candidate, common: dict[str, Any], calibration: Calibration) -> dict[str, Any]:
+    """Everything that a result depends on; that is not the calibration text where all units go."""
+    chosen_by = calibration.fingerprint if each.removed < len(each.group) else None
+    return common | {"group": each.group.name, "removed": each.removed, "chosen by": chosen_by}
 
 
 def _scores(model: PreTrainedModel, calibration: Calibration) -> dict[str, Tensor]:  # [units] each
-    """What every unit puts out, by group."""
+    """The score of every unit, by group."""
     scores = {}
     for block, inputs in stream(model, calibration, "calibrating"):
         for group, norms in observe(block, inputs, Norms, "kv_heads"):
@@ -270,17 +265,9 @@ def _pruned(each: _Candidate, scores: Callable[[], dict[str, Tensor]]) -> Block:
     elif each.group.kind == "attention":
         drop_attention(block)
     else:
-        matrix(block.part(each.group.consumer.path)).data.zero_()  # GPT-2's projections cannot be of width 0
+        matrix(block.part(each.group.consumer.path)).data.zero_()  # GPT-2's projections cannot have width 0
     return block
 
 
-def _cell(each: _Candidate, value: float | None) -> Cell:
-    return Cell(each.block.index, each.group.kind, each.fraction, each.removed, len(each.group), value)
-
-
-def _or_infinite(value: float | None) -> float:
-    return math.inf if value is None else value
-
-
-def _not_there() -> float:
-    raise AssertionError("it was just computed")
+def _missing() -> float:
+    raise AssertionError("every result is in the cache by now")

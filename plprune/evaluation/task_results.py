@@ -1,4 +1,4 @@
-"""Results of lm-eval tasks: figures with their errors, averages, differences, and their table."""
+"""Results of lm-eval tasks: scores with standard errors, averages, paired differences, and their table."""
 
 import itertools
 import math
@@ -23,12 +23,7 @@ class Figure(Protocol):
 
 @dataclass(frozen=True)
 class Difference:
-    """A number made of others, with its standard error.
-
-    Args:
-        value: The number.
-        stderr: Its standard error; None if it has none.
-    """
+    """A number computed from others, with its standard error, or None if it has none."""
 
     value: float
     stderr: float | None
@@ -36,18 +31,18 @@ class Difference:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a model scored on one task, or on a group of them.
+    """The score of a model on one task, or on a group of tasks.
 
     Args:
-        metric: What was measured.
+        metric: Name of the metric.
         value: The score.
         stderr: Its standard error, by lm-eval; None if it gives none.
-        higher_is_better: Whether it is.
-        scores: That of each example; empty if the metric is no mean over examples.
+        higher_is_better: Whether higher scores are better.
+        scores: The score of each example; empty if the metric is not a mean over examples.
         examples: A hash of the examples and their order.
-        others: The task's other metrics, and their standard errors.
-        group: The group that it is a part of; None if it was asked for by itself.
-        parts: Of a group, how many of the examples each of its tasks has, and the weight of their mean in the score.
+        others: The task's other metrics, with their standard errors.
+        group: The group that the task is a part of; None if the task was asked for by itself.
+        parts: For a group, the number of examples of each task, and the weight of the task's mean in the score.
     """
 
     metric: str
@@ -62,7 +57,7 @@ class TaskResult:
 
 
 def paired(dense: TaskResult, pruned: TaskResult) -> Difference | None:
-    """How much higher the second scores, example by example; None if the metric is no mean over examples.
+    """The mean difference of the second score over examples; None if the metric is not a mean over examples.
 
     Example:
         >>> scores = dict(metric="acc", value=0.0, stderr=None, higher_is_better=True, examples="", others={})
@@ -70,10 +65,10 @@ def paired(dense: TaskResult, pruned: TaskResult) -> Difference | None:
         Difference(value=0.5, stderr=0.5)
 
     Raises:
-        ValueError: They were not measured alike.
+        ValueError: The metrics or the examples differ.
     """
     if (dense.metric, dense.examples) != (pruned.metric, pruned.examples):
-        raise ValueError("two results of other metrics or other examples cannot be paired: run both the same way")
+        raise ValueError("results with different metrics or examples cannot be paired: run both with the same settings")
     changes = iter([after - before for before, after in zip(dense.scores, pruned.scores, strict=True)])
     parts = pruned.parts or [(len(pruned.scores), 1.0)]
     means = [_mean(list(itertools.islice(changes, count))) for count, _ in parts] if pruned.scores else []
@@ -81,7 +76,7 @@ def paired(dense: TaskResult, pruned: TaskResult) -> Difference | None:
 
 
 def average(figures: Iterable[Figure]) -> Difference | None:
-    """The mean of several figures, whose errors are independent; None of none.
+    """The mean of figures with independent errors; None if there are no figures.
 
     Example:
         >>> average([Difference(0.5, 0.3), Difference(0.7, 0.4)])
@@ -92,7 +87,7 @@ def average(figures: Iterable[Figure]) -> Difference | None:
 
 
 def counted(results: dict[str, TaskResult]) -> list[str]:
-    """What an average is over: all that was asked for by itself, but metrics that are no mean over examples."""
+    """The names that the average is over: those asked for by themselves whose metric is a mean over examples."""
     return [name for name, result in results.items() if result.scores and result.group is None]
 
 
@@ -102,7 +97,7 @@ def _mean(values: Sequence[float]) -> Difference:
 
 
 def _weighted(figures: Sequence[Figure], weights: Sequence[float]) -> Difference:
-    """The sum of figures, whose errors are independent, each times its weight."""
+    """The weighted sum of figures with independent errors."""
     pairs = list(zip(figures, weights, strict=True))
     errors = [figure.stderr * weight for figure, weight in pairs if figure.stderr is not None]
     error = math.hypot(*errors) if len(errors) == len(pairs) else None
@@ -110,22 +105,20 @@ def _weighted(figures: Sequence[Figure], weights: Sequence[float]) -> Difference
 
 
 def columns(stages: dict[str, dict[str, TaskResult]]) -> dict[str, dict[str, Figure | None]]:
-    """Results by model and task; with two models their differences, and with several that count the averages."""
-    found: dict[str, dict[str, Figure | None]] = {stage: dict(results) for stage, results in stages.items()}
+    """Scores by model and task; for two models their differences too, and for several tasks that count the averages."""
+    table: dict[str, dict[str, Figure | None]] = {stage: dict(results) for stage, results in stages.items()}
     first, *others = stages.values()
     if len(others) == 1:
-        found["difference"] = {name: paired(first[name], others[0][name]) for name in first}
+        table["difference"] = {name: paired(first[name], others[0][name]) for name in first}
     names = counted(first)
     if len(names) > 1:
-        for column in found.values():
+        for column in table.values():
             column[AVERAGE] = average(cast(Figure, column[name]) for name in names)
-    return found
+    return table
 
 
 def score_table(stages: dict[str, dict[str, TaskResult]]) -> str:
-    """Scores with their standard errors, a column for each model; of two, the difference too, example by example.
-
-    What is in a group follows it, indented.
+    """A table of scores with standard errors, a column for each model; the tasks of a group are indented below it.
 
     Example:
         >>> result = TaskResult("acc", 0.5, 0.1, True, [], "", {})
@@ -133,16 +126,16 @@ def score_table(stages: dict[str, dict[str, TaskResult]]) -> str:
         task                metric        dense             pruned            difference
         piqa                acc           0.5000 ± 0.1000   0.5000 ± 0.1000   -
     """
-    found, first = columns(stages), next(iter(stages.values()))
-    rows = [["task", "metric", *found]]
-    for name in next(iter(found.values())):
+    table, first = columns(stages), next(iter(stages.values()))
+    rows = [["task", "metric", *table]]
+    for name in next(iter(table.values())):
         metric = first[name].metric if name in first else ""
-        rows.append(["  " * _depth(name, first) + name, metric, *(_cell(column[name]) for column in found.values())])
-    return text_table(rows, [20, 14, *[18] * len(found)], "<" * len(rows[0]))
+        rows.append(["  " * _depth(name, first) + name, metric, *(_cell(column[name]) for column in table.values())])
+    return aligned(rows, [20, 14, *[18] * len(table)], "<" * len(rows[0]))
 
 
 def _depth(name: str, results: dict[str, TaskResult]) -> int:
-    """How many groups a result is within."""
+    """The number of groups that a task is nested in."""
     group = results[name].group if name in results else None
     return 0 if group is None else 1 + _depth(group, results)
 
