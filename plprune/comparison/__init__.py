@@ -1,1 +1,1 @@
-"""Methods side by side."""
+"""Comparisons of pruning methods under one protocol."""

@@ -1,4 +1,4 @@
-"""One model of a study: pruned, recovered and judged, each result computed once."""
+"""Computes the results of a study on one model: prunes, recovers and measures, each result once."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from plprune.architecture.blocks import blocks_of
 from plprune.checkpoint.load import load_model, load_tokenizer, rebuild
 from plprune.checkpoint.save import save_pruned
-from plprune.comparison.study import CalibrationText, Study, Training
+from plprune.comparison.study import CalibrationText, Pruning, Study, Training
 from plprune.evaluation.lm_eval import run_tasks
 from plprune.evaluation.measurement import parameters
 from plprune.evaluation.perplexity import Passage, judge, passage
@@ -32,7 +32,7 @@ from plprune.io.atomic import file_lock
 from plprune.io.cache import Cache, digest, source_digest
 from plprune.io.distributed import log_device
 from plprune.io.text import bos_token, draw, tokenised
-from plprune.methods import PruningMethod, Request, prune
+from plprune.methods import Request
 from plprune.methods.run import source_of
 from plprune.pruning.calibration import Calibration, Observations
 from plprune.pruning.forward import check_ids
@@ -44,15 +44,26 @@ from plprune.training.module import Recovery
 from plprune.training.round_schedule import schedule
 
 log = logging.getLogger(__name__)
-Cell = dict[str, Any]
-Part = tuple[dict[str, Any], Callable[[], Iterator[Cell]]]  # what it depends on, and how its cells are made
-Pruned = tuple[PreTrainedModel, PruningPlan, dict[str, float]]  # with the seconds that it took
+Cell = dict[str, Any]  # one row of a comparison, in JSON's types
+Key = dict[str, Any]  # everything that a result depends on, in JSON's types
 TRAINING = ("plprune.training.module", "plprune.training.data", "plprune.training.round_schedule")
-APART = 1000  # between the seeds of two rounds, beyond those of a study
+CHATTY = ("plprune.training.module", "plprune.recovery.distillation", "plprune.io.text", "lightning.pytorch")
+APART = 1000  # between the seeds of two rounds, more than a study has seeds
+
+
+class Made(NamedTuple):
+    """A model, the plan of its last pruning, and the seconds of each step that made it."""
+
+    model: PreTrainedModel
+    plan: PruningPlan | None
+    seconds: dict[str, float]
+
+
+Make = Callable[[], Made]
 
 
 class Bench:
-    """One model of a study, with all that is judged of it.
+    """Prunes, recovers and measures one model of a study.
 
     Args:
         study: The study.
@@ -74,156 +85,95 @@ class Bench:
             check_ids(self.dense, each.windows, self.tokenizer)
         self.bos = bos_token(self.tokenizer, study.protocol.bos)
         self._calibrations: dict[tuple[CalibrationText, int], Calibration] = {}
-        self._seen: dict[str, Observations] = {}  # the last, by the fingerprint of the calibration
-        log_device(study.device, self.dense.dtype)
+        self._observations: dict[str, Observations] = {}  # the last, by the fingerprint of the calibration
+        announce(study.device, self.dense.dtype)
 
     def cells(self, first: bool = True) -> Iterator[tuple[int, Cell]]:
-        """The dense model, every pruning and its recoveries, with the part each is of, as far as no one else is at it.
+        """Computes the dense model, then each pruning with its recoveries, except those that other processes compute.
 
         Args:
-            first: Whether to wait in the end for what others are at: it is read then, or computed if they have failed.
+            first: Whether to wait at the end for the others; their results are then read, or computed if they failed.
+
+        Returns:
+            Each cell with the index of the part that it belongs to: 0 for the dense model, then that of the pruning.
         """
-        left, wait = dict(enumerate(self._parts())), False
+        left, wait = dict(enumerate([None, *self.study.prunings()])), False
+        key = functools.cache(lambda part: self.key(left[part]))
         while left:
-            for place, (of, cells) in left.items():
-                with self.cache.lock(of, wait) as own:
+            for part, pruning in left.items():
+                with self.cache.alone(key(part), wait) as own:
                     if own:
-                        yield from ((place, cell) for cell in cells())
+                        yield from ((part, cell) for cell in self._part(key(part), pruning))
                         break
             else:
                 if not first:
                     return
-                log.info("waiting for other processes, which are at what is left")
+                log.info("waiting for other processes, which compute the remaining cells")
                 wait = True
                 continue
-            del left[place]
+            del left[part]
             wait = False
 
-    def _parts(self) -> Iterator[Part]:
-        """What one process computes at once: the dense model, or a pruning with its recoveries, which share it."""
-        yield self._common, self._dense
-        for text, seed, method in self.study.prunings():
-            calibration = self._calibrated(text, seed).fingerprint
-            request = identity(self.study.request(method))
-            of = self._common | {"calibration": calibration, "seed": seed, "method": request}
-            yield of, functools.partial(self._pruned, of, text, seed, method)
+    def key(self, pruning: Pruning | None) -> Key:
+        """Everything that the results of a pruning depend on, or those of the dense model."""
+        if pruning is None:
+            return self._common
+        calibration = self._calibration(pruning).fingerprint
+        return self._common | {"calibration": calibration, "seed": pruning.seed, "method": identity(pruning.request)}
 
     @functools.cached_property
-    def _common(self) -> dict[str, Any]:
-        """What all results depend on."""
+    def _common(self) -> Key:
+        """The key of the dense model, which is part of all others."""
         dtype = str(self.dense.dtype).removeprefix("torch.")
         common = {"weights": self.weights, "dtype": dtype, "device": self.study.device.type}
         common |= {name: version(name) for name in ("plprune", "torch", "transformers")}
         bench = Path(__file__).read_text(encoding="utf-8")
         return common | {"source": digest({"bench": bench, "models": source_digest("plprune.checkpoint.load")})}
 
-    def _dense(self) -> Iterator[Cell]:
-        """The dense model."""
-        of, facts = self._common, dict(zip(("block_parameters", "parameters"), parameters(self.dense), strict=True))
-        timed, judged = self._timed(of, lambda: self.dense), self._judged(of, lambda: self.dense)
-        yield self._cell("dense", "dense", 0.0, None) | facts | timed | judged
-
-    @functools.cached_property
-    def _dense_tasks(self) -> dict[str, Any]:
-        """What the dense model scores, once whoever is at it is done."""
-        with self.cache.lock(self._common, wait=True):
-            return self._judged(self._common, lambda: self.dense)["tasks"]
-
-    def _pruned(self, of: dict[str, Any], text: CalibrationText, seed: int, method: PruningMethod) -> Iterator[Cell]:
-        """A model pruned, and recovered in the ways that the study says."""
-        known = {"calibration": text.name, "settings": self.study.request(method).settings}
-        cells = [self._cell(type(method).__name__, stage, method.sparsity, seed) | known for stage in self.study.stages]
-        model = functools.cache(lambda: self._prune(method, text, seed))
-        facts = self._structure(of, model)
-        yield self._completed(cells[0] | facts, of, lambda: model()[0])
-        for cell, training, made_by in zip(cells[1:], self.study.recoveries, self._trainings, strict=True):
-            by = of | {"recover": made_by, "by": source_digest(*TRAINING)}
+    def _part(self, key: Key, pruning: Pruning | None) -> Iterator[Cell]:
+        """The cells of the dense model, or of a pruning and its recoveries, which share the pruned model."""
+        if pruning is None:
+            sizes = dict(zip(("block_parameters", "parameters"), parameters(self.dense), strict=True))
+            measured = self._speed(key, self._dense) | self._quality(key, self._dense)
+            yield self._head("dense", "dense", 0.0, None) | sizes | measured
+            return
+        method = pruning.request.method
+        head = self._head(type(method).__name__, "pruned", method.sparsity, pruning.seed)
+        head |= {"calibration": pruning.text.name, "settings": pruning.request.settings}
+        pruned = functools.cache(lambda: self._prune(pruning))
+        facts = self._facts(key, pruned)
+        yield self._measured(head | facts, key, pruned)
+        for training, made_by in zip(self.study.recoveries, self._trainings, strict=True):
+            by = key | {"recover": made_by, "by": sources(*TRAINING)}
             by |= {name: version(name) for name in ("lightning", "peft")}
             if training.rounds > 1:
-                again = functools.cache(lambda training=training: self._in_rounds(method, text, seed, training))
-                own = self._structure(by, again)
-                yield self._completed(cell | own, by, lambda make=again: make()[0])
-            elif "error" in facts:
-                yield cell | facts
+                make = functools.cache(functools.partial(self._in_rounds, pruning, training))
+                own = self._facts(by, make)
             else:
-                recovered = functools.cache(lambda training=training: self._recover(model()[0], seed, training))
-                seconds = self.cache.get(by | {"result": "recovery"}, lambda make=recovered: {"recover": make()[1]})
-                own = facts | {"seconds": facts["seconds"] | seconds}
-                yield self._completed(cell | own, by, lambda make=recovered: make()[0])
+                make = functools.cache(functools.partial(self._recovered, pruned, pruning.seed, training))
+                own = facts if "error" in facts else facts | self._seconds(facts, by, make)
+            yield self._measured(head | {"stage": training.name} | own, by, make)
 
-    def _structure(self, of: dict[str, Any], make: Callable[[], Pruned]) -> Cell:
-        """What a pruning came to, and how fast that is, as recovery changes no shape; or why it could not be done."""
+    def _head(self, method: str, stage: str, sparsity: float, seed: int | None) -> Cell:
+        model = self.study.labels[self.name]
+        return {"model": model, "method": method, "stage": stage, "sparsity": sparsity, "seed": seed}
+
+    def _seconds(self, facts: Cell, key: Key, make: Make) -> Cell:
+        """The seconds of a pruning and its recovery."""
+        return {"seconds": facts["seconds"] | self.cache.get(key | {"result": "recovery"}, lambda: make().seconds)}
+
+    def _facts(self, key: Key, make: Make) -> Cell:
+        """The sizes that a pruning led to, and the speed, which recovery does not change; or why it failed."""
         try:
-            facts = self.cache.get(of | {"result": "plan"}, lambda: self._facts(*make()))
-        except (ValueError, RuntimeError) as error:  # as of linear algebra, or of memory
-            log.warning("%s at sparsity %s: %s", of["method"]["class"], of["method"]["sparsity"], error)
+            facts = self.cache.get(key | {"result": "plan"}, lambda: self._sizes(make()))
+        except (ValueError, RuntimeError) as error:  # such as of linear algebra, or of memory
+            log.warning("%s at sparsity %s: %s", key["method"]["class"], key["method"]["sparsity"], error)
             return {"error": " ".join(str(error).split())}
-        return facts | self._timed(of, lambda: make()[0])
+        return facts | self._speed(key, make)
 
-    def _completed(self, cell: Cell, of: dict[str, Any], model: Callable[[], PreTrainedModel]) -> Cell:
-        """The cell with what is measured, tasks also by their differences from the dense model, example by example."""
-        if "error" in cell:
-            return cell
-        judged = self._judged(of, model)
-        for name, result in judged.get("tasks", {}).items():
-            difference = paired(TaskResult(**self._dense_tasks[name]), TaskResult(**result))
-            if difference is not None:
-                result |= {"difference": difference.value, "difference_stderr": difference.stderr}
-        return cell | judged | {"seconds": cell["seconds"] | judged["seconds"]}
-
-    def _cell(self, method: str, stage: str, sparsity: float, seed: int | None) -> Cell:
-        return {
-            "model": self.study.labels[self.name],
-            "method": method,
-            "stage": stage,
-            "sparsity": sparsity,
-            "seed": seed,
-        }
-
-    def _calibrated(self, text: CalibrationText, seed: int) -> Calibration:
-        """The calibration windows of a seed."""
-        if (text, seed) not in self._calibrations:
-            ids = self._ids(text.text, self.study.join, seed)
-            windows = draw(ids, text.num_samples, text.seq_len, seed, self.bos)
-            self._calibrations[text, seed] = Calibration(list(windows.split(8)), self.study.device)
-        return self._calibrations[text, seed]
-
-    def _observed(self, text: CalibrationText, seed: int) -> Calibration:
-        """The calibration windows with what was observed of the dense model on them, once."""
-        calibration = self._calibrated(text, seed)
-        if calibration.fingerprint not in self._seen:
-            name = f"{self.weights}-{calibration.fingerprint}-{source_digest('plprune.pruning.observations')}"
-            file = self.folder / "observations" / f"{name}.safetensors"
-            with file_lock(file.parent / "locks" / name, wait=True):
-                if not file.exists():
-                    save(survey(self.dense, calibration), file)
-            self._seen = {calibration.fingerprint: load(file, self.study.device)}
-        return dataclasses.replace(calibration, known=self._seen[calibration.fingerprint])
-
-    def _prune(
-        self, method: PruningMethod, text: CalibrationText, seed: int, model: PreTrainedModel | None = None
-    ) -> Pruned:
-        """A copy of a model, the dense one if not given, pruned."""
-        calibration, model = self._observed(text, seed), deepcopy(self.dense if model is None else model)
-        start = time.perf_counter()
-        study = self.study
-        plan = prune(model, method, calibration, seed, serve_on=study.serve_on, tensor_parallel=study.tensor_parallel)
-        return model, plan, {"prune": time.perf_counter() - start}
-
-    def _in_rounds(self, method: PruningMethod, text: CalibrationText, seed: int, training: Training) -> Pruned:
-        """Prunes and recovers the dense model in turns, with the training text in another order at each turn."""
-        model, dense, seconds = self.dense, parameters(self.dense)[0], {"prune": 0.0, "recover": 0.0}
-        rounds = schedule(method.sparsity, training.steps, training.rounds, lambda _: parameters(model)[0] / dense)
-        for each in rounds:
-            turn = dataclasses.replace(method, sparsity=each.sparsity)
-            model, plan, took = self._prune(turn, text, seed, model)
-            model, recovering = self._recover(
-                model, seed + APART * each.index, dataclasses.replace(training, steps=each.steps)
-            )
-            seconds = {"prune": seconds["prune"] + took["prune"], "recover": seconds["recover"] + recovering}
-        return model, plan, seconds
-
-    def _facts(self, model: PreTrainedModel, plan: PruningPlan, seconds: dict[str, float]) -> dict[str, Any]:
+    def _sizes(self, made: Made) -> Cell:
+        model, plan, seconds = made
+        assert plan is not None
         blocks = blocks_of(model)
         heads = [block.kv_heads if block.has_attention else 0 for block in blocks]
         return {
@@ -236,108 +186,155 @@ class Bench:
             "seconds": seconds,
         }
 
-    def _judged(self, of: dict[str, Any], model: Callable[[], PreTrainedModel]) -> Cell:
-        """All that the study asks of a model; each is kept by itself."""
-        study = self.study
-        cell, *others = (self._read(of, model, each) for each in self.passages.values())
-        if others:
-            cell["seconds"]["evaluate"] += sum(each.pop("seconds")["evaluate"] for each in others)
-            cell["texts"] = dict(zip(list(self.passages)[1:], others, strict=True))
-        if study.tasks:
-            data = study.task_data and str(Path(study.task_data).resolve())
-            limited = of | {"limit": study.limit, "bos": study.protocol.bos, "data": data}
-            limited |= {"lm_eval": version("lm_eval"), "by": source_digest("plprune.evaluation.lm_eval")}
-            cell["tasks"] = {}
-            for name in study.tasks:
-                cell["tasks"] |= self.cache.get(limited | {"tasks": name}, lambda name=name: self._tasks(model(), name))
-            results = {name: TaskResult(**result) for name, result in cell["tasks"].items()}
-            mean = average(results[name] for name in counted(results))
-            cell |= {} if mean is None else {"average": mean.value, "average_stderr": mean.stderr}
-        return cell
+    def _dense(self) -> Made:
+        return Made(self.dense, None, {})
 
-    def _read(self, of: dict[str, Any], model: Callable[[], PreTrainedModel], text: Passage) -> Cell:
-        """How well a model predicts a text."""
-        tokens = fingerprint([("ids", torch.cat([ids.flatten() for ids in text.windows]))], values=1 << 30)
-        protocol = of | {"text": tokens, "protocol": dataclasses.asdict(self.study.protocol)}
-        protocol |= {"by": source_digest("plprune.evaluation.measurement")}
-        return self.cache.get(protocol | {"result": "quality"}, lambda: self._quality(model(), text))
-
-    def _timed(self, of: dict[str, Any], model: Callable[[], PreTrainedModel]) -> Cell:
-        """How fast a model is, if the study asks."""
-        if self.study.max_batch is None:
-            return {}
-        where = machine() | {"host": platform.node()}
-        by = source_digest("plprune.evaluation.speed")
-        timed = of | {"machine": where, "max_batch": self.study.max_batch, "by": by}
-        return {"speed": self.cache.get(timed, lambda: self._speed(model()))}
-
-    def _speed(self, model: PreTrainedModel) -> Cell:
-        """Without the peak of memory, in which the dense model would count too."""
-        measured = measure_speed(self._placed(model), max_batch=self.study.max_batch)
-        return dataclasses.asdict(measured) | {"peak": None, "saturated_peak": None}
-
-    def _quality(self, model: PreTrainedModel, text: Passage) -> Cell:
+    def _prune(self, pruning: Pruning, model: PreTrainedModel | None = None) -> Made:
+        """Prunes a copy of a model; of the dense one if not given."""
+        calibration, model = self._observed(pruning), deepcopy(self.dense if model is None else model)
         start = time.perf_counter()
-        quality = dataclasses.asdict(judge(self._placed(model), text))
-        return quality | {"seconds": {"evaluate": time.perf_counter() - start}}
+        plan = pruning.request.prune(model, calibration, pruning.seed)
+        return Made(model, plan, {"prune": time.perf_counter() - start})
 
-    def _tasks(self, model: PreTrainedModel, name: str) -> Cell:
-        study = self.study
-        placed, bos = self._placed(model), study.protocol.bos
-        results = run_tasks(placed, self.tokenizer, [name], study.limit, study.task_data, bos=bos)
-        return {task: dataclasses.asdict(result) for task, result in results.items()}
+    def _recovered(self, pruned: Make, seed: int, training: Training) -> Made:
+        return self._recover(pruned().model, seed, training)
 
-    def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
-        return model.to(self.study.device)  # type: ignore[arg-type]
+    def _in_rounds(self, pruning: Pruning, training: Training) -> Made:
+        """Prunes and recovers the dense model in turns, with the training text in another order at each turn."""
+        model, plan, dense = self.dense, None, parameters(self.dense)[0]
+        method, seconds = pruning.request.method, {"prune": 0.0, "recover": 0.0}
+        rounds = schedule(method.sparsity, training.steps, training.rounds, lambda _: parameters(model)[0] / dense)
+        for each in rounds:
+            request = dataclasses.replace(pruning.request, method=dataclasses.replace(method, sparsity=each.sparsity))
+            model, plan, pruning_time = self._prune(pruning._replace(request=request), model)
+            steps = dataclasses.replace(training, steps=each.steps)
+            model, _, recovery_time = self._recover(model, pruning.seed + APART * each.index, steps)
+            seconds = {name: seconds[name] + value for name, value in (pruning_time | recovery_time).items()}
+        return Made(model, plan, seconds)
 
-    def _ids(self, source: str, join: str | None = None, seed: int | None = None) -> Tensor:
-        """A text's tokens."""
+    def _recover(self, model: PreTrainedModel, seed: int, training: Training) -> Made:
+        """Recovers a model and merges the adapters; the model goes through a folder, as a user's would."""
+        start, study, distill = time.perf_counter(), self.study, training.distill
+        if distill and not distill.teacher:
+            distill = dataclasses.replace(distill, teacher=self.name)
+        settings: dict[str, Any] = {"learning_rate": training.learning_rate, "train": training.train}
+        text: dict[str, Any] = {
+            "seq_len": training.seq_len,
+            "batch_size": training.batch_size,
+            "max_dropped": study.max_dropped,
+        }
+        with tempfile.TemporaryDirectory(prefix="plprune-") as room:
+            save_pruned(model, Path(room) / "model", self.tokenizer)
+            pl.seed_everything(seed, verbose=False)
+            module = Recovery(str(Path(room) / "model"), study.dtype, training.lora, distill=distill, **settings)
+            data = RecoveryData(training.text, seed=seed, bos=study.protocol.bos, **text)
+            with quietly():
+                trainer(study.device, training.steps, self.folder).fit(module, datamodule=data)
+        recovered = rebuild(module.model, dict(merged_state(module.model, lambda p: p.detach().cpu())))
+        return Made(recovered, None, {"recover": time.perf_counter() - start})
+
+    def _calibration(self, pruning: Pruning) -> Calibration:
+        """The calibration windows of a pruning."""
+        text, seed = pruning.text, pruning.seed
+        if (text, seed) not in self._calibrations:
+            ids = self._ids(text.text, self.study.join, seed)
+            windows = draw(ids, text.num_samples, text.seq_len, seed, self.bos)
+            self._calibrations[text, seed] = Calibration(list(windows.split(8)), self.study.device)
+        return self._calibrations[text, seed]
+
+    def _observed(self, pruning: Pruning) -> Calibration:
+        """The calibration windows with observations of the dense model on them, which are made once."""
+        calibration = self._calibration(pruning)
+        if calibration.fingerprint not in self._observations:
+            name = f"{self.weights}-{calibration.fingerprint}-{sources('plprune.pruning.observations')}"
+            file = self.folder / "observations" / f"{name}.safetensors"
+            with alone(file.parent / "locks" / name, wait=True):
+                if not file.exists():
+                    save(survey(self.dense, calibration), file)
+            self._observations = {calibration.fingerprint: load(file, self.study.device)}
+        return dataclasses.replace(calibration, known=self._observations[calibration.fingerprint])
+
+    def _ids(self, source: str, join: str | None = None, seed: int | None = None) -> Tensor:  # [tokens]
         ids, _ = tokenised(source, self.tokenizer, join, seed=seed, max_dropped=self.study.max_dropped)
         check_ids(self.dense, [ids], self.tokenizer)
         return ids
 
     @functools.cached_property
-    def _trainings(self) -> list[dict[str, Any]]:
-        """What makes each recovery that recovery, its text by its tokens, and whatever it is called."""
-        made_by = [dataclasses.asdict(training) for training in self.study.recoveries]
-        texts_read = {each["text"] for each in made_by}
-        texts = {source: fingerprint([("ids", self._ids(source))], values=1 << 30) for source in texts_read}
-        once = [{k: v for k, v in each.items() if k != "name" and (k, v) != ("rounds", 1)} for each in made_by]
-        return [each | {"text": texts[each["text"]], "bos": self.bos} for each in once]
+    def _trainings(self) -> list[Key]:
+        """The keys of the recoveries: the tokens of their texts, and their settings except the name."""
+        settings = [dataclasses.asdict(training) for training in self.study.recoveries]
+        texts = {source: _text_key([self._ids(source)]) for source in {each["text"] for each in settings}}
+        keys = [{k: v for k, v in each.items() if k != "name" and (k, v) != ("rounds", 1)} for each in settings]
+        return [each | {"text": texts[each["text"]], "bos": self.bos} for each in keys]
 
-    def _recover(self, model: PreTrainedModel, seed: int, training: Training) -> tuple[PreTrainedModel, float]:
-        """The model recovered, adapters merged, and how long it took; it goes through a folder, as a user's would."""
-        start = time.perf_counter()
-        with tempfile.TemporaryDirectory(prefix="plprune-") as room:
-            save_pruned(model, Path(room) / "model", self.tokenizer)
-            pl.seed_everything(seed, verbose=False)
-            distill = training.distill and dataclasses.replace(
-                training.distill, teacher=training.distill.teacher or self.name
-            )
-            module = Recovery(
-                str(Path(room) / "model"),
-                self.study.dtype,
-                training.lora,
-                learning_rate=training.learning_rate,
-                train=training.train,
-                distill=distill,
-            )
-            data = RecoveryData(
-                training.text,
-                seq_len=training.seq_len,
-                batch_size=training.batch_size,
-                seed=seed,
-                bos=self.study.protocol.bos,
-                max_dropped=self.study.max_dropped,
-            )
-            with quietly():
-                trainer(self.study.device, training.steps, self.folder).fit(module, datamodule=data)
-        own = rebuild(module.model, dict(merged_state(module.model, lambda p: p.detach().cpu())))
-        return own, time.perf_counter() - start
+    def _measured(self, cell: Cell, key: Key, make: Make) -> Cell:
+        """The cell with its quality, and with the paired differences of task scores from the dense model's."""
+        if "error" in cell:
+            return cell
+        quality = self._quality(key, make)
+        for name, result in quality.get("tasks", {}).items():
+            difference = paired(TaskResult(**self._dense_tasks[name]), TaskResult(**result))
+            if difference is not None:
+                result |= {"difference": difference.value, "difference_stderr": difference.stderr}
+        return cell | quality | {"seconds": cell["seconds"] | quality["seconds"]}
+
+    @functools.cached_property
+    def _dense_tasks(self) -> Cell:
+        """The task scores of the dense model; waits for a process that computes them."""
+        with self.cache.alone(self._common, wait=True):
+            return self._quality(self._common, self._dense)["tasks"]
+
+    def _quality(self, key: Key, make: Make) -> Cell:
+        """Everything that the study measures except speed; each result is cached by itself."""
+        cell, *others = (self._perplexity(key, make, each) for each in self.passages.values())
+        if others:
+            cell["seconds"]["evaluate"] += sum(each.pop("seconds")["evaluate"] for each in others)
+            cell["texts"] = dict(zip(list(self.passages)[1:], others, strict=True))
+        return cell | (self._tasks(key, make) if self.study.tasks else {})
+
+    def _perplexity(self, key: Key, make: Make, text: Passage) -> Cell:
+        def measure() -> Cell:
+            model, start = self._placed(make), time.perf_counter()
+            quality = dataclasses.asdict(judge(model, text))
+            return quality | {"seconds": {"evaluate": time.perf_counter() - start}}
+
+        key = key | {"text": _text_key(text.windows), "protocol": dataclasses.asdict(self.study.protocol)}
+        return self.cache.get(key | {"by": sources("plprune.evaluation.measurement"), "result": "quality"}, measure)
+
+    def _tasks(self, key: Key, make: Make) -> Cell:
+        study, bos, tasks = self.study, self.study.protocol.bos, {}
+        data = study.task_data and str(Path(study.task_data).resolve())
+        key = key | {"limit": study.limit, "bos": bos, "data": data}
+        key |= {"lm_eval": version("lm_eval"), "by": sources("plprune.evaluation.lm_eval")}
+
+        def run(name: str) -> Cell:
+            results = run_tasks(self._placed(make), self.tokenizer, [name], study.limit, study.task_data, bos=bos)
+            return {task: dataclasses.asdict(result) for task, result in results.items()}
+
+        for name in study.tasks:
+            tasks |= self.cache.get(key | {"tasks": name}, functools.partial(run, name))
+        results = {name: TaskResult(**result) for name, result in tasks.items()}
+        mean = average(results[name] for name in counted(results))
+        return {"tasks": tasks} | ({} if mean is None else {"average": mean.value, "average_stderr": mean.stderr})
+
+    def _speed(self, key: Key, make: Make) -> Cell:
+        """The speed if the study asks for it, without the peak of memory, which would include the dense model."""
+        if self.study.max_batch is None:
+            return {}
+
+        def measure() -> Cell:
+            measured = measure_speed(self._placed(make), max_batch=self.study.max_batch)
+            return dataclasses.asdict(measured) | {"peak": None, "saturated_peak": None}
+
+        key = key | {"machine": machine() | {"host": platform.node()}, "max_batch": self.study.max_batch}
+        return {"speed": self.cache.get(key | {"by": sources("plprune.evaluation.speed")}, measure)}
+
+    def _placed(self, make: Make) -> PreTrainedModel:
+        return make().model.to(self.study.device)  # type: ignore[arg-type]
 
 
 def trainer(device: torch.device, steps: int, folder: Path) -> pl.Trainer:
-    """A Trainer that trains and leaves nothing behind, but a teacher's answers in the folder, for all cells."""
+    """A Trainer that writes nothing but a teacher's answers, which go to the folder for all cells."""
     return pl.Trainer(
         accelerator="cpu" if device.type == "cpu" else "gpu",
         devices=1 if device.type == "cpu" else [device.index or 0],
@@ -353,27 +350,27 @@ def trainer(device: torch.device, steps: int, folder: Path) -> pl.Trainer:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Without what a training says of itself, as there are many of them."""
-    loggers = [
-        logging.getLogger(name)
-        for name in ("plprune.training.module", "plprune.recovery.distillation", "plprune.io.text", "lightning.pytorch")
-    ]
-    levels = [logger.level for logger in loggers]
+    """Silences everything below warnings of the many trainings."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, CHATTY)}
     try:
-        for logger in loggers:
+        for logger in levels:
             logger.setLevel(logging.WARNING)
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)
 
 
-def identity(request: Request) -> dict[str, Any]:
-    """What makes a pruning that pruning: all its settings, the method's source, and that of all below it."""
+def identity(request: Request) -> Key:
+    """The key of a pruning: the method, all settings, and the source of the method and of everything below it."""
     return {"class": type(request.method).__qualname__, "source": source_of(request.method)} | request.settings
 
 
 def machine() -> dict[str, Any]:
-    """What a time was measured on."""
+    """The machine that times are measured on."""
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {"processor": platform.machine(), "threads": torch.get_num_threads()} | gpu
+
+
+def _text_key(ids: list[Tensor]) -> str:
+    return fingerprint([("ids", torch.cat([each.flatten() for each in ids]))], values=1 << 30)

@@ -1,18 +1,17 @@
-"""Methods side by side: every method at every sparsity on every model, with every seed, under one protocol.
+"""Compares methods: every method at every sparsity on every model, with every seed, under one protocol.
 
-What many of these have in common is computed once: the activations of the dense model, which decide most prunings, are
-observed in one pass for each seed. Every result is kept under the content of what it was made from (weights, text,
-method with its settings, protocol, and the source of all that computes it), so that a comparison that was stopped goes
-on where it was, and a new method costs only itself.
+Common work is done once: one pass for each seed observes the activations of the dense model that most methods decide
+by. Every result is cached under everything that it depends on (weights, text, method with its settings, protocol, and
+the source code that computes it), so that a stopped comparison continues where it stopped, and a new method costs only
+itself.
 
-Any number of processes can work in one folder, those that torchrun has started or others: each takes what nobody is at.
-They send each other nothing, and may be on several machines that share the folder.
+Any number of processes, started by torchrun or otherwise, can share one output folder, also from several machines: each
+computes what no other computes, and they exchange nothing but files.
 """
 
 import dataclasses
 import os
 import time
-from importlib.metadata import version
 from typing import Any
 
 from plprune.comparison.bench import Bench, Cell, machine
@@ -22,40 +21,40 @@ from plprune.io.distributed import without_launcher
 from plprune.io.progress import Progress
 from plprune.report import NAME, check_replaceable, completed, write
 from plprune.report.comparison import plots
-from plprune.report.records import this_process
+from plprune.report.records import this_process, versions
 
 
 def compare(study: Study, output: str | os.PathLike[str]) -> dict[str, Any]:
-    """Computes what is not in the output's cache yet, and reports after every cell.
+    """Computes the cells that the output's cache lacks, and writes a report after each.
 
-    Of processes that torchrun has started, each computes what nobody has taken, and the first reports all. What could
-    not be done is not kept, and each of them may try it.
+    Of processes that torchrun has started, each computes cells that no other computes, and the first reports all.
+    Failed cells are not cached, and each process may try them.
 
     Args:
-        study: What is compared.
-        output: Folder of the cache, of `report.html` with `report.json`, and of the plots as SVG; what is there is
-            kept, and gone on with.
+        study: The settings.
+        output: Folder of the cache, of `report.html` with `report.json`, and of the plots as SVG; a comparison in it
+            is continued.
 
     Returns:
-        The record, as in `report.json`; in other processes than the first, of the cells that they came by.
+        The record, as in `report.json`; in other processes than the first, with the cells that they computed or read.
 
     Raises:
-        ValueError: A model, text or task is not there, or a setting is out of range.
+        ValueError: A model, text or task does not exist, or a setting is out of range.
     """
     study.check()
     output = resolve_path(output)
     page = output / NAME
     check_replaceable(page)
-    found: dict[tuple[int, int], list[Cell]] = {}  # by model and part
+    cells: dict[tuple[int, int], list[Cell]] = {}  # by model and part
     start = time.perf_counter()
 
     def so_far(status: str) -> dict[str, Any]:
-        return record(study, [cell for place in sorted(found) for cell in found[place]], status, start)
+        return comparison_record(study, [cell for part in sorted(cells) for cell in cells[part]], status, start)
 
     with without_launcher() as rank, Progress(study.size, "comparing", "cell", quiet=rank > 0) as bar:
         for i, name in enumerate(study.models):
             for part, cell in Bench(study, name, output).cells(first=rank == 0):
-                found.setdefault((i, part), []).append(cell)
+                cells.setdefault((i, part), []).append(cell)
                 bar.update()
                 if rank == 0:
                     write(so_far("running"), page, overwrite=True)
@@ -69,8 +68,8 @@ def compare(study: Study, output: str | os.PathLike[str]) -> dict[str, Any]:
     return done
 
 
-def record(study: Study, cells: list[Cell], status: str, start: float) -> dict[str, Any]:
-    """What a report is made from."""
+def comparison_record(study: Study, cells: list[Cell], status: str, start: float) -> dict[str, Any]:
+    """The record of a report."""
     protocol = {
         "text": ", ".join(study.sources),
         "calibration": {each.name: dataclasses.asdict(each) for each in study.calibrations},
@@ -89,6 +88,6 @@ def record(study: Study, cells: list[Cell], status: str, start: float) -> dict[s
         "protocol": protocol | dataclasses.asdict(study.protocol),
         "machine": machine(),
         "seconds": time.perf_counter() - start,
-        "versions": {name: version(name) for name in ("plprune", "torch", "transformers", "peft", "lightning")},
+        "versions": versions("plprune", "torch", "transformers", "peft", "lightning"),
         "cells": cells,
     }

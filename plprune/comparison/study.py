@@ -1,9 +1,9 @@
-"""What is compared, and the protocol."""
+"""The settings of a comparison, and the prunings that they lead to."""
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -21,20 +21,20 @@ from plprune.recovery.lora import LoRA
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A way in which every pruned model is recovered.
+    """A way to recover pruned models.
 
     Args:
-        text: What it is trained on, as for `RecoveryData`.
+        text: Training text, as for `RecoveryData`.
         steps: Optimizer steps.
         seq_len: Tokens of a window.
         batch_size: Windows of a step.
         learning_rate: Peak of the learning rate.
         lora: The adapters.
-        train: What is trained: adapters (lora), or the projections whose inputs were pruned (consumers).
-        distill: How the dense model is learnt from; not at all if not given.
-        name: What the models that it recovers are called, beside `dense` and `pruned`.
-        rounds: In how many rounds of pruning and recovery the sparsity is reached; they share the steps. If more than
-            one, the model is not the one that is `pruned`, but pruned by the same method to the same sparsity.
+        train: The weights to train: adapters (lora), or the projections whose inputs were pruned (consumers).
+        distill: Distillation from the dense model; none if not given.
+        name: Names the stage of the recovered models, beside `dense` and `pruned`.
+        rounds: Number of rounds of pruning and recovery that reach the sparsity; they share the steps. With more than
+            one, the recovered model is not the one of the stage `pruned`, but one pruned anew to the same sparsity.
     """
 
     text: str
@@ -51,13 +51,13 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationText:
-    """What prunings are calibrated on.
+    """A calibration set.
 
     Args:
         text: As for `RecoveryData`.
-        num_samples: Calibration windows.
-        seq_len: Tokens of one.
-        name: What it is called; made of the others if not given.
+        num_samples: Number of windows.
+        seq_len: Tokens of a window.
+        name: Its name in results; made of the other settings if not given.
     """
 
     text: str
@@ -70,32 +70,39 @@ class CalibrationText:
             object.__setattr__(self, "name", f"{short_name(self.text)} {self.num_samples} x {self.seq_len}")
 
 
+class Pruning(NamedTuple):
+    """One pruning of a study."""
+
+    text: CalibrationText
+    seed: int
+    request: Request
+
+
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What is compared, and the protocol.
+    """The models, methods and texts of a comparison, and its protocol.
 
     Args:
         models: Names or paths.
-        methods: Methods; each is taken at every sparsity.
+        methods: Methods; each is run at every sparsity.
         sparsities: Fractions of the blocks' parameters to remove.
-        serve_on: Where every result must load.
-        tensor_parallel: Devices that will share it.
+        text: The text, or texts, to measure perplexity on; plots show the first.
+        calibration: The calibration text, or several calibration sets; every pruning is run with each.
         seeds: Of calibration windows and recovery.
-        text: What perplexity is measured on, of several texts on each; the first is the one that is plotted.
-        calibration: What is calibrated on; of several, every pruning is taken with each.
-        join: Put between the rows of each of these texts.
-        num_samples: Calibration windows, where only the text of them is given.
-        calibration_seq_len: Tokens of one, likewise.
-        protocol: How perplexity is measured; its `bos` is of calibration and recovery too.
-        max_dropped: The share of a text's rows that may be dropped, as they cannot be used.
-        recover: How pruned models are recovered, each in every one of these ways; they are not if not given. The first
-            is the one that is plotted.
+        serve_on: Places where every result must load.
+        tensor_parallel: Devices that will share every result.
+        join: Separator that makes one document of the rows of each text for perplexity or calibration.
+        num_samples: Calibration windows, if `calibration` is only a text.
+        calibration_seq_len: Tokens of a calibration window, if `calibration` is only a text.
+        protocol: How perplexity is measured; its `bos` applies to calibration and recovery too.
+        max_dropped: The share of a text's rows that may be unusable.
+        recover: The recovery, or several of which each is run; plots show the first. None if not given.
         tasks: lm-eval tasks, groups and tags.
         task_data: Folder with the tasks' data.
         limit: Examples of each task.
-        max_batch: The largest batch that speed is measured at; it is not measured if not given.
+        max_batch: The largest batch for measuring speed; speed is not measured if not given.
         dtype: Of the weights; as each model is stored if not given, and float32 for a `.gguf` file.
-        device: Where to compute.
+        device: The device to compute on.
     """
 
     models: Sequence[str]
@@ -120,17 +127,15 @@ class Study:
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
 
     def check(self) -> None:
-        """Makes sure, before anything is loaded, that all of it can be done.
+        """Makes sure, before anything is loaded, that all settings are valid and all texts and tasks exist.
 
         Raises:
-            ValueError: It cannot.
+            ValueError: They do not.
         """
-        needed = ("models", "methods", "sparsities", "text", "calibration", "seeds")
-        empty = [name for name in needed if not getattr(self, name)]
-        if empty:
-            raise ValueError(f"nothing to compare: `{empty[0]}` is empty")
-        for method in self.methods:
-            self.request(method)
+        for name in ("models", "methods", "sparsities", "text", "calibration", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"nothing to compare: `{name}` is empty")
+        self.prunings()
         for each in self.calibrations:
             check_sizes(num_samples=each.num_samples, calibration_seq_len=each.seq_len)
         for each in self.recoveries:
@@ -153,64 +158,59 @@ class Study:
 
     @property
     def sources(self) -> list[str]:
-        """What perplexity is measured on."""
+        """The texts for perplexity."""
         return [self.text] if isinstance(self.text, str) else list(self.text)
 
     @property
     def texts(self) -> dict[str, str]:
-        """These by short names, or by their own where two texts would have the same."""
+        """The texts for perplexity by short names, or by full names where short ones would be equal."""
         short = [short_name(source) for source in self.sources]
         return {n if short.count(n) == 1 else source: source for n, source in zip(short, self.sources, strict=True)}
 
     @property
     def labels(self) -> dict[str, str]:
-        """What models are called: the last parts of their names, as many as tell them apart."""
+        """Short names of the models: the last parts of their paths, as many as make them distinct."""
         parts = {name: Path(name.removesuffix(".gguf")).parts for name in self.models}
         for depth in range(1, max(map(len, parts.values())) + 1):
-            found = {name: "/".join(own[-depth:]) for name, own in parts.items()}
-            if len(set(found.values())) == len(parts):
-                return found
+            labels = {name: "/".join(own[-depth:]) for name, own in parts.items()}
+            if len(set(labels.values())) == len(parts):
+                return labels
         return {name: name for name in self.models}
 
     @property
     def calibrations(self) -> list[CalibrationText]:
-        """What is calibrated on."""
+        """The calibration sets."""
         if isinstance(self.calibration, str):
             return [CalibrationText(self.calibration, self.num_samples, self.calibration_seq_len)]
         return list(self.calibration)
 
     @property
     def recoveries(self) -> list[Training]:
-        """How pruned models are recovered."""
+        """The recoveries; possibly none."""
         return [self.recover] if isinstance(self.recover, Training) else list(self.recover or [])
 
     @property
     def stages(self) -> list[str]:
-        """In which states each pruned model is judged."""
+        """The stages at which each pruned model is measured."""
         return ["pruned", *(training.name for training in self.recoveries)]
 
     @property
     def size(self) -> int:
-        """How many cells there are."""
+        """The number of cells."""
         return len(self.models) * (1 + len(self.stages) * len(self.prunings()))
 
-    def prunings(self) -> list[tuple[CalibrationText, int, PruningMethod]]:
-        """Every calibration and seed with every method at every sparsity."""
+    def prunings(self) -> list[Pruning]:
+        """Every method at every sparsity, with every seed and calibration set."""
         return [
-            (text, seed, dataclasses.replace(method, sparsity=sparsity))
+            Pruning(text, seed, Request(method, serve_on=self.serve_on, tensor_parallel=self.tensor_parallel))
             for text in self.calibrations
             for seed in self.seeds
-            for method in self.methods
-            for sparsity in self.sparsities
+            for method in (dataclasses.replace(each, sparsity=s) for each in self.methods for s in self.sparsities)
         ]
-
-    def request(self, method: PruningMethod) -> Request:
-        """A pruning by a method, with what all of them must be like."""
-        return Request(method, serve_on=self.serve_on, tensor_parallel=self.tensor_parallel)
 
 
 def short_name(source: str) -> str:
-    """A text by the last part of its name.
+    """The last part of a text's name.
 
     Example:
         >>> short_name("Salesforce/wikitext:wikitext-2-raw-v1:test"), short_name("data/c4.jsonl")
@@ -221,7 +221,7 @@ def short_name(source: str) -> str:
 
 
 def check_distinct(what: str, names: Sequence[str]) -> None:
-    """Raises ValueError if two of a kind have one name."""
+    """Raises ValueError if two names are equal."""
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"`{what}` has {twice!r} twice: give each its own name")

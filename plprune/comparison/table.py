@@ -1,4 +1,4 @@
-"""The table of a comparison, in Markdown."""
+"""The table of a comparison in Markdown."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ Column = tuple[str, str, tuple[str, ...], str]  # title, stage, keys, format
 
 
 def comparison_table(record: dict[str, Any]) -> str:
-    """The cells of a record in Markdown: one line for a method at a sparsity, seeds as mean and range."""
+    """A line for each method and sparsity, with means and ranges over seeds, and the errors of failed cells below."""
     summary, rows = summarised(record["cells"]), {}
     for row in summary:
         stage = "pruned" if row["stage"] == "dense" else row["stage"]
@@ -30,7 +30,7 @@ def comparison_table(record: dict[str, Any]) -> str:
 
 
 def _columns(summary: list[dict[str, Any]]) -> list[Column]:
-    """All that could be shown: of what is measured, a column for each stage."""
+    """All possible columns; of measurements, one for each stage."""
     stages = dict.fromkeys(["pruned", *(row["stage"] for row in summary if row["stage"] != "dense")])
     texts = dict.fromkeys(name for row in summary for name in row["texts"])
     first, *others = MEASURES

@@ -39,7 +39,7 @@ def one_by_one(study: Study) -> float:
     windows = draw(
         tokenised(PYDOC, tokenizer)[0], study.num_samples, study.calibration_seq_len, 0, bos_token(tokenizer)
     )
-    for method in [None, *(method for *_, method in study.prunings())]:
+    for method in [None, *(pruning.request.method for pruning in study.prunings())]:
         model = load_model(SMOLLM2)
         start = time.perf_counter()
         if method is not None:

@@ -55,11 +55,11 @@ def study(tmp_path: Path) -> Study:
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, int]:
-    """How often functions of the module are called."""
+    """How often functions of the module, or `prune` of its requests, are called."""
     counts = dict.fromkeys(names, 0)
 
-    def counting(name: str) -> Any:
-        function = getattr(bench, name)
+    def counting(owner: Any, name: str) -> Any:
+        function = getattr(owner, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             counts[name] += 1
@@ -68,7 +68,8 @@ def counted(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, int]:
         return call
 
     for name in names:
-        monkeypatch.setattr(bench, name, counting(name))
+        owner = bench.Request if name == "prune" else bench
+        monkeypatch.setattr(owner, name, counting(owner, name))
     return counts
 
 
@@ -124,7 +125,7 @@ def test_each_process_takes_what_nobody_is_at(study: Study, tmp_path: Path, monk
     whole = timeless(compare(small, tmp_path / "whole"))
     counts = counted(monkeypatch, "prune", "survey", "judge")
     bench = Bench(small, small.models[0], out)
-    (_, _), (cfsp, _), _ = bench._parts()
+    cfsp = bench.key(small.prunings()[0])
     monkeypatch.setenv("RANK", "1")
     with bench.cache.lock(cfsp):
         cells = compare(small, out)["cells"]

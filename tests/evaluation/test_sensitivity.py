@@ -144,7 +144,7 @@ def test_each_process_takes_what_nobody_is_at(tmp_path: Path, computed: list[int
 def test_what_is_known_is_not_computed(tmp_path: Path, computed: list[int], monkeypatch) -> None:
     first = found(tiny("llama"), tmp_path)
     computed.clear()
-    for name in ("record", "stream", "perplexity"):
+    for name in ("record_inputs", "stream", "perplexity"):
         monkeypatch.setattr(f"plprune.evaluation.sensitivity.{name}", lambda *_: pytest.fail("ran the model"))
     assert found(tiny("llama"), tmp_path) == first
     assert computed == []

@@ -55,7 +55,8 @@ def quality(args: argparse.Namespace, device: torch.device, record: dict[str, An
 def names(study: Study) -> list[str]:
     """What the cells of a study are called, in their order."""
     found = ["dense"]
-    for text, _, method in study.prunings():
+    for text, _, request in study.prunings():
+        method = request.method
         what = f"{type(method).__name__} {method.sparsity:.0%}, {text.num_samples} windows"
         found += [what, *(f"{what}, {stage}" for stage in study.stages[1:])]
     return found
