@@ -54,8 +54,8 @@ def sensitivity(
     wanted = _numbers(fractions)
     check_text(text)
     check_seed(seed)
-    check_share(max_dropped)
-    place, page = device_called(device), resolved(output) / "sensitivity.html"
+    check_max_dropped(max_dropped)
+    place, page = resolve_device(device), resolve_path(output) / "sensitivity.html"
     report.check_replaceable(page)
     tokenizer = load_tokenizer(model)
     ids, first = tokenised(text, tokenizer, join, max_dropped=max_dropped)[0], bos_token(tokenizer, bos)

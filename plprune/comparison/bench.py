@@ -86,7 +86,7 @@ class Bench:
         self.bos = bos_token(self.tokenizer, study.protocol.bos)
         self._calibrations: dict[tuple[CalibrationText, int], Calibration] = {}
         self._observations: dict[str, Observations] = {}  # the last, by the fingerprint of the calibration
-        announce(study.device, self.dense.dtype)
+        log_device(study.device, self.dense.dtype)
 
     def cells(self, first: bool = True) -> Iterator[tuple[int, Cell]]:
         """Computes the dense model, then each pruning with its recoveries, except those that other processes compute.
@@ -101,7 +101,7 @@ class Bench:
         key = functools.cache(lambda part: self.key(left[part]))
         while left:
             for part, pruning in left.items():
-                with self.cache.alone(key(part), wait) as own:
+                with self.cache.lock(key(part), wait) as own:
                     if own:
                         yield from ((part, cell) for cell in self._part(key(part), pruning))
                         break
@@ -144,7 +144,7 @@ class Bench:
         facts = self._facts(key, pruned)
         yield self._measured(head | facts, key, pruned)
         for training, made_by in zip(self.study.recoveries, self._trainings, strict=True):
-            by = key | {"recover": made_by, "by": sources(*TRAINING)}
+            by = key | {"recover": made_by, "by": source_digest(*TRAINING)}
             by |= {name: version(name) for name in ("lightning", "peft")}
             if training.rounds > 1:
                 make = functools.cache(functools.partial(self._in_rounds, pruning, training))
@@ -246,9 +246,9 @@ class Bench:
         """The calibration windows with observations of the dense model on them, which are made once."""
         calibration = self._calibration(pruning)
         if calibration.fingerprint not in self._observations:
-            name = f"{self.weights}-{calibration.fingerprint}-{sources('plprune.pruning.observations')}"
+            name = f"{self.weights}-{calibration.fingerprint}-{source_digest('plprune.pruning.observations')}"
             file = self.folder / "observations" / f"{name}.safetensors"
-            with alone(file.parent / "locks" / name, wait=True):
+            with file_lock(file.parent / "locks" / name, wait=True):
                 if not file.exists():
                     save(survey(self.dense, calibration), file)
             self._observations = {calibration.fingerprint: load(file, self.study.device)}
@@ -281,7 +281,7 @@ class Bench:
     @functools.cached_property
     def _dense_tasks(self) -> Cell:
         """The task scores of the dense model; waits for a process that computes them."""
-        with self.cache.alone(self._common, wait=True):
+        with self.cache.lock(self._common, wait=True):
             return self._quality(self._common, self._dense)["tasks"]
 
     def _quality(self, key: Key, make: Make) -> Cell:
@@ -299,13 +299,14 @@ class Bench:
             return quality | {"seconds": {"evaluate": time.perf_counter() - start}}
 
         key = key | {"text": _text_key(text.windows), "protocol": dataclasses.asdict(self.study.protocol)}
-        return self.cache.get(key | {"by": sources("plprune.evaluation.measurement"), "result": "quality"}, measure)
+        key |= {"by": source_digest("plprune.evaluation.measurement"), "result": "quality"}
+        return self.cache.get(key, measure)
 
     def _tasks(self, key: Key, make: Make) -> Cell:
         study, bos, tasks = self.study, self.study.protocol.bos, {}
         data = study.task_data and str(Path(study.task_data).resolve())
         key = key | {"limit": study.limit, "bos": bos, "data": data}
-        key |= {"lm_eval": version("lm_eval"), "by": sources("plprune.evaluation.lm_eval")}
+        key |= {"lm_eval": version("lm_eval"), "by": source_digest("plprune.evaluation.lm_eval")}
 
         def run(name: str) -> Cell:
             results = run_tasks(self._placed(make), self.tokenizer, [name], study.limit, study.task_data, bos=bos)
@@ -327,7 +328,7 @@ class Bench:
             return dataclasses.asdict(measured) | {"peak": None, "saturated_peak": None}
 
         key = key | {"machine": machine() | {"host": platform.node()}, "max_batch": self.study.max_batch}
-        return {"speed": self.cache.get(key | {"by": sources("plprune.evaluation.speed")}, measure)}
+        return {"speed": self.cache.get(key | {"by": source_digest("plprune.evaluation.speed")}, measure)}
 
     def _placed(self, make: Make) -> PreTrainedModel:
         return make().model.to(self.study.device)  # type: ignore[arg-type]

@@ -80,30 +80,7 @@ class Pruning(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """The models, methods and texts of a comparison, and its protocol.
-
-    Args:
-        models: Names or paths.
-        methods: Methods; each is run at every sparsity.
-        sparsities: Fractions of the blocks' parameters to remove.
-        text: The text, or texts, to measure perplexity on; plots show the first.
-        calibration: The calibration text, or several calibration sets; every pruning is run with each.
-        seeds: Of calibration windows and recovery.
-        serve_on: Places where every result must load.
-        tensor_parallel: Devices that will share every result.
-        join: Separator that makes one document of the rows of each text for perplexity or calibration.
-        num_samples: Calibration windows, if `calibration` is only a text.
-        calibration_seq_len: Tokens of a calibration window, if `calibration` is only a text.
-        protocol: How perplexity is measured; its `bos` applies to calibration and recovery too.
-        max_dropped: The share of a text's rows that may be unusable.
-        recover: The recovery, or several of which each is run; plots show the first. None if not given.
-        tasks: lm-eval tasks, groups and tags.
-        task_data: Folder with the tasks' data.
-        limit: Examples of each task.
-        max_batch: The largest batch for measuring speed; speed is not measured if not given.
-        dtype: Of the weights; as each model is stored if not given, and float32 for a `.gguf` file.
-        device: The device to compute on.
-    """
+    """The settings of a comparison: those of `plprune compare`, whose help describes each, with the protocol as one."""
 
     models: Sequence[str]
     methods: Sequence[PruningMethod]
@@ -224,4 +201,4 @@ def check_distinct(what: str, names: Sequence[str]) -> None:
     """Raises ValueError if two names are equal."""
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ValueError(f"`{what}` has {twice!r} twice: give each its own name")
+        raise ValueError(f"`{what}` has {twice!r} twice: give each another name")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from plprune.io.tables import markdown
+from plprune.io.tables import markdown_table
 from plprune.report.page import at
 from plprune.report.summary import name_of, summarised
 

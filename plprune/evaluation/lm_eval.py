@@ -109,10 +109,10 @@ def run_tasks(
         own = _with_bos(tokenizer) if bos and bos_token(tokenizer) is None else tokenizer
         wrapped = wrap(model, tokenizer=own, backend="causal", batch_size=batch_size, add_bos_token=bos)
         output = run(wrapped, tasks=loaded.asked, limit=limit, task_manager=loaded.manager)
-    return distributed.same({} if distributed.rank(group) else _results(output, loaded), group)
+    return distributed.broadcast_object({} if distributed.rank(group) else _results(output, loaded), group)
 
 
-def _sharing(wrapper: Any, group: distributed.Group) -> type:
+def _sharing(wrapper: Any, group: distributed.ProcessGroup) -> type:
     """lm-eval's wrapper of a model, but sharing examples among a group instead of accelerate's processes."""
 
     class Sharing(wrapper):

@@ -94,7 +94,7 @@ def measure(
     else:
         value, bits, first = perplexity(model, text, group), None, text[0][:1]
     alone = speed and distributed.rank(group) == 0
-    rate = distributed.same(tokens_per_second(model, first) if alone else None, group)
+    rate = distributed.broadcast_object(tokens_per_second(model, first) if alone else None, group)
     return Measurement(value, in_blocks, in_all, saved_bytes(model), rate, bits)
 
 

@@ -182,7 +182,7 @@ def judge(model: PreTrainedModel, passage: Passage, group: distributed.ProcessGr
     return Quality(_exp(total / passage.tokens), bits, passage.tokens)
 
 
-def perplexity(model: PreTrainedModel, windows: Iterable[Tensor], group: distributed.Group = None) -> float:
+def perplexity(model: PreTrainedModel, windows: Iterable[Tensor], group: distributed.ProcessGroup = None) -> float:
     r"""Perplexity over windows of token ids, the first token of each as context.
 
     .. math:: \exp\Bigl(-\frac1N \sum_{w} \sum_{t > 1} \log p(x_{w,t} \mid x_{w,<t})\Bigr)

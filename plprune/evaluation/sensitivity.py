@@ -121,10 +121,10 @@ def sensitivity(
     common |= {name: version(name) for name in ("torch", "transformers")}
     keys = [(each, _key(each, common, calibration)) for each in _candidates(blocks_of(model), fractions)]
     of_dense = common | {"of": "the dense model"}
-    with cache.alone(of_dense, wait=True):
+    with cache.lock(of_dense, wait=True):
         dense = cache.get(of_dense, lambda: perplexity(model, windows))
     for wait in (False, True):  # waits at the end for candidates that other processes compute
-        missing = [(each, key) for each, key in keys if not cache.known(key)]
+        missing = [(each, key) for each, key in keys if not cache.has(key)]
         if missing:
             _measure(model, windows, calibration, cache, missing, wait)
     return Sensitivity(dense, [each.result(cache.get(key, _missing)) for each, key in keys])
@@ -209,7 +209,7 @@ def sensitivity_table(result: Sensitivity) -> str:
         lines[SHOWN:-SHOWN] = [[f"... {left_out} more ..."]]
     heads = ["part", *(f"{100 * fraction:.3g}%" for fraction in fractions)]
     dense = ["dense", *[f"{result.dense:.2f}"] * len(fractions)]
-    return aligned([heads, *lines, dense], [20, *[10] * len(fractions)])
+    return text_table([heads, *lines, dense], [20, *[10] * len(fractions)])
 
 
 def _measure(
@@ -241,7 +241,7 @@ def _candidates(blocks: list[Block], fractions: Sequence[float]) -> list[_Candid
 
 
 def _key(each: _Candidate, common: dict[str, Any], calibration: Calibration) -> dict[str, Any]:
-    """Everything that a result depends on; that is not the calibration text where all units go."""
+    """Everything that a result depends on, which is the calibration text only if some units stay."""
     chosen_by = calibration.fingerprint if each.removed < len(each.group) else None
     return common | {"group": each.group.name, "removed": each.removed, "chosen by": chosen_by}
 

@@ -226,7 +226,7 @@ def _reasons(dense: Speed, pruned: Speed, at_batch_1: bool) -> list[str]:
 
 
 def _odd(part: str, before: Sequence[int], after: Sequence[int]) -> str | None:
-    """A line on widths that are not multiples of what kernels are made for; None if there are no more than before."""
+    """A line on widths that suit kernels badly; None if there are no more of them than before."""
     for multiple in MULTIPLES:
         odd, dense = (sum(width % multiple > 0 for width in widths) for widths in (after, before))
         if odd > dense:

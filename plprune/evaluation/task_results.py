@@ -131,7 +131,7 @@ def score_table(stages: dict[str, dict[str, TaskResult]]) -> str:
     for name in next(iter(table.values())):
         metric = first[name].metric if name in first else ""
         rows.append(["  " * _depth(name, first) + name, metric, *(_cell(column[name]) for column in table.values())])
-    return aligned(rows, [20, 14, *[18] * len(table)], "<" * len(rows[0]))
+    return text_table(rows, [20, 14, *[18] * len(table)], "<" * len(rows[0]))
 
 
 def _depth(name: str, results: dict[str, TaskResult]) -> int:

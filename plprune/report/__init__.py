@@ -22,10 +22,7 @@ VERSION = 1
 NAME = "report.html"
 WRITTEN = '"written": "'  # near the start of a report's JSON, and of no other JSON
 PAGES = {"run": run.page, "comparison": comparison.page, "sensitivity": sensitivity.page}
-DROPPED = {
-    "tasks": ("scores", "examples", "parts"),
-    "speed": ("widths", "attention_widths"),
-}  # long or redundant
+DROPPED = {"tasks": ("scores", "examples", "parts"), "speed": ("widths", "attention_widths")}  # long or redundant
 
 
 def write(record: dict[str, Any], path: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -94,7 +91,7 @@ def completed(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any, within: str = "") -> Any:
-    """A value in JSON's types: numbers that are not finite become text, and what is in `DROPPED` is left out."""
+    """A value in JSON's types: numbers that are not finite become text, and fields in `DROPPED` are left out."""
     if isinstance(value, Mapping):
         left_out = DROPPED.get(within, ())
         return {str(k): _plain(v, str(k) if k in DROPPED else within) for k, v in value.items() if k not in left_out}

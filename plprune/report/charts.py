@@ -88,8 +88,8 @@ def bars(
 
     Args:
         values: By name.
-        title: Of the chart.
-        about: The description.
+        title: Title of the chart.
+        about: Description for people who cannot see it.
         form: How the values are written.
         colours: Index of each bar's colour; the first for all if not given.
     """
@@ -124,8 +124,8 @@ def heat_map(
         values: Of each row, by column.
         rows: Names of the rows.
         columns: Names of the columns.
-        title: Of the chart.
-        about: The description.
+        title: Title of the chart.
+        about: Description for people who cannot see it.
         form: How the values are written.
         above: If given, colours follow the logarithm of the distance of a value above it.
         label: The name of the columns' axis.
@@ -136,11 +136,11 @@ def heat_map(
     for i, row in enumerate(values):
         for j, value in enumerate(row):  # a cell is a little too wide, and the next one covers the rest
             colour = "bg" if value is None else f"h{shade(value)}"
-            told = "" if value is None else tooltip(f"{rows[i]}, {label} {columns[j]}: {format_value(value, form)}")
+            tip = "" if value is None else tooltip(f"{rows[i]}, {label} {columns[j]}: {format_value(value, form)}")
             data = "" if value is None else f' data-value="{escape(str(value))}"'
             cells.append(
                 f'<rect class="{colour}" {place_across(wide * j, left)} y="{top + tall * i}" width="{100 * wide:.3f}%" '
-                f'height="{tall}" stroke="var(--g)"{data}>{told}</rect>'
+                f'height="{tall}" stroke="var(--g)"{data}>{tip}</rect>'
             )
     bottom = top + tall * len(rows)
     cells.append(f'<rect class="bg" {place_across(1, left)} y="{top}" width="100%" height="{tall * len(rows)}"/>')
@@ -204,7 +204,7 @@ def _grid(across: Scale, up: Scale, box: tuple[float, float, float, float]) -> s
     for tick in ticks(up.low, up.high, up.axis.log):
         at = up(tick)
         drawn.append(f'<line class="gr" x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        drawn.append(words(left - 8, at + 4, shown(tick, up.axis.form), "end", "mu"))
+        drawn.append(words(left - 8, at + 4, format_value(tick, up.axis.form), "end", "mu"))
     for tick in ticks(across.low, across.high, across.axis.log):
         at = across(tick)
         drawn.append(f'<line class="gr" x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{bottom}"/>')
@@ -277,6 +277,6 @@ def _columns(name: str, values: Sequence[float], top: float, height: float, colo
     largest, drawn = max((v for v in values if finite(v)), default=0) or 1, []
     for i, value in enumerate(values):
         tall = height * max(0.02, value / largest) if finite(value) else 0
-        tip = f"block {i}: {name} {shown(value)}"
+        tip = f"block {i}: {name} {format_value(value)}"
         drawn.append(bar(i, len(values), top + height - tall, tall, f"s{colour}", tip, value))
     return "".join(drawn)

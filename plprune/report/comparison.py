@@ -74,7 +74,7 @@ def plots(record: dict[str, Any]) -> dict[str, str]:
 
 
 def _all_models(rows: Sequence[Row], models: Sequence[str]) -> Section:
-    """The section of what models with different tokenizers share: bits per byte."""
+    """The section of all models, which share no plot but that of bits per byte."""
     series = []
     for i, model in enumerate(models):
         for stage in (*_recoveries(rows)[:1], "pruned"):

@@ -104,7 +104,7 @@ def number(record: Any, *keys: str | int, form: Form | None = None) -> Markup:
         return escape(_words(value))
     forms: list[Form] = [FORMS[key] for key in keys if isinstance(key, str) and key in FORMS]
     form = form or (forms or ["number"])[-1]
-    text = "∞" if math.isinf(value) else shown(value, form)
+    text = "∞" if math.isinf(value) else format_value(value, form)
     return PIECES.number(text, repr(value), pointer(keys), form)
 
 
@@ -273,7 +273,7 @@ def _value(record: Any, keys: Iterable[str | int]) -> Any:
 def _words(value: Any, inner: bool = False) -> str:
     """A value as text; mappings and lists within others are in brackets."""
     if not isinstance(value, Mapping | list | tuple):
-        return shown(value)
+        return format_value(value)
     pairs = value.items() if isinstance(value, Mapping) else [("", each) for each in value]
     text = ", ".join(f"{label(name)} {_words(each, True)}".strip() for name, each in pairs) or "-"
     return f"({text})" if inner else text

@@ -68,11 +68,7 @@ def of_plan(plan: PruningPlan) -> dict[str, Any]:
     """The part of a run's record that its plan holds: settings, sizes, blocks, versions, seeds, fingerprints."""
     first, origin = plan.chain()[0], plan.origin
     total, left = sum(first.before), sum(plan.after)
-    prints = {
-        "weights": first.origin.get("weights"),
-        "calibration": origin.get("calibration"),
-        "plan": plan.digest,
-    }
+    prints = {"weights": first.origin.get("weights"), "calibration": origin.get("calibration"), "plan": plan.digest}
     return {
         "model": first.origin.get("model") or "",
         "asked": {"method": plan.method, "sparsity": plan.sparsity, "settings": plan.settings},

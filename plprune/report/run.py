@@ -130,12 +130,12 @@ def _quality(record: dict[str, Any]) -> Markup:
     values = {stage: float(v) for stage, v in figures_by_stage.items() if v is not None and finite(v)}
     charts, loss = [], record.get("loss") or []
     if values:
-        about = ", ".join(f"{stage} {shown(value)}" for stage, value in values.items())
+        about = ", ".join(f"{stage} {format_value(value)}" for stage, value in values.items())
         colours = [STAGES.get(stage, 0) for stage in values]
         charts.append(Figure(bars(values, "Perplexity, lower is better", about, colours=colours)))
     if loss:
         series = [Series("training loss", [(step, value) for step, value in loss], 0)]
-        about = f"{len(loss)} logged steps, loss {shown(loss[0][1])} first and {shown(loss[-1][1])} last"
+        about = f"{len(loss)} logged steps, loss {format_value(loss[0][1])} first and {format_value(loss[-1][1])} last"
         charts.append(Figure(line(series, "Training loss", Axis("step", "count"), Axis("loss"), about)))
     steps = [[number(record, "loss", i, 0), number(record, "loss", i, 1)] for i in range(len(loss))]
     losses = folded("The loss in numbers", html_table(["step", "loss"], steps, "Training loss"))
@@ -212,8 +212,8 @@ def _parity(record: dict[str, Any]) -> Markup:
     wide = [i for i, field in enumerate(fields) if field in ("refused", "note")]
     others = [key for key, value in parity.items() if key != "rows" and isinstance(value, dict)]
     heads = [PARITY.get(field, label(field)) for field in fields]
-    told = columns([(label(key).capitalize(), facts(record, "parity", key)) for key in others])
-    return html_table(heads, rows, "Formats", wide=wide) + told
+    details = columns([(label(key).capitalize(), facts(record, "parity", key)) for key in others])
+    return html_table(heads, rows, "Formats", wide=wide) + details
 
 
 def _continuations(record: dict[str, Any]) -> Markup:

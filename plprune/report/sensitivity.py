@@ -5,7 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from plprune.io.units import shown
+from plprune.io.units import format_value
 from plprune.report.charts import heat_map
 from plprune.report.page import (
     PIECES,

@@ -75,7 +75,7 @@ def _means(fields: Sequence[str], results: Sequence[dict[str, Any]]) -> dict[str
 
 
 def _mean(field: str, values: Sequence[Any]) -> dict[str, Any]:
-    """The mean of what is known of a field, with range and standard deviation where values differ."""
+    """The mean of the known values of a field, with range and standard deviation if they differ."""
     known = [value for value in values if finite(value)]
     if not known:
         return {}

@@ -41,7 +41,7 @@ class Axis:
 
     Args:
         label: The quantity and its unit.
-        form: How its numbers are written, as for `plprune.io.units.shown`.
+        form: How its numbers are written, as for `plprune.io.units.format_value`.
         log: Whether the scale is logarithmic.
     """
 

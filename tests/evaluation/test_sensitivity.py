@@ -17,7 +17,7 @@ from plprune.architecture.modules import matrix
 from plprune.cli import main
 from plprune.evaluation import sensitivity
 from plprune.evaluation.sensitivity import BlockInputs, Sensitivity
-from plprune.io.atomic import alone
+from plprune.io.atomic import file_lock
 from plprune.io.cache import Cache
 from plprune.pruning.allocation import top_k
 from plprune.pruning.calibration import Calibration

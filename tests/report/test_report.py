@@ -512,7 +512,7 @@ def test_a_fit_leaves_a_report(finished: tuple[Path, list[int]]) -> None:
     assert record["versions"].keys() >= {"plprune", "torch", "transformers", "lightning", "peft"}
     assert record["fingerprints"].keys() == {"weights", "calibration", "plan"}
     for attributes, text in Reader(page).numbers:
-        assert text == shown(at(record, attributes["data-path"]), cast(Form, attributes["data-form"]))
+        assert text == format_value(at(record, attributes["data-path"]), cast(Form, attributes["data-form"]))
     kept = collect(root / "out")
     assert kept["blocks"] == [{k: v for k, v in block.items() if k != "rank"} for block in record["blocks"]]
     assert kept["stages"]["recovered"]["perplexity"] == record["stages"]["recovered"]["perplexity"]
