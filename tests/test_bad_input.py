@@ -153,7 +153,7 @@ def test_sparsity_out_of_reach(complain_of_pruning: Complain, method: str) -> No
         ("--target=1G", "target is 1G, but must be given by its settings: target.memory"),
         ("--target.memry=1G", "unrecognized arguments: --target.memry=1G; did you mean --target.memory?"),
         ("--serve_on=[olama]", "serve_on: expected 'llama.cpp', 'vllm', 'transformers'. Got value: olama"),
-        ("--tensor_parallel=0", "tensor_parallel is 0, but it is a number of devices: 1 or more"),
+        ("--tensor_parallel=0", "tensor_parallel is 0, but must be a number of devices: 1 or more"),
         ("--tensor_parallel=3", "block 0 has 4 kv heads, but 3 devices can share only 3"),
         ("--serve_on=[vllm]", "an FFN of width 48 cannot be a multiple of 256"),
         ("--method.score=relativ", "score: expected 'activation', 'relative'. Got value: relativ"),

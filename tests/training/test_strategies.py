@@ -390,5 +390,5 @@ def test_deepspeed_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_deepspeed_without_a_gpu_says_what_to_change() -> None:
     strategy = DeepSpeed(stage=2)
-    with pytest.raises(ValueError, match="DeepSpeed needs GPUs, and this run has none: take"):
+    with pytest.raises(ValueError, match="DeepSpeed needs GPUs, and this run has none: use"):
         strategy.setup_environment()
