@@ -34,7 +34,7 @@ ORDER = {
             "throughput",
             "watchdog",
         ],
-        ["deepspeed_internals", "lightning_internals", "random_states", "run_identity"],
+        ["compilation", "deepspeed_internals", "lightning_internals", "random_states", "run_identity"],
     ],
     # the Lightning line
     "streaming": [],

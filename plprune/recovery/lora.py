@@ -134,8 +134,8 @@ def inject(model: PreTrainedModel, lora: LoRA, plan: PruningPlan | None) -> list
     if lora.dora:
         _initialize_magnitudes(model)
     elif not lora.dropout:  # norms of DoRA and random numbers of dropout depend on the dtype of the inputs
-        for _, layer in adapters(model):
-            cast(nn.Module, layer).register_forward_pre_hook(_disable_cast_under_autocast)
+        for block in blocks:  # not each layer: a compiled forward with checkpoints may set nothing
+            block.module.register_forward_pre_hook(_disable_cast_under_autocast)
     return by_block
 
 
@@ -229,9 +229,11 @@ def _delta(layer: LoraLayer, adapter: str, whole: Callable[[Tensor], Tensor]) ->
     return _rows(layer, b.float() @ a.float() * layer.scaling[adapter])
 
 
-def _disable_cast_under_autocast(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+def _disable_cast_under_autocast(block: nn.Module, args: tuple[Tensor, ...]) -> None:
     """Stops PEFT from casting adapter inputs to float32 under autocast, which would keep a rounded copy per adapter."""
-    cast(LoraLayer, layer).cast_input_dtype_enabled = not torch.is_autocast_enabled(args[0].device.type)
+    enabled = not torch.is_autocast_enabled(next(block.parameters()).device.type)
+    for _, layer in adapters(block):
+        layer.cast_input_dtype_enabled = enabled
 
 
 def _set(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -71,6 +71,7 @@ class Recovery(pl.LightningModule):
         weight_decay: AdamW's weight decay.
         warmup: The fraction of all steps in which the learning rate rises; after that it falls as a cosine to 0.
         gradient_checkpointing: Whether to save memory by computing activations again in the backward pass.
+        compile: Whether to compile the blocks for training batches, which takes minutes at the first step.
         train: What to train: adapters (lora), or, without adapters, the weights and biases of the projections whose
             inputs were pruned (consumers: `o_proj` and `down_proj` of llama), of all blocks if nothing was pruned.
         distill: How to learn from the dense model; if not given, only the text is learnt.
@@ -85,6 +86,7 @@ class Recovery(pl.LightningModule):
         weight_decay: float = 0.0,
         warmup: float = 0.05,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
         train: Literal["lora", "consumers"] = "lora",
         distill: Distillation | None = None,
     ) -> None:
@@ -97,7 +99,7 @@ class Recovery(pl.LightningModule):
         self._loaded_in: Dtype = cast(Dtype, str(self.model.dtype).removeprefix("torch."))
         self.lora, self.trains, self.distill = lora, train, distill
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.compiles = gradient_checkpointing, compile
         self.val_perplexity = Perplexity(ignore_index=IGNORED)
         self.ranks: list[int] = []
         lacking = modules.lacks_weights(self.model)
@@ -141,10 +143,9 @@ class Recovery(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Adds the adapters, or unfreezes weights, unless that is done."""
-        check_strategy(self.trainer.strategy)
+        dora = self.lora.dora and self.trains == "lora"
+        check_strategy(self.trainer.strategy, {"model.lora.dora": dora, "model.compile": self.compiles})
         sharded = shards(self.trainer.strategy)
-        if sharded and self.lora.dora and self.trains == "lora":
-            raise ValueError("DoRA needs whole weights, which ZeRO-3 and FSDP2 split: leave out lora.dora, or use ddp")
         if not sharded:
             sharing.receive(self.model, distributed.world())
         frozen = [p for p in self.model.parameters() if not (self._base and p.requires_grad)]
@@ -158,7 +159,7 @@ class Recovery(pl.LightningModule):
             if self.gradient_checkpointing:
                 self.model.gradient_checkpointing_enable()
         self._run = self._identify(stage)
-        self._objective = Objective(self.model, self._teacher, whole_head=not sharded)
+        self._objective = Objective(self.model, self._teacher, not sharded, self.compiles)
 
     def configure_model(self) -> None:
         """Splits the weights into shards, if the strategy needs it."""

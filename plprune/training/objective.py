@@ -1,5 +1,7 @@
 """The loss of recovery: cross-entropy of the next token and, with a teacher, the distance from its answers."""
 
+import contextlib
+
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -13,6 +15,7 @@ from plprune.pruning.losses import (
     weighted_loss,
 )
 from plprune.recovery.distillation import Teacher, hidden_distances, loss_denominators, recorded_outputs
+from plprune.training.compilation import compiled_blocks
 
 
 class Objective:
@@ -22,10 +25,12 @@ class Objective:
         model: The model that is trained.
         teacher: The teacher to learn from, if any.
         whole_head: Whether this process holds the whole head of the model.
+        compiles: Whether losses come from compiled blocks.
     """
 
-    def __init__(self, model: PreTrainedModel, teacher: Teacher | None, whole_head: bool) -> None:
+    def __init__(self, model: PreTrainedModel, teacher: Teacher | None, whole_head: bool, compiles: bool) -> None:
         self.model, self.teacher, self.whole_head = model, teacher, whole_head
+        self._compiled = compiled_blocks(model) if compiles else contextlib.nullcontext
 
     def denominators(self, batch: dict[str, Tensor]) -> Tensor:  # [1 + compared blocks]
         """The batch's share in the sums by which losses are divided: its counted tokens, and its teacher's norms."""
@@ -43,11 +48,13 @@ class Objective:
         labels, positions, tokens = batch["labels"], counted_positions(batch["labels"]), denominators[0]
         cross_entropy = next_token_criterion(labels, positions)
         if self.teacher is None:
-            return {"train_loss": weighted_loss(self.head_inputs(batch, positions), [cross_entropy], [1.0])[0] / tokens}
+            with self._compiled():
+                loss, _ = weighted_loss(self.head_inputs(batch, positions), [cross_entropy], [1.0])
+            return {"train_loss": loss / tokens}
         settings, answers = self.teacher.settings, self.teacher.answers(model_inputs(batch))
         parts = [cross_entropy, settings.criterion(answers, positions)] if settings.uses_logits else [cross_entropy]
         weights = [1 - settings.weight, settings.weight][: len(parts)]
-        with recorded_outputs(self.model, settings.blocks(len(blocks_of(self.model)))) as hidden:
+        with self._compiled(), recorded_outputs(self.model, settings.blocks(len(blocks_of(self.model)))) as hidden:
             loss, sums = weighted_loss(self.head_inputs(batch, positions), parts, weights)
         loss, distilled = loss / tokens, sums[1:].sum() / tokens
         if hidden:

@@ -7,7 +7,7 @@ only the first process has loaded the weights.
 
 import importlib.util
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -176,12 +176,18 @@ def fusable(strategy: Strategy) -> bool:
     return not scaled and not sharing and strategy.root_device.type == "cuda"
 
 
-def check_strategy(strategy: Strategy) -> None:
+def check_strategy(strategy: Strategy, whole_weights: Mapping[str, bool] = {}) -> None:
     """Refuses the strategies of Lightning that would give wrong results here without an error.
 
+    Args:
+        strategy: The strategy.
+        whole_weights: The options that need whole weights, and whether each is set.
+
     Raises:
-        ValueError: It is one of them.
+        ValueError: It is one of them, or splits weights that must be whole.
     """
+    for option in (name for name, is_set in whole_weights.items() if is_set and shards(strategy)):
+        raise ValueError(f"{option} needs whole weights, which ZeRO-3 and FSDP2 split: leave it out, or use ddp")
     if isinstance(strategy, DeepSpeedStrategy) and not isinstance(strategy, DeepSpeed):
         raise ValueError(
             "Lightning's DeepSpeedStrategy divides accumulated gradients twice: use "

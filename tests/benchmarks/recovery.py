@@ -1,6 +1,7 @@
 """Recovery's tokens per second over those of a plain PEFT training loop, and whether both lose the same.
 
-    python -m tests.benchmarks.recovery [--steps 12] [--batch 2] [--length 512] [--blocks 8] [--real]
+    python -m tests.benchmarks.recovery [--steps 12] [--batch 2] [--length 512] [--blocks 8] [--real] [--sparsity 0.2]
+        [--rank 16] [--compile]
 
 Both train the same model from the same adapters on the same batches, step by step in turn in one process, so that what
 else a shared machine does meets both alike. Medians, over all steps but the first two, of the time that went by and of
@@ -32,15 +33,15 @@ from tests.benchmarks.gpu.models import TARGETS, WARM, made
 from tests.builders import save_tiny
 from tests.shared import SMOLLM2
 
-LORA = LoRA(rank=16, alpha=32, by="uniform")
+ALPHA = 32
 CLOSE = 1e-5  # of two losses in float32
 
 
 class Plain:
     """The loop that anyone would write."""
 
-    def __init__(self, model: PreTrainedModel, steps: int) -> None:
-        config = LoraConfig(r=LORA.rank, lora_alpha=int(LORA.alpha), target_modules=TARGETS)
+    def __init__(self, model: PreTrainedModel, rank: int, steps: int) -> None:
+        config = LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=TARGETS)
         self.model = get_peft_model(model, config).train()  # type: ignore[arg-type]
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0)
@@ -91,18 +92,23 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--real", action="store_true")
+    parser.add_argument("--sparsity", type=float, default=0.2, help="of the real model")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--compile", action="store_true", help="what Recovery trains; the plain loop is not compiled")
     args = parser.parse_args()
     torch.manual_seed(0)
     ids = torch.randint(5, 49000, (args.batch * args.steps, args.length))
     cpu = torch.device("cpu")
     model = load_model(SMOLLM2) if args.real else made("SmolLM2-135M", args.blocks, cpu, args.length).float()
     if args.real:
-        prune(model, CFSP(0.2), [ids[:2, :256]])
+        prune(model, CFSP(args.sparsity), [ids[:2, :256]])
     with tempfile.TemporaryDirectory() as root:
-        module = Recovery(SMOLLM2 if args.real else save_tiny(Path(root) / "tiny"), lora=LORA)
+        lora = LoRA(rank=args.rank, alpha=ALPHA, by="uniform")
+        name = SMOLLM2 if args.real else save_tiny(Path(root) / "tiny")
+        module = Recovery(name, lora=lora, compile=args.compile)
         module.model = copy.deepcopy(model)
         torch.manual_seed(0)  # both draw the same adapters
-        turns = Turns(Plain(model, args.steps))
+        turns = Turns(Plain(model, args.rank, args.steps))
         trainer = pl.Trainer(
             accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, callbacks=[turns],
             enable_progress_bar=False, enable_model_summary=False, default_root_dir=root,

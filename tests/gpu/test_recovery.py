@@ -27,6 +27,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "distillation": {"distill": Distillation("both")},
     "dora": {"lora": LoRA(dora=True)},
     "consumers": {"train": "consumers"},
+    "compiled": {"compile": True},
 }
 
 

@@ -113,9 +113,9 @@ def test_autocast_alone_rounds_what_enters_adapters_and_nothing_differs() -> Non
         torch.manual_seed(0)
         model, entered = tiny().bfloat16(), set()
         inject(model, LoRA(rank=2), None)
+        for module in model.modules() if as_peft else ():
+            module._forward_pre_hooks.clear()
         for _, layer in adapters(model):
-            if as_peft:
-                cast(nn.Module, layer)._forward_pre_hooks.clear()
             nn.init.normal_(cast(nn.Linear, layer.lora_B["default"]).weight)
             layer.lora_A["default"].register_forward_pre_hook(lambda _, args: entered.add(args[0].dtype))  # noqa: B023
         with torch.autocast("cpu", torch.bfloat16):

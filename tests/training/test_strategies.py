@@ -367,10 +367,18 @@ def settings() -> pl.Trainer:
 
 def test_what_is_silently_wrong_in_lightning_is_refused() -> None:
     for strategy, ours in ((DeepSpeedStrategy(stage=2), "DeepSpeed"), (ModelParallelStrategy(), "FSDP2")):
-        with pytest.raises(ValueError, match=rf"take plprune\.training\.strategies\.{ours}"):
+        with pytest.raises(ValueError, match=rf"use plprune\.training\.strategies\.{ours}"):
             check_strategy(strategy)
     for strategy in (SingleDeviceStrategy("cpu"), DDPStrategy(), CPUDeepSpeed(stage=2), FSDP2()):
         check_strategy(strategy)
+
+
+@pytest.mark.parametrize("option", ["model.lora.dora", "model.compile"])
+def test_options_that_need_whole_weights_are_refused_where_they_are_split(option: str) -> None:
+    for strategy in (CPUDeepSpeed(stage=3), FSDP2()):
+        with pytest.raises(ValueError, match=rf"^{option} needs whole weights, which ZeRO-3 and FSDP2 split: leave it"):
+            check_strategy(strategy, {option: True, "model.another": False})
+    check_strategy(DDPStrategy(), {option: True})
 
 
 @pytest.mark.filterwarnings("ignore:torch.cuda.amp.GradScaler is enabled")
