@@ -1,4 +1,4 @@
-"""Prune a Hugging Face causal language model once, recover it with LoRA, in one `Trainer.fit`.
+"""Prunes a Hugging Face causal language model once and recovers it with LoRA, in one `Trainer.fit`.
 
 ::
 
@@ -6,11 +6,11 @@
       -> Prune: method.prune(model, calibration windows) -> PruningPlan     statistics -> scores -> keep -> shrink
       -> LoRA, ranks by the plan's block importance
       -> Trainer.fit                                                        sees only the final structure
-      -> Evaluate: dense, pruned, recovered         Export: merged, saved, loads again with load_pruned
-      -> plprune export: transformers, llama.cpp, DeciLM; each loaded again there, and compared
+      -> Evaluate: dense, pruned, recovered         Export: merged and saved; load_pruned loads it
+      -> plprune export: files for transformers, llama.cpp and DeciLM, checked against the model
 
-Only `cli`, `commands`, `comparison` and `training` know Lightning. All other packages are a plain library:
-`prune(model, method, batches)` is all of it.
+Only `cli`, `commands`, `comparison` and `training` import Lightning. All other packages are a plain library, whose main
+function is `prune(model, method, batches)`.
 """
 
 from transformers import AutoConfig

@@ -1,4 +1,4 @@
-"""python -m plprune"""
+"""Runs the command line by `python -m plprune`."""
 
 from plprune.cli import main
 

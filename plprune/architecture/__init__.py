@@ -1,1 +1,1 @@
-"""What a model is made of: families, blocks and their units, and the classes that hold pruned ones."""
+"""The structure of models: families, decoder blocks and their prunable units, and the classes of pruned models."""

@@ -1,4 +1,4 @@
-"""State that plprune attaches to the modules of a model: one attribute, which is read with its type."""
+"""Attaches plprune's state to a module as one attribute, and reads it back by its type."""
 
 from typing import TypeVar
 

@@ -2,7 +2,7 @@ r"""The decoder blocks of a model, and the groups of prunable units in each.
 
 A :class:`UnitGroup` holds all units of one kind in one block. Removing unit `u` removes the rows `index[u]` of every
 producer and the columns `index[u]` of the consumer. Groups store indices, so fused projections need no extra code: a
-path that is named twice holds its parts stacked, in the order in which they are named.
+family names the path of a fused projection once for each part, in the order of the parts.
 
 Rows are outputs and columns are inputs, also for a `Conv1D`, which stores its weight transposed: :func:`matrix` returns
 every weight as [d_out, d_in].
@@ -36,7 +36,7 @@ from plprune.architecture.modules import dense_weight, innermost, kept_rows, mat
 
 @dataclass(frozen=True)
 class Decision:
-    """The decision for one group of units."""
+    """The units of one group that stay, and the parameters that were repaired."""
 
     group: str  # its name
     keep: Tensor  # indices of the units that stay
@@ -81,7 +81,7 @@ class UnitGroup:
 
 
 class Home(ABC):
-    """Stores the weights of a block outside of memory. It is attached to the block's module."""
+    """Stores the weights of a block outside memory. It is attached to the block's module."""
 
     version: int  # how many times the block was written
 

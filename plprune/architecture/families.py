@@ -34,9 +34,9 @@ class Family:
         ffn_out: The projection that consumes the FFN channels.
         attention: The attention sub-block. Its `num_key_value_groups`, if any, gives the query heads per kv head.
         head_dim: The attribute of the attention sub-block with the dimension of a head.
-        counts: Attributes that the forward pass reads instead of the weights' shapes, and whether each is the number of
-            `heads`, of `kv_heads`, or the `query_width` of all heads. A `config` in a path becomes a view of the config
-            for that block alone.
+        counts: Attributes that the forward pass reads instead of the weights' shapes, and what each holds: the number
+            of `heads` or `kv_heads`, or the `query_width` of all heads. A `config` in a path becomes a view of the
+            config for that block alone.
         config_keys: The keys of `config.json` for the FFN's width, the numbers of heads and their dimension.
     """
 

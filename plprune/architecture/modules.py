@@ -1,4 +1,4 @@
-"""Helpers for modules: placement, tying, and projections of every kind as one [d_out, d_in] matrix."""
+"""Moves modules, ties heads to embeddings, and reads projections of every kind as [d_out, d_in] matrices."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Sends the weights of a model from one process to the processes that have its structure only."""
+"""Sends the weights of a model from one process to the processes that have only its structure."""
 
 import platform
 from typing import cast

@@ -1,4 +1,4 @@
-"""The `config.json` of a pruned model, and the model without weights that a configuration or a plan describes.
+"""Builds the `config.json` of a pruned model, and models without weights from a configuration or a plan.
 
 If the family's class can hold the pruned sizes, the configuration is the family's. If it cannot, `config.json` lists
 the sizes, and a copy of `modeling_plprune.py` makes transformers resize the family's class.

@@ -1,4 +1,4 @@
-"""The safetensors files of a folder: reading them, indexing them, and checking them after a save.
+"""Reads the safetensors files of a folder, indexes them, and checks them after a save.
 
 A model counts as saved if the files, read back, equal memory byte for byte, and if the structures that `config.json`
 and the plan describe have exactly these tensors.

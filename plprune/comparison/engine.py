@@ -1,12 +1,12 @@
 """Compares methods: every method at every sparsity on every model, with every seed, under one protocol.
 
-Common work is done once: one pass for each seed observes the activations of the dense model that most methods decide
-by. Every result is cached under everything that it depends on (weights, text, method with its settings, protocol, and
-the source code that computes it), so that a stopped comparison continues where it stopped, and a new method costs only
-itself.
+Common work is done once: for each seed, one pass over the dense model collects the activation statistics that most
+methods use. Every result is cached under everything that it depends on (weights, text, method with its settings,
+protocol, and the source code that computes it), so that a stopped comparison continues where it stopped, and a new
+method repeats no earlier work.
 
 Any number of processes, started by torchrun or otherwise, can share one output folder, also from several machines: each
-computes what no other computes, and they exchange nothing but files.
+takes work that no other process has taken, and they communicate only through files.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The settings of a comparison, and the prunings that they lead to."""
+"""The settings of a comparison, and the list of prunings that they require."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -4,11 +4,11 @@ Tasks, prompts and metrics are those of lm-eval: a model has the score that `lm_
 Two models are compared example by example; the standard error of the mean difference is then much smaller than those of
 the two scores.
 
-A group with a score, such as mmlu, has a result beside those of its tasks, which are marked as parts of it; averages
-are over the names that were asked for. A tag, or a group without a score, only stands for its tasks.
+A group with a score, such as mmlu, has a result in addition to those of its tasks, which name it as their group.
+Averages are over the requested names only. A tag, or a group without a score, is replaced by its tasks.
 
-A folder of task files holds data sets as ORG/NAME, each as `datasets` loads it, and tasks of your own as YAML files. A
-task goes without a split that its data set lacks and the task does not need, such as the one for few-shot examples.
+A folder of task files holds data sets as ORG/NAME, in a form that `datasets` loads, and your own tasks as YAML files.
+A task may name splits that its data set lacks, if it does not use them, such as the split for few-shot examples.
 """
 
 import contextlib
@@ -129,7 +129,7 @@ def _sharing(wrapper: Any, group: distributed.ProcessGroup) -> type:
 
 
 class _Loaded(NamedTuple):
-    """Tasks and groups by name, the group of each that is in one, those that were asked for, and lm-eval's index."""
+    """Tasks and groups by name, the group that each belongs to, those that were requested, and lm-eval's index."""
 
     tasks: dict[str, Any]
     groups: dict[str, Any]

@@ -1,7 +1,7 @@
 """Perplexity and bits per byte of a text under a model.
 
-A perplexity means little without its protocol: the length of the windows, their overlap, a BOS token, the number of
-tokens counted. A :class:`Passage` is a text cut into windows by a :class:`Protocol`, and describes both.
+A perplexity means little without its protocol: the length of the windows, their overlap, whether they begin with a BOS
+token, and the number of tokens counted. A :class:`Passage` is a text cut into windows by a :class:`Protocol`.
 
 Perplexity is per token, so it cannot be compared between tokenizers. Bits per byte can: they are the cost of the text's
 tokens over its bytes in UTF-8. A token that ends a document has no bytes; it counts in the perplexity only.
@@ -39,8 +39,8 @@ class Protocol:
     Args:
         seq_len: Tokens of a window, including the BOS token.
         stride: Tokens from the start of one window to that of the next. Every token counts once, in the first window
-            that holds it, with all tokens before it there as context; the last window may be shorter. Without a stride
-            windows do not overlap, and a rest that does not fill a window is left out.
+            that holds it, with the tokens before it in that window as context; the last window may be shorter. Without
+            a stride windows do not overlap, and tokens at the end that do not fill a window are left out.
         bos: Whether a BOS token is put before each window that does not begin with one; None for the tokenizer's
             default. Without it the first token of a window is context only.
         max_windows: At most this many windows from the start of the text; all if not given.
@@ -72,8 +72,8 @@ class Passage:
         protocol: How it was cut; `bos` is not None.
         windows: Token ids, [1, s] each.
         counts: How many tokens at the end of each window count.
-        sizes: For each window, the bytes of text of the tokens that count, :data:`ENDS` for one that ends a document;
-            None if the tokenizer gives no offsets.
+        sizes: For each window, the bytes of text of each counted token, or :data:`ENDS` if it ends a document; None
+            if the tokenizer gives no offsets.
     """
 
     source: str

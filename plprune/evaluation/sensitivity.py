@@ -1,10 +1,10 @@
-r"""The perplexity of a model when units of one FFN or one attention are pruned and nothing else.
+r"""Measures the perplexity of a model with one FFN or one attention pruned, and everything else dense.
 
 The units to remove are those with the smallest outputs on calibration text,
 
 .. math:: S_u = \Bigl( \sum_{j \in u} \lVert X_{:,j} \rVert_2^2 \, \lVert W_{:,j} \rVert_2^2 \Bigr)^{1/2}
 
-(Wanda's product, https://arxiv.org/abs/2306.11695, of whole columns and over all columns of a unit). Nothing is
+(Wanda's score, https://arxiv.org/abs/2306.11695, for whole units instead of single weights). Nothing is
 repaired. Removing all units removes the sub-block.
 
 Symbols: X the consumer's inputs over all tokens, W its weight, u a unit with its columns j.
@@ -53,9 +53,9 @@ class SubBlockResult:
     Args:
         block: Index of the block.
         kind: attention or ffn.
-        fraction: Share of the units, kv heads or channels, that was asked to go.
-        removed: Number of units that went: at least one.
-        units: Number of units before.
+        fraction: Requested share of the units (kv heads or channels) to remove.
+        removed: Number of units removed, at least one.
+        units: Number of units before pruning.
         perplexity: None if it is not finite.
     """
 
@@ -69,7 +69,7 @@ class SubBlockResult:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The perplexity of the dense model, and those with each sub-block pruned alone."""
+    """The perplexities of the dense model, and with each sub-block pruned alone."""
 
     dense: float
     cells: list[SubBlockResult]

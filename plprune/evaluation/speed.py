@@ -1,11 +1,11 @@
-"""How fast a model generates text, and how much memory that takes, so that two models can be compared.
+"""Measures how fast a model generates text and how much memory it uses, and compares two models.
 
-A model reads a prompt and generates greedily with a key-value cache. The number of tokens is fixed, as an early end
-would make runs differ. After a warm-up run each figure is taken several times, and given as the median with its
-quartiles; two figures whose quartiles overlap count as equal.
+A model reads a prompt and generates greedily with a key-value cache, always the same number of tokens, so that runs are
+comparable. After a warm-up run, each figure is measured several times and given as the median with quartiles; two
+figures whose quartiles overlap count as equal.
 
-Batches are doubled until that gains little: the machine is then saturated. At batch 1 each token reads all weights, so
-speed follows their bytes; at saturation it follows the operations.
+The batch size is doubled until throughput hardly grows: the machine is then saturated. At batch 1 each token reads all
+weights, so memory bandwidth limits the speed; at saturation, arithmetic does.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ MULTIPLES = (8, 32, 64)  # vector units and matrix kernels are made for such wid
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of a figure that was taken several times, with its lower and upper quartile."""
+    """The median of a figure that was measured several times, with its lower and upper quartile."""
 
     median: float
     low: float
@@ -66,7 +66,7 @@ class Speed:
         threads: Of the CPU.
         prompt: Tokens of the prompt.
         new_tokens: Tokens generated.
-        repeats: How often each figure was taken.
+        repeats: How often each figure was measured.
         first_token: Seconds until the first token, at batch 1.
         reading: Tokens of the prompt read per second, at batch 1.
         writing: Tokens generated per second after the first, at batch 1.

@@ -23,7 +23,7 @@ class Figure(Protocol):
 
 @dataclass(frozen=True)
 class Difference:
-    """A number computed from others, with its standard error, or None if it has none."""
+    """A number computed from others, with its standard error if that is known."""
 
     value: float
     stderr: float | None

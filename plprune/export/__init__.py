@@ -1,1 +1,1 @@
-"""Writers of model formats for other programs, which refuse models that the format cannot hold."""
+"""Writes models in the formats of other programs, and refuses models that a format cannot hold."""

@@ -1,11 +1,11 @@
 r"""DeciLM folders (`block_configs`), read by vLLM, SGLang, TensorRT-LLM, mlx-lm and llama.cpp's converter.
 
-Blocks may differ in FFN width, and may lack attention. The format stores a width as a multiple of the model width, from
-which programs compute it:
+Blocks may differ in FFN width, and may lack attention. The format stores the FFN width W as a factor m,
+and programs compute W from m:
 
 .. math:: m = \frac{3 W}{2 d}, \qquad W = \lceil \lfloor 2 m d / 3 \rfloor \rceil_{256}
 
-with W the width, d the model width, and the brackets rounding up to a multiple of 256.
+where d is the model width and the outer brackets round up to a multiple of 256.
 """
 
 import json

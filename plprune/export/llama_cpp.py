@@ -1,8 +1,8 @@
 """Runs a GGUF file in llama.cpp: log-probabilities of a text, greedy continuation, and tokenisation.
 
-llama.cpp is the CPU build in the package `xllamacpp`. It ends its process on a file that it does not expect, so it runs
-in a subprocess. Keys and values are cached in float32 and flash attention is off, so that differences to another
-program come from the file.
+llama.cpp is the CPU build in the package `xllamacpp`. It aborts its process on an unexpected file, so it runs in a
+subprocess. Keys and values are cached in float32 and flash attention is off, so that any difference from another
+program comes from the file.
 
 Log-probabilities of a text take one request per token. Each request generates one token, which a logit bias forces to
 be the next token of the text; the server reports its probability without the bias.

@@ -1,1 +1,1 @@
-"""Files, texts, processes and number formats: everything that needs no knowledge of models."""
+"""Files, texts, processes and number formats. Nothing here depends on models."""

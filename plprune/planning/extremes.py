@@ -1,4 +1,4 @@
-"""The extreme sizes that a method could choose on any data, so that a memory target holds in the worst case."""
+"""Finds the extreme sizes that a method could choose for any data, so that memory targets hold in the worst case."""
 
 import bisect
 import math

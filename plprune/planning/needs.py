@@ -1,8 +1,8 @@
 r"""Estimates the time and memory that calibration and recovery need on a machine.
 
-For the backward pass, training is assumed to keep, per token and block, the inputs of the adapters in float32 (PEFT
-casts them) and the inputs of activation functions, norms and attention. With gradient checkpointing it keeps the input
-of each block, and all of these for one block.
+The estimate assumes that training keeps, per token and block, the inputs of the adapters in float32 (PEFT casts them)
+and the inputs of activation functions, norms and attention. With gradient checkpointing, it keeps these for one block
+at a time, and of the other blocks only their input.
 
 Symbols: B blocks, d model width, n FFN width, H query heads, hd head dimension, V vocabulary.
 """
@@ -20,7 +20,7 @@ from plprune.pruning.losses import rows_per_chunk
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The work of calibration beyond one pass over the blocks."""
+    """The work that calibration needs in addition to one pass over the blocks."""
 
     flops: float = 0.0  # in the model's dtype
     single: float = 0.0  # operations in float32 or float64

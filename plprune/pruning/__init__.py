@@ -1,1 +1,1 @@
-"""What pruning methods are made of: statistics, allocation, surgery, repair, and the plan."""
+"""The building blocks of pruning methods: statistics, allocation, surgery, repair, and the plan."""

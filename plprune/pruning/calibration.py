@@ -85,7 +85,7 @@ class Observed:
 
 @dataclass(frozen=True)
 class Observations:
-    """The observations of a model on a text. A method that needs no others can prune without a forward pass."""
+    """Statistics of a model on a text. A method that needs only these can prune without a forward pass."""
 
     weights: str  # fingerprint of the model's weights
     text: str  # fingerprint of the text

@@ -28,7 +28,7 @@ class MemoryStates(list[Tensor]):
 
 
 class DiskStates(Sequence[Tensor]):
-    """Hidden states in files, one in memory at a time.
+    """Hidden states in files, one file per batch; one batch is in memory at a time.
 
     Args:
         folder: The folder of the files.

@@ -1,4 +1,4 @@
-"""The pruning plan: the units to keep, the importance of each block, and their provenance. It holds no weights.
+"""The pruning plan: the units to keep, the importance of each block, and where they come from. It holds no weights.
 
 On disk, a plan is a safetensors file of about a megabyte, with an int32 tensor `keep.<group>` for every group and a
 tensor `importance`. All other fields are JSON under the metadata key `plprune`.

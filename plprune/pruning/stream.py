@@ -1,7 +1,7 @@
-"""Passes over the decoder blocks in depth order, each block with the inputs that the model itself would give it.
+"""Visits the decoder blocks in depth order, each with the inputs that it would have in the model.
 
 Only the current block needs to be on the accelerator. Results of an interrupted run come from its journal, and saved
-observations replace forward passes (`plprune.pruning.block_sources`); the callers do not notice either.
+observations replace forward passes (`plprune.pruning.block_sources`); callers see no difference.
 """
 
 import contextlib

@@ -1,1 +1,1 @@
-"""What trains a pruned model back: adapters, consumers, and the dense model as a teacher."""
+"""Ways to recover a pruned model: LoRA, full training of consumers, and distillation from the dense model."""

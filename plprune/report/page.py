@@ -54,7 +54,7 @@ PIECES: Any = TEMPLATES.get_template("pieces.html").module  # its macros
 
 
 class Section(NamedTuple):
-    """A part of the page; one without a body is left out.
+    """A section of the page; it is omitted if its body is empty.
 
     Args:
         id: The target of links to it.

@@ -1,4 +1,4 @@
-"""Collects the record of a report from a folder: a run so far, a plan, parity tables, evaluations."""
+"""Collects the data of a report from a folder: a finished or running fit, a plan, parity tables, evaluations."""
 
 import json
 import os

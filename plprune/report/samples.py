@@ -1,4 +1,4 @@
-"""Continuations of prompts by a model, to be read: figures do not show that a model repeats itself."""
+"""Generates continuations of prompts for people to read, because metrics do not show that a model repeats itself."""
 
 from collections.abc import Sequence
 from itertools import takewhile

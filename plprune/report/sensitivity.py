@@ -1,4 +1,4 @@
-"""The page of a sensitivity: the perplexity when one sub-block is pruned and nothing else."""
+"""The page of a sensitivity analysis: the perplexity with each sub-block pruned alone."""
 
 from collections.abc import Sequence
 from typing import Any

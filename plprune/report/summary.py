@@ -1,4 +1,4 @@
-"""The summary of a comparison: means and ranges over seeds of all that was measured."""
+"""Summarises a comparison: the mean and range of each measurement over the seeds."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The parts of a chart: its frame, text and markers, and the scales from numbers to places.
+"""The parts of a chart: its frame, text and markers, and the scales that map numbers to positions.
 
 The colours, in `templates/chart.css`, are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which people with
 any kind of colour vision can tell apart; a dark page has lighter shades of them.
@@ -51,7 +51,7 @@ class Axis:
 
 
 class Scale:
-    """Maps numbers to places along an axis."""
+    """Maps numbers to positions along an axis."""
 
     def __init__(self, values: Iterable[float], axis: Axis, start: float, end: float) -> None:
         known = list(values) or [1.0]

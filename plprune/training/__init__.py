@@ -1,1 +1,1 @@
-"""All that knows Lightning: the module, the data, the callbacks, the strategies."""
+"""The code that uses Lightning: the module, the data, the callbacks, the strategies."""

@@ -1,12 +1,12 @@
-"""The callback that writes checkpoints, and that ends a run in time when its process has to stop.
+"""The callback that writes checkpoints, and ends a run in good order when its process must stop.
 
 Lightning's `ModelCheckpoint` assembles a file in /tmp, lets DeepSpeed write under the final name, and stops training
-when the disk is full. Lightning answers SIGTERM by a broadcast within the signal handler, while other ranks may be in
-another collective operation, and exits with code 0. Here the handler only takes a note of the signal, and after each
-step all ranks decide together.
+when the disk is full. On SIGTERM, Lightning broadcasts within the signal handler, while other ranks may be in another
+collective operation, and exits with code 0. Here the handler only records the signal, and all ranks decide together
+after each step.
 
 The last checkpoint is written before the last step: Lightning calls no `on_train_end` when there is nothing left to
-train, and a run that was killed during its export must come to that point again.
+train, so a run that was killed during its export would otherwise not export when resumed.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Compiles the decoder blocks of a model one by one, for the batches that it is trained on.
+"""Compiles the decoder blocks of a model one by one, for training batches.
 
 Pruned blocks have unlike widths. The dimensions in which they differ are symbolic, so that the blocks share graphs:
 without that, dynamo would compile each block anew, and give up after eight.

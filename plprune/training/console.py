@@ -59,7 +59,7 @@ class ResumableCSVLogger(OpenCSVLogger):
 
 
 class CurrentStderr:
-    """Writes to `sys.stderr` as it is at that time; live displays replace it while they are shown."""
+    """Looks `sys.stderr` up at every write, because live displays replace it while they are shown."""
 
     def write(self, text: str) -> int:
         return sys.stderr.write(text)

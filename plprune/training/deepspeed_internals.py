@@ -1,4 +1,4 @@
-"""All uses of DeepSpeed's private parts. When a release removes one, `tests/test_internals.py` names it."""
+"""All uses of DeepSpeed's private API. When a release removes a name, `tests/test_internals.py` reports it."""
 
 from typing import Any, cast
 

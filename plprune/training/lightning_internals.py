@@ -1,5 +1,5 @@
-"""All uses of Lightning's private parts, where it has no public way. When a release removes one of them,
-`tests/test_internals.py` names it.
+"""All uses of Lightning's private API, where no public API exists. When a release removes a name,
+`tests/test_internals.py` reports it.
 """
 
 import signal

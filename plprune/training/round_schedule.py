@@ -1,4 +1,4 @@
-"""The schedule of several rounds of pruning and recovery: how much each removes, and how long it trains."""
+"""The schedule of several rounds of pruning and recovery: the sparsity and the training steps of each."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

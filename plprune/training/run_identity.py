@@ -1,7 +1,7 @@
-"""Which run a checkpoint belongs to, so that no run continues from the checkpoint of another one.
+"""Identifies the run that a checkpoint belongs to, so that no run continues from another run's checkpoint.
 
-A run is identified by the options of its module, data module and trainer, except those in :data:`FREE`. A text counts
-by the windows that were made of it and a model by its weights, wherever they are stored.
+A run is identified by the options of its module, data module and trainer, except those in :data:`FREE`. A text is
+identified by its windows and a model by its weights, wherever they are stored.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Strategies for several processes: DeepSpeed's ZeRO and FSDP2, set up for adapters on a frozen model.
 
 Lightning's strategies do most of the work. These subclasses save trained parameters only, keep DeepSpeed from dividing
-accumulated gradients a second time, refuse a DeepSpeed config that contradicts the Trainer, and shard a model of which
-only the first process has loaded the weights.
+accumulated gradients a second time, refuse a DeepSpeed config that contradicts the Trainer, and shard a model whose
+weights only the first process has loaded.
 """
 
 import importlib.util

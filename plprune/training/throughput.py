@@ -1,4 +1,4 @@
-"""How fast training is, and how long it will take."""
+"""Measures the throughput of training, and estimates the time left."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Ends all processes of a run soon after one of them has died, and names that one.
+"""Ends all processes of a run soon after one has died, and names the dead one.
 
 A collective operation waits for a dead process: minutes with NCCL, whose final error does not name it. Every process
 therefore writes a heartbeat to the store with which the process group was made, reads the heartbeats of the others, and

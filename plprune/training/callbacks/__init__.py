@@ -1,1 +1,1 @@
-"""The callbacks of a fit. They decide when something happens; the packages below implement it."""
+"""The callbacks of a fit. They decide when each step happens; lower packages implement the steps."""
