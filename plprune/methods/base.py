@@ -23,10 +23,10 @@ from plprune.pruning.repair import DAMPINGS, Damping, Repair, Repairer
 class PruningMethod(ABC):
     """A one-shot structured pruning method.
 
-    Subclasses are frozen dataclasses of the paper's settings, and implement `prune`. A method whose result must load
-    somewhere (`serve_on`, `tensor_parallel`) is given a :class:`Constraint` as a last argument of `prune`,
-    `predict_sizes` and `work`: one that can honour it takes that argument, and says in `conflicts` what it cannot do.
-    Without a constraint the argument is not given, so that other methods need not know of it.
+    Subclasses are frozen dataclasses whose fields are the paper's settings, and implement `prune`. If `serve_on` or
+    `tensor_parallel` is set, `prune`, `predict_sizes` and `work` get a :class:`Constraint` as an additional last
+    argument. A method that supports constraints takes this argument and overrides `conflicts`. Without a constraint the
+    argument is not passed, so other methods need not declare it.
 
     Args:
         sparsity: The fraction of the decoder blocks' parameters to remove, in [0, 1).
@@ -55,49 +55,49 @@ class PruningMethod(ABC):
         blocks_of(model)
 
     def conflicts(self, constraint: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
-        """Why the method, with its settings, cannot honour a constraint, each reason with what to change.
+        """The reasons why the method with its settings cannot meet a constraint; each says which setting to change.
 
         Args:
             constraint: The constraint.
-            blocks: The model's; if not given, those of a model without biases.
+            blocks: The model's blocks; if not given, a model without biases is assumed.
         """
         return [] if constraint == FREE else [f"{type(self).__name__} does not know how: leave out `serve_on`"]
 
     @property
     def biased(self) -> bool:
-        """Whether consumers that lose units are given a bias."""
+        """Whether pruning adds a bias to each consumer that loses units."""
         return False
 
     def predict_sizes(self, model: PreTrainedModel) -> list[dict[str, int]]:
-        """How many units each group would keep, by its name, without weights or text; a guess if not overridden.
+        """Predicts the number of units that each group keeps, without weights or text; a guess unless overridden.
 
-        Groups that are not named stay whole. There is one entry if the data do not matter to the sizes; else the first
-        is a typical case, and the others are the extremes between which the result will be.
+        Each entry maps group names to numbers of units; groups that it omits stay whole. If the sizes do not depend
+        on the data, there is one entry. Else the first is a typical case, and the others bound the result.
 
         Args:
             model: Its parameters may be on the meta device.
 
         Raises:
-            ValueError: What pruning itself would refuse.
+            ValueError: Pruning with these settings would fail.
         """
         groups = [group for block in blocks_of(model) for group in block.groups()]
         return [{group.name: max(1, round(len(group) * (1 - self.sparsity))) for group in groups}]
 
     def work(self, model: PreTrainedModel, count: int, length: int) -> Work:
-        """What calibration on `count` windows of `length` tokens takes beyond one pass through the blocks."""
+        """The cost of calibrating on `count` windows of `length` tokens, beyond one pass through the blocks."""
         return Work()
 
 
 @dataclasses.dataclass(frozen=True)
 class Repairing(PruningMethod):
-    """A method whose consumers can be repaired, in whichever way its paper does it.
+    """A method that supports the repair of consumers.
 
     Args:
-        repair: Repair of consumers that lose inputs. none; compensate: their bias takes up what the inputs contributed
-            on average; restore: least squares changes their kept weights to make up for the inputs.
-        damping: Regularisation of a restoration, relative to the mean diagonal of the inputs' second moments. auto: of
-            0.0001, 0.001 and so on to 1, what does best on every fourth calibration window, held out for that.
-        bias: Whether a repair may give consumers a bias. Without it, a restoration is of inputs that are not centred.
+        repair: Repair of consumers that lose inputs. none; compensate: adds the mean contribution of the removed inputs
+            to the bias; restore: adjusts the kept weights by least squares to replace the removed inputs.
+        damping: Regularisation of a restoration, relative to the mean diagonal of the inputs' second moments. auto:
+            chooses among 0.0001, 0.001, ..., 1 by the error on every fourth calibration window, which is held out.
+        bias: Whether a repair may add a bias to consumers. Without it, a restoration does not centre the inputs.
     """
 
     repair: Repair = dataclasses.field(default="none", kw_only=True)
@@ -121,12 +121,12 @@ class Repairing(PruningMethod):
         return []
 
     def repairer(self, calibration: Calibration) -> Repairer:
-        """The repair that the settings describe."""
+        """Repairs consumers as the settings say."""
         return Repairer(self.repair, self.damping, self.bias, calibration)
 
     def repair_work(self, model: PreTrainedModel, tokens: int, length: int, attention: AttentionUnit) -> Work:
-        """A walk that repairs: each block again for each of its groups, and once pruned; to restore, second moments of
-        the consumers' inputs (half a matrix) and their factors, one for each damping that is tried.
+        """The cost of the repair pass: each block runs once per group and once pruned. `restore` adds the second
+        moments of the consumers' inputs (half a matrix) and one factorisation per damping.
         """
         blocks, d = blocks_of(model), model.config.hidden_size
         widths = [[group.consumer.index.numel() for group in block.groups(attention)] for block in blocks]

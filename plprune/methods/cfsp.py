@@ -1,7 +1,7 @@
 r"""CFSP: coarse-to-fine structured pruning (Wang et al., COLING 2025, https://arxiv.org/abs/2409.13199).
 
-How far a block moves its hidden states sets the width of its FFN; within it, activations choose the channels. One
-forward pass is enough. The same importance sets the LoRA ranks of recovery (`plprune.recovery.lora`).
+The distance between a block's input and output sets its importance, which sets the width of its FFN. Activations choose
+the channels. One forward pass is enough. The same importance sets the LoRA ranks of recovery (`plprune.recovery.lora`).
 
 Symbols: :math:`S_l` the mean distance between input and output of block l, :math:`u_l` its importance, p the fraction
 of the FFN channels to remove, n FFN width, d model width, :math:`W^d, W^u, W^g` the weights of down, up and gate,
@@ -9,14 +9,14 @@ of the FFN channels to remove, n FFN width, d model width, :math:`W^d, W^u, W^g`
 
 Deviations from the authors' code:
 
-- The distance is averaged over tokens, so that the gain `a` does not depend on their number; the arc cosine is
-  clamped, without which it is NaN for blocks that hardly change their input.
-- Widths are rounded so that they sum to the budget exactly; theirs are rounded down, plus one.
-- Their normaliser runs over the axis over which the score is then averaged, so that every bracket is 1 and the
-  weights and `b` cancel: the official score is :math:`x_j^c` (`score="activation"`). The paper's equation normalises
-  across channels (`score="relative"`).
-- A family without a gate has no third term.
-- `repair` compensates or restores, in a second walk; the paper does neither.
+- The distance is averaged over tokens, so that the gain `a` does not depend on their number. The arc cosine is
+  clamped, as it would be NaN for blocks that hardly change their input.
+- Widths are rounded so that they sum to the budget exactly; the authors round down and add one.
+- The authors' code normalises over the axis that it then averages over: every term becomes 1, and the weights and `b`
+  cancel. Its score is thus :math:`x_j^c` (`score="activation"`). The paper's equation normalises over the channels
+  (`score="relative"`).
+- Families without a gate have no third term.
+- `repair` compensates or restores in a second pass; the paper does neither.
 """
 
 import dataclasses
@@ -55,15 +55,15 @@ class CFSP(Repairing):
 
     Args:
         sparsity: The fraction of parameters to remove, in [0, 1).
-        distance: How far a block moves its hidden states: angular, cosine, mse, mae, or uniform (all the same).
-        score: Score of a channel: its activation, as in the authors' code, or relative weights times activation, as
-            in the paper's equation.
+        distance: Distance between a block's input and output: angular, cosine, mse, mae, or uniform (all equal).
+        score: Score of a channel: its activation, as in the authors' code, or its relative weights times its
+            activation, as in the paper's equation.
         a: Gain of the sigmoid that turns distances into importance.
         b: Exponent of the activation within the down projection's term; `relative` only.
-        c: Exponent of the activation outside.
-        multiple_of: Widths are rounded to multiples of this; 128 is the authors' `cuda_friendly`.
-        sparsity_of: What `sparsity` is a fraction of: the decoder blocks' parameters, or the FFN's width, as the
-            paper counts.
+        c: Exponent of the activation that multiplies the whole score.
+        multiple_of: Widths are rounded to multiples of this number; 128 is the authors' `cuda_friendly`.
+        sparsity_of: Whether `sparsity` is a fraction of the decoder blocks' parameters, or of the FFN's width as in the
+            paper.
     """
 
     sparsity: float = 0.2
@@ -104,7 +104,7 @@ class CFSP(Repairing):
         p = self._fraction(blocks)
         budget = self._budget(blocks, p, constraint)
         alike = torch.ones(len(blocks), dtype=torch.float64)
-        steep = alike * (torch.arange(len(blocks)) >= len(blocks) // 2)  # half of the blocks matter, or all but one
+        steep = alike * (torch.arange(len(blocks)) >= len(blocks) // 2)  # half of the blocks important, or all but one
         lonely = alike * (torch.arange(len(blocks)) > 0)
         importances = [alike] if self.distance == "uniform" or len(blocks) == 1 else [steep, alike, lonely]
         cases = [self._widths(budget, u, p) for u in importances]
@@ -113,15 +113,15 @@ class CFSP(Repairing):
         return unique_cases(budget.rows, cases)
 
     def work(self, model: PreTrainedModel, count: int, length: int, constraint: Constraint = FREE) -> Work:
-        """The walk that repairs."""
+        """The cost of the repair pass."""
         return self.repair_work(model, count * length, length, "none")
 
     def _rounded(self, budget: Budget) -> list[list[int]]:
-        """The most and the least that rounding each width to a multiple could leave."""
+        """The largest and the smallest widths that rounding to a multiple can produce."""
         m, sizes, costs = self.multiple_of, budget.sizes, budget.costs
         allowed = [[*range(min(m, size), size, m), size] for size in sizes]
         target = budget.keep * budget.whole
-        slack = m * sum(costs)  # a width that is rounded up to the least multiple gains all of it
+        slack = m * sum(costs)  # rounding a width up to the first multiple adds at most m
         limits = target + slack, target - slack / 2 - m * max(costs)
         return [extreme_sizes(budget.rows, allowed, [range(len(sizes))], limit, even=False) for limit in limits]
 
@@ -166,7 +166,7 @@ def relative_score(
     b: float = 1.0,
     c: float = 1.0,
 ) -> Tensor:  # [n]
-    r"""The paper's fine-grained score: each weight relative to its row's sum over all channels.
+    r"""The paper's fine-grained score: each weight relative to the sum over all channels.
 
     .. math:: \frac1d \sum_i \Bigl[ \frac{|W^d_{ij}| x_j^b}{\sum_k |W^d_{ik}| x_k^b} +
               \frac{|W^u_{ji}|}{\sum_k |W^u_{ki}|} + \frac{|W^g_{ji}|}{\sum_k |W^g_{ki}|} \Bigr] x_j^c
@@ -176,7 +176,7 @@ def relative_score(
         tensor([1., 3.])
     """
     weighted = down.abs() * norm**b
-    least = torch.finfo(weighted.dtype).tiny  # of a row of zeros every share is zero
+    least = torch.finfo(weighted.dtype).tiny  # the shares of a row of zeros are zero
     terms = weighted / weighted.sum(1, keepdim=True).clamp(min=least)
     for weight in producers:
         terms = terms + (weight.abs() / weight.abs().sum(0).clamp(min=least)).T

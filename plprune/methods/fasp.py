@@ -1,19 +1,19 @@
 r"""FASP: fast and accurate structured pruning (Hu et al., 2025, https://arxiv.org/abs/2501.09412).
 
-A column of a consumer and the rows of its producers leave together; columns are ranked by a Wanda-like score, and the
-columns that stay are changed, in closed form, to do the work of those that left. Blocks are walked in depth order, on
-the inputs that the already pruned prefix produces.
+FASP removes columns of a consumer together with the matching rows of its producers. It ranks columns by a Wanda-like
+score, and adjusts the kept columns in closed form to replace the removed ones. It prunes the blocks in depth order; the
+inputs of a block come from the already pruned blocks.
 
 Symbols: W the consumer's weight, X its inputs, M the kept columns, :math:`\mu` the mean of X, s the fraction to remove.
 
-There is no public code. Choices where the paper is silent, and deviations:
+There is no public code. Additions to the paper and deviations from it:
 
-- The fraction of what can be pruned is scaled up so that `sparsity` holds for the whole block, as Q and K stay.
-- Under grouped-query attention a value channel is shared by the query heads of its kv head: its score is their sum.
-- Inputs are centred and the bias takes up the difference of means; with `bias: false` it is the paper's form.
-- The damping shrinks toward the kept weights, not toward zero; its size is ours, or `damping: auto` chooses it.
-- `repair` compensates only, or does nothing; the paper restores.
-- `attention="kv_heads"` removes whole kv heads instead of value channels, and leaves plain, uniform shapes.
+- Q and K stay, so the fraction of the other parameters to remove is raised: `sparsity` holds for the whole block.
+- Under grouped-query attention, the score of a value channel is the sum over the query heads that share it.
+- Inputs are centred, and the bias corrects the mean of the output; `bias: false` is the paper's form.
+- The damping shrinks toward the kept weights, not toward zero; the paper does not state its size.
+- `repair` may also compensate only, or do nothing; the paper restores.
+- `attention="kv_heads"` removes whole kv heads instead of value channels, which keeps shapes uniform.
 """
 
 import dataclasses
@@ -39,12 +39,12 @@ from plprune.pruning.surgery import Surgery
 
 @dataclasses.dataclass(frozen=True)
 class FASP(Repairing):
-    """Coupled columns and rows, a column score, least-squares restoration.
+    """Removes coupled columns and rows by a column score, and restores outputs by least squares.
 
     Args:
         sparsity: The fraction of the decoder blocks' parameters to remove, in [0, 1).
-        attention: Units of attention: single value channels (the paper's; only plprune can load the result), whole kv
-            heads, or none.
+        attention: Units of attention to remove: single value channels (as in the paper; only plprune can load the
+            result), whole kv heads, or none.
     """
 
     sparsity: float = 0.2
@@ -86,7 +86,7 @@ class FASP(Repairing):
         return [{group.name: count for (_, group), count in zip(budget.rows, counts, strict=True)}]
 
     def work(self, model: PreTrainedModel, count: int, length: int, constraint: Constraint = FREE) -> Work:
-        """A second pass, and what restoration takes beside it."""
+        """The cost of a second pass and of the restoration."""
         again = count * length * sum(block_flops(block, length) for block in blocks_of(model))
         return dataclasses.replace(self.repair_work(model, count * length, length, self.attention), flops=again)
 
@@ -95,7 +95,7 @@ def column_score(
     weight: Tensor,  # [d_out, units, columns per unit]
     norm: Tensor,  # [units, columns per unit]
 ) -> Tensor:  # [units]
-    r"""Wanda's score, summed over a column and over the columns of a unit (FASP, section 3.2).
+    r"""Wanda's score, summed over the rows and over the columns of a unit (FASP, section 3.2).
 
     .. math:: S_u = \sum_{j \in u} \lVert W_{:,j} \rVert_1 \lVert X_{:,j} \rVert_2
 
@@ -108,7 +108,7 @@ def column_score(
 
 
 def kept_counts(block: Block, groups: list[UnitGroup], fraction: float) -> list[int]:
-    """Units to keep in each of a block's groups: the last group, the FFN, makes up for the rounding of the others.
+    """The number of units to keep in each group of a block; the last, the FFN, offsets the rounding of the others.
 
     Raises:
         ValueError: A group would lose its last unit.

@@ -1,7 +1,7 @@
 r"""FLAP: fluctuation-based adaptive structured pruning (An et al., AAAI 2024, https://arxiv.org/abs/2312.11983).
 
-Inputs that hardly fluctuate can be replaced by their mean: heads and FFN channels are ranked by how much their
-removal would make the consumer's output fluctuate, and what they contributed on average goes into its bias.
+Inputs that hardly fluctuate can be replaced by their mean. FLAP ranks heads and FFN channels by how much they make the
+consumer's output fluctuate, and adds the mean contribution of the removed ones to the consumer's bias.
 
 Symbols: X the consumer's inputs with mean and variance per channel j, W its weight [d_out, d_in], p the fraction of
 the linear layers' parameters to remove, c the cost of a kv head in channels.
@@ -9,13 +9,13 @@ the linear layers' parameters to remove, c the cost of a kv head in channels.
 Deviations from the authors' code:
 
 - Under grouped-query attention the unit is a kv head with all its query heads.
-- `variance="running"` is the authors' estimate, which leaves out the first sample and weighs the early ones less;
-  `"unbiased"` is the paper's equation. At 16 windows the two keep 97.8% the same channels, and neither is better.
-- The cost of a head is what it is, not 512/3; the mean is not halved at batch size 2.
-- A block never loses its last head or channel; theirs can.
-- `AL-AM` keeps the number of units whose cost is nearest to the target; theirs keeps one fewer.
-- `repair: restore` changes the kept weights too, in a second walk; the paper only compensates, by dense means.
-- Attention scores are squared before anything else, as in the code and not in the paper: `square_attention`.
+- `variance="running"` is the authors' estimate, which omits the first sample and gives the early ones less weight;
+  `"unbiased"` is the paper's equation. At 16 windows both keep 97.8% the same channels, and neither is better.
+- A head costs its true number of parameters, not 512/3 channels. The mean is not halved at batch size 2.
+- A block never loses its last head or channel; in the authors' code it can.
+- `AL-AM` keeps the number of units whose cost is nearest to the target; the authors' code keeps one fewer.
+- `repair: restore` also changes the kept weights, in a second pass. The paper only compensates, by dense means.
+- Attention scores are squared before they are standardised, as in the code but not the paper: `square_attention`.
 """
 
 import dataclasses
@@ -51,20 +51,20 @@ Metric = Literal["WIFV", "IFV", "WIFN"]
 
 @dataclasses.dataclass(frozen=True)
 class FLAP(Repairing):
-    """Fluctuation of inputs, one standardised ranking of everything, bias compensation.
+    """Ranks heads and channels by the fluctuation of their values, and compensates removed ones by a bias.
 
     Args:
         sparsity: The fraction of parameters to remove, in [0, 1).
         metric: Score of a channel: weighted input variance (WIFV), input variance (IFV), weighted input norm (WIFN).
         variance: Estimate of the variance: the authors' running one, or the unbiased one of the paper's equation.
-        structure: Who competes with whom. AL-AM: all heads and channels of all blocks. AL-MM: all heads among
-            themselves, all channels among themselves. UL-MM: within each block, with a given number of heads.
-            UL-UM: within each block, the same fraction of heads and of channels, rounded down.
-        remove_heads: kv heads to remove in all blocks together, for AL-MM and UL-MM only: the channels give the rest.
-            UL-MM removes the same number in each block, rounded down.
+        structure: Which units one ranking covers. AL-AM: all heads and channels of all blocks. AL-MM: all heads; all
+            channels. UL-MM: the heads of a block; its channels. UL-UM: as UL-MM, and each block loses the same fraction
+            of heads and of channels, rounded down.
+        remove_heads: kv heads to remove in all blocks together, for AL-MM and UL-MM only; channels cover the rest of
+            the sparsity. UL-MM removes the same number in each block, rounded down.
         square_attention: Whether the scores of attention channels are squared first, as in the authors' code.
-        sparsity_of: What `sparsity` is a fraction of: the decoder blocks' parameters, or their linear layers' only,
-            as the paper counts.
+        sparsity_of: Whether `sparsity` is a fraction of all parameters of the decoder blocks, or of their linear layers
+            only, as in the paper.
     """
 
     sparsity: float = 0.2
@@ -91,7 +91,7 @@ class FLAP(Repairing):
                 scores.append((block, group, self._score(block, group, moments)))
             distances.append(inputs.influence.distance("angular"))
         surgery, chosen = Surgery(model), self._competition.choose(scores, p)
-        if constraint != FREE:  # the best units of each group, as many as it allows: near the number that was chosen
+        if constraint != FREE:  # the best units of each group, in the allowed number nearest to the chosen one
             counts = self._competition.counts(budget, [len(keep) for keep in chosen])
             chosen = [top_k(score.sum(1), count) for (*_, score), count in zip(scores, counts, strict=True)]
         decided = [(block, group, keep) for (block, group, _), keep in zip(scores, chosen, strict=True)]
@@ -116,7 +116,7 @@ class FLAP(Repairing):
         return self._competition.predict(budget, attention_by_span(model, budget.rows), p, self.biased)
 
     def work(self, model: PreTrainedModel, count: int, length: int, constraint: Constraint = FREE) -> Work:
-        """The second pass, which restores; compensation needs none."""
+        """The cost of the second pass, which only restoration needs."""
         if self.repair != "restore":
             return Work()
         return self.repair_work(model, count * length, length, unit(constraint))
@@ -126,7 +126,7 @@ class FLAP(Repairing):
         return Competition(self.structure, self.remove_heads)
 
     def _whole(self, blocks: list[Block]) -> int:
-        """The parameters of which `sparsity` is a fraction."""
+        """The number of parameters that `sparsity` refers to."""
         if self.sparsity_of == "linears":
             return sum(len(group) * block.cost(group) for block in blocks for group in block.groups())
         return sum(block.parameters() for block in blocks)
@@ -158,7 +158,7 @@ class FLAP(Repairing):
 
 
 def unit(asked: Constraint) -> Literal["kv_heads", "none"]:
-    """The unit of attention that can leave."""
+    """The attention units that may be removed."""
     return "none" if asked.dense_heads else "kv_heads"
 
 
@@ -200,7 +200,7 @@ def weighted_norm(
 
 
 def _compensate(surgery: Surgery, decided: list[tuple[Block, UnitGroup, Tensor]], means: dict[str, Tensor]) -> None:
-    """Prunes, and adds what the removed inputs contributed on average in the dense model to the biases."""
+    """Prunes, and adds the mean contribution of the removed inputs in the dense model to the biases."""
     for block, rows in itertools.groupby(decided, lambda row: row[0]):
         with block.present():
             for _, group, keep in rows:

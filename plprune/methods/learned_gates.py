@@ -1,32 +1,32 @@
-r"""Learned gates: training decides which FFN channels stay, for all blocks at once, by the dense model's outputs.
+r"""Learned gates: trains a gate for every FFN channel to match the dense model's outputs, and keeps the best channels.
 
-Every channel gets a gate between 0 and 1. The gates of the whole model are trained under one budget, while a falling
-temperature opens or closes them (`plprune.pruning.gate_training`). The scores thus measure what channels do together,
-and no measure of a block's importance is needed. This is plprune's own method. It needs gradients, hence the whole
-model in memory, and for each calibration window about six times the work of a forward pass.
+Gates lie between 0 and 1. The gates of all blocks are trained together under one budget, while a falling temperature
+opens or closes them (`plprune.pruning.gate_training`). The scores thus account for interactions between channels, and
+need no separate measure of a block's importance. No paper describes this method. It needs gradients, hence the whole
+model in memory, and about six times the work of a forward pass per calibration window.
 
-The loss is the divergence from the dense model's distributions of each next token, as in
-`plprune.recovery.distillation`. Gates that are trained on the next tokens of the text overfit to it.
+The loss is the divergence from the dense model's next-token distributions, as in `plprune.recovery.distillation`. Gates
+trained on the text's next tokens overfit.
 
-Two repairs follow. First least squares, toward the outputs of the dense FFNs (`plprune.pruning.repair`). Then every
-input of every projection in the blocks gets a gain. Gains start at 1, are trained by that divergence and the loss on
-next tokens in equal parts, and end in the columns of the weights. They are a thousandth of all parameters, few enough
-to be learned from few tokens. The order matters: least squares would undo trained gains.
+Two repairs follow. The first is least squares, toward the outputs of the dense FFNs (`plprune.pruning.repair`). The
+second trains a gain for every input of every projection in the blocks. Gains start at 1. Their loss is half that
+divergence and half the loss on next tokens; they are then multiplied into the weights. Gains are a thousandth of all
+parameters, few enough to learn from few tokens. They come second because least squares would undo them.
 
-Symbols: :math:`\theta_j` the score of channel j, :math:`z_j` its gate, T the temperature, :math:`c_j` the parameters of
-the channel, K those that may stay, :math:`g_j` the gradient of the loss with respect to the gate.
+Symbols: :math:`\theta_j` the score of channel j, :math:`z_j` its gate, T the temperature, :math:`c_j` the number of
+parameters of the channel, K the number to keep, :math:`g_j` the gradient of the loss with respect to the gate.
 
 .. math:: z_j = \sigma\bigl((\theta_j - \tau) / T\bigr), \quad \tau \text{ such that } \sum_j c_j z_j = K
 
-As :math:`\tau` follows the scores, the gradient of a score is that of its gate less the price of its parameters,
+As :math:`\tau` depends on the scores, the gradient of a score contains the price :math:`\pi` of a parameter:
 
 .. math:: \frac{\partial L}{\partial \theta_j} \propto z_j (1 - z_j) (g_j - \pi c_j), \quad
           \pi = \frac{\sum_i z_i (1 - z_i) g_i}{\sum_i z_i (1 - z_i) c_i}
 
-The scores start as in CFSP: widths by block importance, channels by activation norm. L0 regularisation
+The initial scores are as in CFSP: widths by block importance, channels by activation norm. L0 regularisation
 (https://arxiv.org/abs/1712.01312) and Sheared LLaMA (https://arxiv.org/abs/2310.06694) train gates under a budget
-together with the weights; here they are annealed alone, in one short pass. IA3 (https://arxiv.org/abs/2205.05638)
-trains nothing but gains.
+together with the weights; plprune trains gates alone, in one short pass. IA3 (https://arxiv.org/abs/2205.05638)
+trains only gains.
 """
 
 import dataclasses
@@ -73,22 +73,22 @@ from plprune.pruning.statistics import Norms
 from plprune.pruning.stream import observe, stream
 from plprune.pruning.surgery import Surgery
 
-SPREAD = 6.0  # of the scores of a block, from its best channel to its worst, at the start
+SPREAD = 6.0  # initial difference between the best and the worst score of a block
 
 
 @dataclasses.dataclass(frozen=True)
 class LearnedGates(Repairing):
-    """FFN channels by gates that are trained under one budget for all blocks; least squares and trained gains repair.
+    """Trains gates to choose FFN channels under one budget for all blocks; repairs by least squares and trained gains.
 
     Args:
         sparsity: The fraction of the decoder blocks' parameters to remove, in [0, 1).
-        passes: How often the calibration windows are gone through, for gates and again for gains; each is a step. Gates
-            that see a text often learn it by heart: more windows do better than more passes.
-        learning_rate: Of the scores, whose best and worst are 6 apart in every block at first.
-        gain_rate: Learning rate of the gains, one for each input of each projection, which are 1 at first; at 0 they
-            are left out.
-        repair: What is done for consumers that lose inputs, before the gains. none; compensate: their bias takes up
-            what those gave on average; restore: what they keep does the work of those too, by least squares.
+        passes: Number of passes over the calibration windows, for gates and again for gains; each window is a step.
+            Gates overfit in many passes: prefer more windows.
+        learning_rate: Learning rate of the scores; the best and the worst of a block initially differ by 6.
+        gain_rate: Learning rate of the gains, which multiply the inputs of all projections and start at 1; 0 trains no
+            gains.
+        repair: Repair of consumers that lose inputs, before the gains. none; compensate: adds the mean contribution of
+            the removed inputs to the bias; restore: adjusts the kept weights by least squares to replace them.
     """
 
     sparsity: float = 0.25
@@ -159,8 +159,8 @@ class LearnedGates(Repairing):
         return unique_cases(budget.rows, [alike, *cases])
 
     def work(self, model: PreTrainedModel, count: int, length: int, constraint: Constraint = FREE) -> Work:
-        """A forward pass that asks the dense model; for every step of gates and of gains one and a backward pass, which
-        keeps what it reads; and the walk that repairs.
+        """The cost of the dense model's forward pass, of a forward and a backward pass for each step of gates and of
+        gains, with the activations kept for it, and of the repair pass.
         """
         blocks, size = blocks_of(model), next(model.parameters()).element_size()
         once = count * length * sum(block_flops(block, length) for block in blocks)
@@ -180,7 +180,7 @@ class LearnedGates(Repairing):
         return budget
 
     def _teacher_samples(self, model: PreTrainedModel, calibration: Calibration) -> list[TeacherSample]:
-        """The lesson of each step, by the model before it is pruned."""
+        """The dense model's distributions for each step."""
         device = calibration.device or model.device
         windows, samples = calibration.windows(sum(len(ids) for ids in calibration)), []
         with (
@@ -202,7 +202,7 @@ class LearnedGates(Repairing):
         samples: Sequence[TeacherSample],
         calibration: Calibration,
     ) -> list[Tensor]:  # [units] each
-        """Scores after training; all processes take the first one's."""
+        """Trains the scores; all processes get those of the first process."""
         costs = [block.cost(group) for block, group in rows]
         cost = torch.cat([torch.full((len(s),), c / min(costs)) for s, c in zip(scores, costs, strict=True)])
         device = samples[0].ids.device
@@ -212,7 +212,7 @@ class LearnedGates(Repairing):
         return list(distributed.broadcast(theta, 0, calibration.group).cpu().split([len(s) for s in scores]))
 
     def _learn_gains(self, surgery: Surgery, samples: Sequence[TeacherSample]) -> None:
-        """Gains of what stays, in the weights."""
+        """Trains gains of the pruned model, and multiplies them into the weights."""
         places = [(block, path) for block in surgery.blocks for path in block.projections]
         device = samples[0].ids.device
         with trainable(surgery.model, device):
@@ -230,7 +230,7 @@ class LearnedGates(Repairing):
 
 
 def initial_scores(norm: Tensor, fraction: float) -> Tensor:  # [n] -> [n]
-    """Scores in the order of the norms, above 0 for the given fraction of them.
+    """Scores in the order of the norms; those of the given fraction of channels are above 0.
 
     Example:
         >>> initial_scores(torch.tensor([1.0, 9.0, 4.0]), 0.5).round().tolist()

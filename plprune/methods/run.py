@@ -1,4 +1,4 @@
-"""Runs any method for a target and a runtime, and completes its plan with the origin of the model and the text."""
+"""Prunes by any method for a target size and a runtime, and records the origin of the model and text in the plan."""
 
 import dataclasses
 import functools
@@ -31,19 +31,19 @@ from plprune.pruning.plan import PruningPlan, fingerprint
 from plprune.pruning.surgery import plan_of, set_plan
 
 log = logging.getLogger(__name__)
-version = functools.cache(metadata.version)  # which reads and parses a file
+version = functools.cache(metadata.version)  # cached, as each call parses a file
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked of a pruning: a method, and what its result must be like.
+    """A pruning method with the requirements on its result.
 
     Args:
-        method: How to prune.
-        target: What the result may be at most.
-        serve_on: Where it must load: llama.cpp, vllm, transformers. Its sizes are then such as can be served there,
-            and its sparsity as near to the one asked for as that allows; what cannot be is refused.
-        tensor_parallel: Devices that will share it: widths and heads are divisible by their number.
+        method: The pruning method.
+        target: The maximum size of the result.
+        serve_on: Programs that must load the result: llama.cpp, vllm, transformers. Only sizes that these programs
+            support are chosen, with the sparsity nearest to the requested one. Impossible requests raise ValueError.
+        tensor_parallel: Number of devices that will share the result; it divides widths and numbers of heads.
     """
 
     method: PruningMethod
@@ -57,16 +57,16 @@ class Request:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All of it in the form in which plans keep it, and in which a finished pruning is recognised."""
+        """The request as a dictionary for the plan; a finished pruning is recognised by it."""
         target = {f"target_{name}": value for name, value in dataclasses.asdict(self.target).items()}
         place = {"serve_on": list(self.serve_on), "tensor_parallel": self.tensor_parallel}
         return dataclasses.asdict(self.method) | target | place
 
     def constraint(self, model: PreTrainedModel) -> Constraint:
-        """What the pruned model must be like.
+        """The constraint on the sizes of the pruned model.
 
         Raises:
-            ValueError: The model cannot be served where it must be, or not after a pruning by the method.
+            ValueError: A requested program cannot load the model, or cannot load it after pruning by the method.
         """
         blocks = blocks_of(model)
         conflicts = functools.partial(self.method.conflicts, blocks=blocks)
@@ -75,27 +75,27 @@ class Request:
         return found
 
     def predict_sizes(self, model: PreTrainedModel) -> list[dict[str, int]]:
-        """How many units each group would keep, as by :meth:`PruningMethod.predict_sizes`; the target does not count.
+        """Predicts sizes as :meth:`PruningMethod.predict_sizes` does; ignores the target.
 
         Raises:
-            ValueError: What pruning itself would refuse.
+            ValueError: Pruning by this request would fail.
         """
         return self.method.predict_sizes(model, *_given(self.constraint(model)))
 
     def work(self, model: PreTrainedModel, count: int, length: int) -> Work:
-        """What calibration takes beyond one pass through the blocks, as by :meth:`PruningMethod.work`."""
+        """The cost of calibration beyond one pass through the blocks, as :meth:`PruningMethod.work` gives it."""
         return self.method.work(model, count, length, *_given(self.constraint(model)))
 
     def resolve_target(self, model: PreTrainedModel) -> "Request":
-        """The request with the sparsity that its target comes to on a model, and without the target.
+        """Replaces the target by the lowest sparsity that meets it on a model.
 
-        The worst of the predicted cases decides, so that the result does fit.
+        The largest of the predicted cases decides, so that the result fits in any case.
 
         Args:
             model: Its parameters may be on the meta device.
 
         Raises:
-            ValueError: The target is out of reach; the message names the nearest that is not.
+            ValueError: The target is out of reach; the message names the smallest size that is possible.
         """
         limits = self.target.limits
         if not limits:
@@ -115,7 +115,7 @@ class Request:
         try:
             sparsity, share = least_sparsity(excess)
         except ValueError:
-            self.predict_sizes(model)  # says why
+            self.predict_sizes(model)  # raises an error that says why
             raise
         if share > 1:
             raise ValueError(self._out_of_reach(sparsity, sizes(sparsity)))
@@ -124,7 +124,7 @@ class Request:
     def prune(
         self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor], seed: int | None = None
     ) -> PruningPlan:
-        """Prunes a model in place, as by :func:`prune`."""
+        """Prunes a model in place, as :func:`prune` does."""
         if isinstance(model.config, PrunedConfigMixin) and plan_of(model) is None:
             raise ValueError("the pruned model lacks its plan: load it by plprune.load_pruned from its folder")
         calibration = Calibration.of(batches)
@@ -141,7 +141,7 @@ class Request:
         return plan
 
     def reached(self, model: PreTrainedModel) -> dict[str, Any]:
-        """What a pruned model came to in terms of the target, for the record; empty if there is none."""
+        """The requested and the reached sizes of a pruned model, for the plan; empty without a target."""
         limits = self.target.limits
         if not limits:
             return {}
@@ -175,33 +175,33 @@ def prune(
     serve_on: Sequence[Runtime] = (),
     tensor_parallel: int = 1,
 ) -> PruningPlan:
-    """Prunes a model in place by any method, and completes the plan with where it came from.
+    """Prunes a model in place by any method, and records the origin of the model and the text in the plan.
 
     Args:
-        model: A causal language model. Of several processes (`Calibration.group`) one needs to have its weights, and
-            the others a model of the same structure, with parameters on meta; all end with the pruned model.
-        method: How to prune.
+        model: A causal language model. With several processes (`Calibration.group`), one needs the weights; the others
+            need the same structure, with parameters on the meta device. All end with the pruned model.
+        method: The pruning method.
         batches: Calibration token ids, [b, s] each, without padding.
-        seed: The seed that chose the calibration text, for the record.
-        target: What the result may be at most; the method's sparsity is then found by it.
-        serve_on: Where the result must load, as for :class:`Request`.
-        tensor_parallel: Devices that will share the result.
+        seed: The seed that chose the calibration text; only recorded in the plan.
+        target: The maximum size of the result; it then determines the sparsity.
+        serve_on: Programs that must load the result, as for :class:`Request`.
+        tensor_parallel: Number of devices that will share the result.
 
     Raises:
-        ValueError: The method cannot do it, or the processes came to different plans.
+        ValueError: The method cannot meet the request, or the processes computed different plans.
     """
     return Request(method, target, serve_on, tensor_parallel).prune(model, batches, seed)
 
 
 def preflight(request: Request, load: Callable[[], PreTrainedModel]) -> None:
-    """Refuses, before any weight is loaded, a pruning that would not be served, or would not meet its target.
+    """Checks, before any weight is loaded, that a request can be met.
 
     Args:
-        request: What is asked for.
-        load: Gives the model, without its weights.
+        request: The request.
+        load: Returns the model without its weights.
 
     Raises:
-        ValueError: The method cannot do it.
+        ValueError: The method cannot meet the target or the constraint.
     """
     if request.serve_on or request.tensor_parallel > 1 or request.target.limits:
         model = load()
@@ -209,9 +209,9 @@ def preflight(request: Request, load: Callable[[], PreTrainedModel]) -> None:
 
 
 def equalise(model: PreTrainedModel, plan: PruningPlan, group: distributed.ProcessGroup) -> None:
-    """Makes sure that all processes have one plan, and gives them the first one's repaired values.
+    """Checks that all processes have the same plan, and copies the repaired values of the first one to the others.
 
-    Those are computed by each of them, and may differ in the last bit where the processors do.
+    Each process computes these values; different processors may give different last bits.
     """
     distributed.check_agreement(plan.digest, "the plan", group)
     if group is not None:
@@ -221,13 +221,13 @@ def equalise(model: PreTrainedModel, plan: PruningPlan, group: distributed.Proce
 
 
 def source_of(method: PruningMethod) -> str:
-    """A hash of the source that a method's decisions depend on: its own, and that of all below it."""
+    """A hash of the source code of a method and of the modules that it imports."""
     own = {each.__module__ for each in type(method).__mro__ if issubclass(each, PruningMethod)}
     return source_digest(*sorted({__name__, *own}))
 
 
 def origin(model: PreTrainedModel, calibration: Calibration, seed: int | None = None) -> dict[str, Any]:
-    """What a plan is made from, for the record."""
+    """Records the model, the text and the versions that a plan results from."""
     return {
         "model": model.config.name_or_path,
         "weights": model_state(model).fingerprint or fingerprint(model.named_parameters()),
@@ -240,7 +240,7 @@ def origin(model: PreTrainedModel, calibration: Calibration, seed: int | None = 
 
 
 def _given(constraint: Constraint) -> tuple[Any, ...]:
-    """What a method is given of a constraint: without one, nothing, as it may not know of any."""
+    """The additional arguments of a method: none without a constraint, as it may not support constraints."""
     return () if constraint == FREE else (constraint,)
 
 

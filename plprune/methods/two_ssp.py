@@ -1,18 +1,18 @@
 r"""2SSP: two-stage structured pruning (Sandri, Cunegatti, Iacca, TMLR 2025, https://arxiv.org/abs/2501.17771).
 
-First the weakest FFN channels of every block go, the same number in each; then whole attention sub-blocks, one at a
-time, those whose absence the perplexity of a calibration window minds least. A formula balances the two.
+The first stage removes the FFN channels with the lowest scores, the same number in every block. The second drops whole
+attention sub-blocks one at a time, each time the one whose absence raises perplexity least. A formula balances the two.
 
 Symbols: s sparsity, B blocks, P their parameters, :math:`P_a` and :math:`P_f` those of one attention and one FFN,
 N attentions to drop, K channels to keep, h the FFN's inner activations.
 
 Deviations from the authors' code:
 
-- Losses are accumulated in float64, where theirs stay in the model's dtype and tie.
-- Every sequence of a batch counts, not only the first; `stage2_samples` windows judge, where theirs is one.
-- The second stage starts at the first changed block, on the kept inputs of that block: the same numbers for about
+- Losses are summed in float64; in the authors' code they stay in the model's dtype, which produces ties.
+- Every sequence of a batch counts, not only the first. `stage2_samples` windows judge; the authors use one.
+- Each trial of the second stage starts at the first changed block, from stored hidden states: the same losses for about
   half the work.
-- `repair` compensates or restores the FFNs in a walk between the stages; the paper does neither.
+- `repair` compensates or restores the FFNs in a pass between the stages; the paper does neither.
 """
 
 import dataclasses
@@ -41,13 +41,13 @@ from plprune.pruning.surgery import Surgery
 
 @dataclasses.dataclass(frozen=True)
 class TwoSSP(Repairing):
-    """FFN channels by activation norm, then whole attention sub-blocks by perplexity.
+    """Removes FFN channels by activation norm, then whole attention sub-blocks by perplexity.
 
     Args:
         sparsity: The fraction of the decoder blocks' parameters to remove, in [0, 1).
-        alpha: Exponent of the balance between the stages: the larger, the more attention is dropped.
-        drop_attentions: Attention sub-blocks that the second stage drops; if not given, the paper's balance decides;
-            0 leaves the second stage out.
+        alpha: Balance between the stages: a larger value drops more attention sub-blocks.
+        drop_attentions: Number of attention sub-blocks that the second stage drops; by default the paper's formula
+            decides; 0 skips the second stage.
         stage2_samples: Calibration windows that judge each candidate of the second stage.
     """
 
@@ -98,7 +98,7 @@ class TwoSSP(Repairing):
         return [case for i, case in enumerate(cases) if case not in cases[:i]]
 
     def work(self, model: PreTrainedModel, count: int, length: int, constraint: Constraint = FREE) -> Work:
-        """The walk that repairs; the second stage: every candidate from its block on to the head, for each to drop."""
+        """The cost of the repair pass and of stage 2, whose trials run from the candidate's block to the head."""
         blocks = blocks_of(model)
         drop, _ = self._shares(blocks)
         each = sum(block_flops(block, length) for block in blocks) / 2
@@ -110,7 +110,7 @@ class TwoSSP(Repairing):
         return dataclasses.replace(repairs, flops=repairs.flops + judging)
 
     def _sizes(self, blocks: list[Block], constraint: Constraint) -> tuple[int, dict[str, int]]:
-        """Attentions to drop, and FFN channels that each block keeps."""
+        """The number of attentions to drop, and of FFN channels that each block keeps."""
         drop, fraction = self._shares(blocks, spared=constraint.first_attention)
         budget = Budget(blocks, fraction, constraint, each_block=True)
         budget.check(self.sparsity)
@@ -118,12 +118,12 @@ class TwoSSP(Repairing):
         return drop, {group.name: n for (_, group), n in zip(budget.rows, widths, strict=True)}
 
     def _shares(self, blocks: list[Block], spared: bool = False) -> tuple[int, float]:
-        """Attentions to drop, of all but the first block's if that is spared, and the fraction of channels to keep."""
+        """The number of attentions to drop (`spared` keeps the first), and the fraction of channels to keep."""
         check_sparsity(self.sparsity)
         with_attention = [b for b in blocks if b.has_attention]
         attention = sum(b.parameters(b.family.attention) for b in with_attention) / max(1, len(with_attention))
         groups = [(b, b.groups("none")[0]) for b in blocks]
-        ffn = sum(len(g) * b.cost(g) for b, g in groups) / len(blocks)  # a bias of the consumer stays whole
+        ffn = sum(len(g) * b.cost(g) for b, g in groups) / len(blocks)  # without the consumer's bias, which stays
         width = sum(len(g) for _, g in groups) / len(blocks)
         drop = self.drop_attentions
         if drop is None:
@@ -138,7 +138,7 @@ class TwoSSP(Repairing):
 
 
 def attentions_to_drop(sparsity: float, blocks: int, attention: float, ffn: float, alpha: float = 1.5) -> int:
-    r"""How many attention sub-blocks the second stage drops (2SSP, the balance of the stages).
+    r"""The number of attention sub-blocks that the second stage drops (2SSP, balance of the stages).
 
     .. math:: N = \mathrm{round}\bigl(B \, s^{(P_f / P_a) / \alpha}\bigr)
 
@@ -147,7 +147,7 @@ def attentions_to_drop(sparsity: float, blocks: int, attention: float, ffn: floa
         blocks: B.
         attention: Parameters of one attention sub-block.
         ffn: Parameters of one FFN.
-        alpha: The exponent's divisor.
+        alpha: The divisor of the exponent.
 
     Example:
         >>> attentions_to_drop(0.25, 32, 4 * 4096**2, 3 * 4096 * 11008)  # Llama-2-7B
@@ -159,7 +159,7 @@ def attentions_to_drop(sparsity: float, blocks: int, attention: float, ffn: floa
 def channels_to_keep(
     sparsity: float, blocks: int, total: int, attention: float, ffn: float, width: float, drop: int, added: int = 0
 ) -> int:
-    r"""How many FFN channels each block keeps, so that both stages together remove `sparsity`.
+    r"""The number of FFN channels that each block keeps, so that both stages together remove `sparsity`.
 
     .. math:: K = \mathrm{round}\Bigl(n \bigl(1 - \mathrm{round}\bigl((\mathrm{round}(s P) + P_+ - N P_a) / B\bigr)
               / P_f\bigr)\Bigr)
@@ -175,7 +175,7 @@ def channels_to_keep(
         added: Parameters that a repair will add (:math:`P_+`).
 
     Raises:
-        ValueError: The dropped attentions alone remove more than `sparsity`, or all FFNs together are not enough.
+        ValueError: The dropped attentions alone exceed `sparsity`, or removing all FFNs would not reach it.
 
     Example:
         >>> channels_to_keep(0.25, 32, 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096),
@@ -193,7 +193,7 @@ def channels_to_keep(
 
 
 def _ends(model: PreTrainedModel, candidates: list[Block], drop: int) -> list[list[Block]]:
-    """The attentions whose absence spares least and most: of the cache, and of the parameters."""
+    """The choices of attentions that save the least and the most of the KV cache, and of the parameters."""
     size = attention_spans(model)
     cached = sorted(candidates, key=lambda b: b.kv_heads * min(size[b.index], 1 << 40))
     weighing = sorted(candidates, key=lambda b: b.parameters(b.family.attention))

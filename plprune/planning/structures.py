@@ -1,10 +1,10 @@
-"""Who competes with whom for a place: the structures of FLAP, which say how scores become the units that stay.
+"""The structures of FLAP: which units one ranking covers, and how many of them each group keeps.
 
 ======  ==================================================================================================
 AL-AM   all heads and channels of all blocks, in one ranking of standardised scores
-AL-MM   all heads among themselves, and all channels among themselves, for a given number of heads
-UL-MM   heads among themselves and channels among themselves, within each block, for a given number of heads
-UL-UM   units of each kind within each block, of which every block keeps the same fraction
+AL-MM   all heads in one ranking and all channels in another, for a given number of heads
+UL-MM   a ranking of heads and a ranking of channels in each block, for a given number of heads
+UL-UM   the same rankings; every block keeps the same fraction of heads and of channels
 ======  ==================================================================================================
 
 Symbols: p the fraction of the prunable parameters to remove.
@@ -32,7 +32,7 @@ class Competition:
     """Chooses units by their scores, and predicts how many each group will keep.
 
     Args:
-        structure: Who competes with whom.
+        structure: Which units one ranking covers.
         remove_heads: kv heads to remove in all blocks together, for AL-MM and UL-MM; UL-MM removes the same number in
             each block, rounded down.
     """
@@ -41,7 +41,7 @@ class Competition:
     remove_heads: int = 0
 
     def choose(self, scores: Scores, p: float) -> list[Tensor]:
-        """The units of each group that stay, without regard to a constraint."""
+        """Chooses the units of each group to keep; ignores constraints."""
         if self.structure == "AL-AM":
             costs = [block.cost(group) for block, group, _ in scores]
             return global_ranking([standardised(s) for *_, s in scores], costs, p)
@@ -50,7 +50,7 @@ class Competition:
         return self._mixed(scores, p)
 
     def counts(self, budget: Budget, wanted: Sequence[float]) -> list[int]:
-        """Units to keep in each group; under the MM structures heads are fitted first, then channels to the rest."""
+        """The number of units to keep in each group; MM structures first fit heads, then channels to the rest."""
         rows, costs = budget.rows, budget.costs
         kinds = {kind: [i for i, (_, g) in enumerate(rows) if g.kind == kind] for kind in ("attention", "ffn")}
         if not self.structure.endswith("MM") or not kinds["attention"]:
@@ -66,7 +66,7 @@ class Competition:
         return [counts[i] for i in range(len(rows))]
 
     def even_counts(self, budget: Budget) -> list[float]:
-        """How many units each group would keep if all scores were alike."""
+        """The number of units that each group would keep if all scores were equal."""
         rows, wanted = budget.rows, budget.alike
         if not self.structure.endswith("MM"):
             return wanted
@@ -75,7 +75,7 @@ class Competition:
         return [len(g) - gone if g.kind == "attention" else w for (_, g), w in zip(rows, wanted, strict=True)]
 
     def _mixed(self, scores: Scores, p: float) -> list[Tensor]:
-        """UL-MM and AL-MM: `remove_heads` heads go, and channels for the rest of the budget."""
+        """UL-MM and AL-MM: removes `remove_heads` heads, then channels until the budget is met."""
         rows = [(block, group) for block, group, _ in scores]
         choose = _within_blocks if self.structure == "UL-MM" else _among_themselves
         heads = [row for row in scores if row[1].kind == "attention"]
@@ -87,23 +87,23 @@ class Competition:
         return [kept[group.name] for _, group in rows]
 
     def _heads_to_remove(self, rows: Rows) -> int:
-        """kv heads to remove in all blocks together; under UL-MM in each block."""
+        """The number of kv heads to remove in all blocks together; under UL-MM in each block."""
         blocks = sum(group.kind == "attention" for _, group in rows)
         return self.remove_heads // max(1, blocks) if self.structure == "UL-MM" else self.remove_heads
 
     def _channels_to_remove(self, rows: Rows, counts: Sequence[int], p: float) -> int:
-        """FFN channels to remove so that the budget is met with the given counts; under UL-MM in each block."""
+        """The number of FFN channels to remove to meet the budget with the given counts; under UL-MM in each block."""
         costs = [block.cost(group) for block, group in rows]
         left = sum(cost * (count - (1 - p) * len(g)) for cost, count, (_, g) in zip(costs, counts, rows, strict=True))
         own = [cost for cost, (_, group) in zip(costs, rows, strict=True) if group.kind == "ffn"]
         return int(left / (sum(own) if self.structure == "UL-MM" else own[0]) + 1e-9)
 
     def predict(self, budget: Budget, heads: list[int], p: float, biased: bool) -> list[dict[str, int]]:
-        """The sizes of the groups that scores can lead to, by name: a typical case first, then the extremes.
+        """Predicts the sizes of the groups, by name: a typical case first, then the extremes.
 
         Args:
-            budget: The groups, and what they may keep.
-            heads: Indices of the groups of heads, those that attend to the most tokens first.
+            budget: The groups, and the fraction to keep.
+            heads: Indices of the groups of heads; those that attend to the most tokens come first.
             p: The fraction to remove.
             biased: Whether a repair gives every consumer a bias.
         """
@@ -118,9 +118,9 @@ class Competition:
         return unique_cases(budget.rows, cases)
 
     def _contests(self, budget: Budget, heads: list[int], p: float, biased: bool) -> list[list[int]]:
-        """What can come of one ranking: a typical case, and the extremes in which heads or channels go first.
+        """The possible results of one ranking: a typical case, and the extremes that remove heads or channels first.
 
-        The ranking ends within half a unit of the budget, which counts a bias for every group.
+        The cost of the kept units is within half a unit of the budget, which includes a bias for every group.
         """
         rows, costs, free = budget.rows, budget.costs, budget.constraint == FREE
         check_best(costs, budget.sizes, p)
@@ -143,7 +143,7 @@ class Competition:
         return cases
 
     def _typical(self, rows: Rows, heads: list[int], channels: list[int], p: float) -> list[int]:
-        """The same share of heads and of channels, in every block, as near to the budget as channels get it."""
+        """Keeps the same fraction of heads and of channels in every block, as near to the budget as possible."""
         costs, counts = [block.cost(group) for block, group in rows], [len(group) for _, group in rows]
         left = (1 - p) * sum(map(operator.mul, costs, counts))
         for own in filter(None, (heads, channels)):
@@ -156,7 +156,7 @@ class Competition:
         return counts
 
     def _mixes(self, rows: Rows, heads: list[int], p: float) -> list[list[int]]:
-        """What comes of a given number of heads, which data may take from any block, as they may the channels."""
+        """The possible results for a given number of heads: heads and channels may leave from any block."""
         channels = [i for i in range(len(rows)) if i not in set(heads)]
         sizes, cases = [len(group) for _, group in rows], []
         for order in (heads, heads[::-1]):
@@ -168,7 +168,7 @@ class Competition:
         return cases
 
     def _take(self, counts: list[int], own: list[int], remove: int, even: bool) -> None:
-        """Takes units of one kind: as many in each block under UL-MM, or in all together, evenly or from the first."""
+        """Removes units of one kind: `remove` per block (UL-MM), or in all, evenly or from the first block on."""
         if self.structure == "UL-MM":
             _check_removal(remove, min((counts[i] for i in own), default=1), "in each block")
             for i in own:
@@ -187,7 +187,7 @@ class Competition:
 
 
 def standardised(score: Tensor) -> Tensor:  # [units, channels per unit] -> [units]
-    r"""Scores of one kind in one block as comparable with any other's: the mean over a unit's channels of
+    r"""Standardises the scores of a group, so that groups are comparable: per unit, the mean over channels of
 
     .. math:: z_j = (S_j - \bar S) / \mathrm{std}(S)
 
@@ -201,18 +201,18 @@ def standardised(score: Tensor) -> Tensor:  # [units, channels per unit] -> [uni
 
 
 def removed_alike(p: float, size: int) -> int:
-    """Units that leave a group under UL-UM."""
+    """The number of units that UL-UM removes from a group."""
     return int(p * size + 1e-9)
 
 
 def _within_blocks(rows: Scores, remove: int) -> list[Tensor]:
-    """UL-MM: a ranking of one kind's units in each block, which loses `remove` of them."""
+    """UL-MM: ranks the units of one kind in each block, and removes `remove` per block."""
     _check_removal(remove, min((len(g) for _, g, _ in rows), default=1), "in each block")
     return [top_k(score.sum(1), len(score) - remove) for *_, score in rows]
 
 
 def _among_themselves(rows: Scores, remove: int) -> list[Tensor]:
-    """AL-MM: one ranking of all units of one kind."""
+    """AL-MM: ranks the units of one kind in all blocks together, and removes `remove` in total."""
     units = sum(len(g) for _, g, _ in rows)
     _check_removal(remove, units - len(rows) + 1, "in all blocks")
     if not rows:

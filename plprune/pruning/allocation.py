@@ -27,7 +27,7 @@ def check_sparsity(sparsity: float) -> None:
 
 
 def rescale(sparsity: float, total: int, prunable: int, what: str, added: int = 0) -> float:
-    r"""Converts a sparsity of all parameters to a sparsity of the prunable ones.
+    r"""Converts a sparsity of all parameters to one of the prunable parameters.
 
     .. math:: s' = (s \, P + P_{added}) / P_{prunable}
 
@@ -111,7 +111,7 @@ def largest_remainder(shares: Sequence[float], total: int, least: int = 1) -> li
     shares = shares if any(shares) else [1.0] * len(shares)
     scale = total / sum(shares)
     exact = [max(share * scale, float(least)) for share in shares]
-    while (excess := sum(exact) - total) > 1e-9 * total:  # lifting shares to the least takes from the others
+    while (excess := sum(exact) - total) > 1e-9 * total:  # raising shares to `least` reduces the others
         free = sum(x - least for x in exact)
         exact = [least + (x - least) * (1 - excess / free) for x in exact]
     floors = [int(x + 1e-9) for x in exact]
@@ -122,13 +122,13 @@ def largest_remainder(shares: Sequence[float], total: int, least: int = 1) -> li
 
 
 def next_sparsity(sparsity: float, left: float, number: int, rounds: int) -> float:
-    r"""The sparsity of one of several rounds, relative to its input model, so that the last round reaches `sparsity`.
+    r"""The sparsity of one of several rounds, relative to its input model; the last round reaches `sparsity`.
 
     .. math:: s_i = 1 - (1 - s)^{i / n} \, / \, l
 
     Args:
         sparsity: The final sparsity (s).
-        left: The fraction of all parameters that the rounds before have kept (l).
+        left: The fraction of all parameters that the earlier rounds kept (l).
         number: The number of the round, from 1 (i).
         rounds: The number of rounds (n).
 
@@ -145,7 +145,7 @@ def nearest_counts(
 ) -> list[int]:
     """Chooses an allowed count for each group, near the wanted one, so that the total cost is near the target.
 
-    Starts at the nearest allowed counts and moves single groups by one step, while this brings the cost nearer.
+    Starts at the nearest allowed counts, and moves one group by one step as long as this brings the cost nearer.
 
     Args:
         wanted: The wanted number of units of each group.
@@ -177,9 +177,9 @@ def nearest_counts(
 def fit_counts(
     rows: Rows, wanted: Sequence[float], keep: float, constraint: Constraint, each_block: bool = False
 ) -> list[int]:
-    """Chooses allowed numbers of units near the wanted ones, so that the rows keep the fraction `keep` of parameters.
+    """Chooses allowed numbers of units near the wanted ones, so that the groups keep the fraction `keep` of parameters.
 
-    If `each_block` is set, each block keeps this fraction, instead of all together. Blocks must be in order.
+    With `each_block`, each block keeps this fraction; else all blocks together do. Blocks must be in order.
 
     Raises:
         ValueError: The constraint allows no number of units for some group.
@@ -204,9 +204,9 @@ class Budget:
     Args:
         blocks: All blocks of the model.
         keep: The fraction of the groups' parameters to keep.
-        constraint: Allows only some numbers of units.
+        constraint: The numbers of units that are allowed.
         attention: The attention units that are prunable besides the FFN channels.
-        each_block: Whether, under a constraint, the budget holds for each block, instead of for all together.
+        each_block: Whether, under a constraint, each block must meet the budget, and not only all together.
     """
 
     blocks: Sequence[Block]
@@ -274,7 +274,7 @@ def importance(distances: Sequence[float], gain: float = 1.0) -> Tensor:  # [B]
 
     .. math:: u_l = \sigma\bigl(13.1072 \, a \, (S_l - \bar S)\bigr)
 
-    The authors divide a sum over 128 x 1024 tokens by 1e4; with a mean over tokens, that is a factor of 13.1072.
+    The authors divide a sum over 128 x 1024 tokens by 1e4, which is 13.1072 times the mean over tokens.
 
     Example:
         >>> importance([0.1, 0.1])
@@ -289,8 +289,8 @@ def kept_fractions(u: Tensor, p: float, sizes: Sequence[int] | None = None) -> T
 
     .. math:: k_l = \frac{u_l}{\bar u} (1 - p)
 
-    If a block would keep more channels than it has, all importances are first moved toward their mean. `sizes` weights
-    that mean by the blocks' widths, so that p refers to all channels together.
+    If a block would keep more channels than it has, all importances first move toward their mean. `sizes`, the widths
+    of the blocks, weight this mean, so that p refers to all channels together.
 
     Example:
         >>> kept_fractions(torch.tensor([0.4, 0.6]), 0.2)

@@ -1,7 +1,7 @@
-"""A greedy search for the attention sub-blocks that a model needs least, by the loss on a few windows.
+"""Drops attention sub-blocks by greedy search: each step drops the one whose absence gives the lowest loss.
 
-Leaving out the attention of block l changes nothing before block l. The hidden states that enter each block are kept,
-and each trial starts at its block: the same losses as from full forward passes, for about half the work.
+Dropping the attention of block l changes nothing before block l. The search stores the hidden states that enter each
+block, and starts each trial at its block: the same losses as full forward passes, for about half the work.
 """
 
 import functools
@@ -26,12 +26,12 @@ log = logging.getLogger(__name__)
 
 
 class AttentionSearch:
-    """Drops attention sub-blocks one at a time, each time the one without which the loss is lowest.
+    """Drops attention sub-blocks one at a time, each time the one whose absence gives the lowest loss.
 
     Args:
         surgery: Drops the attentions; its model is in evaluation mode.
         windows: Token ids, [1, s] each.
-        device: Where the blocks run.
+        device: The device that runs the blocks.
         group: Processes that share the trials.
     """
 
@@ -40,20 +40,20 @@ class AttentionSearch:
     ) -> None:
         self.surgery, self.blocks, self.windows = surgery, surgery.blocks, windows
         self.device, self.group = device, group
-        self.evaluations = 0  # of one block on one window
+        self.evaluations = 0  # counts each run of a block on a window
         records = [record_inputs(surgery.model, ids) for ids in windows]
         self.calls = [[calls[b.index].to(device) for _, calls in records] for b in self.blocks]
-        self.entering = [self._stored(first for first, _ in records)]  # hidden states, for each block and for the head
-        self._trial: tuple[int, list[HiddenStates]] = (-1, [])  # the best: its first block, and what left the blocks
+        self.entering = [self._stored(first for first, _ in records)]  # hidden states entering blocks and head
+        self._trial: tuple[int, list[HiddenStates]] = (-1, [])  # the best: its first block, the blocks' outputs
         start = time.monotonic()
         self._update(0)
         self._seconds = (time.monotonic() - start) / len(self.blocks)  # per block
 
     def drop(self, count: int, first: int = 0) -> None:
-        """Drops `count` attentions.
+        """Drops attentions, and logs the number of block evaluations.
 
         Args:
-            count: How many.
+            count: The number of attentions to drop.
             first: Index of the first block that may lose its attention.
         """
         self._log_duration(count, first)
@@ -74,7 +74,7 @@ class AttentionSearch:
         )
 
     def _log_duration(self, count: int, first: int) -> None:
-        """Logs how long the search will take, if the blocks are on disk and have to be loaded for each trial."""
+        """Logs an estimate of the duration if the blocks are on disk, as each trial loads them."""
         if self.blocks[0].home is None:
             return
         candidates = [b for b in self.blocks[first:] if b.has_attention]
@@ -86,7 +86,7 @@ class AttentionSearch:
         log.info("2SSP stage 2 loads blocks up to %d times, %.2g s each: up to %s", loads, self._seconds, about)
 
     def _search(self, candidates: list[Block]) -> int:
-        """The index of the candidate without whose attention the loss is lowest; keeps the states of its trial."""
+        """The index of the candidate with the lowest loss without its attention; keeps the states of its trial."""
         losses, lowest = torch.zeros(len(candidates), dtype=torch.float64), math.inf
         for i in range(distributed.rank(self.group), len(candidates), distributed.size(self.group)):
             start = candidates[i].index
@@ -100,7 +100,7 @@ class AttentionSearch:
         return every.index(min(every))
 
     def _update(self, start: int) -> None:
-        """Replaces the states that leave the blocks from `start` on: by those of the best trial, if it began there."""
+        """Replaces the outputs of the blocks from `start` on; takes those of the best trial if it began at `start`."""
         (index, states), self._trial = self._trial, (-1, [])
         if index != start:
             _discard(states)
@@ -110,7 +110,7 @@ class AttentionSearch:
 
     @torch.no_grad()
     def _run(self, start: int) -> list[HiddenStates]:
-        """Runs the blocks from `start` on; the hidden states that leave each of them."""
+        """Runs the blocks from `start` on, and returns the outputs of each."""
         leaving, hidden = [], [x.to(self.device) for x in self.entering[start]]
         for block in self.blocks[start:]:
             with block.present(self.device):
@@ -126,7 +126,7 @@ class AttentionSearch:
         return states
 
     def _loss(self, hidden: Iterable[Tensor]) -> float:
-        """Mean loss per token over all windows; infinite if it is NaN."""
+        """Mean loss per token over all windows; infinity in place of NaN."""
         model, total = self.surgery.model, torch.zeros((), dtype=torch.float64, device=self.surgery.model.device)
         for ids, x in zip(self.windows, hidden, strict=True):
             logits = logits_from(model, ids, x.to(model.device))

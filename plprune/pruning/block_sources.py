@@ -1,6 +1,6 @@
 """Three sources of the blocks' inputs: running the blocks, the journal of an earlier run, and saved observations.
 
-A pass over the blocks starts with what the journal or the observations hold, and continues by running blocks.
+A pass over the blocks first takes inputs from the journal or the observations, and then runs the remaining blocks.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ S = TypeVar("S", bound=Statistic)
 
 
 class BlockSource(Protocol):
-    """Gives the blocks of one pass their inputs."""
+    """Provides the inputs of the blocks in one pass."""
 
     def inputs(self, block: Block) -> contextlib.AbstractContextManager[BlockInputs]:
         """The inputs of the next block; the caller may change the block within the context."""
@@ -41,10 +41,10 @@ class Fresh:
 
     Args:
         model: The model.
-        calibration: The text.
+        calibration: The calibration text.
 
     Raises:
-        ValueError: A model with a journal is pruned by several processes, or one without has `offload` disk.
+        ValueError: The model has a journal but several processes prune it, or has none but `offload` is disk.
     """
 
     def __init__(self, model: PreTrainedModel, calibration: Calibration) -> None:
@@ -60,7 +60,7 @@ class Fresh:
 
     @cached_property
     def calls(self) -> list[list[Call]]:
-        """For each batch, the arguments of each block without its hidden states."""
+        """The arguments of each block except its hidden states, per batch."""
         records = (record_inputs(self.model, ids) for ids in self.calibration.share())
         if self.hidden is not None:
             return [calls for _, calls in records]
@@ -71,13 +71,13 @@ class Fresh:
         return every
 
     def states(self) -> HiddenStates:
-        """An empty collection of hidden states, kept where `offload` says."""
+        """An empty collection of hidden states, on the device or disk that `offload` names."""
         if self.calibration.offload == "disk":
             return self.journal.hidden_states(self.device)
         return MemoryStates(torch.device("cpu") if self.calibration.offload else self.device)
 
     def entering(self, block: Block) -> HiddenStates:
-        """The hidden states that enter a block; runs the blocks before it that have not run yet."""
+        """The hidden states that enter a block; first runs any earlier blocks that have not run."""
         for before in blocks_of(self.model)[self.next : block.index]:
             with before.present(self.device):
                 self.advance(self._inputs(before).outputs())
@@ -86,7 +86,7 @@ class Fresh:
         return self.hidden
 
     def advance(self, leaving: HiddenStates) -> None:
-        """Moves on by one block, whose outputs are `leaving`."""
+        """Moves on to the next block; `leaving` are the outputs of the current one."""
         self.hidden, self.next = leaving, self.next + 1
 
     @contextlib.contextmanager
@@ -110,10 +110,10 @@ class Fresh:
 
 
 class Replayed:
-    """Takes the records of an earlier run from the journal, and runs no block.
+    """Reads the records of an earlier run from the journal, and runs no block.
 
     Args:
-        fresh: The source for the blocks that have no record.
+        fresh: The source for the blocks without a record.
         log: The records.
     """
 
@@ -135,7 +135,7 @@ class Replayed:
         return self if block.index + 1 < self.fresh.next else self.fresh
 
     def _prune_again(self, block: Block, version: int) -> None:
-        """Gives a block, whose weights are on disk, the structure of a later version."""
+        """Prunes a block, whose weights are on disk, to the structure of a later version."""
         assert block.home is not None
         while block.home.version < version:
             block.home.version += 1
@@ -145,10 +145,10 @@ class Replayed:
 
 
 class Recalled:
-    """Takes saved observations, up to the first block that is changed, or that must run for another statistic.
+    """Uses saved observations, up to the first block that was changed, or must run for a missing statistic.
 
     Args:
-        fresh: The source for the blocks after it.
+        fresh: The source for the later blocks.
         known: The observations of all blocks.
     """
 
@@ -169,12 +169,12 @@ class Recalled:
 
 
 class ReplayedInputs(BlockInputs):
-    """The inputs of a block that an earlier run has finished: only the recorded statistics are available.
+    """The inputs of a block that an earlier run finished; only the recorded statistics are available.
 
     Args:
         block: The block.
         record: Its record.
-        device: The device that it would run on.
+        device: The device for the recorded tensors.
     """
 
     def __init__(self, block: Block, record: BlockRecord, device: torch.device) -> None:
@@ -191,7 +191,7 @@ class ReplayedInputs(BlockInputs):
         )
 
     def known(self, groups: list[UnitGroup], statistic: Callable[[], S]) -> list[tuple[UnitGroup, S]] | None:
-        """The recorded result of the next observation; empty if the earlier run has pruned the block."""
+        """The recorded result of the next observation; empty if the earlier run pruned the block."""
         if self.pruned:
             return []
         kept, statistics = next(self._observed), {group.consumer.path: statistic() for group in groups}
@@ -201,7 +201,7 @@ class ReplayedInputs(BlockInputs):
 
 
 class RecalledInputs(BlockInputs):
-    """The inputs of a block that was observed earlier; the blocks before it run only if an observation is missing.
+    """The inputs of a block with saved observations; earlier blocks run only if a statistic is missing.
 
     Args:
         block: The block.
@@ -230,11 +230,11 @@ class RecalledInputs(BlockInputs):
 
     @property
     def changed(self) -> bool:
-        """Whether the block was changed since it was observed."""
+        """Whether the block changed after it was observed."""
         return not same_values(checksums(self.block.module), self.before)
 
     def known(self, groups: list[UnitGroup], statistic: Callable[[], S]) -> list[tuple[UnitGroup, S]] | None:
-        """The statistics, if their class was observed and the block is unchanged; else None."""
+        """The saved statistics; None if their class was not observed or the block changed."""
         name = getattr(statistic, "__name__", "")
         found = [self.seen.statistics.get(group.consumer.path, {}).get(name) for group in groups]
         if any(type(each) is not statistic for each in found) or self.changed:
@@ -243,12 +243,12 @@ class RecalledInputs(BlockInputs):
 
 
 def _version(block: Block) -> int:
-    """How often the block was changed on disk."""
+    """The number of changes to the block on disk."""
     return block.home.version if block.home else 0
 
 
 def _record_of(block: Block, inputs: BlockInputs, version: int) -> BlockRecord:
-    """The record of a block; with its observations only if the block still has the `version` that entered the pass."""
+    """The record of a block; includes its observations only if the pass left it at `version`."""
     now = _version(block)
     if now != version:
         return BlockRecord(inputs.influence.state_dict(), None, now)

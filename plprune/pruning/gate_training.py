@@ -1,7 +1,7 @@
-"""Trains gates and gains, which multiply the inputs of projections, by the outputs of the dense model.
+"""Trains gates and gains, which multiply the inputs of projections, to match the outputs of the dense model.
 
 Gates lie between 0 and 1 and share one budget; as their temperature falls, each one opens or closes. Gains are
-unbounded. The weights stay fixed, and one calibration window is one step of Adam.
+unbounded. The weights stay fixed. Each calibration window is one step of Adam.
 """
 
 import contextlib
@@ -19,9 +19,9 @@ from plprune.pruning.allocation import Rows
 from plprune.pruning.forward import evaluating
 from plprune.pruning.losses import divergence, next_token_loss, top_k_log_probs
 
-Factors = list[tuple[nn.Module, Tensor]]  # projections with the factors of their inputs, [d_in] each
+Factors = list[tuple[nn.Module, Tensor]]  # projections, each with the factors of its inputs, [d_in]
 WARM, COLD = 0.5, 0.005  # temperatures of the first step and after the last
-LIKELIEST = 64  # tokens of each distribution that are compared one by one; all others count as one
+LIKELIEST = 64  # number of likeliest tokens that are compared individually; the others are pooled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,17 +39,17 @@ class TeacherSample:
     tokens: Tensor
 
     def divergence(self, logits: Tensor) -> Tensor:  # [1, s, v]
-        """From what the dense model says of the next tokens."""
+        """The mean divergence from the dense model's next-token distributions."""
         return divergence(logits[0, :-1], self.values[0], self.tokens[0], temperature=1.0) / (self.ids.numel() - 1)
 
     def loss(self, logits: Tensor) -> Tensor:  # [1, s, v]
-        """Half the divergence, half the loss on the text's next tokens."""
+        """The mean of the divergence and the loss on the text's next tokens."""
         return (self.divergence(logits) + next_token_loss(logits, self.ids)) / 2
 
 
 @torch.no_grad()
 def teacher_sample(model: PreTrainedModel, ids: Tensor) -> TeacherSample:  # [1, s]
-    """A window with a model's distributions on it."""
+    """Runs a model on a window, and keeps its next-token distributions."""
     values, tokens = top_k_log_probs(model(input_ids=ids, use_cache=False).logits[:, :-1], LIKELIEST, temperature=1.0)
     return TeacherSample(ids, values, tokens.int())
 
@@ -74,7 +74,7 @@ def train_gates(
         model: In evaluation mode; its parameters need no gradients.
         rows: Blocks with their groups.
         scores: One per unit, group after group.
-        cost: Parameters of each unit, in any unit of measure.
+        cost: Relative number of parameters of each unit.
         keep: The fraction of the total cost to keep.
         samples: One per step.
         rate: The highest learning rate.
@@ -89,15 +89,15 @@ def train_gates(
 
 
 def train_gains(model: PreTrainedModel, gains: Factors, samples: Sequence[TeacherSample], rate: float) -> None:
-    """Trains gains, in place.
+    """Trains gains in place.
 
     Args:
         model: In evaluation mode; its parameters need no gradients.
-        gains: The gains of its projections.
+        gains: The model's projections with their gains.
         samples: One per step.
         rate: The highest learning rate.
     """
-    trained = [gain.detach().requires_grad_() for _, gain in gains]  # these share their memory
+    trained = [gain.detach().requires_grad_() for _, gain in gains]  # these share memory with `gains`
     factors = [(part, own) for (part, _), own in zip(gains, trained, strict=True)]
     for _, sample in steps(trained, rate, samples, "training gains"):
         for gain, gradient in zip(trained, gradients(model, sample.ids, factors, sample.loss, trained), strict=True):
@@ -107,9 +107,9 @@ def train_gains(model: PreTrainedModel, gains: Factors, samples: Sequence[Teache
 def steps(
     parameters: list[Tensor], rate: float, samples: Sequence[TeacherSample], title: str
 ) -> Iterator[tuple[float, TeacherSample]]:
-    """Yields each sample with the fraction of steps taken before; a step of Adam follows, by the caller's `grad`.
+    """Yields each sample with the fraction of steps done; then takes a step of Adam by the `grad` that the caller set.
 
-    The rate rises through the first sixteenth of the steps, and falls to a tenth through all.
+    The learning rate warms up over the first sixteenth of the steps, and decays to a tenth over all steps.
     """
     optimizer, count = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.95)), len(samples)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -130,7 +130,7 @@ def gradients(
     loss: Callable[[Tensor], Tensor],  # of the logits
     of: list[Tensor],
 ) -> Sequence[Tensor]:
-    """Gradients of a loss with respect to the tensors in `of`, from which the factors were made."""
+    """Gradients of a loss with respect to the tensors in `of`; the factors depend on them."""
     with torch.enable_grad(), scaled_inputs(factors):
         return torch.autograd.grad(loss(model(input_ids=ids, use_cache=False).logits), of)
 
@@ -138,7 +138,7 @@ def gradients(
 def gate_values(
     theta: Tensor, cost: Tensor, budget: float, temperature: float
 ) -> Tensor:  # [units], [units] -> [units]
-    """Gates whose total cost is the budget: bisection finds the threshold of the scores.
+    """Computes gates whose total cost equals the budget; finds the threshold of the scores by bisection.
 
     Example:
         >>> gate_values(torch.tensor([-1.0, 1.0]), torch.ones(2), 1.0, 0.1).round()
@@ -155,7 +155,7 @@ def gate_values(
 
 
 def within_budget(gates: Tensor, gradient: Tensor, cost: Tensor) -> Tensor:  # [units] each -> [units]
-    """The gradient of the scores, projected so that the total cost of the gates stays the same, per unit of cost.
+    """The gradient of the scores per unit of cost, projected so that the total cost of the gates stays the same.
 
     Example:
         >>> within_budget(torch.tensor([0.5, 0.5]), torch.tensor([-3.0, -1.0]), torch.ones(2))

@@ -1,4 +1,4 @@
-"""Observations of a dense model, computed once for any number of prunings."""
+"""Computes, saves and loads the statistics of a dense model, so that several prunings can share them."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from plprune.pruning.plan import fingerprint
 from plprune.pruning.statistics import BlockInfluence, Moments, Norms, Statistic, StatisticGroup
 from plprune.pruning.stream import observe, stream
 
-# Gram is not one of them: the methods that use it prune the blocks before, and so change what it would see.
+# Without Gram: the methods that use it prune earlier blocks first, which changes the inputs of later ones.
 KINDS: dict[str, type[Statistic]] = {kind.__name__: kind for kind in (Moments, Norms)}
 
 
@@ -21,8 +21,8 @@ def survey(model: PreTrainedModel, calibration: Calibration) -> Observations:
     """Computes all statistics in :data:`KINDS` of every consumer's inputs, in one pass.
 
     Args:
-        model: The model with the weights that it will have when it is pruned.
-        calibration: The text.
+        model: The model, with the same weights as at pruning.
+        calibration: The calibration text.
     """
     blocks = []
     for block, inputs in stream(model, calibration, "calibrating"):
@@ -32,14 +32,14 @@ def survey(model: PreTrainedModel, calibration: Calibration) -> Observations:
 
 
 def save(known: Observations, file: Path) -> None:
-    """Writes observations, completely or not at all."""
+    """Writes observations to a file, atomically."""
     state = {"weights": known.weights, "text": known.text, "blocks": [_state(block) for block in known.blocks]}
     with staged(file, overwrite=True) as temporary:
         write_state(state, temporary)
 
 
 def load(file: Path, device: torch.device) -> Observations:
-    """Reads what :func:`save` has written; tensors that were on an accelerator go to `device`.
+    """Reads a file that :func:`save` wrote; tensors that were on an accelerator go to `device`.
 
     Raises:
         ValueError: The file is damaged, or another version of plprune wrote it.

@@ -1,10 +1,10 @@
-r"""Repairs consumers after removal, in closed form, for every method: least-squares restoration and bias compensation.
+r"""Repairs consumers of removed units in closed form: least-squares restoration and bias compensation.
 
-A method that has decided for all blocks prunes them in a second pass. In each block the attention's consumer is
-repaired first, then the FFN's, by the inputs that the repaired attention produces; the next block sees both repairs.
+Once a method has chosen the units of all blocks, a second pass prunes and repairs. In each block it first repairs the
+consumer of the attention, then that of the FFN, on the inputs that the repaired attention and earlier blocks produce.
 
-Damping pulls restored weights toward the kept ones, which therefore stay where few tokens determine them. Inputs are
-centred if a bias may be added: on the calibration text, restoration is then no worse than compensation.
+Damping pulls restored weights toward the old ones, which matters where few tokens determine them. Inputs are centred if
+a bias may be added: on the calibration text, restoration is then no worse than compensation.
 
 Symbols: W the consumer's weight, X its inputs with mean :math:`\mu` and second moments H, M the kept columns and P the
 removed ones, :math:`\lambda` the damping.
@@ -37,13 +37,13 @@ DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # the candidates of `auto`
 
 @dataclass(frozen=True)
 class Repairer:
-    """How the consumers of what is removed are repaired.
+    """Removes units and repairs their consumers.
 
     Args:
-        repair: Nothing, compensation by a bias, or restoration of the kept weights.
+        repair: none; compensate, by a bias; or restore, by new values of the kept weights.
         damping: Regularisation of a restoration; auto chooses it for each consumer on held-out windows.
         bias: Whether a bias may be added to a consumer.
-        calibration: The text.
+        calibration: The calibration text.
 
     Raises:
         ValueError: `damping` is auto, but there is only one window.
@@ -69,11 +69,11 @@ class Repairer:
         return partial(HoldoutGram, self.calibration.first) if self.damping == "auto" else Gram
 
     def carry_out(self, surgery: Surgery, chosen: Sequence[tuple[Block, UnitGroup, Tensor]], title: str) -> None:
-        """Prunes the chosen groups and repairs their consumers, in a second pass over the blocks if there is a repair.
+        """Prunes the chosen groups; if consumers are to be repaired, in a second pass over the blocks.
 
         Args:
             surgery: Prunes the groups.
-            chosen: Groups in the order of the blocks, each with the units to keep.
+            chosen: Blocks in order with their groups and the units to keep.
             title: Title of the progress bar.
         """
         if self.repair == "none":
@@ -96,7 +96,7 @@ class Repairer:
         keep: Tensor,  # [kept]
         seen: Seen,
     ) -> None:
-        """Removes all other units of a group, and repairs its consumer by the statistic of its inputs."""
+        """Removes all other units of a group, and repairs its consumer by the statistic `seen` of its inputs."""
         if len(keep) == len(group):
             return surgery.keep(block, group, keep)
         consumer, columns = group.consumer, group.consumer.index[keep].flatten().sort().values
@@ -118,7 +118,7 @@ class Repairer:
         columns: Tensor,  # [kept]
         seen: Seen,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The consumer's new weight over the kept columns, and the gain of its bias; None for what stays as it is."""
+        """The consumer's new weight for the kept columns and the gain of its bias; None if unchanged."""
         restored = None
         if not isinstance(seen, Moments):  # the rows of a weight are independent: each process restores some
             peers, damping = self.calibration.group, self.damping
@@ -149,7 +149,7 @@ def restore(
     keep: Tensor,  # [kept]
     damping: float,
 ) -> Tensor:  # [d_out, kept], float64
-    r"""Least-squares weights of the kept columns, which make up for the removed ones (FASP).
+    r"""Computes least-squares weights for the kept columns that replace the removed ones (FASP).
 
     .. math:: W' = W_M + W_P H_{PM} \left(H_{MM} + \lambda \, \overline{\mathrm{diag}}(H_{MM}) \, I\right)^{-1}
 
@@ -157,8 +157,8 @@ def restore(
 
     Args:
         weight: The consumer's weight.
-        moments: Second moments of its inputs, centred if the bias is compensated too.
-        keep: Columns that stay.
+        moments: Second moments of its inputs; centred if the bias is compensated too.
+        keep: Columns to keep.
         damping: :math:`\lambda`, relative to the mean diagonal.
 
     Example:
@@ -196,9 +196,9 @@ def held_out_errors(
     Args:
         weight: The consumer's weight.
         fitting: Second moments of the inputs that determine the restoration.
-        held_out: Second moments of the held-out inputs, about the mean of the fitting ones if there is a bias.
-        keep: Columns that stay.
-        dampings: Each :math:`\lambda` to try.
+        held_out: Second moments of the held-out inputs; with a bias, about the mean of the fitting inputs.
+        keep: Columns to keep.
+        dampings: The values of :math:`\lambda` to try.
 
     Example:
         >>> w, keep = torch.tensor([[1.0, 2.0]]), torch.tensor([0])

@@ -1,7 +1,7 @@
 """Removes units from projections, and records each removal for the plan. No other module changes shapes.
 
-Smaller parameters replace the old ones in the model. All functions work on the meta device too, so that a plan can
-rebuild the structure of a pruned model before any weight is read.
+Smaller parameters replace the old ones in the model. All functions also work on the meta device, so that a plan can
+rebuild the structure of a pruned model before its weights are read.
 """
 
 import contextlib
@@ -52,8 +52,8 @@ class Surgery:
             block: The group's block.
             group: The group.
             keep: Indices of the units that stay, ascending.
-            weight: The consumer's weight from now on, over the columns that stay, ascending.
-            bias_gain: Added to the consumer's bias, which is made if there is none.
+            weight: The consumer's new weight for the kept columns, in ascending order.
+            bias_gain: Added to the consumer's bias; a missing bias counts as zero.
         """
         size = len(group)
         with block.present():
@@ -66,12 +66,12 @@ class Surgery:
         self.journal.decisions.append(decision)
 
     def scale(self, block: Block, path: str, gain: Tensor) -> None:  # [d_in]
-        """Multiplies every input of a projection that reads it by a gain, in the columns of its weight.
+        """Multiplies each column of a projection's weight by a gain.
 
         Args:
             block: The projection's block, in memory.
-            path: Where the projection is in it.
-            gain: Of each column of its weight.
+            path: The path of the projection in the block.
+            gain: One factor per column.
         """
         linear = innermost(block.part(path))
         gain = gain.to(linear.weight.device)
@@ -81,7 +81,7 @@ class Surgery:
         self._scaled.append(self._name(linear.weight))
 
     def plan(self, method: str, settings: dict[str, Any], importance: Tensor) -> PruningPlan:
-        """The plan of all that was done; it is attached to the model."""
+        """Makes the plan of all recorded removals and repairs, and attaches it to the model."""
         decisions = self.journal.decisions
         repaired = [name for decision in decisions for name in decision.repaired] + self._scaled
         plan = PruningPlan(
@@ -94,7 +94,7 @@ class Surgery:
             sparsity=settings["sparsity"],
             method=method,
             settings=settings,
-            repaired=list(dict.fromkeys(repaired)),  # each name once, as a weight may be both restored and scaled
+            repaired=list(dict.fromkeys(repaired)),  # a weight may be both restored and scaled
             config=dense_config(self.model),
             previous=plan_of(self.model),
         )
@@ -102,11 +102,11 @@ class Surgery:
         return plan
 
     def _repair(self, block: Block, group: UnitGroup, weight: Tensor | None, bias_gain: Tensor | None) -> list[str]:
-        """Gives the consumer new values; the names of the parameters that got them."""
+        """Sets the consumer's weight and bias, and returns the names of the changed parameters."""
         consumer = block.part(group.consumer.path)
         linear, repaired = innermost(consumer), []
         if weight is not None:
-            if isinstance(consumer, Gather) and group.kind != "value":  # of the columns that stay, it reads some
+            if isinstance(consumer, Gather) and group.kind != "value":  # it reads only some of the kept columns
                 weight = weight[:, consumer.index]
             linear.weight = _parameter(linear.weight, weight.T if is_transposed(linear) else weight)
             repaired.append(self._name(linear.weight))
@@ -121,7 +121,7 @@ class Surgery:
 
 
 def plan_of(model: nn.Module) -> PruningPlan | None:
-    """The plan by which a model was pruned, if it was."""
+    """The plan of a pruned model; None for a dense one."""
     return model_state(model).plan
 
 
@@ -135,15 +135,15 @@ def dense_config(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def set_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
-    """Attaches its plan to a model."""
+    """Attaches a plan to a model."""
     attach(model, dataclasses.replace(model_state(model), plan=plan))
 
 
 def apply(model: PreTrainedModel, plan: PruningPlan) -> None:
-    """Gives a model the structure of a plan, with those before it that it lacks; repaired values are not in a plan.
+    """Prunes a model to the structure of a plan and of any earlier plans; a plan has no repaired values.
 
     Raises:
-        ValueError: The plan was made for a model of other shapes, or one that had been pruned otherwise.
+        ValueError: The plan was made for a model of other shapes, or of another pruning history.
     """
     done, steps = plan_of(model), plan.chain()
     past = [step.digest for step in done.chain()] if done else []
@@ -160,14 +160,14 @@ def apply(model: PreTrainedModel, plan: PruningPlan) -> None:
 
 
 def replay(block: Block, decisions: list[Decision], model: PreTrainedModel) -> None:
-    """Gives a block the structure that decisions gave it before; its weights may be on meta."""
+    """Prunes a block again by recorded decisions; its weights may be on the meta device."""
     for decision in decisions:
         shrink(block, next(group for group in _groups(block) if group.name == decision.group), decision.keep)
         _add_biases(model, decision.repaired)
 
 
 def shrink(block: Block, group: UnitGroup, keep: Tensor) -> None:
-    """Removes all units of a group but `keep` from every projection that holds a part of them."""
+    """Removes all units of a group except `keep` from every projection of the group."""
     if group.kind == "attention" and not len(keep):
         return drop_attention(block)
     if len(keep) == len(group):
@@ -184,13 +184,13 @@ def shrink(block: Block, group: UnitGroup, keep: Tensor) -> None:
 
 
 def drop_attention(block: Block) -> None:
-    """Replaces a block's attention sub-block by one that adds zero."""
+    """Replaces a block's attention sub-block by a module that outputs zero."""
     replace(block.module, block.family.attention, NoAttention(block.index))
 
 
 @contextlib.contextmanager
 def without_attention(block: Block) -> Iterator[None]:
-    """The block as it would be without its attention, for the time of the context."""
+    """Drops a block's attention within the context."""
     attention = block.part(block.family.attention)
     drop_attention(block)
     try:
@@ -200,7 +200,7 @@ def without_attention(block: Block) -> Iterator[None]:
 
 
 def widen(model: PreTrainedModel) -> None:
-    """Puts zeros where value channels have left, so that no gather or scatter is needed; the function stays."""
+    """Puts zeros in place of removed value channels, which replaces gather and scatter; outputs stay the same."""
     for block in blocks_of(model):
         for path in block.attention_paths:
             part = block.part(path)
@@ -210,7 +210,7 @@ def widen(model: PreTrainedModel) -> None:
 
 
 def pad(model: PreTrainedModel, multiple: int) -> None:
-    """Widens every FFN to a multiple by channels that are zero; the function stays."""
+    """Pads every FFN with zero channels to a multiple; outputs stay the same."""
     for block in blocks_of(model):
         channels = block.channels
         size = -(-channels // multiple) * multiple
@@ -247,22 +247,22 @@ def _check_fit(blocks: list[Block], plan: PruningPlan) -> None:
 
 
 def _planned(block: Block, plan: PruningPlan) -> list[UnitGroup]:
-    """The block's groups that a plan speaks of."""
+    """The block's groups that a plan contains."""
     return [group for group in _groups(block) if group.name in plan.keep]
 
 
 def _groups(block: Block) -> list[UnitGroup]:
-    """The block's groups of every kind."""
+    """The groups of a block, of all kinds."""
     return [*block.groups("kv_heads"), *block.groups("value_channels")[:-1]]
 
 
 def _parameter(old: Tensor, new: Tensor) -> nn.Parameter:
-    """A parameter of new values with the dtype and device of an old one."""
+    """Makes a parameter of new values, with the dtype and device of an old one."""
     return nn.Parameter(new.to(old).contiguous(), requires_grad=old.requires_grad)
 
 
 def _take(module: nn.Module, side: Side, keep: Tensor) -> nn.Linear:
-    """A projection that has some of its inputs or outputs only, or a norm of some of its values."""
+    """Keeps only some inputs or outputs of a projection, or some values of a norm."""
     linear, rows = cast(nn.Linear, module), side == "out_features"
     keep, bias = keep.to(linear.weight.device), getattr(linear, "bias", None)
     axis = int(rows == is_transposed(linear))
@@ -275,7 +275,7 @@ def _take(module: nn.Module, side: Side, keep: Tensor) -> nn.Linear:
 
 
 def _remove(module: nn.Module, side: Side, gone: Tensor) -> nn.Module:
-    """A projection without some of its inputs or outputs."""
+    """Removes some inputs or outputs of a projection."""
     kept = complement(gone, width(module, side))
     if not isinstance(module, Gather | Scatter):
         return _take(module, side, kept)
@@ -285,7 +285,7 @@ def _remove(module: nn.Module, side: Side, gone: Tensor) -> nn.Module:
 
 
 def _vacate(module: nn.Module, side: Side, gone: Tensor) -> nn.Module:
-    """A projection that skips some of its inputs or outputs but keeps its outer width."""
+    """Removes inputs or outputs of a projection, but keeps its outer width by a gather or scatter."""
     wrapper, full = {"in_features": Gather, "out_features": Scatter}[side], width(module, side)
     if not isinstance(module, wrapper):
         module = wrapper(cast(nn.Linear, module), _everything(module, full), full)
@@ -295,7 +295,7 @@ def _vacate(module: nn.Module, side: Side, gone: Tensor) -> nn.Module:
 
 
 def _spread(linear: nn.Linear, side: Side, places: Tensor, size: int) -> nn.Linear:
-    """Puts the inputs or outputs of a projection at other places among `size`, and zeros at the rest."""
+    """Widens a projection to `size`: moves its inputs or outputs to `places`, with zeros elsewhere."""
     weight, axis = linear.weight.detach(), int((side == "out_features") == is_transposed(linear))
     shape = [size if i == axis else n for i, n in enumerate(weight.shape)]
     places = places.to(weight.device)
@@ -308,7 +308,7 @@ def _spread(linear: nn.Linear, side: Side, places: Tensor, size: int) -> nn.Line
 
 
 def _everything(module: nn.Module, full: int) -> Tensor:
-    """All indices; on the CPU while the weight is on meta, as an index must hold values."""
+    """All indices, on the weight's device; on the CPU if that is meta, as indices need values."""
     device = innermost(module).weight.device
     return torch.arange(full, device=None if device.type == "meta" else device)
 
