@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch._dynamo as dynamo
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import blocks_of
@@ -44,7 +45,7 @@ def compiled_blocks(
         try:
             with dynamo.config.patch(SETTINGS), replaced_forwards(modules, forwards):
                 yield
-        except dynamo.exc.TorchDynamoException as error:
+        except TorchDynamoException as error:
             reason = " ".join(" ".join(str(error).split("\n")[:2]).split())
             raise ValueError(f"the blocks cannot be compiled ({reason}): leave out model.compile") from error
 
