@@ -23,12 +23,13 @@ from lightning.pytorch.trainer import call
 from transformers import PreTrainedModel
 
 import plprune
-from plprune.training import deepspeed_internals
+from plprune.training import compilation, deepspeed_internals
 
 ROOT = Path(plprune.__file__).parent
 INSIDE = {  # where private parts may be used, and of which library
     "lightning_internals": "lightning",
     "deepspeed_internals": "deepspeed",
+    "compilation": "torch",
     "modeling_plprune": "transformers",  # which stands beside models, and imports nothing of plprune
 }
 USED = [
@@ -100,6 +101,9 @@ def test_other_libraries_still_have() -> None:
     engine, operations = (folder / file for file in ("runtime/engine.py", "ops/__init__.py"))
     assert f"def {deepspeed_internals.COPY_SCRIPT}(" in engine.read_text(), f"DeepSpeed {version('deepspeed')}"
     assert "__compatible_ops__" in operations.read_text(), f"DeepSpeed {version('deepspeed')}"
+    for name in compilation.SETTINGS:
+        assert hasattr(compilation.dynamo.config, name), f"torch {version('torch')} has no dynamo.config.{name}"
+    assert hasattr(compilation.dynamo, "maybe_mark_dynamic"), f"torch {version('torch')} has no maybe_mark_dynamic"
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))

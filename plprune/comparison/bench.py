@@ -206,7 +206,7 @@ class Bench:
         rounds = schedule(method.sparsity, training.steps, training.rounds, lambda _: parameters(model)[0] / dense)
         for each in rounds:
             request = dataclasses.replace(pruning.request, method=dataclasses.replace(method, sparsity=each.sparsity))
-            model, plan, pruning_time = self._prune(pruning._replace(request=request), model)
+            model, plan, pruning_time = self._prune(Pruning(pruning.text, pruning.seed, request), model)
             steps = dataclasses.replace(training, steps=each.steps)
             model, _, recovery_time = self._recover(model, pruning.seed + APART * each.index, steps)
             seconds = {name: seconds[name] + value for name, value in (pruning_time | recovery_time).items()}
