@@ -237,7 +237,7 @@ def test_another_number_of_processes_goes_on_or_is_refused(
         assert "was written by 2 processes and cannot be resumed by 1" in run.output()
     else:
         _, (found,) = ended(run)
-        assert "the checkpoint is of 2 processes, this run has 1" in run.output()
+        assert "the checkpoint is of 2 processes and this run has 1" in run.output()
         assert len(found["losses"]) == 6
 
 
