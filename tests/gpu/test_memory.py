@@ -83,8 +83,8 @@ def test_in_calibration(here: Path, limit: Limit, capsys: Any, device: torch.dev
     sizes = (*SIZES, "--num_samples=64", "--batch_size=64", f"--device={device.type}")
     line = complaint(capsys, "prune", "model", "--method=FASP", *sizes, *way)
     assert line.endswith(
-        "To need less, lower --batch_size or --seq_len, give --offload cpu or --dtype bfloat16, or take a method that "
-        "needs room for one block: all but LearnedGates"
+        "To need less, lower --batch_size or --seq_len, give --offload cpu or --dtype bfloat16, or choose a method "
+        "that needs memory for one block only: any but LearnedGates"
     )
     assert left(here) == set()
 
