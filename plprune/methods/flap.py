@@ -178,6 +178,7 @@ def fluctuation(
     .. math:: S_j = \frac{1}{n - 1} \sum_t (X_{tj} - \bar X_j)^2 \; \lVert W_{:,j} \rVert_2^2
 
     Example:
+        >>> import torch
         >>> fluctuation(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([1.0, 5.0]))
         tensor([10., 20.])
     """
@@ -193,6 +194,7 @@ def weighted_norm(
     .. math:: S_j = \frac{1}{d_{out}} \sum_i |W_{ij}| \; \lVert X_{:,j} \rVert_2
 
     Example:
+        >>> import torch
         >>> weighted_norm(torch.tensor([[1.0, -2.0], [3.0, 0.0]]), torch.tensor([1.0, 5.0]))
         tensor([2., 5.])
     """
