@@ -19,6 +19,7 @@ Symbols: B blocks, r mean rank, :math:`u_l` weight of block l (importance or dam
 """
 
 import contextlib
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -135,7 +136,8 @@ def inject(model: PreTrainedModel, lora: LoRA, plan: PruningPlan | None) -> list
         _initialize_magnitudes(model)
     elif not lora.dropout:  # norms of DoRA and random numbers of dropout depend on the dtype of the inputs
         for block in blocks:  # not each layer: a compiled forward with checkpoints may set nothing
-            block.module.register_forward_pre_hook(_disable_cast_under_autocast)
+            layers = [layer for _, layer in adapters(block.module)]
+            block.module.register_forward_pre_hook(functools.partial(_disable_cast_under_autocast, layers))
     return by_block
 
 
@@ -229,10 +231,10 @@ def _delta(layer: LoraLayer, adapter: str, whole: Callable[[Tensor], Tensor]) ->
     return _rows(layer, b.float() @ a.float() * layer.scaling[adapter])
 
 
-def _disable_cast_under_autocast(block: nn.Module, args: tuple[Tensor, ...]) -> None:
+def _disable_cast_under_autocast(layers: list[LoraLayer], block: nn.Module, args: tuple[Tensor, ...]) -> None:
     """Stops PEFT from casting adapter inputs to float32 under autocast, which would keep a rounded copy per adapter."""
     enabled = not torch.is_autocast_enabled(next(block.parameters()).device.type)
-    for _, layer in adapters(block):
+    for layer in layers:
         layer.cast_input_dtype_enabled = enabled
 
 
