@@ -50,10 +50,6 @@ class PruningMethod(ABC):
             ValueError: The sparsity is out of reach, the family unknown, or activations hold NaN or infinity.
         """
 
-    def check(self, model: PreTrainedModel) -> None:
-        """Raises ValueError if the model is of no known family."""
-        blocks_of(model)
-
     def conflicts(self, constraint: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
         """The reasons why the method with its settings cannot meet a constraint; each says which setting to change.
 
