@@ -141,18 +141,16 @@ class LearnedGates(Repairing):
         blocks = blocks_of(model)
         p = self._fraction(blocks)
         budget = self._budget(blocks, p, constraint)
-        sizes, costs = budget.sizes, budget.costs
         if constraint == FREE:
+            sizes = budget.sizes
             alike = largest_remainder(sizes, max(len(sizes), round(sum(sizes) * (1 - p))))
         else:
             alike = budget.fit(budget.alike)
         if constraint.uniform or len(blocks) == 1 or not p:
             return unique_cases(budget.rows, [alike])
-        allowed = [range(1, len(g) + 1) if constraint == FREE else constraint.counts(b, g) for b, g in budget.rows]
-        step = max(c * (a[-1] - a[-2] if len(a) > 1 else 1) for c, a in zip(costs, allowed, strict=True))
-        target, forth = budget.keep * budget.whole, list(range(len(blocks)))
+        step, target, forth = max(budget.steps), budget.keep * budget.whole, list(range(len(blocks)))
         cases = [
-            extreme_sizes(budget.rows, allowed, [order], limit, even)
+            extreme_sizes(budget.rows, budget.allowed, [order], limit, even)
             for limit in (target + step / 2, target - 1.5 * step)
             for order, even in ((forth, True), (forth, False), (forth[::-1], False))
         ]

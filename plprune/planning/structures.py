@@ -10,7 +10,6 @@ UL-UM   the same rankings; every block keeps the same fraction of heads and of c
 Symbols: p the fraction of the prunable parameters to remove.
 """
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -124,28 +123,25 @@ class Competition:
         """
         rows, costs, free = budget.rows, budget.costs, budget.constraint == FREE
         check_best(costs, budget.sizes, p)
-        allowed = [
-            range(1, len(group) + 1) if free else budget.constraint.counts(block, group) for block, group in rows
-        ]
+        allowed, steps = budget.allowed, budget.steps
         channels = [i for i in range(len(rows)) if i not in set(heads)]
-        steps = [costs[i] * (allowed[i][-1] - allowed[i][-2] if len(allowed[i]) > 1 else 1) for i in range(len(rows))]
         slack = (max(steps) if free else max(steps[i] for i in channels)) / 2
         target = budget.keep * budget.whole
         biases = sum(block.absent_bias(group) for block, group in rows) if biased else 0
         most, least = target + slack + biases, target - slack - biases - max(steps[i] for i in channels)
         room = sum(costs[i] * (allowed[i][-1] - allowed[i][0]) for i in channels)
         every = sum(costs[i] * allowed[i][-1] for i in range(len(rows)))
-        cases = [self._typical(rows, heads, channels, p) if free else self.counts(budget, self.even_counts(budget))]
+        cases = [self._typical(budget, heads, channels, p) if free else self.counts(budget, self.even_counts(budget))]
         for limit, even in ((most, True), (least, False)):
             channels_first = [channels] if room >= every - limit else [channels, heads]
             for phases in (channels_first, [heads[::-1], channels]):
                 cases.append(extreme_sizes(rows, allowed, phases, limit, even))
         return cases
 
-    def _typical(self, rows: Rows, heads: list[int], channels: list[int], p: float) -> list[int]:
+    def _typical(self, budget: Budget, heads: list[int], channels: list[int], p: float) -> list[int]:
         """Keeps the same fraction of heads and of channels in every block, as near to the budget as possible."""
-        costs, counts = [block.cost(group) for block, group in rows], [len(group) for _, group in rows]
-        left = (1 - p) * sum(map(operator.mul, costs, counts))
+        costs, counts = budget.costs, list(budget.sizes)
+        left = (1 - p) * budget.whole
         for own in filter(None, (heads, channels)):
             every = sum(counts[i] for i in own)
             total = round((1 - p) * every if own is heads else left / costs[own[0]])

@@ -240,6 +240,19 @@ class Budget:
         """The number of units of each group if all keep the same fraction."""
         return [size * self.keep for size in self.sizes]
 
+    @functools.cached_property
+    def allowed(self) -> list[Sequence[int]]:
+        """The allowed numbers of units of each group, ascending; from 1 without a constraint."""
+        if self.constraint == FREE:
+            return [range(1, size + 1) for size in self.sizes]
+        return [self.constraint.counts(block, group) for block, group in self.rows]
+
+    @property
+    def steps(self) -> list[int]:
+        """The parameters of the step from all units of each group to the next smaller allowed number."""
+        pairs = zip(self.allowed, self.costs, strict=True)
+        return [cost * (counts[-1] - counts[-2] if len(counts) > 1 else 1) for counts, cost in pairs]
+
     def fit(self, wanted: Sequence[float]) -> list[int]:
         """Chooses allowed numbers of units near the wanted ones, by :func:`fit_counts`."""
         return fit_counts(self.rows, wanted, self.keep, self.constraint, self.each_block)
