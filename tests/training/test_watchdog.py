@@ -132,7 +132,7 @@ data: {{train: {tmp_path}/text.txt, seq_len: 16, batch_size: 2, num_samples: 2}}
     script = tmp_path / "main.py"
     script.write_text(
         "import os, sys\nfrom plprune.io import text\nfrom plprune.cli import main\n"
-        "if os.environ.get('LOCAL_RANK') == '1':\n    text.read = lambda *_, **__: open('nowhere.txt')\n"
+        "if os.environ.get('LOCAL_RANK') == '1':\n    text.read_rows = lambda *_: open('nowhere.txt')\n"
         f"main(['fit', '--config', '{config}'])\n"
     )
     launchers = {
