@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+
+from tests.runs import context
 
 
 def free_port() -> int:
@@ -21,7 +22,6 @@ def free_port() -> int:
 def in_ranks(function: Callable[..., Any], *args: Any, processes: int = 2, seconds: float = 120) -> list[Any]:
     """What `function(*args)` returns in each rank of a new group of processes."""
     port = free_port()
-    context = multiprocessing.get_context("spawn")
     results = context.Queue()
     children = [
         context.Process(target=_rank, args=(i, processes, port, results, function, args), daemon=True)

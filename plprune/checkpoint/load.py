@@ -5,6 +5,8 @@ No file is unpickled into objects, and no code of a checkpoint is executed.
 
 import contextlib
 import copy
+import functools
+import importlib
 import logging
 import os
 import struct
@@ -242,9 +244,10 @@ def _load_gguf(name: str, path: Path, dtype: torch.dtype) -> PreTrainedModel:
     # Without dequantisation, weights may stay packed, and cannot be sliced.
     quantization = GgufConfig(dequantize=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path.parent), gguf_file=path.name, quantization_config=quantization, dtype=dtype
-        )
+        with _parsed_once():
+            model = AutoModelForCausalLM.from_pretrained(
+                str(path.parent), gguf_file=path.name, quantization_config=quantization, dtype=dtype
+            )
     except NotImplementedError as error:
         raise ValueError(
             f"cannot read {path}, its quantisation cannot be undone: {_first_line(error)}; take a file in f16 or q8_0"
@@ -258,6 +261,23 @@ def _load_gguf(name: str, path: Path, dtype: torch.dtype) -> PreTrainedModel:
     family_of(model.config)
     tie(model, tied(model))
     return model
+
+
+@contextlib.contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Keeps what the package `gguf` parses.
+
+    transformers parses a file twice, and makes the map of all names again for every module: two thirds of the time.
+    """
+    gguf: Any = importlib.import_module("gguf")
+    own = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, function in own.items():
+            setattr(gguf, name, functools.cache(function))
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(gguf, name, function)
 
 
 def _read_config(name_or_path: str) -> PreTrainedConfig:

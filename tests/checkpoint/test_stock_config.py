@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from plprune import load_pruned, prune, save_pruned
@@ -63,21 +64,31 @@ def test_every_result_loads_where_plprune_is_not_installed(case: tuple[str, str]
     assert found["class"] == ("Pruned" if custom else "") + type(model).__name__
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "dtype"), [*((each, "float32") for each in FAMILIES), *((each, "bfloat16") for each in UNLIKE)]
-)
-def test_every_method_loads_in_shards_and_in_bfloat16(family: str, dtype: str, tmp_path: Path) -> None:
-    models = [pruned(family, name, tie_word_embeddings=False) for name in FOUR.values()]
-    for parameter in itertools.chain(*(model.parameters() for model in models)):  # buffers stay as loading leaves them
-        parameter.data = parameter.data.to(getattr(torch, dtype))
-    folders = [tmp_path / name.replace(" ", "-") for name in FOUR.values()]
-    for model, folder in zip(models, folders, strict=True):
+SHARDED = [*((each, "float32") for each in FAMILIES), *((each, "bfloat16") for each in UNLIKE)]
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[tuple[Tensor, Tensor, Tensor]]]:
+    """Logits of every family pruned by each method, of the model that is loaded again, and of a stranger's."""
+    room, logits_of, jobs = tmp_path_factory.mktemp("sharded"), [], []
+    for (family, dtype), name in itertools.product(SHARDED, FOUR.values()):
+        model, folder = pruned(family, name, tie_word_embeddings=False), room / str(len(jobs))
+        for parameter in model.parameters():  # buffers stay as loading leaves them
+            parameter.data = parameter.data.to(getattr(torch, dtype))
         save_pruned(model, folder, tokenizer(), max_shard_size="30KB")
         assert len(list(folder.glob("model*.safetensors"))) > 1
-        assert torch.equal(logits(load_pruned(folder)), logits(model))
-    for model, found in zip(models, strangers(tmp_path, [(f, dtype) for f in folders]), strict=True):
-        assert torch.equal(found["logits"], logits(model))
+        logits_of.append((logits(model), logits(load_pruned(folder))))
+        jobs.append((folder, dtype))
+    read = [(*ours, found["logits"]) for ours, found in zip(logits_of, strangers(room, jobs), strict=True)]
+    return {case: read[i * len(FOUR) :][: len(FOUR)] for i, case in enumerate(SHARDED)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SHARDED, ids=" ".join)
+def test_every_method_loads_in_shards_and_in_bfloat16(case: tuple[str, str], sharded: Any) -> None:
+    for ours, again, theirs in sharded[case]:
+        assert torch.equal(again, ours)
+        assert torch.equal(theirs, ours)
 
 
 @FOUR_NAMES

@@ -2,12 +2,9 @@
 
 import dataclasses
 import json
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from contextlib import ExitStack
@@ -35,6 +32,7 @@ from plprune.methods import Request
 from plprune.recovery.lora import LoRA
 from plprune.report.records import with_true_status
 from tests.builders import jsonl, numbers, save_tiny
+from tests.runs import context
 
 FOUR = (FLAP(), FASP(), CFSP(), TwoSSP())
 CONFIGS = sorted((Path(__file__).parents[2] / "configs/compare").glob("*.yaml"))
@@ -429,24 +427,25 @@ def test_a_killed_comparison_loses_at_most_the_cell_it_was_in(tmp_path: Path) ->
         "recover": {"text": str(tmp_path / "text.txt"), "steps": 2, "seq_len": 16},
     }
     (tmp_path / "compare.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "plprune", "compare", "--config", str(tmp_path / "compare.yaml")]
+    command = ["compare", "--config", str(tmp_path / "compare.yaml")]
     moments, kills, done = random.Random(0), 0, tmp_path / "out/cells"
     while True:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = context.Process(target=main, args=(command,), daemon=True)
+        process.start()
         had = len(list(done.glob("*.json"))) if done.exists() else 0
         deadline = time.monotonic() + 600
         target = had + moments.randrange(1, 6)
-        while process.poll() is None and time.monotonic() < deadline:
+        while process.exitcode is None and time.monotonic() < deadline:
             if done.exists() and len(list(done.glob("*.json"))) >= target:
-                os.kill(process.pid, signal.SIGKILL)
-                process.wait()
+                process.kill()
+                process.join()
             time.sleep(0.01)
-        assert process.returncode in (0, -signal.SIGKILL)
-        if process.returncode == 0:
+        assert process.exitcode in (0, -signal.SIGKILL)
+        if process.exitcode == 0:
             break
         kills += 1
         assert len(list(done.glob("*.json"))) >= target  # nothing that was kept is lost
     assert kills >= 2
     killed = json.loads((tmp_path / "out/report.json").read_text())
-    main(["compare", "--config", str(tmp_path / "compare.yaml"), "--output", str(tmp_path / "whole")])
+    main([*command, "--output", str(tmp_path / "whole")])
     assert timeless(killed) == timeless(json.loads((tmp_path / "whole/report.json").read_text()))

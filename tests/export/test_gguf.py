@@ -5,6 +5,7 @@ import functools
 import itertools
 import os
 import re
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter, get_tensor_name_map
 from peft import LoraConfig, inject_adapter_in_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
@@ -426,6 +427,24 @@ def test_a_quantisation_that_cannot_be_undone_is_refused(tmp_path: Path) -> None
     writer.close()
     with pytest.raises(ValueError, match=r"its quantisation cannot be undone: .*; take a file in f16 or q8_0"):
         load_model(str(tmp_path / "odd.gguf"))
+
+
+def test_a_file_that_is_loaded_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers asks for both again and again, which takes most of the time of loading."""
+    model, parsed = tiny("llama"), []
+    path = written(model, tmp_path)
+
+    def counted(function: Callable[..., Any], *args: Any) -> Any:
+        parsed.append(function)
+        return function(*args)
+
+    own = [functools.partial(counted, each) for each in (GGUFReader, get_tensor_name_map)]
+    monkeypatch.setattr("gguf.GGUFReader", own[0])
+    monkeypatch.setattr("gguf.get_tensor_name_map", own[1])
+    again = load_model(str(path))
+    assert [parsed.count(each) for each in (GGUFReader, get_tensor_name_map)] == [1, 1]
+    torch.testing.assert_close(again.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    assert [sys.modules["gguf"].GGUFReader, sys.modules["gguf"].get_tensor_name_map] == own
 
 
 def divided(how: pre_tokenizers.PreTokenizer, whole_words: bool = False) -> PreTrainedTokenizerFast:

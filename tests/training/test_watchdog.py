@@ -5,71 +5,81 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from plprune.training import watchdog
 from tests.builders import save_tiny
 from tests.ranks import free_port
+from tests.runs import SECONDS, context
 
 pytestmark = pytest.mark.multi_process
 
-RANK = """
-import os, sys, time, types
-import torch, torch.distributed as dist
-from plprune.training import watchdog as watch
-watch.BEAT, watch.SILENCE, watch.GRACE = 0.2, 2.0, 1.0
-dist.init_process_group("gloo")
-callback, module = watch.Watch(), types.SimpleNamespace()
-callback.setup(None, module, "fit")
-dist.barrier()
-print("ready", flush=True)
-behaviour = sys.argv[1]
-try:
-    if behaviour == "fail":
-        raise ValueError("there is no text in\\nnowhere.txt")
-    if behaviour == "exhaust":
-        torch.empty(10**17)
-    if behaviour == "collect":
-        dist.all_reduce(torch.ones(1))
-    if behaviour == "leave":
-        sys.exit(75)
-    time.sleep(60)
-except BaseException as error:
-    callback.on_exception(None, module, error)
-    raise
-"""
 
-
-def start(behaviours: list[str]) -> list["subprocess.Popen[str]"]:
+def start(folder: Path, behaviours: list[str]) -> list[ForkServerProcess]:
+    """A process for each behaviour; `folder/RANK` is what it prints."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(len(behaviours))}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, behaviour],
-            env=os.environ | shared | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    ranks = [
+        context.Process(target=_rank, args=(behaviour, shared | {"RANK": str(rank)}, folder / str(rank)), daemon=True)
         for rank, behaviour in enumerate(behaviours)
     ]
+    for rank in ranks:
+        rank.start()
+    return ranks
 
 
-def outcome(behaviours: list[str], victim: int = 1, number: signal.Signals | None = None) -> tuple[int, str]:
-    """How rank 0, or the one that is not the victim, ends."""
-    ranks = start(behaviours)
+def _rank(behaviour: str, environment: dict[str, str], output: Path) -> None:
+    os.environ.update(environment)
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    watchdog.BEAT, watchdog.SILENCE, watchdog.GRACE = 0.2, 2.0, 1.0
+    dist.init_process_group("gloo")
+    callback, module = watchdog.Watch(), SimpleNamespace()
+    callback.setup(None, module, "fit")  # type: ignore[arg-type]
+    dist.barrier()
+    Path(f"{output} is ready").touch()
     try:
-        for rank in ranks:
-            assert rank.stdout is not None
-            assert rank.stdout.readline() == "ready\n"
+        if behaviour == "fail":
+            raise ValueError("there is no text in\nnowhere.txt")
+        if behaviour == "exhaust":
+            torch.empty(10**17)
+        if behaviour == "collect":
+            dist.all_reduce(torch.ones(1))
+        if behaviour == "leave":
+            sys.exit(75)
+        time.sleep(60)
+    except BaseException as error:
+        callback.on_exception(None, module, error)  # type: ignore[arg-type]
+        raise
+
+
+def outcome(
+    folder: Path, behaviours: list[str], victim: int = 1, number: signal.Signals | None = None
+) -> tuple[int | None, str]:
+    """How rank 0, or the one that is not the victim, ends."""
+    ranks = start(folder, behaviours)
+    try:
+        end = time.monotonic() + SECONDS
+        while not all((folder / f"{rank} is ready").exists() for rank in range(len(ranks))):
+            assert time.monotonic() < end
+            time.sleep(0.02)
         if number is not None:
-            ranks[victim].send_signal(number)
-        _, said = ranks[1 - victim].communicate(timeout=30)
-        return ranks[1 - victim].returncode, said
+            os.kill(cast(int, ranks[victim].pid), number)
+        ranks[1 - victim].join(30)
+        return ranks[1 - victim].exitcode, (folder / str(1 - victim)).read_text()
     finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+        end_all(ranks)
+
+
+def end_all(ranks: list[ForkServerProcess]) -> None:
+    for rank in ranks:
+        rank.kill()
+        rank.join()
 
 
 @pytest.mark.parametrize(
@@ -79,8 +89,8 @@ def outcome(behaviours: list[str], victim: int = 1, number: signal.Signals | Non
         pytest.param("exhaust", "allocate memory", marks=pytest.mark.slow),
     ],
 )
-def test_a_failure_is_told_to_the_others(behaviour: str, reason: str) -> None:
-    code, said = outcome(["collect", behaviour])
+def test_a_failure_is_told_to_the_others(behaviour: str, reason: str, tmp_path: Path) -> None:
+    code, said = outcome(tmp_path, ["collect", behaviour])
     assert code == 1
     assert "plprune: error: rank 1 failed: " in said
     assert reason in said
@@ -88,31 +98,30 @@ def test_a_failure_is_told_to_the_others(behaviour: str, reason: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_process_that_is_killed_or_hangs_is_named(number: signal.Signals) -> None:
-    code, said = outcome(["collect", "sleep"], number=number)
+def test_a_process_that_is_killed_or_hangs_is_named(number: signal.Signals, tmp_path: Path) -> None:
+    code, said = outcome(tmp_path, ["collect", "sleep"], number=number)
     assert code == 1
     assert "plprune: error: rank 1 (" in said
     assert "has not answered for" in said
 
 
 @pytest.mark.slow
-def test_the_first_process_keeps_the_store() -> None:
-    code, said = outcome(["sleep", "collect"], victim=0, number=signal.SIGKILL)
+def test_the_first_process_keeps_the_store(tmp_path: Path) -> None:
+    code, said = outcome(tmp_path, ["sleep", "collect"], victim=0, number=signal.SIGKILL)
     assert code == 1
     assert "plprune: error: rank 0, which keeps the store, is dead" in said
 
 
 @pytest.mark.slow
-def test_whoever_leaves_as_asked_is_not_missed() -> None:
-    ranks = start(["sleep", "leave"])
+def test_whoever_leaves_as_asked_is_not_missed(tmp_path: Path) -> None:
+    ranks = start(tmp_path, ["sleep", "leave"])
     try:
-        assert ranks[1].wait(30) == 75
+        ranks[1].join(SECONDS)
+        assert ranks[1].exitcode == 75
         time.sleep(4)  # twice the silence that is allowed here
-        assert ranks[0].poll() is None
+        assert ranks[0].exitcode is None
     finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+        end_all(ranks)
 
 
 @pytest.mark.slow
