@@ -91,8 +91,17 @@ REPAIRED: dict[str, Any] = {  # not as the papers have it: restored in a walk of
 REPAIRED_ON = ("llama", "opt", "phi3")  # plain, with biases, and fused
 DEFAULTS = ("FLAP AL-AM", "FASP value_channels", "CFSP activation", "TwoSSP", "LearnedGates")
 UNLIKE = ("llama", "opt", "gpt2", "phi3", "gemma2")  # gated; with biases; transposed; fused; windows and norms behind
-# Every method on every family, its further settings on families that are unlike, and two methods on each variant.
-PAIRS = [(each, name) for each in FAMILIES for name in METHODS if name in DEFAULTS or each in UNLIKE]
+LIKE_LLAMA = ("mistral", "qwen2", "granite", "smollm3", "cohere2")  # in where the parts of a block are
+
+
+def _judged(index: int, family: str) -> Iterable[str]:
+    if family in UNLIKE:
+        return METHODS
+    return (DEFAULTS[index % 5], DEFAULTS[(index + 2) % 5]) if family in LIKE_LLAMA else DEFAULTS
+
+
+# Every method on every layout, its further settings on families that are unlike, and two methods on what is alike.
+PAIRS = [(family, name) for i, family in enumerate(FAMILIES) for name in _judged(i, family)]
 PAIRS += [(each, DEFAULTS[i % len(DEFAULTS)]) for start in (len(FAMILIES), 1) for i, each in enumerate(VARIANTS, start)]
 PAIRS += itertools.product(REPAIRED_ON, REPAIRED)
 OWN: list[str] = []  # of the option --method: the contract battery then judges these and no others

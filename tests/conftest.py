@@ -1,10 +1,13 @@
 """Tests run side by side, one process a core: each of them, and what it starts, computes on one thread."""
 
 import os
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+
+FIRST = ("test_notebooks", "test_golden", "test_real_export", "test_readme")  # minutes each: none is left for the end
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -29,6 +32,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--method"):  # what is not about a method says nothing of this one
         items[:] = [item for item in items if "name" in getattr(getattr(item, "callspec", None), "params", ())]
+    counts = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.stem not in FIRST, -counts[item.path]))
 
 
 @pytest.hookimpl(optionalhook=True)

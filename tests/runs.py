@@ -38,7 +38,7 @@ PHASES: dict[str, tuple[type, str]] = {  # a phase is one call of a method
 END = {"loading": "pruning", "training": "export"}  # phases that go on until others begin
 # A server that has imported everything forks a process in milliseconds, where an interpreter takes seconds to begin.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["tests.runs", "deepspeed"])
+context.set_forkserver_preload(["tests.warm", "deepspeed"])
 
 
 def make_source(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 The folder `shared` is looked for beside the repository; PLPRUNE_SHARED names another place.
 """
 
+import functools
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,8 +33,12 @@ def shared(path: str) -> Path:
 
 def wikitext(part: str, tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> Tensor:  # [count, length]
     """The first windows of WikiText-2, in the usual way: rows joined by blank lines, no special tokens."""
-    ids, _ = tokenised(str(shared(f"{WIKITEXT}/{part}.parquet")), tokenizer, join="\n\n")
-    return torch.as_tensor(ids[: count * length]).view(count, length)
+    return _tokens(shared(f"{WIKITEXT}/{part}.parquet"), tokenizer)[: count * length].view(count, length)
+
+
+@functools.cache
+def _tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> Tensor:  # [tokens]
+    return torch.as_tensor(tokenised(str(path), tokenizer, join="\n\n")[0])
 
 
 def gemma(folder: Path) -> str:
