@@ -59,6 +59,8 @@ class RecoveryCLI(OpenCLI):
 
     def __init__(self, args: list[str] | None) -> None:
         self._since = time.monotonic()
+        given = (sys.argv[1:] if args is None else args)[:1]
+        self._stages = [stage for stage in STAGES if stage in given] or list(STAGES)
         super().__init__(
             Recovery,
             RecoveryData,
@@ -66,13 +68,13 @@ class RecoveryCLI(OpenCLI):
             auto_configure_optimizers=False,  # Lightning would build the optimizer before Prune's setup
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"prog": "plprune", "exit_on_error": False}
-            | {stage: {"description": text, "exit_on_error": False} for stage, text in STAGES.items()},
+            | {stage: {"description": STAGES[stage], "exit_on_error": False} for stage in self._stages},
             args=args,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {stage: LightningCLI.subcommands()[stage] for stage in STAGES}
+    def subcommands(self) -> dict[str, set[str]]:
+        """The given command only, because it takes a while to make the parser of each."""
+        return {stage: LightningCLI.subcommands()[stage] for stage in self._stages}
 
     def make_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super().make_parser(klass, subcommand, **kwargs)
