@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import json
 import logging
-import multiprocessing
 import os
 import random
 import resource
@@ -39,7 +38,7 @@ from plprune.pruning.stream import observe, stream
 from plprune.pruning.surgery import Surgery
 from plprune.streaming import journal_path, open_streamed, prune_streamed
 from tests.builders import METHODS, REPAIRED, logits, method, numbers, save_tiny, tiny, tokenizer, windows
-from tests.runs import KILLS
+from tests.runs import KILLS, context
 
 FOUR = ("FLAP AL-AM", "FASP value_channels", "CFSP relative", "TwoSSP")
 BATCHES = Calibration(list(windows().split(2)))
@@ -538,9 +537,7 @@ def run_in(folder: str, args: list[str]) -> None:
 
 
 def started(folder: Path, args: list[str]) -> Any:
-    """A process that runs a command; it is forked from one that has imported everything, and starts at once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_streaming"])
+    """A process that runs a command."""
     process = context.Process(target=run_in, args=(str(folder), args), daemon=True)
     process.start()
     return process
@@ -558,7 +555,9 @@ def killed_at_random(folder: Path, name: str, trials: int, seed: int) -> None:
         assert process.exitcode == 0
     expected = {file.name: file.read_bytes() for file in (folder / "out").iterdir()}
     dice, kills = random.Random(seed), 0
-    for trial in range(trials):
+    for trial in range(3 * trials):  # more than once each if too few kills hit, as other processes change the speed
+        if trial >= trials and kills >= trials:
+            break
         shutil.rmtree(folder / "out")
         for resume in ([], ["--resume"], ["--resume"], ["--resume"])[: dice.randint(2, 4)]:
             process = started(folder, args + resume)
@@ -575,7 +574,6 @@ def killed_at_random(folder: Path, name: str, trials: int, seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.multi_process
 @pytest.mark.parametrize("name", ["FLAP", "FASP", "CFSP", "TwoSSP"])
 def test_a_run_that_is_killed_at_many_moments(name: str, here: Path) -> None:
     killed_at_random(here, name, trials=max(1, KILLS // 3), seed=sum(map(ord, name)) + 1)

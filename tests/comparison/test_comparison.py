@@ -410,7 +410,6 @@ def test_configs_run_on_a_tiny_model(
 
 
 @pytest.mark.slow
-@pytest.mark.multi_process
 def test_a_killed_comparison_loses_at_most_the_cell_it_was_in(tmp_path: Path) -> None:
     """Killed at random moments until it ends, it computes each cell once or begins one again."""
     config = {

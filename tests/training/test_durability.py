@@ -19,8 +19,6 @@ from plprune.training.checkpoint_files import checkpoints
 from plprune.training.preemption import AGAIN
 from tests.runs import KILLS, Run, make_source, new_folder, result
 
-pytestmark = pytest.mark.multi_process
-
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -89,6 +87,7 @@ def test_kills_at_any_moment_change_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.multi_process
 def test_kills_of_one_of_two_ranks_change_nothing(
     source: Path, whole_of_two: tuple[dict[str, Any], dict[str, float]], tmp_path: Path, moments: random.Random
 ) -> None:
@@ -107,7 +106,7 @@ def kill_often(
     (expected, durations), hits, folders = whole, 0, 0
     while hits < KILLS:
         folders += 1
-        assert folders <= KILLS, "too few kills hit"
+        assert folders <= 2 * KILLS, "too few kills hit"  # as other processes make phases shorter and longer
         folder = new_folder(source, root / str(folders))
         hits += sum(killed(folder, moments.choice(phases), durations, moments, ranks) for _ in range(5))
         assert finished(folder, ranks) == expected
@@ -133,6 +132,7 @@ def test_sigterm_stops_a_run_that_then_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.multi_process
 @pytest.mark.parametrize("told", [0, 1])
 @pytest.mark.parametrize("phase", ["pruning", "after training"])
 def test_sigterm_to_one_of_two_ranks_stops_both(
@@ -189,6 +189,7 @@ def test_slurm_requeues_a_run_that_then_goes_on(
 
 CPU = "plprune.training.strategies.CPUDeepSpeed"
 STRATEGIES = {
+    "DDP": ("--trainer.strategy=ddp",),
     "ZeRO-1": (f"--trainer.strategy={CPU}", "--trainer.strategy.stage=1"),
     "ZeRO-2": (f"--trainer.strategy={CPU}", "--trainer.strategy.stage=2"),
     "ZeRO-3": (f"--trainer.strategy={CPU}", "--trainer.strategy.stage=3"),
@@ -215,6 +216,7 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.multi_process
 def test_torchrun_starts_a_run_again_when_a_rank_is_killed(
     source: Path, whole_of_two: tuple[dict[str, Any], dict[str, float]], tmp_path: Path
 ) -> None:
@@ -234,6 +236,7 @@ def test_torchrun_starts_a_run_again_when_a_rank_is_killed(
 
 
 @pytest.mark.slow
+@pytest.mark.multi_process
 def test_ranks_that_lightning_started_stop_with_the_first(source: Path, tmp_path: Path) -> None:
     folder = new_folder(source, tmp_path / "run")
     words = command("--trainer.devices=2", "--trainer.max_steps=100000")
@@ -251,7 +254,7 @@ def test_ranks_that_lightning_started_stop_with_the_first(source: Path, tmp_path
 # ---- faults of the disk
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.multi_process])])
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
     source: Path, whole: tuple[dict[str, Any], dict[str, float]], tmp_path: Path, ranks: int
 ) -> None:
@@ -294,6 +297,7 @@ def test_a_damaged_checkpoint_is_skipped_and_named(
 # ---- another number of processes
 
 
+@pytest.mark.multi_process
 @pytest.mark.parametrize(("before", "after"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_another_number_of_processes(source: Path, tmp_path: Path, before: int, after: int) -> None:
     end_alike(source, tmp_path, before, after)
@@ -318,6 +322,8 @@ def end_alike(source: Path, tmp_path: Path, before: int, after: int, strategy: t
 
 # ---- the strategies that share the states
 
+REFUSED = {"ZeRO-2": ["DDP", "ZeRO-1"], "ZeRO-3": ["FSDP2"], "FSDP2": ["ZeRO-2"]}  # what goes on with none of theirs
+
 
 @pytest.fixture(params=["ZeRO-2", "ZeRO-3", "FSDP2"])
 def shared_states(request: pytest.FixtureRequest, source: Path, tmp_path: Path) -> tuple[str, Path, dict[str, Any]]:
@@ -334,18 +340,17 @@ def shared_states(request: pytest.FixtureRequest, source: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.multi_process
 def test_what_each_strategy_goes_on_with(
     shared_states: tuple[str, Path, dict[str, Any]], source: Path, tmp_path: Path
 ) -> None:
     name, folder, expected = shared_states
     saved = checkpoints(folder / "checkpoints")
-    other = STRATEGIES["FSDP2" if name != "FSDP2" else "ZeRO-2"]
-    another_stage = STRATEGIES["ZeRO-1"]
-    for strategy in ((), other, another_stage):  # another one
-        refused = Run(folder, "--resume", ranks=2, strategy=strategy)
+    for other in REFUSED[name]:
+        refused = Run(folder, "--resume", ranks=2, strategy=STRATEGIES[other])
         assert refused.finish() == [1, 1]
         assert "stores its states differently" in refused.output().splitlines()[-1]
-    if name != "FSDP2":  # another number of processes
+    if name == "ZeRO-3":  # another number of processes
         refused = Run(folder, "--resume", ranks=1, strategy=STRATEGIES[name])
         assert refused.finish() == [1]
         assert refused.output().splitlines()[-1].endswith("use as many, or start without --resume")
@@ -357,6 +362,7 @@ def test_what_each_strategy_goes_on_with(
 
 
 @pytest.mark.slow
+@pytest.mark.multi_process
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_fsdp2_goes_on_with_another_number_of_processes(source: Path, tmp_path: Path, before: int, after: int) -> None:
     end_alike(source, tmp_path, before, after, STRATEGIES["FSDP2"])
