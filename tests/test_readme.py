@@ -82,7 +82,8 @@ def test_every_block_of_python_runs(small_world: Path) -> None:
     names: dict = {"__name__": "readme"}
     for block in blocks("python"):
         block = block.replace(REAL, "tiny").replace("max_steps=50", "max_steps=2, accelerator='cpu', logger=False")
-        exec(re.sub(r"seq_len=256", "seq_len=16", block), names)
+        block = block.replace("RecoveryData(", "RecoveryData(max_windows=2, ")
+        exec(block.replace("seq_len=256", "seq_len=16"), names)
     assert Path("runs/script/model/plan.safetensors").exists()
     assert Path("runs/library/plan.safetensors").exists()
     plan = prune(tiny(), names["Magnitude"](0.25), [windows()])
