@@ -194,7 +194,7 @@ class DiskHome(Home):
 
     def __init__(self, block: Block, source: ModelWeights) -> None:
         self.block, self.source, self.version = block, source, 0
-        self.prefix = f"{block.family.blocks}.{block.index}."
+        self.prefix = f"{block.path}."
         self.journal: Journal | None = None
         self._decisions: list[Decision] = []  # since the block was loaded
         self._loaded = False

@@ -15,9 +15,12 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from plprune import CFSP, FASP, FLAP, LearnedGates, PruningMethod, TwoSSP
-from plprune.architecture.families import FAMILIES
 
 VOCABULARY = 300
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "phi3", "opt", "gemma2", "gemma3_text"),
+    *("gpt_neox", "gpt2", "phi", "olmo2", "granite", "smollm3", "cohere2"),
+)
 
 SETTINGS: dict[str, dict[str, Any]] = {
     family: {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 8, "num_key_value_heads": 4}

@@ -17,10 +17,9 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from plprune import PruningPlan, load_pruned, perplexity, prune, save_pruned
 from plprune.architecture.blocks import Block, UnitGroup, blocks_of
-from plprune.architecture.families import FAMILIES
 from plprune.architecture.modules import innermost, matrix
 from plprune.pruning import surgery
-from tests.builders import DEFAULTS, OWN, PAIRS, VARIANTS, logits, method, tiny, windows
+from tests.builders import DEFAULTS, FAMILIES, OWN, PAIRS, VARIANTS, logits, method, tiny, windows
 
 EVERY = [*itertools.product([*FAMILIES, *VARIANTS], OWN)] if OWN else PAIRS
 

@@ -30,6 +30,7 @@ INSIDE = {  # where private parts may be used, and of which library
     "lightning_internals": "lightning",
     "deepspeed_internals": "deepspeed",
     "compilation": "torch",
+    "probing": "transformers",
     "modeling_plprune": "transformers",  # which stands beside models, and imports nothing of plprune
 }
 USED = [

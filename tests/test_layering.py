@@ -55,7 +55,14 @@ ORDER = {
         ["constraints", "journal", "plan", "statistics"],
         ["hidden_states"],
     ],
-    "architecture": [["blocks"], ["attached", "families", "modeling_plprune", "modules"]],
+    "architecture": [
+        ["config_keys"],
+        ["blocks"],
+        ["discovery"],
+        ["tracing", "trials"],
+        ["anatomy", "attached", "cutting", "probing"],
+        ["modeling_plprune", "modules"],
+    ],
     "io": [
         ["text"],
         ["cache", "progress", "readers"],

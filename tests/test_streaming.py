@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 
 from plprune import PruningMethod, PruningPlan, TwoSSP, load_pruned, prune, save_pruned
 from plprune.architecture.blocks import blocks_of
-from plprune.architecture.families import FAMILIES
 from plprune.checkpoint.load import load_model
 from plprune.checkpoint.stored import Dtype
 from plprune.checkpoint.weights import INDEX, SINGLE
@@ -37,7 +36,7 @@ from plprune.pruning.statistics import Norms
 from plprune.pruning.stream import observe, stream
 from plprune.pruning.surgery import Surgery
 from plprune.streaming import journal_path, open_streamed, prune_streamed
-from tests.builders import METHODS, REPAIRED, logits, method, numbers, save_tiny, tiny, tokenizer, windows
+from tests.builders import FAMILIES, METHODS, REPAIRED, logits, method, numbers, save_tiny, tiny, tokenizer, windows
 from tests.runs import KILLS, context
 
 FOUR = ("FLAP AL-AM", "FASP value_channels", "CFSP relative", "TwoSSP")

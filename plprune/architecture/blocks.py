@@ -1,8 +1,8 @@
 r"""The decoder blocks of a model, and the groups of prunable units in each.
 
 A :class:`UnitGroup` holds all units of one kind in one block. Removing unit `u` removes the rows `index[u]` of every
-producer and the columns `index[u]` of the consumer. Groups store indices, so fused projections need no extra code: a
-family names the path of a fused projection once for each part, in the order of the parts.
+producer and the columns `index[u]` of the consumer. Which these are is found by probing the model
+(`plprune.architecture.discovery`).
 
 Rows are outputs and columns are inputs, also for a `Conv1D`, which stores its weight transposed: :func:`matrix` returns
 every weight as [d_out, d_in].
@@ -11,7 +11,8 @@ every weight as [d_out, d_in].
 kind           unit                     producers                    consumer
 =============  =======================  ===========================  ==================================
 ``attention``  kv head, with its query  rows of Q, K and V, and of   columns of the output projection
-               heads                    norms over all heads
+               heads; or a head of      norms, convolutions and
+               linear attention         parameters over all heads
 ``value``      value channel            rows of V                    the same channel of each query head
 ``ffn``        FFN channel              rows of gate and up, or fc1  columns of down, or fc2
 =============  =======================  ===========================  ==================================
@@ -21,17 +22,29 @@ Symbols: B blocks, d model width, n FFN width, H query heads, hd head dimension,
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from plprune.architecture.anatomy import Anatomy, ModelAnatomy, Part, Slice
 from plprune.architecture.attached import attached
-from plprune.architecture.families import Family, family_of
-from plprune.architecture.modules import dense_weight, innermost, kept_rows, matrix, on_device, width
+from plprune.architecture.discovery import discover
+from plprune.architecture.modeling_plprune import NoAttention, PrunedConfigMixin, PrunedModelMixin
+from plprune.architecture.modules import (
+    dense_weight,
+    innermost,
+    kept_rows,
+    matrix,
+    on_device,
+    own_parameter,
+    width,
+    width_name,
+)
 
 
 @dataclass(frozen=True)
@@ -56,14 +69,6 @@ AttentionUnit = Literal["kv_heads", "value_channels", "none"]  # what a method r
 
 
 @dataclass(frozen=True)
-class Slice:
-    """The part of one projection that belongs to a group: `index[u]` are the rows or columns of unit `u`."""
-
-    path: str
-    index: Tensor  # [units, rows or columns per unit], int64
-
-
-@dataclass(frozen=True)
 class UnitGroup:
     """All units of one kind in one block, and the rows and columns that each unit consists of."""
 
@@ -71,6 +76,7 @@ class UnitGroup:
     kind: Kind
     producers: tuple[Slice, ...]
     consumer: Slice
+    counts: Mapping[str, int] = field(default_factory=dict)  # attribute that the forward pass reads -> value per unit
 
     @property
     def name(self) -> str:
@@ -100,7 +106,8 @@ class Block:
 
     index: int
     module: nn.Module
-    family: Family
+    anatomy: Anatomy
+    path: str = ""  # in the model
 
     @property
     def home(self) -> Home | None:
@@ -125,8 +132,16 @@ class Block:
 
     def cost(self, group: UnitGroup) -> int:
         """Parameters of one unit."""
-        rows = sum(s.index.shape[1] * _per_row(self.part(s.path)) for s in group.producers)
+        rows = sum(s.index.shape[1] * self._per_row(s) for s in group.producers)
         return rows + group.consumer.index.shape[1] * len(matrix(self.part(group.consumer.path)))
+
+    def _per_row(self, part: Slice) -> int:
+        owner, _, name = part.path.rpartition(".")
+        parameter = own_parameter(self.part(owner), name)
+        if parameter is not None:
+            return parameter.numel() // parameter.shape[part.axis]
+        module = self.part(part.path)
+        return matrix(module)[0].numel() + (getattr(innermost(module), "bias", None) is not None)
 
     def absent_bias(self, group: UnitGroup) -> int:
         """Parameters that a bias would add to the consumer; 0 if it has one."""
@@ -139,100 +154,153 @@ class Block:
 
     @property
     def has_attention(self) -> bool:
-        return hasattr(self.part(self.family.attention), self.family.head_dim)
+        return self.anatomy.attention is not None and not isinstance(self.part(self.anatomy.mixer), NoAttention)
+
+    @property
+    def can_drop_attention(self) -> bool:
+        return self.has_attention and self.anatomy.droppable
+
+    @property
+    def attention(self) -> Part:
+        """The heads of the dense block."""
+        assert self.anatomy.attention is not None
+        return self.anatomy.attention
+
+    @property
+    def ffn(self) -> Part:
+        """The FFN channels of the dense block."""
+        assert self.anatomy.ffn is not None
+        return self.anatomy.ffn
+
+    @property
+    def d_model(self) -> int:
+        """Width of the hidden states."""
+        part = self.anatomy.ffn or self.attention
+        return len(matrix(self.part(part.consumer.path)))
 
     @property
     def channels(self) -> int:
-        """Width of the FFN."""
-        return width(self.part(self.family.ffn_out), "in_features")
+        """Width of the FFN; 0 if the block has none."""
+        ffn = self.anatomy.ffn
+        return 0 if ffn is None else width(self.part(ffn.consumer.path), "in_features")
 
     @property
     def attention_paths(self) -> list[str]:
         """Paths of the attention's projections, without duplicates; empty if the attention was dropped."""
-        return list(dict.fromkeys((*self.family.qkv, self.family.output))) if self.has_attention else []
+        return self._projections(self.anatomy.attention) if self.has_attention else []
 
     @property
     def projections(self) -> list[str]:
-        """Paths of all projections, without duplicates."""
-        return list(dict.fromkeys((*self.attention_paths, *self.family.ffn_in, self.family.ffn_out)))
+        """Paths of the projections of all units, without duplicates."""
+        return list(dict.fromkeys((*self.attention_paths, *self._projections(self.anatomy.ffn))))
+
+    def _projections(self, part: Part | None) -> list[str]:
+        if part is None:
+            return []
+        paths = dict.fromkeys((*(s.path for s in part.producers), part.consumer.path))
+        return [path for path in paths if self._is_projection(path)]
+
+    def _is_projection(self, path: str) -> bool:
+        owner, _, name = path.rpartition(".")
+        return (
+            own_parameter(self.part(owner), name) is None
+            and width_name(innermost(self.part(path)), "out_features") is not None
+        )
 
     def groups(self, attention: AttentionUnit = "kv_heads") -> list[UnitGroup]:
-        """The block's groups: the attention's with the given unit, if any, and the FFN's."""
+        """The block's groups: the attention's with the given unit, if any, and the FFN's, if it has one."""
         make = {"kv_heads": self._kv_heads, "value_channels": self._value_channels}.get(attention)
-        return [make(), self._channels()] if make and self.has_attention else [self._channels()]
+        own = [make()] if make and self.has_attention else []
+        return [group for group in (*own, self._channels()) if group is not None]
+
+    @property
+    def all_groups(self) -> list[UnitGroup]:
+        """The groups of all units: value channels, heads and FFN channels, as far as the block has them."""
+        values = self._value_channels() if self.has_attention else None
+        return [*([values] if values else []), *self.groups()]
+
+    @property
+    def has_kv_cache(self) -> bool:
+        """Whether the block attends to the keys and values of all earlier tokens."""
+        return self.has_attention and self.anatomy.values is not None
 
     @property
     def kv_heads(self) -> int:
-        return width(self.part(self.family.output), "in_features") // (self.queries_per_head * self.head_dim)
+        return width(self.part(self.attention.consumer.path), "in_features") // self.attention.columns
 
     @property
     def queries_per_head(self) -> int:
         """Query heads per kv head (g)."""
-        return cast(int, getattr(self.part(self.family.attention), "num_key_value_groups", 1))
+        return self.attention.columns // self.head_dim
 
     @property
     def head_dim(self) -> int:
-        return cast(int, getattr(self.part(self.family.attention), self.family.head_dim))
+        """Value channels per head."""
+        values = self.anatomy.values
+        return len(values) // len(self.attention) if values else self.attention.columns
 
     def _kv_heads(self) -> UnitGroup:
-        columns = torch.arange(width(self.part(self.family.output), "in_features")).view(self.kv_heads, -1)
-        producers = (*self._norms(), *self._projected())
-        return UnitGroup(self.index, "attention", producers, Slice(self.family.output, columns))
+        producers, consumer = self.attention.of_size(self.kv_heads)
+        return UnitGroup(self.index, "attention", producers, consumer, self.attention.counts)
 
-    def _value_channels(self) -> UnitGroup:
-        kv, g, hd = self.kv_heads, self.queries_per_head, self.head_dim
-        values = self._projected()[2]
-        rows = values.index.flatten()
-        present = torch.isin(rows, kept_rows(self.part(values.path)))  # an earlier pruning may have removed some
-        columns = torch.arange(kv * g * hd).view(kv, g, hd).transpose(1, 2).reshape(kv * hd, g)
-        consumer = Slice(self.family.output, columns[present])
-        return UnitGroup(self.index, "value", (Slice(values.path, rows[present, None]),), consumer)
+    def _value_channels(self) -> UnitGroup | None:
+        if self.anatomy.values is None:
+            return None
+        (values,), consumer = self.anatomy.values.of_size(self.kv_heads * self.head_dim)
+        (producer,) = [
+            p for p in self._kv_heads().producers if p.path == values.path and p.index.shape[1] == self.head_dim
+        ][-1:]
+        present = torch.isin(producer.index.flatten(), kept_rows(self.part(values.path)))  # some may be gone already
+        rows, columns = producer.index.flatten()[present, None], consumer.index[present]
+        return UnitGroup(self.index, "value", (Slice(values.path, rows),), Slice(consumer.path, columns))
 
-    def _projected(self) -> list[Slice]:
-        """The rows of queries, keys and values, by kv head."""
-        kv, sizes = self.kv_heads, self._per_kv_head()
-        if self.family.interleaved:
-            parts = torch.arange(kv * sum(sizes)).view(kv, -1).split(sizes, dim=1)
-            return [Slice(path, rows) for path, rows in zip(self.family.qkv, parts, strict=True)]
-        stacked = _stacked(self.family.qkv, tuple(kv * size for size in sizes))
-        return [Slice(path, rows.view(kv, -1)) for path, rows in stacked]
-
-    def _norms(self) -> list[Slice]:
-        """The values of norms over all heads, by kv head."""
-        sizes = self._per_kv_head()
-        return [
-            Slice(path, torch.arange(self.kv_heads * size).view(-1, size))
-            for path, size in zip(self.family.qk_norms, sizes, strict=False)
-        ]
-
-    def _per_kv_head(self) -> tuple[int, int, int]:
-        """Rows of queries, keys and values that belong to one kv head."""
-        return self.queries_per_head * self.head_dim, self.head_dim, self.head_dim
-
-    def _channels(self) -> UnitGroup:
-        channels = self.channels
-        parts = _stacked(self.family.ffn_in, (channels,) * len(self.family.ffn_in))
-        producers = tuple(Slice(path, rows[:, None]) for path, rows in parts)
-        return UnitGroup(self.index, "ffn", producers, Slice(self.family.ffn_out, torch.arange(channels)[:, None]))
+    def _channels(self) -> UnitGroup | None:
+        ffn = self.anatomy.ffn
+        if ffn is None:
+            return None
+        producers, consumer = ffn.of_size(self.channels)
+        return UnitGroup(self.index, "ffn", producers, consumer, ffn.counts)
 
 
 def blocks_of(model: PreTrainedModel) -> list[Block]:
-    """The decoder blocks of a model, in depth order."""
-    family = family_of(model.config)
-    modules = cast(Iterable[nn.Module], model.get_submodule(family.blocks))
-    return [Block(i, module, family) for i, module in enumerate(modules)]
+    """The decoder blocks of a model, in depth order.
+
+    Raises:
+        ValueError: The model has no prunable decoder blocks.
+    """
+    found = anatomy_of(model)
+    modules = cast(Iterable[nn.Module], model.get_submodule(found.blocks))
+    pairs = enumerate(zip(modules, found.anatomies, strict=True))
+    return [Block(i, module, anatomy, f"{found.blocks}.{i}") for i, (module, anatomy) in pairs]
 
 
-def _per_row(module: nn.Module) -> int:
-    weight = matrix(module)
-    return weight[0].numel() + (getattr(innermost(module), "bias", None) is not None)
+def anatomy_of(model: PreTrainedModel) -> ModelAnatomy:
+    """Where a model has its decoder blocks, and what the units of each were before it was pruned."""
+    if model not in _KNOWN:
+        kind, config = dense_class(model)
+        _KNOWN[model] = discover(kind, config)
+    return _KNOWN[model]
 
 
-def _stacked(paths: tuple[str, ...], sizes: tuple[int, ...]) -> list[tuple[str, Tensor]]:
-    """Row indices of each part. Parts with the same path follow each other."""
-    start = dict.fromkeys(paths, 0)
-    parts = []
-    for path, size in zip(paths, sizes, strict=True):
-        parts.append((path, torch.arange(start[path], start[path] + size)))
-        start[path] += size
-    return parts
+# what `modeling_plprune` adds to a config
+PRUNED_KEYS = ("pruned", "per_layer_config", "allow_global_per_layer_attribute_access", "base_model_type", "auto_map")
+_KNOWN: WeakKeyDictionary[PreTrainedModel, ModelAnatomy] = WeakKeyDictionary()
+
+
+def dense_class(model: PreTrainedModel) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """The class and the config of a model before pruning changed them."""
+    kind, config = type(model), model.config
+    if isinstance(config, PrunedConfigMixin):
+        own = config.to_dict()
+        for key in (
+            "pruned",
+            "per_layer_config",
+            "allow_global_per_layer_attribute_access",
+            "base_model_type",
+            "auto_map",
+        ):
+            own.pop(key, None)
+        config = type(config).__mro__[2].from_dict(own | {"model_type": type(config).model_type})
+    if issubclass(kind, PrunedModelMixin):
+        kind = next(c for c in kind.__mro__ if not issubclass(c, PrunedModelMixin) and issubclass(c, PreTrainedModel))
+    return kind, config

@@ -12,6 +12,7 @@ built from the config before pruning; then its parameters are cut to their new s
 `gather`       projections that read only some inputs, and the full input width; `index` is in the weights
 `scatter`      projections that compute only some outputs, and the full output width; `index` likewise
 `skip`         `["attention"]` if the attention was removed
+`attention`    path of the attention that was removed, if it is another in this block
 =============  ==========================================================================================
 """
 
@@ -126,7 +127,7 @@ def cut(model: PreTrainedModel, pruned: dict[str, Any]) -> None:
     for index, layer in pruned["layers"].items():
         block = blocks[int(index)]
         if "attention" in layer.get("skip", ()):
-            replace(block, pruned["attention"], NoAttention(int(index)))
+            replace(block, layer.get("attention", pruned["attention"]), NoAttention(int(index)))
         for path, width in layer.get("gather", {}).items():
             replace(block, path, Gather(block.get_submodule(path), torch.arange(width), width))
         for path, width in layer.get("scatter", {}).items():

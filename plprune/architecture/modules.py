@@ -39,6 +39,11 @@ def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     setattr(owner, last, nn.Parameter(value, requires_grad=getattr(owner, last).requires_grad))
 
 
+def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter that a module itself has by a name, if any."""
+    return dict(module.named_parameters(recurse=False)).get(name)
+
+
 def tied(model: PreTrainedModel) -> bool:
     """Whether head and embedding share one parameter, whatever the config says."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()

@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from plprune.architecture.families import family_of
+from plprune.architecture.discovery import check_supported
 from plprune.architecture.modules import set_parameter, tie, tied
 from plprune.checkpoint.locate import cached_folder, check_no_adapter, download, resolve_path
 from plprune.checkpoint.stock_config import config_from, make_savable, pruned_skeleton, skeleton
@@ -258,7 +258,7 @@ def _load_gguf(name: str, path: Path, dtype: torch.dtype) -> PreTrainedModel:
         ) from error
     model.config.__dict__.pop("quantization_config", None)
     model.config.name_or_path = name
-    family_of(model.config)
+    check_supported(model.config)
     tie(model, tied(model))
     return model
 
@@ -288,7 +288,7 @@ def _read_config(name_or_path: str) -> PreTrainedConfig:
         else:
             config = AutoConfig.from_pretrained(name_or_path)
     config.__dict__.pop("quantization_config", None)  # weights are dequantised when they are loaded
-    family_of(config)
+    check_supported(config)
     return config
 
 

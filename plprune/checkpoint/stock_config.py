@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from transformers.initialization import no_init_weights
 
 from plprune.architecture.blocks import Block, blocks_of
-from plprune.architecture.families import family_of
+from plprune.architecture.config_keys import size_keys
 from plprune.architecture.modeling_plprune import (
     Gather,
     PrunedConfig,
@@ -94,7 +94,7 @@ def pruned_config(model: PreTrainedModel) -> PreTrainedConfig:
     """The configuration of :mod:`plprune.architecture.modeling_plprune`, which lists the sizes of each block."""
     values = dense_config(model)
     config = config_class(CONFIG_MAPPING[values["model_type"]])
-    keys = family_of(model.config).config_keys
+    keys = size_keys(model)
     return config.from_dict(
         values
         | {
@@ -121,18 +121,19 @@ def make_savable(model: PreTrainedModel) -> None:
 
 def pruned_structure(model: PreTrainedModel) -> dict[str, Any]:
     """The differences between a pruned model and the dense one, as `modeling_plprune.py` reads them."""
-    family, before = family_of(model.config), blocks_of(skeleton(config_from(dense_config(model))))
-    layers = {str(b.index): _difference(b, dense) for b, dense in zip(blocks_of(model), before, strict=True)}
+    before = blocks_of(skeleton(config_from(dense_config(model))))
+    usual = before[0].anatomy.mixer
+    layers = {str(b.index): _difference(b, dense, usual) for b, dense in zip(blocks_of(model), before, strict=True)}
     return {
-        "blocks": family.blocks,
-        "attention": family.attention,
+        "blocks": before[0].path.rpartition(".")[0],
+        "attention": usual,
         "layers": {index: difference for index, difference in layers.items() if difference},
     }
 
 
 def config_sizes(model: PreTrainedModel) -> dict[str, Any]:
     """The sizes of a pruned model for `config.json`: one for all blocks, or `per_layer_config` if they differ."""
-    keys, blocks = family_of(model.config).config_keys, blocks_of(model)
+    keys, blocks = size_keys(model), blocks_of(model)
     sizes = [_block_sizes(block, keys) for block in blocks]
     # Some families would compute it as the width divided by the number of heads, which pruning changes.
     dims = {block.head_dim for block in blocks if block.has_attention}
@@ -143,26 +144,27 @@ def config_sizes(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _block_sizes(block: Block, keys: Mapping[Any, str]) -> dict[str, Any]:
-    sizes: dict[str, Any] = {keys["width"]: block.channels}
+    sizes: dict[str, Any] = {keys["width"]: block.channels} if "width" in keys else {}
     if not block.has_attention:
         return sizes | {"skip": ["attention"]}
     heads = {"heads": block.kv_heads * block.queries_per_head, "kv_heads": block.kv_heads}
     return sizes | {keys[what]: count for what, count in heads.items() if what in keys}
 
 
-def _difference(block: Block, dense: Block) -> dict[str, Any]:
-    """The parts of a block that differ from the dense one."""
+def _difference(block: Block, dense: Block, usual: str) -> dict[str, Any]:
+    """The parts of a block that differ from the dense one; `usual` is the path of most blocks' attention."""
     before = {name: list(value.shape) for name, value in dense.module.state_dict().items()}
     now = {name: list(value.shape) for name, value in block.module.state_dict().items()}
     own: dict[str, Any] = {"shapes": {name: shape for name, shape in now.items() if before.get(name) != shape}}
     if block.has_attention:
-        own["counts"] = {path: _count(block, path) for path in block.family.counts}
+        own["counts"] = {path: _count(block, path) for path in block.attention.counts}
         own["counts"] = {path: n for path, n in own["counts"].items() if n != _count(dense, path)}
         parts = {path: block.part(path) for path in block.attention_paths}
         own["gather"] = {path: part.in_features for path, part in parts.items() if isinstance(part, Gather)}
         own["scatter"] = {path: part.out_features for path, part in parts.items() if isinstance(part, Scatter)}
     elif dense.has_attention:
         own["skip"] = ["attention"]
+        own["attention"] = "" if dense.anatomy.mixer == usual else dense.anatomy.mixer
     return {key: value for key, value in own.items() if value}
 
 
@@ -173,7 +175,7 @@ def _count(block: Block, path: str) -> int:
 def _same_structure(model: PreTrainedModel, stock: PreTrainedModel) -> bool:
     """Whether two models compute the same from the same parameters, apart from biases that only `stock` has."""
     theirs, ours = dict(stock.named_modules()), dict(model.named_modules())
-    sizes = set(family_of(model.config).config_keys.values())  # modules keep these for information only
+    sizes = set(size_keys(model).values())  # modules keep these for information only
     return theirs.keys() == ours.keys() and all(_same_module(ours[name], theirs[name], sizes) for name in theirs)
 
 

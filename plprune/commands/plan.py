@@ -132,6 +132,7 @@ def predicted(
         "before": dataclasses.asdict(before),
         "after": {key: _range([getattr(one, key) for one in after]) for key in dataclasses.asdict(before)},
         "removed": _range([1 - one.block_parameters / before.block_parameters for one in after]),
+        "anatomy": _anatomy(network),
         "blocks": _blocks(network, cases),
         "export": _exports(models),
     }
@@ -140,7 +141,14 @@ def predicted(
 
 def plan_text(record: Record, stream: bool = False, checkpointing: bool = False) -> str:
     """The text to print."""
-    parts = [_head(record), _sizes(record), _kept(record), _needs(record, stream, checkpointing), _formats(record)]
+    parts = [
+        _head(record),
+        _units(record),
+        _sizes(record),
+        _kept(record),
+        _needs(record, stream, checkpointing),
+        _formats(record),
+    ]
     return "\n\n".join("\n".join(part) for part in parts)
 
 
@@ -149,11 +157,40 @@ def _range(values: Sequence[float]) -> Record:
     return {"typical": values[0], "least": min(values), "most": max(values)}
 
 
+def _anatomy(network: PreTrainedModel) -> list[Record]:
+    """For each kind of block its indices, and for each kind of unit their number and the projections around them."""
+    kinds: dict[str, Record] = {}
+    for block in blocks_of(network):
+        units = {
+            group.kind: {
+                "units": len(group),
+                "producers": list(dict.fromkeys(part.path for part in group.producers)),
+                "consumer": group.consumer.path,
+            }
+            for group in block.all_groups
+        }
+        kinds.setdefault(json.dumps(units), {"blocks": [], "units": units})["blocks"].append(block.index)
+    return list(kinds.values())
+
+
+def _units(record: Record) -> list[str]:
+    """One line for each kind of block."""
+    lines = []
+    for kind in record["anatomy"]:
+        parts = [
+            f"{found['units']} {UNITS[unit]} ({', '.join(found['producers'])} -> {found['consumer']})"
+            for unit, found in kind["units"].items()
+            if unit != "value"
+        ]
+        lines.append(f"{len(kind['blocks'])} blocks of: {'; '.join(parts) or 'no units'}")
+    return lines
+
+
 def _blocks(network: PreTrainedModel, cases: Sequence[Mapping[str, int]]) -> list[Record]:
     """For each block, the number of units of each kind, and the range of how many are kept."""
     found: list[Record] = [{} for _ in blocks_of(network)]
     for block in blocks_of(network):
-        for group in (*block.groups("kv_heads"), *block.groups("value_channels")[:-1]):
+        for group in block.all_groups:
             if any(group.name in case for case in cases):
                 kept = [case.get(group.name, len(group)) for case in cases]
                 found[block.index][group.kind] = {"units": len(group)} | _range(kept)

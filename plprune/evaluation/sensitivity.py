@@ -258,7 +258,7 @@ def _scores(model: PreTrainedModel, calibration: Calibration) -> dict[str, Tenso
 
 def _pruned(each: _Candidate, scores: Callable[[], dict[str, Tensor]]) -> Block:
     """A copy of a candidate's block without the units that go."""
-    block = Block(each.block.index, copy.deepcopy(each.block.module), each.block.family)
+    block = dataclasses.replace(each.block, module=copy.deepcopy(each.block.module))
     stay = len(each.group) - each.removed
     if stay:
         shrink(block, each.group, top_k(scores()[each.group.name], stay))

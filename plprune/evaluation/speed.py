@@ -315,7 +315,7 @@ def _check_length(model: PreTrainedModel, prompt: int, new_tokens: int) -> None:
 def _shape(model: PreTrainedModel) -> dict[str, Any]:
     """The parts of a model's structure that affect its speed."""
     blocks = blocks_of(model)
-    attentions = [matrix(b.part(b.family.output)).shape[1] if b.has_attention else 0 for b in blocks]
+    attentions = [matrix(b.part(b.attention.consumer.path)).shape[1] if b.has_attention else 0 for b in blocks]
     return {
         "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
         "widths": [block.channels for block in blocks],

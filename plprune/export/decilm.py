@@ -156,6 +156,6 @@ def _expected(config: dict[str, Any]) -> dict[str, list[int]]:
 
 def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The weights, with one name for tied ones, without the norms of removed attentions."""
-    gone = [f"{b.family.blocks}.{b.index}.input_layernorm" for b in blocks_of(model) if not b.has_attention]
+    gone = [f"{b.path}.input_layernorm" for b in blocks_of(model) if not b.has_attention]
     own = {name: p.detach().contiguous() for name, p in model.named_parameters()}
     return {name: value for name, value in own.items() if not name.startswith(tuple(gone))} if gone else own

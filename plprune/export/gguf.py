@@ -25,8 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from plprune.architecture.blocks import Block, UnitGroup, blocks_of
-from plprune.architecture.families import family_of
+from plprune.architecture.blocks import Block, UnitGroup, anatomy_of, blocks_of
 from plprune.architecture.modeling_plprune import Gather, Scatter
 from plprune.architecture.modules import innermost, matrix, tied
 from plprune.checkpoint.weights import check_finite
@@ -557,7 +556,7 @@ def _tensors(model: PreTrainedModel, name: str, meta: bool = False) -> Iterator[
 
 
 def _made(model: PreTrainedModel, name: str, meta: bool) -> Iterator[tuple[str, Tensor]]:
-    inside, names = f"{family_of(model.config).blocks}.", _name_map(model, name)
+    inside, names = f"{anatomy_of(model).blocks}.", _name_map(model, name)
     gain = LAYOUTS[model.config.model_type].gain
     outside = {own: value for own, value in model.named_parameters() if not own.startswith(inside)}
     if HEAD in names:  # even if it is tied to the embedding
@@ -616,7 +615,7 @@ def _times(value: Tensor, factor: float) -> Tensor:
 def _query_factor(block: Block, config: PreTrainedConfig, name: str) -> float:
     """The factor of queries that makes up for llama.cpp's different scaling of attention."""
     arch = ARCHS[name]
-    ours = getattr(block.part(block.family.attention), "scaling", None)
+    ours = getattr(block.part(block.anatomy.mixer), "scaling", None)
     if ours is None or arch.scaled:
         return 1
     broad = arch.broad == config.num_hidden_layers
@@ -641,7 +640,7 @@ def _parts(block: Block) -> dict[str, tuple[str, Tensor]]:
 def _others(block: Block) -> list[tuple[str, Tensor]]:
     """The parameters of a block outside its projections, with their names in the model."""
     paths = tuple(f"{path}." for path, _ in _parts(block).values())
-    prefix = f"{block.family.blocks}.{block.index}."
+    prefix = f"{block.path}."
     own = block.module.named_parameters()
     return [(prefix + name, value) for name, value in own if not name.startswith(paths)]
 
@@ -661,7 +660,7 @@ def _name_map(model: PreTrainedModel, name: str) -> dict[str, str]:
 
 def _names(model: PreTrainedModel, name: str) -> dict[str, str | None]:
     ids = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}
-    blocks, inside = blocks_of(model), f"{family_of(model.config).blocks}."
+    blocks, inside = blocks_of(model), f"{anatomy_of(model).blocks}."
     own = [own for own, _ in model.named_parameters() if not own.startswith(inside)]
     folded = LAYOUTS[model.config.model_type].scales and not ARCHS[name].scaled
     own += [HEAD] if ARCHS[name].head == "own" or folded else []

@@ -43,7 +43,7 @@ class PruningMethod(ABC):
         """Prunes a model in place and returns the plan.
 
         Args:
-            model: A causal language model of a family in `plprune.architecture.families.FAMILIES`.
+            model: A causal language model.
             batches: Calibration token ids, [b, s] each, without padding.
 
         Raises:

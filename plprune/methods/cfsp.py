@@ -84,8 +84,8 @@ class CFSP(Repairing):
         budget, repairer = self._budget(blocks, p, constraint), self.repairer(calibration)
         scores, distances = [], []
         for block, inputs in stream(model, calibration, "CFSP"):
-            ((group, norms),) = observe(block, inputs, Norms, attention="none")
-            scores.append((block, group, self._score(block, group, norms.pooled)))
+            for group, norms in observe(block, inputs, Norms, attention="none"):
+                scores.append((block, group, self._score(block, group, norms.pooled)))
             distances.append(inputs.influence.distance(self.distance))
         surgery, u = Surgery(model), importance(distances, self.a)
         widths = self._widths(budget, u, p)
@@ -146,7 +146,7 @@ class CFSP(Repairing):
         return relative_score(down.double(), [w.detach().double() for w in producers], norm, self.b, self.c)
 
     def _widths(self, budget: Budget, u: Tensor, p: float) -> list[int]:
-        sizes = budget.sizes
+        sizes, u = budget.sizes, u[[block.index for block, _ in budget.rows]]
         exact = [n * k for n, k in zip(sizes, kept_fractions(u, p, sizes).tolist(), strict=True)]
         if budget.constraint != FREE:
             return budget.fit(exact)

@@ -120,12 +120,12 @@ class LearnedGates(Repairing):
             )
         rows, norms, distances = [], [], []
         for block, inputs in stream(model, calibration, "LearnedGates"):
-            ((group, seen),) = observe(block, inputs, Norms, attention="none")
-            rows.append((block, group))
-            norms.append(seen.pooled.cpu())
+            for group, seen in observe(block, inputs, Norms, attention="none"):
+                rows.append((block, group))
+                norms.append(seen.pooled.cpu())
             distances.append(inputs.influence.distance("angular"))
         u, surgery = importance(distances), Surgery(model)
-        fractions = kept_fractions(u, p, [len(group) for _, group in rows]).tolist()
+        fractions = kept_fractions(u[[block.index for block, _ in rows]], p, [len(group) for _, group in rows]).tolist()
         scores = [initial_scores(norm, k) for norm, k in zip(norms, fractions, strict=True)]
         samples = self._teacher_samples(model, calibration) if p else []
         if samples:

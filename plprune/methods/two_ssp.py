@@ -69,8 +69,8 @@ class TwoSSP(Repairing):
         drop, widths = self._sizes(blocks, constraint)
         repairer, scores, distances = self.repairer(calibration), [], []
         for block, inputs in stream(model, calibration, "2SSP stage 1"):
-            ((group, norms),) = observe(block, inputs, Norms, attention="none")
-            scores.append((block, group, norms.mean))
+            for group, norms in observe(block, inputs, Norms, attention="none"):
+                scores.append((block, group, norms.mean))
             distances.append(inputs.influence.distance("angular"))
         surgery = Surgery(model)
         chosen = [(block, group, top_k(score, widths[group.name])) for block, group, score in scores]
@@ -90,7 +90,7 @@ class TwoSSP(Repairing):
     def predict_sizes(self, model: PreTrainedModel, constraint: Constraint = FREE) -> list[dict[str, int]]:
         blocks = blocks_of(model)
         drop, widths = self._sizes(blocks, constraint)
-        candidates = [b for b in blocks[int(constraint.first_attention) :] if b.has_attention]
+        candidates = [b for b in blocks[int(constraint.first_attention) :] if b.can_drop_attention]
         spread = [candidates[i * len(candidates) // drop] for i in range(drop)]
         cases = [
             widths | {block.groups()[0].name: 0 for block in gone} for gone in (spread, *_ends(model, candidates, drop))
@@ -104,7 +104,7 @@ class TwoSSP(Repairing):
         each = sum(block_flops(block, length) for block in blocks) / 2
         head = model.get_output_embeddings()
         each += 2 * cast(torch.nn.Linear, head).weight.numel() if head is not None else 0
-        trials = sum(max(0, sum(b.has_attention for b in blocks) - step) for step in range(drop))
+        trials = sum(max(0, sum(b.can_drop_attention for b in blocks) - step) for step in range(drop))
         repairs = self.repair_work(model, count * length, length, "none")
         judging = trials * min(count, self.stage2_samples) * length * each
         return dataclasses.replace(repairs, flops=repairs.flops + judging)
@@ -120,21 +120,23 @@ class TwoSSP(Repairing):
     def _shares(self, blocks: list[Block], spared: bool = False) -> tuple[int, float]:
         """The number of attentions to drop (`spared` keeps the first), and the fraction of channels to keep."""
         check_sparsity(self.sparsity)
-        with_attention = [b for b in blocks if b.has_attention]
-        attention = sum(b.parameters(b.family.attention) for b in with_attention) / max(1, len(with_attention))
-        groups = [(b, b.groups("none")[0]) for b in blocks]
-        ffn = sum(len(g) * b.cost(g) for b, g in groups) / len(blocks)  # without the consumer's bias, which stays
-        width = sum(len(g) for _, g in groups) / len(blocks)
+        with_attention = [b for b in blocks if b.can_drop_attention]
+        attention = sum(b.parameters(b.anatomy.mixer) for b in with_attention) / max(1, len(with_attention))
+        groups = [(b, g) for b in blocks for g in b.groups("none")]
+        if not groups:
+            raise ValueError("2SSP prunes FFN channels, and the model has none: take FLAP")
+        ffn = sum(len(g) * b.cost(g) for b, g in groups) / len(groups)  # without the consumer's bias, which stays
+        width = sum(len(g) for _, g in groups) / len(groups)
         drop = self.drop_attentions
         if drop is None:
             drop = attentions_to_drop(self.sparsity, len(blocks), attention, ffn, self.alpha) if attention else 0
-        there = len(with_attention) - (spared and blocks[0].has_attention)
+        there = len(with_attention) - (spared and blocks[0].can_drop_attention)
         if not 0 <= drop <= there:
             but = ", of which the first block's must stay: change `drop_attentions` or `serve_on`" if spared else ""
             raise ValueError(f"2SSP would drop {drop} attentions, but the model has {len(with_attention)}{but}")
         total = sum(b.parameters() for b in blocks)
         added = sum(b.absent_bias(g) for b, g in groups) if self.biased and self.sparsity else 0
-        return drop, channels_to_keep(self.sparsity, len(blocks), total, attention, ffn, width, drop, added) / width
+        return drop, channels_to_keep(self.sparsity, len(groups), total, attention, ffn, width, drop, added) / width
 
 
 def attentions_to_drop(sparsity: float, blocks: int, attention: float, ffn: float, alpha: float = 1.5) -> int:
@@ -196,5 +198,5 @@ def _ends(model: PreTrainedModel, candidates: list[Block], drop: int) -> list[li
     """The choices of attentions that save the least and the most of the KV cache, and of the parameters."""
     size = attention_spans(model)
     cached = sorted(candidates, key=lambda b: b.kv_heads * min(size[b.index], 1 << 40))
-    weighing = sorted(candidates, key=lambda b: b.parameters(b.family.attention))
+    weighing = sorted(candidates, key=lambda b: b.parameters(b.anatomy.mixer))
     return [end for ranked in (cached, weighing) for end in (ranked[:drop], ranked[len(ranked) - drop :])]

@@ -103,14 +103,14 @@ def _flops_of_blocks(model: PreTrainedModel, length: int) -> float:
 
 def _live(block: Block) -> int:
     """Values per token in memory while a block runs, estimated by its widest part."""
-    d = len(matrix(block.part(block.family.ffn_out)))
+    d = block.d_model
     return 3 * d + max(3 * block.channels, 4 * d)
 
 
 def _kept_for_backward(block: Block, size: int) -> int:
     """Bytes per token that a block with adapters keeps for its backward pass."""
-    d, n = len(matrix(block.part(block.family.ffn_out))), block.channels
-    attention = block.kv_heads * block.queries_per_head * block.head_dim if block.has_attention else 0
-    keys = 2 * block.kv_heads * block.head_dim if block.has_attention else 0
+    d, n = block.d_model, block.channels
+    attention = block.kv_heads * block.queries_per_head * block.head_dim if block.has_kv_cache else 0
+    keys = 2 * block.kv_heads * block.head_dim if block.has_kv_cache else 0
     inputs = sum(innermost(m).weight.numel() // len(matrix(m)) for m in linear_layers(block.module))
     return 4 * inputs + size * (2 * d + 2 * attention + keys + 3 * n)

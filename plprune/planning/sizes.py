@@ -50,17 +50,17 @@ class Ledger:
 
     def __init__(self, model: PreTrainedModel, biased: bool = False) -> None:
         blocks = blocks_of(model)
-        rows = [(b, g) for b in blocks for g in (*b.groups("kv_heads"), *b.groups("value_channels")[:-1])]
+        rows = [(b, g) for b in blocks for g in b.all_groups]
         self.costs = {g.name: b.cost(g) for b, g in rows}
         self.sizes = {g.name: len(g) for _, g in rows}
         self.biases = {g.name: b.absent_bias(g) if biased else 0 for b, g in rows}
-        self.attention = {f"blocks.{b.index}.attention": b.parameters(b.family.attention) for b in blocks}
+        self.attention = {f"blocks.{b.index}.attention": b.parameters(b.anatomy.mixer) for b in blocks}
         self.dense = sum(p.numel() for p in model.parameters())
         self.width = model.dtype.itemsize
         self._heads = {
             f"blocks.{b.index}.attention": (b.kv_heads, 2 * b.head_dim, span)
             for b, span in zip(blocks, attention_spans(model), strict=True)
-            if b.has_attention
+            if b.has_kv_cache
         }
 
     def parameters(self, counts: Counts) -> int:
@@ -98,7 +98,7 @@ def pruned_skeleton(
     pruned = copy.deepcopy(model)
     surgery = Surgery(pruned)
     for block in surgery.blocks:
-        for group in (*block.groups("value_channels")[:-1], *block.groups("kv_heads")):
+        for group in block.all_groups:
             count = counts.get(group.name, len(group))
             gain = torch.zeros(len(matrix(block.part(group.consumer.path)))) if biased and count else None
             if count < len(group):
@@ -117,7 +117,7 @@ def structure(model: PreTrainedModel, context: int) -> Structure:
     linear = 2 * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
     cache, reading, generating = 0, 0.0, 0.0
     for block, span in zip(blocks, attention_spans(model), strict=True):
-        if block.has_attention:
+        if block.has_kv_cache:
             width = block.kv_heads * block.head_dim
             cache += round(2 * width * model.dtype.itemsize * min(context, span))
             reading += 4 * width * block.queries_per_head * mean_span(context, span)
@@ -146,7 +146,7 @@ def mean_span(context: int, window: float = math.inf) -> float:
 def block_flops(block: Block, length: int, window: float = math.inf) -> float:
     """Mean operations of a block per token of a sequence of `length` tokens."""
     linear = 2 * sum(m.weight.numel() for m in linear_layers(block.module))
-    if not block.has_attention:
+    if not block.has_kv_cache:
         return linear
     return linear + 4 * block.kv_heads * block.queries_per_head * block.head_dim * mean_span(length, window)
 

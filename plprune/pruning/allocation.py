@@ -86,16 +86,6 @@ def top_k(score: Tensor, k: int) -> Tensor:  # [units] -> [k]
     return score.argsort(descending=True, stable=True)[:k].sort().values.cpu()
 
 
-def complement(keep: Tensor, size: int) -> Tensor:
-    """The indices below `size` that are not in `keep`, ascending.
-
-    Example:
-        >>> complement(torch.tensor([1, 3]), 4)
-        tensor([0, 2])
-    """
-    return torch.ones(size, dtype=torch.bool).index_fill_(0, keep.cpu(), False).nonzero().flatten()
-
-
 def largest_remainder(shares: Sequence[float], total: int, least: int = 1) -> list[int]:
     """Rounds shares to integers of at least `least` that sum to `total` exactly (Hamilton's method).
 

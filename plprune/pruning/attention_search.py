@@ -60,7 +60,7 @@ class AttentionSearch:
         plain = 0
         with Progress(count, "2SSP stage 2", "attention", quiet=distributed.rank(self.group) > 0) as bar:
             for step in range(count):
-                candidates = [b for b in self.blocks[first:] if b.has_attention]
+                candidates = [b for b in self.blocks[first:] if b.can_drop_attention]
                 plain += len(candidates) * len(self.blocks) * len(self.windows)
                 search = functools.partial(self._search, candidates)
                 best = candidates[self.surgery.journal.once(f"attention-{step}", search)]
@@ -77,7 +77,7 @@ class AttentionSearch:
         """Logs an estimate of the duration if the blocks are on disk, as each trial loads them."""
         if self.blocks[0].home is None:
             return
-        candidates = [b for b in self.blocks[first:] if b.has_attention]
+        candidates = [b for b in self.blocks[first:] if b.can_drop_attention]
         loads = count * sum(len(self.blocks) - b.index for b in candidates)
         start = time.monotonic()
         self._loss(self.entering[-1])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedConfig
 
 from plprune.architecture.blocks import Block, UnitGroup
-from plprune.architecture.modules import innermost, matrix
+from plprune.architecture.modules import innermost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +63,15 @@ class Constraint:
 
     def check_model(self, blocks: Sequence[Block], config: PreTrainedConfig) -> None:
         """Raises ValueError if a model that was pruned before already violates the constraint."""
-        heads = getattr(config, blocks[0].family.config_keys["heads"])
         attentions = [block for block in blocks if block.has_attention]
         faults = {
             "its first block has no attention": self.first_attention and not blocks[0].has_attention,
             "a block has no attention": self.every_attention and len(attentions) < len(blocks),
             "it lacks single value channels": self.whole_heads
-            and any(hasattr(block.part(block.family.output), "index") for block in attentions),
+            and any(hasattr(block.part(block.attention.consumer.path), "index") for block in attentions),
             "its blocks have different sizes": self.uniform
             and len({(block.has_attention and block.kv_heads, block.channels) for block in blocks}) > 1,
-            "it lacks heads": self.dense_heads and any(b.kv_heads * b.queries_per_head != heads for b in attentions),
+            "it lacks heads": self.dense_heads and any(b.kv_heads != len(b.attention) for b in attentions),
             "it has biases that its family does not have": self.dense_biases and any(map(_gains_bias, blocks)),
         }
         for fault, found in faults.items():
@@ -101,7 +100,7 @@ class Constraint:
         return range(multiple, dense + 1, multiple)
 
     def _kv_heads(self, block: Block) -> Sequence[int]:
-        width, each, share = len(matrix(block.part(block.family.output))), block.queries_per_head, self.tensor_parallel
+        width, each, share = block.d_model, block.queries_per_head, self.tensor_parallel
         counts = [
             kv
             for kv in range(1, block.kv_heads + 1)
@@ -127,5 +126,8 @@ FREE = Constraint()
 
 def _gains_bias(block: Block) -> bool:
     """Whether only the FFN's output has a bias, which is so in no family."""
-    before, after = (innermost(block.part(path)) for path in (block.family.ffn_in[0], block.family.ffn_out))
+    ffn = block.anatomy.ffn
+    if ffn is None:
+        return False
+    before, after = (innermost(block.part(path)) for path in (ffn.producers[0].path, ffn.consumer.path))
     return before.bias is None and after.bias is not None

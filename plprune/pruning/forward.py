@@ -162,13 +162,13 @@ def record_inputs(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, list[Cal
     blocks = blocks_of(model)
     check_ids(model, [ids])
 
-    def transparent(*args: Any, **kwargs: Any) -> Tensor:
+    def transparent(*args: Any, **kwargs: Any) -> Any:
         hidden, call = split_call(args, kwargs)
         first.append(hidden)
         calls.append(call)
         if len(calls) == len(blocks):
             raise _Stop
-        return hidden
+        return _returned(blocks[len(calls) - 1], hidden)
 
     with replaced_forwards([b.module for b in blocks], [transparent] * len(blocks)), contextlib.suppress(_Stop):
         model(input_ids=ids.to(model.device), use_cache=False)
@@ -181,7 +181,8 @@ def logits_from(
 ) -> Tensor:  # [b, s], [b, s, d] -> [b, s, vocabulary]
     """Computes the logits from the last block's output, by the model's own code."""
     blocks = blocks_of(model)
-    forwards = [lambda *a, **k: split_call(a, k)[0]] * (len(blocks) - 1) + [lambda *_, **__: hidden]
+    forwards: list[Callable[..., Any]] = [_passing(block) for block in blocks[:-1]]
+    forwards.append(lambda *_, **__: _returned(blocks[-1], hidden))
     with replaced_forwards([block.module for block in blocks], forwards):
         return model(input_ids=ids.to(model.device), use_cache=False).logits
 
@@ -190,6 +191,16 @@ def run_block(block: Block, hidden: Tensor, call: Call) -> Tensor:  # [b, s, d] 
     """Calls one block as the model would."""
     output = block.module(hidden, *call.args, **call.kwargs)
     return output[0] if isinstance(output, tuple) else output
+
+
+def _returned(block: Block, hidden: Tensor) -> Any:
+    """What a block returns with its output."""
+    return (hidden, *[None] * (block.anatomy.returned - 1)) if block.anatomy.returned else hidden
+
+
+def _passing(block: Block) -> Callable[..., Any]:
+    """A forward pass that returns its input."""
+    return lambda *args, **kwargs: _returned(block, split_call(args, kwargs)[0])
 
 
 def checksums(module: nn.Module) -> dict[str, Tensor]:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from plprune.architecture.blocks import Block, UnitGroup
+from plprune.architecture.cutting import complement
 from plprune.architecture.modules import dense_weight
 from plprune.io import distributed
-from plprune.pruning.allocation import complement
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.forward import BlockInputs
 from plprune.pruning.statistics import Gram, HoldoutGram, Moments

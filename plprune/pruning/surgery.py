@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from plprune.architecture.anatomy import by_producer
 from plprune.architecture.attached import attach
 from plprune.architecture.blocks import Block, Decision, UnitGroup, blocks_of
+from plprune.architecture.cutting import complement, like, remove, remove_rows, spread, vacate
 from plprune.architecture.modeling_plprune import Gather, NoAttention, Scatter, replace, set_count
-from plprune.architecture.modules import Side, innermost, is_transposed, matrix, tied, width, width_name
-from plprune.pruning.allocation import complement
+from plprune.architecture.modules import Side, innermost, is_transposed, matrix, tied, width
 from plprune.pruning.model_state import journal_of, model_state
 from plprune.pruning.plan import PruningPlan
 
@@ -75,9 +76,7 @@ class Surgery:
         """
         linear = innermost(block.part(path))
         gain = gain.to(linear.weight.device)
-        linear.weight = _parameter(
-            linear.weight, linear.weight.detach() * (gain[:, None] if is_transposed(linear) else gain)
-        )
+        linear.weight = like(linear.weight, linear.weight.detach() * (gain[:, None] if is_transposed(linear) else gain))
         self._scaled.append(self._name(linear.weight))
 
     def plan(self, method: str, settings: dict[str, Any], importance: Tensor) -> PruningPlan:
@@ -108,11 +107,11 @@ class Surgery:
         if weight is not None:
             if isinstance(consumer, Gather) and group.kind != "value":  # it reads only some of the kept columns
                 weight = weight[:, consumer.index]
-            linear.weight = _parameter(linear.weight, weight.T if is_transposed(linear) else weight)
+            linear.weight = like(linear.weight, weight.T if is_transposed(linear) else weight)
             repaired.append(self._name(linear.weight))
         if bias_gain is not None:
             old = linear.bias if linear.bias is not None else linear.weight.new_zeros(len(matrix(linear)))
-            linear.bias = _parameter(old, old.double() + bias_gain.to(old.device))
+            linear.bias = like(old, old.double() + bias_gain.to(old.device))
             repaired.append(self._name(linear.bias))
         return repaired
 
@@ -162,7 +161,7 @@ def apply(model: PreTrainedModel, plan: PruningPlan) -> None:
 def replay(block: Block, decisions: list[Decision], model: PreTrainedModel) -> None:
     """Prunes a block again by recorded decisions; its weights may be on the meta device."""
     for decision in decisions:
-        shrink(block, next(group for group in _groups(block) if group.name == decision.group), decision.keep)
+        shrink(block, next(group for group in block.all_groups if group.name == decision.group), decision.keep)
         _add_biases(model, decision.repaired)
 
 
@@ -172,31 +171,33 @@ def shrink(block: Block, group: UnitGroup, keep: Tensor) -> None:
         return drop_attention(block)
     if len(keep) == len(group):
         return
-    cut = _vacate if group.kind == "value" else _remove
     gone = complement(keep, len(group))
-    for path in dict.fromkeys(s.path for s in group.producers):
-        rows = torch.cat([s.index[gone].flatten() for s in group.producers if s.path == path])
-        replace(block.module, path, cut(block.part(path), "out_features", rows))
+    for (path, axis), index in by_producer(group.producers).items():
+        if group.kind == "value":
+            replace(block.module, path, vacate(block.part(path), "out_features", index[gone].flatten()))
+        else:
+            remove_rows(block.module, path, axis, index[gone].flatten())
     path, columns = group.consumer.path, group.consumer.index[gone].flatten()
+    cut = vacate if group.kind == "value" else remove
     replace(block.module, path, cut(block.part(path), "in_features", columns))
-    if group.kind == "attention":
-        _set_counts(block, kv_heads=len(keep))
+    for path, each in group.counts.items():
+        set_count(block.module, path, each * len(keep))
 
 
 def drop_attention(block: Block) -> None:
     """Replaces a block's attention sub-block by a module that outputs zero."""
-    replace(block.module, block.family.attention, NoAttention(block.index))
+    replace(block.module, block.anatomy.mixer, NoAttention(block.index))
 
 
 @contextlib.contextmanager
 def without_attention(block: Block) -> Iterator[None]:
     """Drops a block's attention within the context."""
-    attention = block.part(block.family.attention)
+    attention = block.part(block.anatomy.mixer)
     drop_attention(block)
     try:
         yield
     finally:
-        replace(block.module, block.family.attention, attention)
+        replace(block.module, block.anatomy.mixer, attention)
 
 
 def widen(model: PreTrainedModel) -> None:
@@ -206,19 +207,23 @@ def widen(model: PreTrainedModel) -> None:
             part = block.part(path)
             if isinstance(part, Gather | Scatter):
                 side: Side = "in_features" if isinstance(part, Gather) else "out_features"
-                replace(block.module, path, _spread(part.linear, side, part.index, width(part, side)))
+                replace(block.module, path, spread(part.linear, side, part.index, width(part, side)))
 
 
 def pad(model: PreTrainedModel, multiple: int) -> None:
     """Pads every FFN with zero channels to a multiple; outputs stay the same."""
     for block in blocks_of(model):
-        channels = block.channels
+        if (ffn := block.anatomy.ffn) is None:
+            continue
+        if any(not torch.equal(a.index, b.index) for a, b in zip(ffn.producers, ffn.stacked(len(ffn)), strict=True)):
+            raise ValueError("the channels of gate and up take turns in one projection, and cannot be padded")
+        channels, inputs = block.channels, [part.path for part in ffn.producers]
         size = -(-channels // multiple) * multiple
-        for path in dict.fromkeys(block.family.ffn_in):
-            parts = torch.arange(block.family.ffn_in.count(path))  # gate and up may be one projection
+        for path in dict.fromkeys(inputs):
+            parts = torch.arange(inputs.count(path))  # gate and up may be one projection
             places = (parts[:, None] * size + torch.arange(channels)).flatten()
-            _spread(cast(nn.Linear, block.part(path)), "out_features", places, len(parts) * size)
-        _spread(cast(nn.Linear, block.part(block.family.ffn_out)), "in_features", torch.arange(channels), size)
+            spread(cast(nn.Linear, block.part(path)), "out_features", places, len(parts) * size)
+        spread(cast(nn.Linear, block.part(ffn.consumer.path)), "in_features", torch.arange(channels), size)
 
 
 def _add_biases(model: PreTrainedModel, repaired: list[str]) -> None:
@@ -226,7 +231,7 @@ def _add_biases(model: PreTrainedModel, repaired: list[str]) -> None:
         path, _, kind = name.rpartition(".")
         linear = cast(nn.Linear, model.get_submodule(path))
         if kind == "bias" and linear.bias is None:
-            linear.bias = _parameter(linear.weight, linear.weight.new_zeros(len(matrix(linear))))
+            linear.bias = like(linear.weight, linear.weight.new_zeros(len(matrix(linear))))
 
 
 def _check_fit(blocks: list[Block], plan: PruningPlan) -> None:
@@ -248,73 +253,4 @@ def _check_fit(blocks: list[Block], plan: PruningPlan) -> None:
 
 def _planned(block: Block, plan: PruningPlan) -> list[UnitGroup]:
     """The block's groups that a plan contains."""
-    return [group for group in _groups(block) if group.name in plan.keep]
-
-
-def _groups(block: Block) -> list[UnitGroup]:
-    """The groups of a block, of all kinds."""
-    return [*block.groups("kv_heads"), *block.groups("value_channels")[:-1]]
-
-
-def _parameter(old: Tensor, new: Tensor) -> nn.Parameter:
-    """Makes a parameter of new values, with the dtype and device of an old one."""
-    return nn.Parameter(new.to(old).contiguous(), requires_grad=old.requires_grad)
-
-
-def _take(module: nn.Module, side: Side, keep: Tensor) -> nn.Linear:
-    """Keeps only some inputs or outputs of a projection, or some values of a norm."""
-    linear, rows = cast(nn.Linear, module), side == "out_features"
-    keep, bias = keep.to(linear.weight.device), getattr(linear, "bias", None)
-    axis = int(rows == is_transposed(linear))
-    linear.weight = _parameter(linear.weight, linear.weight.detach().index_select(axis, keep))
-    if rows and bias is not None:
-        linear.bias = _parameter(bias, bias.detach()[keep])
-    if name := width_name(linear, side):
-        setattr(linear, name, len(keep))
-    return linear
-
-
-def _remove(module: nn.Module, side: Side, gone: Tensor) -> nn.Module:
-    """Removes some inputs or outputs of a projection."""
-    kept = complement(gone, width(module, side))
-    if not isinstance(module, Gather | Scatter):
-        return _take(module, side, kept)
-    index = module.index.cpu()
-    linear = _take(module.linear, side, torch.isin(index, kept).nonzero().flatten())
-    return type(module)(linear, torch.isin(kept, index).nonzero().flatten().to(module.index.device), len(kept))
-
-
-def _vacate(module: nn.Module, side: Side, gone: Tensor) -> nn.Module:
-    """Removes inputs or outputs of a projection, but keeps its outer width by a gather or scatter."""
-    wrapper, full = {"in_features": Gather, "out_features": Scatter}[side], width(module, side)
-    if not isinstance(module, wrapper):
-        module = wrapper(cast(nn.Linear, module), _everything(module, full), full)
-    assert isinstance(module, Gather | Scatter)
-    stays = torch.isin(module.index.cpu(), gone, invert=True).nonzero().flatten()
-    return wrapper(_take(module.linear, side, stays), module.index[stays.to(module.index.device)], full)
-
-
-def _spread(linear: nn.Linear, side: Side, places: Tensor, size: int) -> nn.Linear:
-    """Widens a projection to `size`: moves its inputs or outputs to `places`, with zeros elsewhere."""
-    weight, axis = linear.weight.detach(), int((side == "out_features") == is_transposed(linear))
-    shape = [size if i == axis else n for i, n in enumerate(weight.shape)]
-    places = places.to(weight.device)
-    linear.weight = _parameter(linear.weight, weight.new_zeros(shape).index_copy(axis, places, weight))
-    if side == "out_features" and linear.bias is not None:
-        bias = linear.bias.detach()
-        linear.bias = _parameter(bias, bias.new_zeros(size).index_copy(0, places, bias))
-    setattr(linear, cast(str, width_name(linear, side)), size)
-    return linear
-
-
-def _everything(module: nn.Module, full: int) -> Tensor:
-    """All indices, on the weight's device; on the CPU if that is meta, as indices need values."""
-    device = innermost(module).weight.device
-    return torch.arange(full, device=None if device.type == "meta" else device)
-
-
-def _set_counts(block: Block, kv_heads: int) -> None:
-    heads = kv_heads * block.queries_per_head
-    counts = {"heads": heads, "kv_heads": kv_heads, "query_width": heads * block.head_dim}
-    for path, what in block.family.counts.items():
-        set_count(block.module, path, counts[what])
+    return [group for group in block.all_groups if group.name in plan.keep]

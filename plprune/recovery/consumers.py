@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plprune.architecture.attached import attach, attached
-from plprune.architecture.blocks import Block, blocks_of
-from plprune.architecture.families import family_of
+from plprune.architecture.blocks import AttentionUnit, Block, blocks_of
 from plprune.architecture.modules import innermost
 from plprune.pruning.plan import PruningPlan
 
@@ -40,11 +39,11 @@ def unfreeze(model: PreTrainedModel, plan: PruningPlan | None) -> list[str]:
         ValueError: The plan has removed nothing.
     """
     model.requires_grad_(False)
-    prefix, names = family_of(model.config).blocks, []
+    names = []
     for block in blocks_of(model):
         for path in consumers(block, plan):
             _unfreeze(innermost(block.part(path)))
-            names.append(f"{prefix}.{block.index}.{path}")
+            names.append(f"{block.path}.{path}")
     if not names:
         raise ValueError("the plan has removed nothing, so there is no consumer to train: set model.train to lora")
     return names
@@ -52,8 +51,8 @@ def unfreeze(model: PreTrainedModel, plan: PruningPlan | None) -> list[str]:
 
 def consumers(block: Block, plan: PruningPlan | None) -> list[str]:
     """Paths of the consumers in a block that a plan or its predecessors have pruned; without a plan, all consumers."""
-    output, ffn_out = block.family.output, block.family.ffn_out
-    by_kind = ({"attention": output, "value": output} if block.has_attention else {}) | {"ffn": ffn_out}
+    units: tuple[AttentionUnit, ...] = ("value_channels", "kv_heads")
+    by_kind = {group.kind: group.consumer.path for unit in units for group in block.groups(unit)}
     if plan is None:
         return list(dict.fromkeys(by_kind.values()))
     pruned = {name for step in plan.chain() for name, keep in step.keep.items() if len(keep) < step.sizes[name]}

@@ -34,7 +34,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from plprune.architecture.blocks import blocks_of
-from plprune.architecture.families import family_of
 from plprune.architecture.modules import is_transposed
 from plprune.io.checks import check_sizes
 from plprune.pruning.allocation import largest_remainder
@@ -106,9 +105,8 @@ def inject(model: PreTrainedModel, lora: LoRA, plan: PruningPlan | None) -> list
     """
     blocks = blocks_of(model)
     by_block = allocate_ranks(rank_weights(lora, plan, len(blocks)).tolist(), lora.rank)
-    prefix = family_of(model.config).blocks
     rank_of = {
-        f"{prefix}.{block.index}.{name}": rank
+        f"{block.path}.{name}": rank
         for block, rank in zip(blocks, by_block, strict=True)
         for name, module in block.module.named_modules()
         if isinstance(module, nn.Linear | Conv1D)

@@ -12,13 +12,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from plprune import CFSP, FASP, FLAP, TwoSSP, load_pruned, prune, save_pruned
-from plprune.architecture.families import FAMILIES
 from plprune.checkpoint.load import load_model, load_skeleton, load_stage, load_tokenizer, rebuild
 from plprune.checkpoint.locate import locate
 from plprune.checkpoint.save import save_stage
 from plprune.pruning.plan import FILE, PruningPlan
 from plprune.pruning.surgery import plan_of
-from tests.builders import logits, save_tiny, tiny, tokenizer, windows
+from tests.builders import FAMILIES, logits, save_tiny, tiny, tokenizer, windows
 
 WEIGHTS = "model.safetensors"
 
@@ -256,7 +255,7 @@ def damage_config(folder: Path) -> None:
 
 
 def damage_unknown_family(folder: Path) -> None:
-    (folder / "config.json").write_text('{"model_type": "bloom"}')
+    (folder / "config.json").write_text('{"model_type": "blum"}')
 
 
 def damage_no_config(folder: Path) -> None:
@@ -274,7 +273,7 @@ def damage_other_size(folder: Path) -> None:
         (damage_no_weights, "cannot load a model from"),
         (damage_config, "cannot load a model from .*not a valid JSON"),
         (damage_no_config, "is not a model: it has no config.json"),
-        (damage_unknown_family, "unknown model family 'bloom'"),
+        (damage_unknown_family, "blum"),
         (damage_missing_tensor, r"model\.layers\.1\.mlp\.down_proj\.weight is absent or of another shape"),
         (damage_other_size, r"model\.layers\.0\.mlp\.down_proj\.weight is absent or of another shape"),
     ],

@@ -14,11 +14,10 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from plprune import load_pruned, prune, save_pruned
-from plprune.architecture.families import FAMILIES
 from plprune.architecture.modeling_plprune import PrunedModelMixin
 from plprune.checkpoint.load import load_model
 from plprune.checkpoint.stock_config import stock_config
-from tests.builders import UNLIKE, logits, method, tiny, tokenizer, windows
+from tests.builders import FAMILIES, UNLIKE, logits, method, tiny, tokenizer, windows
 
 FOUR = {"FLAP": "FLAP AL-AM", "FASP": "FASP value_channels", "CFSP": "CFSP activation", "TwoSSP": "TwoSSP"}
 QUICK = [(family, list(FOUR.values())[i % 4]) for i, family in enumerate(FAMILIES)]  # the slow test below has them all

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from plprune.architecture.blocks import blocks_of
-from plprune.architecture.families import FAMILIES
 from plprune.checkpoint.load import load_model, load_tokenizer
 from plprune.checkpoint.save import save_pruned
 from plprune.cli import main
@@ -36,7 +35,7 @@ from plprune.io.text import pack, tokenised
 from plprune.methods import prune
 from plprune.pruning.losses import next_token_loss
 from plprune.pruning.plan import PruningPlan
-from tests.builders import jsonl, method, save_tiny, tiny, tokenizer, windows
+from tests.builders import FAMILIES, jsonl, method, save_tiny, tiny, tokenizer, windows
 from tests.shared import SMOLLM2, WIKITEXT, needs_smollm2, shared
 
 

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from plprune.architecture.families import FAMILIES
 from plprune.evaluation import speed
 from plprune.evaluation.speed import Speed, Spread, measure_speed, speed_table, why_not_faster
 from plprune.evaluation.standalone import greedy_tokens
 from plprune.methods import prune
-from tests.builders import DEFAULTS, method, tiny, windows
+from tests.builders import DEFAULTS, FAMILIES, method, tiny, windows
 
 SETTINGS: dict[str, Any] = {"prompt": 8, "new_tokens": 4, "repeats": 2, "max_batch": 2}
 

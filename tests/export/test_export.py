@@ -13,14 +13,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from plprune import CFSP, FASP, FLAP, TwoSSP, load_pruned, prune, save_pruned
 from plprune.architecture.blocks import blocks_of
-from plprune.architecture.families import FAMILIES
 from plprune.checkpoint.model_card import card
 from plprune.checkpoint.save import licence_of
 from plprune.cli import main
 from plprune.export import decilm, parity
 from plprune.export.parity import Reading, Row
 from plprune.pruning.surgery import apply, pad, plan_of, widen
-from tests.builders import logits, tiny, tokenizer, windows
+from tests.builders import FAMILIES, logits, tiny, tokenizer, windows
 
 HERE = find_spec("xllamacpp") is not None
 

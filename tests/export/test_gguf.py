@@ -23,14 +23,13 @@ from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase, P
 
 from plprune import prune
 from plprune.architecture.blocks import Block, blocks_of
-from plprune.architecture.families import FAMILIES
 from plprune.architecture.modules import innermost
 from plprune.checkpoint.load import load_model, load_tokenizer
 from plprune.export import gguf, llama_cpp, vocabulary
 from plprune.export.vocabulary import PRE_TOKENIZERS
 from plprune.pruning.surgery import drop_attention, shrink
 from plprune.streaming import open_streamed
-from tests.builders import PAIRS, method, save_tiny, tiny, tokenizer, windows
+from tests.builders import FAMILIES, PAIRS, method, save_tiny, tiny, tokenizer, windows
 from tests.shared import SMOLLM2, gemma, needs_smollm2, shared
 
 needs_llama_cpp = pytest.mark.skipif(
@@ -93,7 +92,11 @@ def without_attention(model: PreTrainedModel, index: int = 1) -> None:
 
 def biases(model: PreTrainedModel) -> None:
     for block in blocks_of(model):
-        for path in (block.family.output, block.family.ffn_out) if block.has_attention else (block.family.ffn_out,):
+        for path in (
+            (block.attention.consumer.path, block.ffn.consumer.path)
+            if block.has_attention
+            else (block.ffn.consumer.path,)
+        ):
             linear = innermost(block.part(path))
             if linear.bias is None:
                 linear.bias = nn.Parameter(0.3 * torch.randn(len(linear.weight)))

@@ -13,14 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plprune import Calibration, prune
-from plprune.architecture.families import FAMILIES
 from plprune.architecture.modules import set_parameter
 from plprune.checkpoint import sharing
 from plprune.io import distributed
 from plprune.pruning.plan import PruningPlan
 from plprune.pruning.statistics import BlockInfluence, Gram, HoldoutGram, Moments, Norms
 from tests.benchmarks.pruning import resident
-from tests.builders import METHODS, REPAIRED, logits, method, tiny, windows
+from tests.builders import FAMILIES, METHODS, REPAIRED, logits, method, tiny, windows
 from tests.ranks import in_ranks
 
 pytestmark = pytest.mark.multi_process

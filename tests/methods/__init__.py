@@ -55,7 +55,7 @@ def best(score: Tensor, k: int) -> list[int]:
 
 def plain_loop(model: PreTrainedModel, ids: Tensor, count: int) -> list[int]:
     """The attentions that are missed least, one after another, each judged by the perplexity of the whole model."""
-    outputs = [innermost(block.part(block.family.output)) for block in blocks_of(model)]
+    outputs = [innermost(block.part(block.attention.consumer.path)) for block in blocks_of(model)]
     dropped: list[int] = []
     for _ in range(count):
         found = {}

@@ -11,10 +11,9 @@ from transformers import PreTrainedModel
 
 from plprune import FASP, prune
 from plprune.architecture.blocks import UnitGroup, blocks_of
-from plprune.architecture.families import FAMILIES
 from plprune.architecture.modules import innermost
 from plprune.methods.fasp import column_score, kept_counts
-from tests.builders import tiny, windows
+from tests.builders import FAMILIES, tiny, windows
 from tests.methods import best, traced, weight
 
 

@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 
 from plprune import FLAP, prune
 from plprune.architecture.blocks import blocks_of
+from plprune.architecture.cutting import complement
 from plprune.architecture.modules import innermost
 from plprune.methods.flap import fluctuation, weighted_norm
 from plprune.planning.structures import standardised
-from plprune.pruning.allocation import complement, global_ranking
+from plprune.pruning.allocation import global_ranking
 from tests.builders import tiny, windows
 from tests.methods import best, traced, weight
 

@@ -43,7 +43,7 @@ def test_weights_stay_as_they_are_without_repair() -> None:
     assert not plan.repaired
     for block, dense in zip(blocks_of(model), blocks_of(tiny()), strict=True):
         keep = plan.keep[f"blocks.{block.index}.ffn"]
-        own, whole = (matrix(b.part(b.family.ffn_out)) for b in (block, dense))
+        own, whole = (matrix(b.part(b.ffn.consumer.path)) for b in (block, dense))
         assert torch.equal(own, whole[:, keep])
 
 

@@ -8,11 +8,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from plprune import TwoSSP, prune
 from plprune.architecture.blocks import blocks_of
-from plprune.architecture.families import FAMILIES
 from plprune.architecture.modules import innermost
 from plprune.methods.two_ssp import attentions_to_drop, channels_to_keep
 from plprune.pruning.surgery import drop_attention
-from tests.builders import tiny, windows
+from tests.builders import FAMILIES, tiny, windows
 from tests.methods import best, plain_loop, traced
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from plprune import CFSP, FASP, FLAP, Calibration, PruningMethod, PruningPlan, Target, TwoSSP, load_pruned, prune
 from plprune.architecture.blocks import Block, blocks_of
-from plprune.architecture.families import FAMILIES
+from plprune.architecture.config_keys import size_keys
 from plprune.architecture.modeling_plprune import Gather, Scatter
 from plprune.architecture.modules import matrix
 from plprune.checkpoint import stock_config
@@ -28,7 +28,7 @@ from plprune.planning.serving import Runtime
 from plprune.pruning.constraints import Constraint
 from plprune.pruning.surgery import plan_of
 from plprune.streaming import open_streamed, prune_streamed
-from tests.builders import numbers, save_tiny, tiny, windows
+from tests.builders import FAMILIES, numbers, save_tiny, tiny, windows
 from tests.ranks import in_ranks
 
 SPARSITY = 0.3
@@ -53,7 +53,7 @@ BY_BLOCK = ("llama", "mistral", "qwen2", "granite")  # which llama.cpp holds wit
 
 def wide(family: str = "llama", width: int = 1024, **settings: Any) -> PreTrainedModel:
     """A tiny model whose FFN is wide enough for multiples."""
-    return tiny(family, **{FAMILIES[family].config_keys["width"]: width}, **settings)
+    return tiny(family, **{size_keys(tiny(family))["width"]: width}, **settings)
 
 
 def pruned(model: PreTrainedModel, which: tuple[Any, dict[str, Any]], *places: Runtime, **more: Any) -> PruningPlan:
@@ -65,9 +65,9 @@ def sizes(model: PreTrainedModel) -> list[tuple[int, int]]:
     """The FFN's width and the kv heads of each block, read off the weights."""
     found = []
     for block in blocks_of(model):
-        columns = matrix(block.part(block.family.output)).shape[1] if block.has_attention else 0
+        columns = matrix(block.part(block.attention.consumer.path)).shape[1] if block.has_attention else 0
         per_head = block.queries_per_head * block.head_dim if block.has_attention else 1
-        found.append((matrix(block.part(block.family.ffn_out)).shape[1], columns // per_head))
+        found.append((matrix(block.part(block.ffn.consumer.path)).shape[1], columns // per_head))
     return found
 
 

@@ -11,7 +11,6 @@ from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.pruning.allocation import (
     Budget,
     check_sparsity,
-    complement,
     fit_counts,
     importance,
     largest_remainder,
@@ -189,8 +188,3 @@ def test_without_a_constraint_all_counts_are_allowed() -> None:
     for block in blocks_of(tiny()):
         assert [list(FREE.counts(block, g)) for g in block.groups()] == [[1, 2, 3, 4], list(range(1, 49))]
         assert len(FREE.counts(block, block.groups("value_channels")[0])) == 16
-
-
-def test_complement_is_the_rest() -> None:
-    assert complement(torch.tensor([0, 2, 3, 6]), 8).tolist() == [1, 4, 5, 7]
-    assert complement(torch.tensor([], dtype=torch.long), 3).tolist() == [0, 1, 2]

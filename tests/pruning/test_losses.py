@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from plprune import LoRA
-from plprune.architecture.families import FAMILIES
 from plprune.io.text import IGNORED
 from plprune.pruning import losses
 from plprune.pruning.forward import check_masking
@@ -26,7 +25,7 @@ from plprune.pruning.losses import (
 )
 from plprune.recovery.distillation import Distillation
 from plprune.recovery.lora import inject
-from tests.builders import VOCABULARY, logits, tiny, windows
+from tests.builders import FAMILIES, VOCABULARY, logits, tiny, windows
 
 ROWS = 7
 

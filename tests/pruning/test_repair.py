@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from plprune import CFSP, FASP, FLAP, PruningMethod, TwoSSP, prune
 from plprune.architecture.blocks import blocks_of
+from plprune.architecture.cutting import complement
 from plprune.architecture.modules import innermost
 from plprune.planning.sizes import Ledger
-from plprune.pruning.allocation import complement
 from plprune.pruning.constraints import Constraint
 from plprune.pruning.repair import DAMPINGS, compensation, held_out_errors, restore
 from tests.builders import tiny, windows

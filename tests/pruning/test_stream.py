@@ -13,14 +13,13 @@ from transformers import PreTrainedModel
 
 from plprune import prune
 from plprune.architecture.blocks import Block, blocks_of
-from plprune.architecture.families import FAMILIES
 from plprune.pruning.calibration import Calibration, Observations
 from plprune.pruning.forward import checksums, evaluating, logits_from, record_inputs, run_block, same_values
 from plprune.pruning.observations import load, save, survey
 from plprune.pruning.statistics import BlockInfluence, Gram, Moments, Norms
 from plprune.pruning.stream import observe, stream
 from plprune.pruning.surgery import drop_attention
-from tests.builders import DEFAULTS, METHODS, REPAIRED, logits, method, tiny, windows
+from tests.builders import DEFAULTS, FAMILIES, METHODS, REPAIRED, logits, method, tiny, windows
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -61,7 +60,7 @@ def counting(model: PreTrainedModel) -> list[int]:
         return hook
 
     for block in blocks_of(model):
-        block.part(block.family.ffn_out).register_forward_hook(count(block.index))
+        block.part(block.ffn.consumer.path).register_forward_hook(count(block.index))
     return counts
 
 

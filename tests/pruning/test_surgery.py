@@ -11,12 +11,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from plprune import FASP, FLAP, TwoSSP, prune
 from plprune.architecture.blocks import Block, UnitGroup, blocks_of
-from plprune.architecture.families import FAMILIES
+from plprune.architecture.cutting import complement
 from plprune.architecture.modeling_plprune import BlockConfig, Gather, NoAttention, Scatter
 from plprune.architecture.modules import innermost, matrix
-from plprune.pruning.allocation import complement
 from plprune.pruning.surgery import Surgery, apply, drop_attention, plan_of, replay, shrink, without_attention
-from tests.builders import VARIANTS, logits, tiny, windows
+from tests.builders import FAMILIES, VARIANTS, logits, tiny, windows
 
 every_family = pytest.mark.parametrize("family", [*FAMILIES, *VARIANTS])
 every_unit = pytest.mark.parametrize("attention", ["kv_heads", "value_channels", "none"])
@@ -28,7 +27,8 @@ def silence(block: Block, group: UnitGroup, keep: Tensor) -> None:
     matrix(block.part(group.consumer.path)).data[:, group.consumer.index[gone].flatten()] = 0
     if group.kind != "attention":
         return
-    for norm, projection in zip(block.family.qk_norms, group.producers[2:4], strict=False):
+    norms = [part.path for part in group.producers if part.path.endswith("norm")]
+    for norm, projection in zip(norms, group.producers[len(norms) :], strict=False):
         linear, module = innermost(block.part(projection.path)), cast(Any, block.part(norm))
         for parameter in linear.parameters():
             parameter.data[projection.index[gone].flatten()] = 0
@@ -79,7 +79,7 @@ def test_a_dropped_attention_is_one_that_gives_zero(family: str) -> None:
     small, dense = tiny(family), tiny(family)
     drop_attention(blocks_of(small)[1])
     reference = blocks_of(dense)[1]
-    for parameter in reference.part(reference.family.output).parameters():
+    for parameter in reference.part(reference.attention.consumer.path).parameters():
         parameter.data.zero_()
     same_function(small, dense)
 
@@ -210,7 +210,7 @@ def test_a_repaired_weight_is_that_of_the_kept_columns_in_the_models_dtype() -> 
 def test_a_weight_repaired_behind_a_gather_is_that_of_the_columns_it_reads(family: str) -> None:
     model, dense = tiny(family), tiny(family)
     surgery = Surgery(model)
-    block, output = surgery.blocks[0], matrix(blocks_of(dense)[0].part(FAMILIES[family].output))
+    block, output = surgery.blocks[0], matrix(blocks_of(dense)[0].part(blocks_of(dense)[0].attention.consumer.path))
     value, _ = block.groups("value_channels")
     surgery.keep(block, value, chosen(value))
     attention, _ = block.groups()
@@ -276,7 +276,7 @@ def test_a_repaired_weight_is_stored_as_the_family_stores_it() -> None:
 @pytest.mark.parametrize(
     ("family", "counts"),
     [
-        ("gpt2", {"attn.num_heads": 2, "attn.split_size": 16}),
+        ("gpt2", {"attn.split_size": 16}),
         ("opt", {"self_attn.num_heads": 2}),
         ("phi3", {"self_attn.config.num_attention_heads": 4, "self_attn.num_key_value_heads": 2}),
     ],
@@ -284,7 +284,7 @@ def test_a_repaired_weight_is_stored_as_the_family_stores_it() -> None:
 def test_attributes_that_the_forward_pass_reads_follow_the_heads(family: str, counts: dict[str, int]) -> None:
     block = blocks_of(tiny(family))[1]
     shrink(block, block.groups()[0], torch.tensor([0, 2]))
-    assert block.family.counts.keys() == counts.keys()
+    assert block.attention.counts.keys() == counts.keys()
     for path, count in counts.items():
         value: Any = block.module
         for name in path.split("."):

@@ -8,12 +8,11 @@ import torch
 
 from plprune import FASP, FLAP, TwoSSP, prune
 from plprune.architecture.blocks import blocks_of
-from plprune.architecture.families import FAMILIES, family_of
 from plprune.architecture.modules import innermost
 from plprune.pruning.surgery import plan_of
 from plprune.recovery.consumers import unfreeze, weights_in_saved_dtype
 from plprune.recovery.lora import merged_state
-from tests.builders import logits, tiny, windows
+from tests.builders import FAMILIES, logits, tiny, windows
 
 
 def trained(model: torch.nn.Module) -> set[str]:
@@ -24,8 +23,10 @@ def trained(model: torch.nn.Module) -> set[str]:
 def test_all_consumers_are_trained_without_a_plan(family: str) -> None:
     model = tiny(family)
     names = unfreeze(model, None)
-    paths = [(block, path) for block in blocks_of(model) for path in (block.family.output, block.family.ffn_out)]
-    assert names == [f"{family_of(model.config).blocks}.{block.index}.{path}" for block, path in paths]
+    paths = [
+        (block, path) for block in blocks_of(model) for path in (block.attention.consumer.path, block.ffn.consumer.path)
+    ]
+    assert names == [f"{block.path}.{path}" for block, path in paths]
     assert trained(model) == {
         f"{name}.{kind}" for name in names for kind in dict(model.get_submodule(name).named_parameters())
     }

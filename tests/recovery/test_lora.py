@@ -12,12 +12,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from plprune import FASP, FLAP, LoRA, TwoSSP, prune
-from plprune.architecture.blocks import blocks_of
-from plprune.architecture.families import FAMILIES, family_of
+from plprune.architecture.blocks import anatomy_of, blocks_of
 from plprune.pruning.plan import PruningPlan
 from plprune.pruning.surgery import plan_of
 from plprune.recovery.lora import adapters, allocate_ranks, base_parameters, inject, merged, merged_state, rank_weights
-from tests.builders import logits, tiny, windows
+from tests.builders import FAMILIES, logits, tiny, windows
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -91,7 +90,7 @@ def test_every_block_has_at_least_rank_1_and_damage_to_none_is_equal_ranks() -> 
 @every_family
 def test_every_linear_layer_of_the_blocks_is_adapted_and_nothing_else(family: str) -> None:
     model = tiny(family)
-    blocks = family_of(model.config).blocks
+    blocks = anatomy_of(model).blocks
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and n.startswith(blocks)}
     inject(model, LoRA(rank=2), None)
     assert {name for name, _ in adapters(model)} == linears

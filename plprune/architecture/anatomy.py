@@ -1,0 +1,106 @@
+"""The prunable units of a decoder block, as rows and columns of its projections.
+
+An :class:`Anatomy` describes one kind of block in its dense size. As all units are alike, a block that has lost some
+has the first of these units, with the rows and columns that remain counted anew (:meth:`Part.of_size`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The part of one projection that belongs to a group: `index[u]` are the rows or columns of unit `u`.
+
+    The path may also be that of a norm, a convolution, or a parameter, whose `axis` then holds the rows.
+    """
+
+    path: str
+    index: Tensor  # [units, rows or columns per unit], int64
+    axis: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """All units of one kind in a dense block.
+
+    Args:
+        producers: Rows that compute the units.
+        consumer: Columns that read them.
+        counts: Attributes that the forward pass reads instead of shapes, and their values per unit. A `config` in a
+            path becomes a view of the config for that block alone.
+        tied: Whether norms over all units tie them together; pruning then treats the norm's statistic as constant.
+    """
+
+    producers: tuple[Slice, ...]
+    consumer: Slice
+    counts: Mapping[str, int] = field(default_factory=dict)
+    tied: bool = False
+
+    def __len__(self) -> int:
+        return len(self.consumer.index)
+
+    @property
+    def columns(self) -> int:
+        """Columns per unit."""
+        return self.consumer.index.shape[1]
+
+    def of_size(self, units: int) -> tuple[tuple[Slice, ...], Slice]:
+        """Producers and consumer of a block with fewer of these units, or of one padded to more channels."""
+        if units == len(self):
+            return self.producers, self.consumer
+        if units > len(self):
+            return self.stacked(units), Slice(self.consumer.path, torch.arange(units)[:, None])
+        gone = {key: index[units:].flatten() for key, index in by_producer(self.producers).items()}
+        producers = tuple(
+            Slice(p.path, _renumbered(p.index[:units], gone[p.path, p.axis]), p.axis) for p in self.producers
+        )
+        columns = self.consumer.index
+        return producers, Slice(self.consumer.path, _renumbered(columns[:units], columns[units:].flatten()))
+
+    def stacked(self, units: int) -> tuple[Slice, ...]:
+        """The rows of channels in producers that hold one part after another, as gate and up."""
+        seen: dict[str, int] = {}
+        parts = []
+        for part in self.producers:
+            start = seen.get(part.path, 0)
+            parts.append(Slice(part.path, torch.arange(start, start + units)[:, None], part.axis))
+            seen[part.path] = start + units
+        return tuple(parts)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The units of one kind of block."""
+
+    attention: Part | None = None
+    values: Part | None = None  # single value channels of the attention
+    ffn: Part | None = None
+    mixer: str = ""  # path of the sub-block with the attention's projections
+    returned: int = 0  # length of the tuple that the block returns; 0 if it returns hidden states alone
+    droppable: bool = False  # whether zeros in the place of that sub-block's output remove it
+
+
+@dataclass(frozen=True)
+class ModelAnatomy:
+    """Where a model has its decoder blocks, and the anatomy of each."""
+
+    blocks: str
+    anatomies: tuple[Anatomy, ...]
+
+
+def by_producer(slices: Sequence[Slice]) -> dict[tuple[str, int], Tensor]:
+    """The rows of each producer, [units, rows per unit], by path and axis."""
+    joined: dict[tuple[str, int], Tensor] = {}
+    for each in slices:
+        key = each.path, each.axis
+        joined[key] = torch.cat([joined[key], each.index], 1) if key in joined else each.index
+    return joined
+
+
+def _renumbered(index: Tensor, gone: Tensor) -> Tensor:
+    """Indices after others are gone."""
+    return index - torch.searchsorted(gone.sort().values, index.flatten()).view_as(index)

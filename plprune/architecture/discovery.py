@@ -1,0 +1,269 @@
+"""Finds the units of a model's decoder blocks by probing, without knowing its family.
+
+One block of each kind is run without its weights (`plprune.architecture.probing`), rows are traced to columns
+(`plprune.architecture.tracing`), and some of the units found are cut on trial (`plprune.architecture.trials`).
+"""
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from plprune.architecture.anatomy import Anatomy, ModelAnatomy, Part, Slice
+from plprune.architecture.probing import (
+    SAMPLES,
+    TOKENS,
+    BlockProbes,
+    Call,
+    Probes,
+    differs,
+    is_experts,
+    weightless,
+)
+from plprune.architecture.tracing import Found, Source, Tracer, found_in
+from plprune.architecture.trials import Trial, projection_rows
+
+
+class Assembly:
+    """Makes the anatomy of a block from the units of its consumers.
+
+    Args:
+        model: From :func:`weightless`.
+        call: Of the block.
+        norms: Whether norms multiply by their weights only.
+    """
+
+    def __init__(self, model: nn.Module, call: Call, norms: bool) -> None:
+        self.model, self.call, self.norms = model, call, norms
+        self.probes = Probes(model, norms)
+        self.probes.samples = SAMPLES
+        with self.probes.standing_in():
+            self.block = BlockProbes(self.probes, call)
+            self.called = list(self.block.run())
+            self.found = found_in(Tracer(self.block))
+            self._values = {id(f): self._value_rows(f) for f in self.found if not f.elementwise}
+
+    def heads(self) -> Found | None:
+        """The units of attention: those with value channels first, then those with most columns."""
+        several = [f for f in self.found if not f.elementwise and f.columns.shape[1] > 1]
+        return max(several, key=lambda f: (self._values[id(f)] is not None, f.columns.numel()), default=None)
+
+    def attention(self, found: Found) -> tuple[Part, Part | None]:
+        """The units of attention, and its single value channels."""
+        values = self._values[id(found)]
+        producers: list[Slice] = []
+        for source, index in found.wide.items():
+            producers += self._split(found, source, index)
+        singles = [self._slice(source, index) for source, index, _ in found.single]
+        parameters = [s for s in (*producers, *singles) if not self._projects(s)]
+        projections = [s for s in (*producers, *singles) if self._projects(s)]
+        projections.sort(key=lambda s: self.called.index(s.path))  # queries first, whatever their names
+        part = Part((*parameters, *projections), Slice(found.consumer, found.columns), tied=self.norms)
+        if values is None:
+            return part, None
+        source, index, row = values
+        rows = index.flatten()
+        columns = torch.stack([(row == r).nonzero().flatten() for r in rows.tolist()])
+        return part, Part((Slice(source[0], rows[:, None]),), Slice(found.consumer, columns))
+
+    def ffn(self, mixer: str) -> Part | None:
+        """The channels of the widest elementwise consumer outside the mixer."""
+        inside = f"{mixer}."
+        channels = [f for f in self.found if f.elementwise and not f.consumer.startswith(inside)]
+        found = max(channels, key=lambda f: len(f.columns), default=None)
+        if found is None:
+            return None
+        producers = tuple(self._slice(source, index) for source, index, _ in found.single)
+        return Part(producers, Slice(found.consumer, found.columns), tied=self.norms)
+
+    def _projects(self, part: Slice) -> bool:
+        return part.path in self.block.rows
+
+    def _slice(self, source: Source, index: Tensor) -> Slice:
+        name, axis = source
+        if axis == 0 and name.endswith(".weight"):
+            name = name.removesuffix(".weight")
+        return Slice(name, index, axis or 0)
+
+    def _split(self, found: Found, source: Source, index: Tensor) -> list[Slice]:
+        """Queries and keys that one projection computes, apart."""
+        values = self._values[id(found)]
+        if values is not None and values[0] == source:
+            queries = found.columns.shape[1] // values[1].shape[1]
+            size, rest = divmod(index.shape[1], queries + 1)
+            if not rest:
+                return [self._slice(source, part) for part in index.split([queries * size, size], dim=1)]
+        return [self._slice(source, index)]
+
+    def _value_rows(self, found: Found) -> tuple[Source, Tensor, Tensor] | None:
+        """The producer of value channels: each column is proportional to a single row of it, of all tokens."""
+        for source, index, row in found.single:
+            if (
+                source[1] is None
+                and (row >= 0).all()
+                and self.block.proportional(source[0], index.flatten(), found.consumer)
+            ):
+                return source, index, row
+        return None
+
+
+def _mixer(part: Part) -> str:
+    """The path of the smallest module with all projections of a part."""
+    paths = [s.path.split(".")[:-1] for s in (*part.producers, part.consumer)]
+    shared = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
+    return ".".join(names[0] for names in shared)
+
+
+EXPERTS = "{!r} is a mixture of experts, which plprune does not prune; use a dense model"
+
+
+def check_supported(config: PreTrainedConfig) -> None:
+    """Raises ValueError if plprune cannot prune models with a config, as far as that shows without building one."""
+    kind = config.model_type
+    if any(getattr(config, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
+        raise ValueError(EXPERTS.format(kind))
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{kind!r} is an encoder-decoder, which plprune does not prune; use a decoder-only model")
+
+
+def discover(kind: type[PreTrainedModel], config: PreTrainedConfig) -> ModelAnatomy:
+    """Finds the decoder blocks of a class of models with a config, and their units."""
+    key = kind, config.to_json_string()
+    if key not in _DISCOVERED:
+        with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):  # whatever the caller has set
+            _DISCOVERED[key] = _discover(kind, config)
+    return _DISCOVERED[key]
+
+
+_DISCOVERED: dict[tuple[type, str], ModelAnatomy] = {}
+
+
+def _discover(kind: type[PreTrainedModel], config: PreTrainedConfig) -> ModelAnatomy:
+    try:
+        model = weightless(kind, config)
+        path, blocks = decoder_blocks(model)
+        if any(map(is_experts, blocks.modules())):
+            raise ValueError(EXPERTS.format(config.model_type))
+        kinds = [_kind(block) for block in blocks]
+        calls = _calls(model, path, {kinds.index(each) for each in kinds})
+        anatomies = {kinds[i]: anatomy(model, call) for i, call in calls.items()}
+    except Exception as error:  # of the model's own code
+        if isinstance(error, ValueError) and "plprune" in str(error):
+            raise
+        raise ValueError(
+            f"plprune cannot see how the blocks of a {config.model_type!r} model work, as it fails without its weights "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): use a model of another family"
+        ) from error
+    if not any(each.attention or each.ffn for each in anatomies.values()):
+        raise ValueError(
+            f"the blocks of a {config.model_type!r} model have no heads or FFN channels that can leave one by one: use "
+            "a model of another family"
+        )
+    found = [anatomies.get(each, Anatomy()) for each in kinds]
+    if _heads_reach_other_blocks(model, path, found):
+        found = [dataclasses.replace(each, attention=None, values=None, mixer="", droppable=False) for each in found]
+    return ModelAnatomy(path, tuple(found))
+
+
+def _heads_reach_other_blocks(model: PreTrainedModel, path: str, anatomies: Sequence[Anatomy]) -> bool:
+    """Whether blocks read the heads of others other than through hidden states, as where they share keys and values.
+
+    In each sample, the heads of some blocks are disturbed: those whose index has a certain bit, or lacks it. Any two
+    blocks differ in one of these.
+    """
+    bits = torch.arange(max(1, (len(anatomies) - 1).bit_length()))
+    code = (torch.arange(len(anatomies))[:, None] >> bits & 1).bool()
+    disturbed = torch.cat([code, ~code], 1)  # [blocks, samples - 1]
+    probes = Probes(model)
+    probes.samples = 1 + disturbed.shape[1]
+    for index, each in enumerate(anatomies):
+        if each.attention is not None:
+            block = model.get_submodule(f"{path}.{index}")
+            for part in each.attention.producers:
+                if rows := projection_rows(block, part.path):
+                    probes.disturb(f"{path}.{index}.{part.path}", disturbed[index][:, None].expand(-1, rows))
+    with probes.standing_in():
+        model(input_ids=torch.ones(probes.samples, TOKENS, dtype=torch.long), use_cache=False)
+    for name, x in probes.seen.items():
+        index, dot, _ = name.removeprefix(f"{path}.").partition(".")
+        if name.startswith(f"{path}.") and dot:
+            x = x.reshape(probes.samples, -1, x.shape[-1])
+            if (differs(x[1:], x[:1]).any(1) & ~disturbed[int(index)]).any():
+                return True
+    return False
+
+
+def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of decoder blocks: as long as the config says, and the largest of those."""
+    config = model.config.get_text_config(decoder=True)
+    depth = getattr(config, "num_hidden_layers", None) or getattr(config, "num_layers", None)
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not lists:
+        raise ValueError(f"{config.model_type!r} has no list of {depth} decoder blocks, so plprune cannot prune it")
+    return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+
+
+def anatomy(model: nn.Module, call: Call) -> Anatomy:
+    """The units of one block."""
+    attention, values, mixer, ffn = None, None, "", None
+    for norms in (False, True):
+        assembly = Assembly(model, call, norms)
+        heads = assembly.heads()
+        if heads is not None and (attention is None or len(heads.columns) > len(attention)):
+            attention, values = assembly.attention(heads)
+            mixer = _mixer(attention)
+        ffn = ffn or assembly.ffn(mixer)
+        tied = [f.consumer for f in assembly.found if len(f.columns) == 1]
+        heads_tied = attention is None or attention.consumer.path in tied
+        if not (heads_tied and tied) and (ffn or all(c.startswith(f"{mixer}.") for c in tied)):
+            break
+    attention, ffn = (_with_counts(model, call, part, inside) for part, inside in ((attention, mixer), (ffn, "")))
+    droppable = attention is not None and Trial(model, call, attention.tied).droppable(attention, mixer)
+    return Anatomy(attention, values if attention else None, ffn, mixer, assembly.block.returned, droppable)
+
+
+def _with_counts(model: nn.Module, call: Call, part: Part | None, mixer: str) -> Part | None:
+    if part is None:
+        return None
+    counts = Trial(model, call, part.tied).counts(part, mixer)
+    return None if counts is None else dataclasses.replace(part, counts=counts)
+
+
+def _kind(block: nn.Module) -> str:
+    """What blocks of one kind have in common: their modules, shapes, and numbers other than their index."""
+    modules = [
+        (name, type(m).__name__, sorted((k, v) for k, v in vars(m).items() if type(v) is int and "layer" not in k))
+        for name, m in block.named_modules()
+    ]
+    return str((modules, [(name, tuple(p.shape)) for name, p in block.named_parameters()]))
+
+
+def _calls(model: PreTrainedModel, path: str, indices: set[int]) -> dict[int, Call]:
+    """How the model calls some of its blocks."""
+    calls: dict[int, Call] = {}
+
+    class Done(Exception):
+        pass
+
+    def note(index: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls[index] = Call(f"{path}.{index}", args, kwargs)
+            if len(calls) == len(indices):
+                raise Done
+
+        return hook
+
+    handles = [model.get_submodule(f"{path}.{i}").register_forward_pre_hook(note(i), with_kwargs=True) for i in indices]
+    probes = Probes(model)
+    probes.samples = SAMPLES
+    ids = torch.ones(SAMPLES, TOKENS, dtype=torch.long)
+    with probes.standing_in(), torch.no_grad(), contextlib.suppress(Done):
+        model(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return calls
