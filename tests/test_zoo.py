@@ -1,0 +1,60 @@
+"""Families that no list names: pruned, saved, loaded and run, by units that probing has found.
+
+The quick suite has one family of each layout that :data:`tests.builders.FAMILIES` lacks. All decoders of transformers
+are tried by `PLPRUNE_ZOO=1 pytest tests/test_zoo.py`, which takes an hour.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from plprune import CFSP, FLAP, TwoSSP, load_pruned, prune, save_pruned
+from tests.builders import logits, windows
+from tests.zoo import build, decoders
+
+LAYOUTS = ("bloom", "codegen", "minicpm3", "persimmon")
+SLOW = (
+    "apertus",
+    "arcee",
+    "biogpt",
+    "bitnet",
+    "cohere",
+    "gemma",
+    "glm",
+    "glm4",
+    "gptj",
+    "helium",
+    "lfm2",
+    "ministral3",
+    "mpt",
+    "qwen3_5_text",
+)
+SLOW += ("nemotron", "olmo3", "seed_oss", "stablelm", "starcoder2")
+NO_DROPPING = ("bloom", "mpt")  # the residual is added within the attention
+
+
+def marked(kind: str) -> Any:
+    return kind if kind in LAYOUTS else pytest.param(kind, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("kind", decoders() if os.environ.get("PLPRUNE_ZOO") else [*map(marked, (*LAYOUTS, *SLOW))])
+def test_a_family_is_pruned_saved_loaded_and_run(kind: str, tmp_path: Path) -> None:
+    methods = [CFSP(sparsity=0.2), FLAP(sparsity=0.2)]
+    methods += [] if kind in NO_DROPPING else [TwoSSP(sparsity=0.2, drop_attentions=1)]
+    for method in methods:
+        model = build(kind)
+        before = logits(model)
+        plan = prune(model, method, list(windows(4, 12).split(2)))
+        assert plan.reached == pytest.approx(0.2, abs=0.03)
+        assert not torch.allclose(logits(model), before)
+        texts = [
+            model.generate(windows(2, 5), max_new_tokens=6, do_sample=False, use_cache=cached, pad_token_id=0)  # type: ignore[operator]
+            for cached in (True, False)
+        ]
+        assert torch.equal(*texts)
+        folder = tmp_path / type(method).__name__
+        save_pruned(model, folder)
+        assert torch.equal(logits(load_pruned(folder)), logits(model))
