@@ -187,15 +187,27 @@ def _heads_reach_other_blocks(model: PreTrainedModel, path: str, anatomies: Sequ
             for part in each.attention.producers:
                 if rows := projection_rows(block, part.path):
                     probes.disturb(f"{path}.{index}.{part.path}", disturbed[index][:, None].expand(-1, rows))
+    probes.seen = changed = _Changed(probes.samples)
     with probes.standing_in():
-        model(input_ids=torch.ones(probes.samples, TOKENS, dtype=torch.long), use_cache=False)
-    for name, x in probes.seen.items():
-        index, dot, _ = name.removeprefix(f"{path}.").partition(".")
-        if name.startswith(f"{path}.") and dot:
-            x = x.reshape(probes.samples, -1, x.shape[-1])
-            if (differs(x[1:], x[:1]).any(1) & ~disturbed[int(index)]).any():
-                return True
-    return False
+        model(input_ids=torch.ones(probes.samples, 2, dtype=torch.long), use_cache=False)
+    inside = [(name.removeprefix(f"{path}."), hits) for name, hits in changed.items() if name.startswith(f"{path}.")]
+    return any((hits & ~disturbed[int(name.partition(".")[0])]).any() for name, hits in inside)
+
+
+class _Changed(dict[str, Tensor]):
+    """Keeps of each input only in which samples it differs from the first, [samples - 1], as a model has many.
+
+    Args:
+        samples: Of a batch.
+    """
+
+    def __init__(self, samples: int) -> None:
+        super().__init__()
+        self.samples = samples
+
+    def __setitem__(self, path: str, x: Tensor) -> None:
+        x = x.reshape(self.samples, -1, x.shape[-1])
+        super().__setitem__(path, differs(x[1:], x[:1]).any(1))
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
