@@ -60,7 +60,8 @@ ORDER = {
         ["blocks"],
         ["discovery"],
         ["tracing", "trials"],
-        ["anatomy", "attached", "cutting", "probing"],
+        ["cutting", "probing"],
+        ["anatomy", "attached"],
         ["modeling_plprune", "modules"],
     ],
     "io": [

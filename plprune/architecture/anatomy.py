@@ -83,6 +83,12 @@ class Anatomy:
     returned: int = 0  # length of the tuple that the block returns; 0 if it returns hidden states alone
     droppable: bool = False  # whether zeros in the place of that sub-block's output remove it
 
+    @property
+    def head_dim(self) -> int:
+        """Value channels per head; columns per head if single channels cannot leave."""
+        assert self.attention is not None
+        return len(self.values) // len(self.attention) if self.values else self.attention.columns
+
 
 @dataclass(frozen=True)
 class ModelAnatomy:

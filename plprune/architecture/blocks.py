@@ -236,8 +236,7 @@ class Block:
     @property
     def head_dim(self) -> int:
         """Value channels per head."""
-        values = self.anatomy.values
-        return len(values) // len(self.attention) if values else self.attention.columns
+        return self.anatomy.head_dim
 
     def _kv_heads(self) -> UnitGroup:
         producers, consumer = self.attention.of_size(self.kv_heads)

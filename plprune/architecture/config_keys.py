@@ -61,8 +61,7 @@ class Search:
         index, part = self._first("attention")
         if part is None:
             return {}
-        anatomy, units = self.anatomy.anatomies[index], len(part)
-        dim = len(anatomy.values) // units if anatomy.values else part.columns
+        units, dim = len(part), self.anatomy.anatomies[index].head_dim
         each = part.columns // dim  # query heads per unit
         fewer = max(1, units // 2)
         for key, kv, own in self._pairs(units * each, units):

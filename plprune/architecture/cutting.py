@@ -3,13 +3,42 @@
 Smaller parameters replace the old ones. All functions also work on the meta device.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from plprune.architecture.modeling_plprune import Gather, Scatter, replace
+from plprune.architecture.anatomy import Slice, by_producer
+from plprune.architecture.modeling_plprune import Gather, Scatter, replace, set_count
 from plprune.architecture.modules import Side, innermost, is_transposed, own_parameter, width, width_name
+
+
+def cut(block: nn.Module, producers: Sequence[Slice], consumer: Slice, counts: Mapping[str, int], keep: Tensor) -> None:
+    """Removes all units but some, and updates the attributes that depend on their number.
+
+    Args:
+        block: Changed in place.
+        producers: The rows of each unit.
+        consumer: The columns of each unit.
+        counts: Attributes that the forward pass reads, and their values per unit.
+        keep: Indices of the units that stay.
+    """
+    gone = complement(keep, len(consumer.index))
+    for (path, axis), index in by_producer(producers).items():
+        remove_rows(block, path, axis, index[gone].flatten())
+    columns = consumer.index[gone].flatten()
+    replace(block, consumer.path, remove(block.get_submodule(consumer.path), "in_features", columns))
+    for path, each in counts.items():
+        set_count(block, path, each * len(keep))
+
+
+def cut_values(block: nn.Module, producer: Slice, consumer: Slice, keep: Tensor) -> None:
+    """Removes all value channels but some; the projections keep their outer widths."""
+    gone = complement(keep, len(consumer.index))
+    sides: tuple[tuple[Slice, Side], ...] = ((producer, "out_features"), (consumer, "in_features"))
+    for part, side in sides:
+        replace(block, part.path, vacate(block.get_submodule(part.path), side, part.index[gone].flatten()))
 
 
 def remove_rows(block: nn.Module, path: str, axis: int, rows: Tensor) -> None:

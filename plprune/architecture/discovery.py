@@ -7,7 +7,7 @@ One block of each kind is run without its weights (`plprune.architecture.probing
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from plprune.architecture.probing import (
     is_experts,
     weightless,
 )
-from plprune.architecture.tracing import Found, Source, Tracer, found_in
+from plprune.architecture.tracing import Found, Source, Tracer, bit_code, found_in
 from plprune.architecture.trials import Trial, projection_rows
 
 
@@ -144,30 +144,37 @@ _DISCOVERED: dict[tuple[type, str], ModelAnatomy] = {}
 
 
 def _discover(kind: type[PreTrainedModel], config: PreTrainedConfig) -> ModelAnatomy:
-    try:
+    with _running_without_weights(config.model_type):
         model = weightless(kind, config)
-        path, blocks = decoder_blocks(model)
-        if any(map(is_experts, blocks.modules())):
-            raise ValueError(EXPERTS.format(config.model_type))
-        kinds = [_kind(block) for block in blocks]
+    path, blocks = decoder_blocks(model)
+    if any(map(is_experts, blocks.modules())):
+        raise ValueError(EXPERTS.format(config.model_type))
+    kinds = [_kind(block) for block in blocks]
+    with _running_without_weights(config.model_type):
         calls = _calls(model, path, {kinds.index(each) for each in kinds})
         anatomies = {kinds[i]: anatomy(model, call) for i, call in calls.items()}
-    except Exception as error:  # of the model's own code
-        if isinstance(error, ValueError) and "plprune" in str(error):
-            raise
-        raise ValueError(
-            f"plprune cannot see how the blocks of a {config.model_type!r} model work, as it fails without its weights "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): use a model of another family"
-        ) from error
+        found = [anatomies.get(each, Anatomy()) for each in kinds]
+        shared = _heads_reach_other_blocks(model, path, found)
     if not any(each.attention or each.ffn for each in anatomies.values()):
         raise ValueError(
             f"the blocks of a {config.model_type!r} model have no heads or FFN channels that can leave one by one: use "
             "a model of another family"
         )
-    found = [anatomies.get(each, Anatomy()) for each in kinds]
-    if _heads_reach_other_blocks(model, path, found):
+    if shared:
         found = [dataclasses.replace(each, attention=None, values=None, mixer="", droppable=False) for each in found]
     return ModelAnatomy(path, tuple(found))
+
+
+@contextlib.contextmanager
+def _running_without_weights(family: str) -> Iterator[None]:
+    """Turns any error of the model's own code into one line."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"plprune cannot see how the blocks of a {family!r} model work, as it fails without its weights "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): use a model of another family"
+        ) from error
 
 
 def _heads_reach_other_blocks(model: PreTrainedModel, path: str, anatomies: Sequence[Anatomy]) -> bool:
@@ -176,8 +183,7 @@ def _heads_reach_other_blocks(model: PreTrainedModel, path: str, anatomies: Sequ
     In each sample, the heads of some blocks are disturbed: those whose index has a certain bit, or lacks it. Any two
     blocks differ in one of these.
     """
-    bits = torch.arange(max(1, (len(anatomies) - 1).bit_length()))
-    code = (torch.arange(len(anatomies))[:, None] >> bits & 1).bool()
+    code = bit_code(len(anatomies))
     disturbed = torch.cat([code, ~code], 1)  # [blocks, samples - 1]
     probes = Probes(model)
     probes.samples = 1 + disturbed.shape[1]
@@ -274,7 +280,7 @@ def _calls(model: PreTrainedModel, path: str, indices: set[int]) -> dict[int, Ca
     probes = Probes(model)
     probes.samples = SAMPLES
     ids = torch.ones(SAMPLES, TOKENS, dtype=torch.long)
-    with probes.standing_in(), torch.no_grad(), contextlib.suppress(Done):
+    with probes.standing_in(), contextlib.suppress(Done):
         model(input_ids=ids, use_cache=False)
     for handle in handles:
         handle.remove()

@@ -67,6 +67,11 @@ def innermost(module: nn.Module) -> nn.Linear:
     return cast(nn.Linear, module)
 
 
+def is_projection(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, `Conv1D` included."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
 def is_transposed(module: nn.Module) -> bool:
     """Whether a projection stores its weight as [d_in, d_out]."""
     return isinstance(innermost(module), Conv1D)

@@ -19,9 +19,8 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.pytorch_utils import Conv1D
 
-from plprune.architecture.modules import width
+from plprune.architecture.modules import is_projection, width
 
 SAMPLES = 16  # of a batch: one is left as it is, the others are disturbed
 TOKENS = 4
@@ -58,11 +57,6 @@ def weightless(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrai
     return model.eval()
 
 
-def is_projection(module: nn.Module) -> bool:
-    """Whether a module multiplies its input by a matrix."""
-    return isinstance(module, nn.Linear | Conv1D)
-
-
 def is_experts(module: nn.Module) -> bool:
     """Whether a module holds the stacked weights of experts."""
     stacked = any(p.ndim == 3 and p.numel() > SMALL // 64 for p in module.parameters(recurse=False))
@@ -87,7 +81,7 @@ class Probes:
         self.model = model
         self.kept: dict[str, tuple[Tensor, int]] = {}  # rows that a projection still has, and how many it had
         self.silent = ""  # path of a projection that outputs zeros
-        self.samples, self.draw, self.start = 1, 0, 0  # start: the position of the first token
+        self.samples, self.draw = 1, 0
         self.seen: dict[str, Tensor] = {}
         self._delta: dict[str, tuple[Tensor, str, bool]] = {}
         self._norms = norms
@@ -151,9 +145,7 @@ class Probes:
 
     def _outputs(self, path: str, tokens: int, rows: int) -> Tensor:  # [tokens, rows]
         kept, rows = self.kept.get(path, (None, rows))
-        y = self.normal(path, (self.start + tokens, rows))[
-            self.start :
-        ]  # an earlier token's do not depend on later ones
+        y = self.normal(path, (tokens, rows))
         return y if kept is None else y[:, kept]
 
 
@@ -201,8 +193,7 @@ class BlockProbes:
         if disturbed:
             hidden[1:] += probes.normal("hidden disturbed", old.shape[1:])
         holder[key] = hidden
-        with torch.no_grad():
-            out = probes.model.get_submodule(call.path)(*args, **kwargs)
+        out = probes.model.get_submodule(call.path)(*args, **kwargs)
         seen = {name.removeprefix(f"{self.path}."): x for name, x in probes.seen.items()}
         if call is self._call:
             self.returned = len(out) if isinstance(out, tuple | list) else 0

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from plprune.architecture.probing import OUTPUT, BlockProbes, Hits, is_projection
+from plprune.architecture.modules import is_projection
+from plprune.architecture.probing import OUTPUT, BlockProbes, Hits
 
 
 @dataclass
@@ -70,11 +71,8 @@ class Tracer:
         """The reach if each column depends on at most one row of each part."""
         found: dict[str, Reach] = {}
         for rows in parts:
-            for c, (reached, row) in self._decoded(source, n, rows).items():
-                if (reached & (row < 0)).any():
-                    return None
-                if reached.any():
-                    found.setdefault(c, Reach()).single.append(torch.where(reached, row, -1))
+            if not _add_singles(self._decoded(source, n, rows), found):
+                return None
         return found
 
     def _decoded(self, source: Source, n: int, rows: Tensor, draws: int = 4) -> dict[str, tuple[Tensor, Tensor]]:
@@ -82,9 +80,8 @@ class Tracer:
 
         Rows are disturbed by the bits of their numbers: a column of a single row changes with a bit or its complement.
         """
-        bits = torch.arange(max(1, (len(rows) - 1).bit_length()))
-        code = (torch.arange(len(rows))[:, None] >> bits & 1).bool().T  # [bits, rows]
-        masks = torch.zeros(2 * len(bits), n, dtype=torch.bool)
+        code = bit_code(len(rows)).T
+        masks, bits = torch.zeros(2 * len(code), n, dtype=torch.bool), torch.arange(len(code))
         masks[:, rows] = torch.cat([code, ~code])
         decoded = {}
         for c, hits in self.hits(source, masks, draws).items():
@@ -123,11 +120,7 @@ class Tracer:
     def _loose(self, source: Source, n: int, rows: Tensor, found: dict[str, Reach]) -> None:
         """Adds the reach of single rows: elementwise for those that reach fewest columns."""
         while len(rows):
-            decoded = self._decoded(source, n, rows, draws=2)
-            if all((row >= 0)[reached].all() for reached, row in decoded.values()):
-                for c, (reached, row) in decoded.items():
-                    if reached.any():
-                        found.setdefault(c, Reach()).single.append(torch.where(reached, row, -1))
+            if _add_singles(self._decoded(source, n, rows, draws=2), found):
                 return
             masks = torch.zeros(len(rows), n, dtype=torch.bool)
             masks[torch.arange(len(rows)), rows] = True
@@ -138,6 +131,22 @@ class Tracer:
                 for i in (most & h.any(1)).nonzero().flatten().tolist():
                     found.setdefault(c, Reach()).wide.append((rows[i, None], h[i]))
             rows = rows[~most]
+
+
+def bit_code(n: int) -> Tensor:  # [n, bits] bool
+    """The numbers below n in binary: any two differ in some bit."""
+    bits = torch.arange(max(1, (n - 1).bit_length()))
+    return (torch.arange(n)[:, None] >> bits & 1).bool()
+
+
+def _add_singles(decoded: dict[str, tuple[Tensor, Tensor]], found: dict[str, Reach]) -> bool:
+    """Adds what was decoded, if each column that is reached depends on a single row; says whether it does."""
+    if any((reached & (row < 0)).any() for reached, row in decoded.values()):
+        return False
+    for c, (reached, row) in decoded.items():
+        if reached.any():
+            found.setdefault(c, Reach()).single.append(torch.where(reached, row, -1))
+    return True
 
 
 def _disjoint(hits: Tensor, rows: int) -> bool:  # [1 + INSIDE, columns]: of all rows, and of some of them

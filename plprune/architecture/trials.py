@@ -7,6 +7,7 @@ number of units is found by trying.
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from plprune.architecture.anatomy import Part, by_producer
-from plprune.architecture.cutting import complement, remove, remove_rows
-from plprune.architecture.modeling_plprune import NoAttention, replace, set_count
-from plprune.architecture.modules import width
-from plprune.architecture.probing import BlockProbes, Call, Probes, is_projection
+from plprune.architecture.cutting import complement, cut
+from plprune.architecture.modeling_plprune import NoAttention, replace
+from plprune.architecture.modules import is_projection, width
+from plprune.architecture.probing import BlockProbes, Call, Probes
 
 
 @dataclass
@@ -61,7 +62,6 @@ class Trial:
         return _same({c: x for c, x in before.items() if not c.startswith(inside)}, after)
 
     def _passes(self, part: Part, keep: Tensor) -> bool:
-        before = self._seen()
         block = self.model.get_submodule(self.call.path)
         kept = {}
         for (path, _), index in by_producer(part.producers).items():
@@ -70,11 +70,15 @@ class Trial:
                 kept[f"{self.call.path}.{path}"] = complement(gone, rows), rows
         after: dict[str, Tensor] = {}
         with self._copy() as own, contextlib.suppress(*FAILURES):
-            cut_part(own, part, keep)
+            cut(own, part.producers, part.consumer, part.counts, keep)
             after = self._seen(kept)
-        columns = part.consumer.index[keep].flatten().sort().values
-        before[part.consumer.path] = before[part.consumer.path][..., columns]
-        return _same(before, after)
+        path, columns = part.consumer.path, part.consumer.index[keep].flatten().sort().values
+        return _same(self._whole | {path: self._whole[path][..., columns]}, after)
+
+    @functools.cached_property
+    def _whole(self) -> dict[str, Tensor]:
+        """What the whole block computes."""
+        return self._seen()
 
     @contextlib.contextmanager
     def _copy(self) -> Iterator[nn.Module]:
@@ -96,14 +100,8 @@ class Trial:
         return {}
 
 
-FAILURES = (
-    RuntimeError,
-    ValueError,
-    IndexError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-)  # of blocks with odd shapes
+# of blocks with odd shapes
+FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AttributeError, AssertionError)
 
 
 def projection_rows(block: nn.Module, path: str) -> int:
@@ -152,21 +150,6 @@ def _numbers(block: nn.Module, part: Part, mixer: str) -> tuple[dict[str, int], 
 
 def _dims(part: Part) -> set[int]:
     """Sizes that a head may have."""
-    own = {index.shape[1] for index in by_producer(part.producers).values()} | {
-        s.index.shape[1] for s in part.producers
-    }
+    together, apart = by_producer(part.producers).values(), (each.index for each in part.producers)
+    own = {index.shape[1] for index in (*together, *apart)}
     return {n for n in own if part.consumer.index.numel() % n == 0}
-
-
-def cut_part(block: nn.Module, part: Part, keep: Tensor) -> None:
-    """Removes all units of a dense block but some."""
-    gone = complement(keep, len(part))
-    for (path, axis), index in by_producer(part.producers).items():
-        remove_rows(block, path, axis, index[gone].flatten())
-    replace(
-        block,
-        part.consumer.path,
-        remove(block.get_submodule(part.consumer.path), "in_features", part.consumer.index[gone].flatten()),
-    )
-    for path, each in part.counts.items():
-        set_count(block, path, each * len(keep))

@@ -71,7 +71,7 @@ class Request:
         blocks = blocks_of(model)
         conflicts = functools.partial(self.method.conflicts, blocks=blocks)
         found = serving.constraint(self.serve_on, self.tensor_parallel, conflicts, model.config)
-        found.check_model(blocks, model.config)
+        found.check_model(blocks)
         return found
 
     def predict_sizes(self, model: PreTrainedModel) -> list[dict[str, int]]:

@@ -13,10 +13,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from plprune.architecture.blocks import Block, blocks_of
-from plprune.architecture.modules import matrix
+from plprune.architecture.modules import is_projection, matrix
 from plprune.pruning.surgery import Surgery
 
 Counts = Mapping[str, int]
@@ -114,7 +113,7 @@ def structure(model: PreTrainedModel, context: int) -> Structure:
     token, with H query heads of dimension hd. Norms, activation functions and rotary embeddings are not counted.
     """
     blocks, parameters = blocks_of(model), list(model.parameters())
-    linear = 2 * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
+    linear = 2 * sum(m.weight.numel() for m in linear_layers(model))
     cache, reading, generating = 0, 0.0, 0.0
     for block, span in zip(blocks, attention_spans(model), strict=True):
         if block.has_kv_cache:
@@ -153,4 +152,4 @@ def block_flops(block: Block, length: int, window: float = math.inf) -> float:
 
 def linear_layers(module: nn.Module) -> list[nn.Linear]:
     """All linear layers of a module, including `Conv1D`."""
-    return [cast(nn.Linear, m) for m in module.modules() if isinstance(m, nn.Linear | Conv1D)]
+    return [cast(nn.Linear, m) for m in module.modules() if is_projection(m)]

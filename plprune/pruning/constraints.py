@@ -4,8 +4,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from transformers import PreTrainedConfig
-
 from plprune.architecture.blocks import Block, UnitGroup
 from plprune.architecture.modules import innermost
 
@@ -61,7 +59,7 @@ class Constraint:
             return self._widths(len(group))
         return self._kv_heads(block) if group.kind == "attention" else range(1, len(group) + 1)
 
-    def check_model(self, blocks: Sequence[Block], config: PreTrainedConfig) -> None:
+    def check_model(self, blocks: Sequence[Block]) -> None:
         """Raises ValueError if a model that was pruned before already violates the constraint."""
         attentions = [block for block in blocks if block.has_attention]
         faults = {

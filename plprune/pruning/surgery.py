@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from plprune.architecture.anatomy import by_producer
 from plprune.architecture.attached import attach
 from plprune.architecture.blocks import Block, Decision, UnitGroup, blocks_of
-from plprune.architecture.cutting import complement, like, remove, remove_rows, spread, vacate
-from plprune.architecture.modeling_plprune import Gather, NoAttention, Scatter, replace, set_count
+from plprune.architecture.cutting import cut, cut_values, like, spread
+from plprune.architecture.modeling_plprune import Gather, NoAttention, Scatter, replace
 from plprune.architecture.modules import Side, innermost, is_transposed, matrix, tied, width
 from plprune.pruning.model_state import journal_of, model_state
 from plprune.pruning.plan import PruningPlan
@@ -171,17 +170,10 @@ def shrink(block: Block, group: UnitGroup, keep: Tensor) -> None:
         return drop_attention(block)
     if len(keep) == len(group):
         return
-    gone = complement(keep, len(group))
-    for (path, axis), index in by_producer(group.producers).items():
-        if group.kind == "value":
-            replace(block.module, path, vacate(block.part(path), "out_features", index[gone].flatten()))
-        else:
-            remove_rows(block.module, path, axis, index[gone].flatten())
-    path, columns = group.consumer.path, group.consumer.index[gone].flatten()
-    cut = vacate if group.kind == "value" else remove
-    replace(block.module, path, cut(block.part(path), "in_features", columns))
-    for path, each in group.counts.items():
-        set_count(block.module, path, each * len(keep))
+    if group.kind == "value":
+        cut_values(block.module, group.producers[0], group.consumer, keep)
+    else:
+        cut(block.module, group.producers, group.consumer, group.counts, keep)
 
 
 def drop_attention(block: Block) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plprune.architecture.attached import attach, attached
-from plprune.architecture.blocks import AttentionUnit, Block, blocks_of
+from plprune.architecture.blocks import Block, blocks_of
 from plprune.architecture.modules import innermost
 from plprune.pruning.plan import PruningPlan
 
@@ -51,8 +51,7 @@ def unfreeze(model: PreTrainedModel, plan: PruningPlan | None) -> list[str]:
 
 def consumers(block: Block, plan: PruningPlan | None) -> list[str]:
     """Paths of the consumers in a block that a plan or its predecessors have pruned; without a plan, all consumers."""
-    units: tuple[AttentionUnit, ...] = ("value_channels", "kv_heads")
-    by_kind = {group.kind: group.consumer.path for unit in units for group in block.groups(unit)}
+    by_kind = {group.kind: group.consumer.path for group in block.all_groups}
     if plan is None:
         return list(dict.fromkeys(by_kind.values()))
     pruned = {name for step in plan.chain() for name, keep in step.keep.items() if len(keep) < step.sizes[name]}

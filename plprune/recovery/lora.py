@@ -31,10 +31,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from plprune.architecture.blocks import blocks_of
-from plprune.architecture.modules import is_transposed
+from plprune.architecture.modules import is_projection, is_transposed
 from plprune.io.checks import check_sizes
 from plprune.pruning.allocation import largest_remainder
 from plprune.pruning.plan import PruningPlan
@@ -109,7 +108,7 @@ def inject(model: PreTrainedModel, lora: LoRA, plan: PruningPlan | None) -> list
         f"{block.path}.{name}": rank
         for block, rank in zip(blocks, by_block, strict=True)
         for name, module in block.module.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
+        if is_projection(module)
         and (lora.targets is None or name.removesuffix(".linear").rpartition(".")[2] in lora.targets)
     }
     if not rank_of:

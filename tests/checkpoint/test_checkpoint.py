@@ -273,7 +273,7 @@ def damage_other_size(folder: Path) -> None:
         (damage_no_weights, "cannot load a model from"),
         (damage_config, "cannot load a model from .*not a valid JSON"),
         (damage_no_config, "is not a model: it has no config.json"),
-        (damage_unknown_family, "blum"),
+        (damage_unknown_family, "model type `blum` but Transformers does not recognize"),
         (damage_missing_tensor, r"model\.layers\.1\.mlp\.down_proj\.weight is absent or of another shape"),
         (damage_other_size, r"model\.layers\.0\.mlp\.down_proj\.weight is absent or of another shape"),
     ],
