@@ -19,12 +19,14 @@ LAYOUTS = ("bloom", "codegen", "minicpm3", "persimmon")
 SLOW = (
     "apertus",
     "arcee",
+    "bamba",
     "biogpt",
     "bitnet",
     "cohere",
     "gemma",
     "glm",
     "glm4",
+    "granite_swa",
     "gptj",
     "helium",
     "lfm2",
@@ -32,7 +34,7 @@ SLOW = (
     "mpt",
     "qwen3_5_text",
 )
-SLOW += ("nemotron", "olmo3", "seed_oss", "stablelm", "starcoder2")
+SLOW += ("nemotron", "olmo3", "seed_oss", "stablelm", "starcoder2", "xglm")
 NO_DROPPING = ("bloom", "mpt")  # the residual is added within the attention
 
 

@@ -98,6 +98,7 @@ ROPE = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_att
 ZAMBA = {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_key_value_heads": 4}
 ZAMBA |= {"attention_hidden_size": 128, "attention_head_dim": 32}
 SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
     "cohere_compass_text": {"rope_parameters": ROPE},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dory": {

@@ -5,7 +5,8 @@ has the first of these units, with the rows and columns that remain counted anew
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,8 +31,8 @@ class Part:
     Args:
         producers: Rows that compute the units.
         consumer: Columns that read them.
-        counts: Attributes that the forward pass reads instead of shapes, and their values per unit. A `config` in a
-            path becomes a view of the config for that block alone.
+        counts: Attributes that the forward pass reads instead of shapes, and what each unit has of their values. A
+            `config` in a path becomes a view of the config for that block alone.
         tied: Whether norms over all units tie them together; pruning then treats the norm's statistic as constant.
     """
 
@@ -82,12 +83,21 @@ class Anatomy:
     mixer: str = ""  # path of the sub-block with the attention's projections
     returned: int = 0  # length of the tuple that the block returns; 0 if it returns hidden states alone
     droppable: bool = False  # whether zeros in the place of that sub-block's output remove it
+    whole: Mapping[str, str] = field(default_factory=dict)  # kind of units that the block has none of -> why
+    refused: Mapping[str, str] = field(default_factory=dict)  # kind of units that failed their proof -> how
 
     @property
     def head_dim(self) -> int:
         """Value channels per head; columns per head if single channels cannot leave."""
         assert self.attention is not None
         return len(self.values) // len(self.attention) if self.values else self.attention.columns
+
+    def refusing(self, kind: str, how: str) -> "Anatomy":
+        """The anatomy without units that failed their proof."""
+        gone: dict[str, Any] = {kind: None}
+        if kind == "attention":
+            gone |= {"values": None, "droppable": False}
+        return replace(self, **gone, refused={**self.refused, kind: how})
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,21 @@ class Block:
         )
 
     def groups(self, attention: AttentionUnit = "kv_heads") -> list[UnitGroup]:
-        """The block's groups: the attention's with the given unit, if any, and the FFN's, if it has one."""
+        """The block's groups: the attention's with the given unit, if any, and the FFN's, if it has one.
+
+        Raises:
+            ValueError: Units of these kinds were found, but a cut block does not compute what a masked one does.
+        """
+        for kind, how in self.anatomy.refused.items():
+            if kind == "ffn" or attention != "none":
+                spared = "a method that leaves attention alone, such as CFSP, or " if kind == "attention" else ""
+                raise ValueError(
+                    f"plprune cannot prune the {UNITS[kind]} of {self.path}.{how}: use {spared}a model of another "
+                    "family"
+                )
+        return self._groups(attention)
+
+    def _groups(self, attention: AttentionUnit = "kv_heads") -> list[UnitGroup]:
         make = {"kv_heads": self._kv_heads, "value_channels": self._value_channels}.get(attention)
         own = [make()] if make and self.has_attention else []
         return [group for group in (*own, self._channels()) if group is not None]
@@ -217,7 +231,7 @@ class Block:
     def all_groups(self) -> list[UnitGroup]:
         """The groups of all units: value channels, heads and FFN channels, as far as the block has them."""
         values = self._value_channels() if self.has_attention else None
-        return [*([values] if values else []), *self.groups()]
+        return [*([values] if values else []), *self._groups()]
 
     @property
     def has_kv_cache(self) -> bool:

@@ -3,6 +3,7 @@
 Smaller parameters replace the old ones. All functions also work on the meta device.
 """
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -21,7 +22,7 @@ def cut(block: nn.Module, producers: Sequence[Slice], consumer: Slice, counts: M
         block: Changed in place.
         producers: The rows of each unit.
         consumer: The columns of each unit.
-        counts: Attributes that the forward pass reads, and their values per unit.
+        counts: Attributes that the forward pass reads, and what each unit has of their values.
         keep: Indices of the units that stay.
     """
     gone = complement(keep, len(consumer.index))
@@ -30,7 +31,7 @@ def cut(block: nn.Module, producers: Sequence[Slice], consumer: Slice, counts: M
     columns = consumer.index[gone].flatten()
     replace(block, consumer.path, remove(block.get_submodule(consumer.path), "in_features", columns))
     for path, each in counts.items():
-        set_count(block, path, each * len(keep))
+        set_count(block, path, operator.attrgetter(path)(block) - each * len(gone))
 
 
 def cut_values(block: nn.Module, producer: Slice, consumer: Slice, keep: Tensor) -> None:

@@ -7,7 +7,9 @@ One block of each kind is run without its weights (`plprune.architecture.probing
 import contextlib
 import dataclasses
 import itertools
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +27,9 @@ from plprune.architecture.probing import (
     is_experts,
     weightless,
 )
+from plprune.architecture.proof import Proof
 from plprune.architecture.tracing import Found, Source, Tracer, bit_code, found_in
-from plprune.architecture.trials import Trial, projection_rows
+from plprune.architecture.trials import Fault, Trial, failure, projection_rows
 
 
 class Assembly:
@@ -45,7 +48,7 @@ class Assembly:
         with self.probes.standing_in():
             self.block = BlockProbes(self.probes, call)
             self.called = list(self.block.run())
-            self.found = found_in(Tracer(self.block))
+            self.found, self.inseparable = found_in(Tracer(self.block))
             self._values = {id(f): self._value_rows(f) for f in self.found if not f.elementwise}
 
     def heads(self) -> Found | None:
@@ -135,7 +138,7 @@ def discover(kind: type[PreTrainedModel], config: PreTrainedConfig) -> ModelAnat
     """Finds the decoder blocks of a class of models with a config, and their units."""
     key = kind, config.to_json_string()
     if key not in _DISCOVERED:
-        with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):  # whatever the caller has set
+        with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]), _double():  # whatever was set
             _DISCOVERED[key] = _discover(kind, config)
     return _DISCOVERED[key]
 
@@ -152,17 +155,36 @@ def _discover(kind: type[PreTrainedModel], config: PreTrainedConfig) -> ModelAna
     kinds = [_kind(block) for block in blocks]
     with _running_without_weights(config.model_type):
         calls = _calls(model, path, {kinds.index(each) for each in kinds})
-        anatomies = {kinds[i]: anatomy(model, call) for i, call in calls.items()}
+        tried = {i: anatomy(model, call) for i, call in calls.items()}
+        proven = Proof(model, path).proven(tried, [kinds.index(each) for each in kinds])
+        anatomies = {kinds[i]: each for i, each in proven.items()}
         found = [anatomies.get(each, Anatomy()) for each in kinds]
         shared = _heads_reach_other_blocks(model, path, found)
     if not any(each.attention or each.ffn for each in anatomies.values()):
+        reasons = [why for each in anatomies.values() for why in (*each.whole.values(), *each.refused.values())]
         raise ValueError(
-            f"the blocks of a {config.model_type!r} model have no heads or FFN channels that can leave one by one: use "
-            "a model of another family"
+            f"the blocks of a {config.model_type!r} model have no heads or FFN channels that can leave one by one"
+            f"{''.join(f' ({each})' for each in dict.fromkeys(reasons))}: use a model of another family"
         )
     if shared:
-        found = [dataclasses.replace(each, attention=None, values=None, mixer="", droppable=False) for each in found]
+        found = [_without_heads(each, "blocks read the keys and values of others") for each in found]
     return ModelAnatomy(path, tuple(found))
+
+
+def _without_heads(each: Anatomy, why: str) -> Anatomy:
+    whole = {**each.whole, "attention": f"{each.attention.consumer.path}, as {why}"} if each.attention else each.whole
+    return dataclasses.replace(each, attention=None, values=None, mixer="", droppable=False, whole=whole)
+
+
+@contextlib.contextmanager
+def _double() -> Iterator[None]:
+    """Makes new tensors in float64, as the model's are."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager
@@ -172,9 +194,15 @@ def _running_without_weights(family: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise ValueError(
-            f"plprune cannot see how the blocks of a {family!r} model work, as it fails without its weights "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): use a model of another family"
+            f"plprune cannot see how the blocks of a {family!r} model work, as it fails without its weights"
+            f"{_place(error)} ({failure(error)}): use a model of another family"
         ) from error
+
+
+def _place(error: Exception) -> str:
+    """Where in the code of models an error was raised, in words."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "modeling_" in frame.filename]
+    return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}, {frames[-1].line}" if frames else ""
 
 
 def _heads_reach_other_blocks(model: PreTrainedModel, path: str, anatomies: Sequence[Anatomy]) -> bool:
@@ -213,7 +241,7 @@ class _Changed(dict[str, Tensor]):
 
     def __setitem__(self, path: str, x: Tensor) -> None:
         x = x.reshape(self.samples, -1, x.shape[-1])
-        super().__setitem__(path, differs(x[1:], x[:1]).any(1))
+        super().__setitem__(path, differs(x[1:], x[:1], 1e-5).any(1))  # some compute softmax in float32
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -240,16 +268,35 @@ def anatomy(model: nn.Module, call: Call) -> Anatomy:
         heads_tied = attention is None or attention.consumer.path in tied
         if not (heads_tied and tied) and (ffn or all(c.startswith(f"{mixer}.") for c in tied)):
             break
-    attention, ffn = (_with_counts(model, call, part, inside) for part, inside in ((attention, mixer), (ffn, "")))
-    droppable = attention is not None and Trial(model, call, attention.tied).droppable(attention, mixer)
-    return Anatomy(attention, values if attention else None, ffn, mixer, assembly.block.returned, droppable)
+    found = Anatomy(attention, values, ffn, mixer, assembly.block.returned, whole=_whole(assembly, attention, ffn))
+    for kind, part, inside in (("attention", attention, mixer), ("ffn", ffn, "")):
+        if part is not None:
+            found = _tried(found, kind, Trial(model, call, part.tied), part, inside)
+    if found.attention is None:
+        return dataclasses.replace(found, values=None)
+    droppable = Trial(model, call, found.attention.tied).droppable(found.attention, mixer)
+    return dataclasses.replace(found, droppable=droppable)
 
 
-def _with_counts(model: nn.Module, call: Call, part: Part | None, mixer: str) -> Part | None:
-    if part is None:
-        return None
-    counts = Trial(model, call, part.tied).counts(part, mixer)
-    return None if counts is None else dataclasses.replace(part, counts=counts)
+def _tried(found: Anatomy, kind: str, trial: Trial, part: Part, inside: str) -> Anatomy:
+    """The anatomy with the attributes that must change with the number of units; without these units if they fail."""
+    counts = trial.counts(part, inside)
+    if not isinstance(counts, Fault):
+        return dataclasses.replace(found, **{kind: dataclasses.replace(part, counts=counts)})
+    consumer = part.consumer.path
+    if not (argument := trial.passed(part, inside)):
+        return found.refusing(kind, f"{consumer}, as {counts.said}")
+    why = f"{consumer}, as the model passes `{argument}` for all {len(part)} units"
+    return dataclasses.replace(found, **{kind: None}, whole={**found.whole, kind: why})
+
+
+def _whole(assembly: Assembly, attention: Part | None, ffn: Part | None) -> dict[str, str]:
+    """The kinds of units that a block has none of, and why."""
+    reasons: dict[str, str] = {}
+    for each in assembly.inseparable:
+        if (ffn if each.elementwise else attention) is None:
+            reasons.setdefault("ffn" if each.elementwise else "attention", f"{each.consumer}, as {each.why}")
+    return reasons
 
 
 def _kind(block: nn.Module) -> str:

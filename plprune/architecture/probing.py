@@ -80,7 +80,7 @@ class Probes:
     def __init__(self, model: nn.Module, norms: bool = False) -> None:
         self.model = model
         self.kept: dict[str, tuple[Tensor, int]] = {}  # rows that a projection still has, and how many it had
-        self.silent = ""  # path of a projection that outputs zeros
+        self.silent: set[str] = set()  # paths of projections that output zeros
         self.samples, self.draw = 1, 0
         self.seen: dict[str, Tensor] = {}
         self._delta: dict[str, tuple[Tensor, str, bool]] = {}
@@ -139,7 +139,7 @@ class Probes:
                     change[1:] = 0
                 y = y.clone()
                 y[: len(factor)] += factor[:, None] * change
-            return torch.zeros_like(y).reshape(shape) if path == self.silent else y.reshape(shape).clone()
+            return torch.zeros_like(y).reshape(shape) if path in self.silent else y.reshape(shape).clone()
 
         return forward
 
@@ -279,10 +279,12 @@ def _merge(hits: Hits, more: Hits) -> None:
         hits[name] = hits[name] | new if name in hits else new
 
 
-def differs(x: Tensor, like: Tensor) -> Tensor:  # [n, tokens, columns], [1, tokens, columns] -> [n, columns]
+def differs(
+    x: Tensor, like: Tensor, rounding: float = 1e-9
+) -> Tensor:  # [n, tokens, columns], [1, tokens, columns] -> [n, columns]
     """The columns that are not what they are in the undisturbed sample."""
     gap, scale = (x - like).abs().amax(1), like.abs().amax(1)
-    return gap > 1e-9 * scale.clamp(min=1e-30)
+    return gap > rounding * scale.clamp(min=1e-30)
 
 
 def _normal(name: str, shape: Sequence[int]) -> Tensor:
@@ -301,4 +303,11 @@ def _first(value: Any, samples: int) -> Any:
 
 
 def _scaling(norm: nn.Module) -> Callable[..., Tensor]:
-    return lambda x, *_, **__: x * next(norm.parameters())
+    """The norm without its statistic; some multiply by a gate too."""
+
+    def forward(x: Tensor, *others: Any, **more: Any) -> Tensor:
+        for each in (*others, *more.values()):
+            x = x * each if isinstance(each, Tensor) and each.shape == x.shape else x
+        return x * next(norm.parameters())
+
+    return forward

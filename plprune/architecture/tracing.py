@@ -203,29 +203,43 @@ class Found:
         return not self.wide and self.columns.shape[1] == 1
 
 
-def found_in(tracer: Tracer) -> list[Found]:
-    """The units of all consumers of a block that leave nothing else behind."""
+@dataclass
+class Inseparable:
+    """Columns of a consumer that no units can be made of."""
+
+    consumer: str
+    elementwise: bool
+    why: str
+
+
+def found_in(tracer: Tracer) -> tuple[list[Found], list[Inseparable]]:
+    """The units of all consumers of a block that leave nothing else behind; and what is not made of such units."""
     reach = {source: tracer.reach(source, n) for source, n in tracer.sources()}
     everywhere: list[Found] = []
+    others: list[Inseparable] = []
     for c, columns in tracer.columns.items():
         mine = {source: by[c] for source, by in reach.items() if c in by}
         if c not in tracer.residual and any(axis is None for _, axis in mine):
             found = _units(c, columns, mine)
-            if found and not _reaches_others(found, reach):
-                everywhere.append(found)
-    return everywhere
+            if isinstance(found, Found) and (why := _reaching_others(found, reach)):
+                found = Inseparable(c, found.elementwise, why)
+            (everywhere if isinstance(found, Found) else others).append(found)  # type: ignore[arg-type]
+    return everywhere, others
 
 
-def _units(consumer: str, columns: int, reaches: dict[Source, Reach]) -> Found | None:
+def _units(consumer: str, columns: int, reaches: dict[Source, Reach]) -> Found | Inseparable:
     unit = units_of(columns, [reach for (_, axis), reach in reaches.items() if axis is None])
     if (unit < 0).any():
-        return None
+        return Inseparable(consumer, False, "some columns depend on no other projection")
     count = int(unit.max()) + 1
     index = _ragged(unit, torch.arange(columns), count)
     if index is None:
-        return None
+        return Inseparable(consumer, False, f"its {count} units have unequal numbers of columns")
     found = Found(consumer, index, {}, [])
     for source, reach in reaches.items():
+        uneven = Inseparable(
+            consumer, count == columns, f"its {count} units have unequal numbers of rows of {source[0]}"
+        )
         rows, owners = [], []
         for r, cols in reach.wide:
             own = unit[cols].unique()
@@ -235,7 +249,7 @@ def _units(consumer: str, columns: int, reaches: dict[Source, Reach]) -> Found |
         if rows:
             index = _ragged(torch.cat(owners), torch.cat(rows), count)
             if index is None:
-                return None
+                return uneven
             found.wide[source] = index
         for row in reach.single:
             there = row >= 0
@@ -244,7 +258,7 @@ def _units(consumer: str, columns: int, reaches: dict[Source, Reach]) -> Found |
                 continue  # a row that several units share, as the weight of a norm over each head
             index = _ragged(pairs[:, 0], pairs[:, 1], count)
             if index is None:
-                return None
+                return uneven
             found.single.append((source, index, row))
     return found
 
@@ -258,8 +272,8 @@ def _ragged(owner: Tensor, item: Tensor, count: int) -> Tensor | None:  # [n], [
     return item[order].view(count, -1)
 
 
-def _reaches_others(found: Found, reach: dict[Source, dict[str, Reach]]) -> bool:
-    """Whether rows of the units reach other consumers too."""
+def _reaching_others(found: Found, reach: dict[Source, dict[str, Reach]]) -> str:
+    """Whether rows of the units reach another consumer too, in words."""
     mine = [(s, i) for s, i in found.wide.items()] + [(s, i) for s, i, _ in found.single]
     for source, index in mine:
         for c, other in reach[source].items():
@@ -267,5 +281,5 @@ def _reaches_others(found: Found, reach: dict[Source, dict[str, Reach]]) -> bool
                 continue
             rows = [r for r, _ in other.wide] + [row[row >= 0] for row in other.single]
             if torch.isin(index, torch.cat(rows)).any():
-                return True
-    return False
+                return f"{c} reads rows of {source[0]} too"
+    return ""

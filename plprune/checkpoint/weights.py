@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, WeightTransform
 
@@ -200,7 +200,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
 def _skeleton_of_config(folder: Path) -> PreTrainedModel:
     """The model without weights that transformers builds from a folder's `config.json`."""
     try:
-        model = skeleton(config_from(json.loads((folder / "config.json").read_text())))
+        model = skeleton(config_from(PreTrainedConfig.get_config_dict(folder)[0]))  # which holds infinities as words
     except (AttributeError, RuntimeError) as error:  # it names parts that the family does not have
         raise ValueError(f"config.json fits no model ({error}): nothing was saved; merge the adapters first") from error
     tie(model, model.config.tie_word_embeddings)

@@ -158,7 +158,9 @@ def _range(values: Sequence[float]) -> Record:
 
 
 def _anatomy(network: PreTrainedModel) -> list[Record]:
-    """For each kind of block its indices, and for each kind of unit their number and the projections around them."""
+    """For each kind of block its indices, for each kind of unit their number and the projections around them, and for
+    those that it has none of the reason.
+    """
     kinds: dict[str, Record] = {}
     for block in blocks_of(network):
         units = {
@@ -169,7 +171,9 @@ def _anatomy(network: PreTrainedModel) -> list[Record]:
             }
             for group in block.all_groups
         }
-        kinds.setdefault(json.dumps(units), {"blocks": [], "units": units})["blocks"].append(block.index)
+        whole = {**block.anatomy.whole, **block.anatomy.refused}
+        kind = {"blocks": [], "units": units, "whole": whole}
+        kinds.setdefault(json.dumps([units, whole]), kind)["blocks"].append(block.index)
     return list(kinds.values())
 
 
@@ -183,6 +187,7 @@ def _units(record: Record) -> list[str]:
             if unit != "value"
         ]
         lines.append(f"{len(kind['blocks'])} blocks of: {'; '.join(parts) or 'no units'}")
+        lines += [f"  {UNITS[unit]} stay at {why}" for unit, why in kind["whole"].items()]
     return lines
 
 
