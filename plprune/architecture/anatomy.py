@@ -94,10 +94,17 @@ class Anatomy:
 
     def refusing(self, kind: str, how: str) -> "Anatomy":
         """The anatomy without units that failed their proof."""
+        return replace(self._without(kind), refused={**self.refused, kind: how})
+
+    def keeping(self, kind: str, why: str) -> "Anatomy":
+        """The anatomy without units that cannot leave."""
+        return replace(self._without(kind), whole={**self.whole, kind: why})
+
+    def _without(self, kind: str) -> "Anatomy":
         gone: dict[str, Any] = {kind: None}
         if kind == "attention":
             gone |= {"values": None, "droppable": False}
-        return replace(self, **gone, refused={**self.refused, kind: how})
+        return replace(self, **gone)
 
 
 @dataclass(frozen=True)

@@ -167,13 +167,16 @@ def _discover(kind: type[PreTrainedModel], config: PreTrainedConfig) -> ModelAna
             f"{''.join(f' ({each})' for each in dict.fromkeys(reasons))}: use a model of another family"
         )
     if shared:
-        found = [_without_heads(each, "blocks read the keys and values of others") for each in found]
+        found = [_with_shared_heads(each) for each in found]
     return ModelAnatomy(path, tuple(found))
 
 
-def _without_heads(each: Anatomy, why: str) -> Anatomy:
-    whole = {**each.whole, "attention": f"{each.attention.consumer.path}, as {why}"} if each.attention else each.whole
-    return dataclasses.replace(each, attention=None, values=None, mixer="", droppable=False, whole=whole)
+def _with_shared_heads(each: Anatomy) -> Anatomy:
+    if each.attention is not None:
+        each = each.keeping(
+            "attention", f"{each.attention.consumer.path}, as blocks read the keys and values of others"
+        )
+    return dataclasses.replace(each, mixer="")
 
 
 @contextlib.contextmanager
@@ -273,7 +276,7 @@ def anatomy(model: nn.Module, call: Call) -> Anatomy:
         if part is not None:
             found = _tried(found, kind, Trial(model, call, part.tied), part, inside)
     if found.attention is None:
-        return dataclasses.replace(found, values=None)
+        return found
     droppable = Trial(model, call, found.attention.tied).droppable(found.attention, mixer)
     return dataclasses.replace(found, droppable=droppable)
 
@@ -286,8 +289,7 @@ def _tried(found: Anatomy, kind: str, trial: Trial, part: Part, inside: str) -> 
     consumer = part.consumer.path
     if not (argument := trial.passed(part, inside)):
         return found.refusing(kind, f"{consumer}, as {counts.said}")
-    why = f"{consumer}, as the model passes `{argument}` for all {len(part)} units"
-    return dataclasses.replace(found, **{kind: None}, whole={**found.whole, kind: why})
+    return found.keeping(kind, f"{consumer}, as the model passes `{argument}` for all {len(part)} units")
 
 
 def _whole(assembly: Assembly, attention: Part | None, ffn: Part | None) -> dict[str, str]:

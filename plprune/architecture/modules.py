@@ -1,7 +1,9 @@
-"""Moves modules, ties heads to embeddings, and reads projections of every kind as [d_out, d_in] matrices."""
+"""Moves modules, replaces their forward passes, ties heads to embeddings, and reads projections of every kind as
+[d_out, d_in] matrices.
+"""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -30,6 +32,31 @@ def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         module.to(before)
+
+
+@contextlib.contextmanager
+def replaced_forwards(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Replaces the modules' forward functions within the context."""
+    before = [module.__dict__.get("forward") for module in modules]
+    for module, forward in zip(modules, forwards, strict=True):
+        cast(Any, module).forward = forward
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, before, strict=True):
+            del module.forward
+            if forward is not None:
+                cast(Any, module).forward = forward
+
+
+def returned(hidden: Tensor, length: int) -> Any:
+    """What a block returns: its output as the first of a tuple of some length, or alone if that is 0."""
+    return (hidden, *[None] * (length - 1)) if length else hidden
+
+
+def passing(length: int) -> Callable[..., Any]:
+    """A forward pass of a block that returns its input, in a tuple of some length unless that is 0."""
+    return lambda *args, **kwargs: returned(args[0] if args else kwargs["hidden_states"], length)
 
 
 def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from plprune.architecture.modules import is_projection, width
+from plprune.architecture.modules import is_projection, replaced_forwards, width
 
 SAMPLES = 16  # of a batch: one is left as it is, the others are disturbed
 TOKENS = 4
@@ -89,22 +89,16 @@ class Probes:
     @contextlib.contextmanager
     def standing_in(self) -> Iterator[None]:
         """Replaces the projections for the duration of the context."""
-        replaced = []
+        replaced: dict[nn.Module, Callable[..., Any]] = {}
         for path, module in self.model.named_modules():
             if is_projection(module):
-                module.forward = self._projection(path, module)  # type: ignore[method-assign]
+                replaced[module] = self._projection(path, module)
             elif is_experts(module):
-                module.forward = lambda x, *_, **__: torch.zeros_like(x)  # type: ignore[method-assign]
+                replaced[module] = lambda x, *_, **__: torch.zeros_like(x)
             elif self._norms and is_norm(module):
-                module.forward = _scaling(module)  # type: ignore[method-assign]
-            else:
-                continue
-            replaced.append(module)
-        try:
+                replaced[module] = _scaling(module)
+        with replaced_forwards(list(replaced), list(replaced.values())):
             yield
-        finally:
-            for module in replaced:
-                del module.forward
 
     def disturb(self, path: str, masks: Tensor, first: bool = False) -> None:  # [n, rows] bool
         """Sample i + 1 differs from sample 0 in the rows of mask i, of all tokens or of the first."""

@@ -11,26 +11,26 @@ zero, from one projection to the next. In float64, rounding is far below any tru
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from plprune.architecture.anatomy import Anatomy, Part
-from plprune.architecture.cutting import cut
+from plprune.architecture.cutting import complement
 from plprune.architecture.modeling_plprune import NoAttention, replace
+from plprune.architecture.modules import passing, replaced_forwards
 from plprune.architecture.probing import TOKENS, Probes
 from plprune.architecture.trials import (
     FAILURES,
     choices,
-    complement,
+    columns_of,
     copied,
+    cut_copy,
     differing,
     failure,
     gap,
-    kept_rows,
     without,
 )
 
@@ -69,8 +69,7 @@ class Proof:
         droppable = [i for i, each in found.items() if each.droppable]
         if droppable and not self._droppable(found, droppable):
             for index in droppable:
-                droppable = self._droppable(found, [index])
-                found[index] = dataclasses.replace(found[index], droppable=droppable)
+                found[index] = dataclasses.replace(found[index], droppable=self._droppable(found, [index]))
         return found
 
     def _fault(self, parts: Mapping[int, Part]) -> str:
@@ -83,12 +82,9 @@ class Proof:
                 for index, part in parts.items():
                     path, keep = f"{self.blocks}.{index}", choices(len(part))[-1]
                     units, gone = len(part), complement(keep, len(part))
-                    block = copies.enter_context(copied(self.model, path))
-                    kept |= {f"{path}.{name}": rows for name, rows in kept_rows(block, part, keep).items()}
-                    cut(block, part.producers, part.consumer, part.counts, keep)
-                    columns = part.consumer.index[keep].flatten().sort().values
+                    kept |= copies.enter_context(cut_copy(self.model, path, part, keep))
                     for name in [n for n in expected if n.partition(WHERE)[2] == f"{path}.{part.consumer.path}"]:
-                        expected[name] = expected[name][..., columns]
+                        expected[name] = expected[name][..., columns_of(part, keep)]
                 if norms:
                     self._run(kept, False)
                 found = gap(expected, self._run(kept, norms))
@@ -124,37 +120,16 @@ class Proof:
         """The inputs of all projections, of some tokens and then of one more."""
         probes, seen, state = Probes(self.model, norms), {}, {}
         probes.kept, probes.silent = dict(kept), set(silent)
-        with probes.standing_in(), self._skipping():
-            for step, tokens in (("prompt", TOKENS - 1), ("next token", 1)):
-                probes.seen, probes.draw = {}, len(seen) > 0
+        blocks = [self.model.get_submodule(path) for path in self._passing]
+        with probes.standing_in(), replaced_forwards(blocks, [*map(passing, self._passing.values())]):
+            for draw, (step, tokens) in enumerate((("prompt", TOKENS - 1), ("next token", 1))):
+                probes.seen, probes.draw = {}, draw
                 out = self.model(input_ids=torch.ones(1, tokens, dtype=torch.long), use_cache=True, **state)
                 seen |= {f"{step}{WHERE}{path}": x for path, x in probes.seen.items()}
                 state = {name: x for name, x in out.items() if isinstance(x, Cache) or name in STATES}
                 if not state:
                     break
         return seen
-
-    @contextlib.contextmanager
-    def _skipping(self) -> Iterator[None]:
-        """Makes the blocks that are like others do nothing, for the duration of the context."""
-        skipped = [(self.model.get_submodule(path), returned) for path, returned in self._passing.items()]
-        for block, returned in skipped:
-            block.forward = _returning(returned)  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            for block, _ in skipped:
-                del block.forward
-
-
-def _returning(length: int) -> Callable[..., Any]:
-    """A forward pass that returns its input, as the first of a tuple of some length unless that is 0."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden, *[None] * (length - 1)) if length else hidden
-
-    return forward
 
 
 WHERE = " at "

@@ -223,7 +223,10 @@ def found_in(tracer: Tracer) -> tuple[list[Found], list[Inseparable]]:
             found = _units(c, columns, mine)
             if isinstance(found, Found) and (why := _reaching_others(found, reach)):
                 found = Inseparable(c, found.elementwise, why)
-            (everywhere if isinstance(found, Found) else others).append(found)  # type: ignore[arg-type]
+            if isinstance(found, Found):
+                everywhere.append(found)
+            else:
+                others.append(found)
     return everywhere, others
 
 

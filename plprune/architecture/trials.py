@@ -102,17 +102,14 @@ class Trial:
     def _fault(self, part: Part, keep: Tensor, call: Call | None = None) -> Fault | None:
         gone = complement(keep, len(part))
         try:
-            with copied(self.model, self.call.path) as own:
-                kept = kept_rows(own, part, keep)
-                cut(own, part.producers, part.consumer, part.counts, keep)
-                kept = {f"{self.call.path}.{path}": rows for path, rows in kept.items()}
+            with cut_copy(self.model, self.call.path, part, keep) as kept:
                 after = self._seen(kept, call=call)
                 if self.norms:  # these must run too, whatever they compute of fewer inputs
                     self._seen(kept, call=call, norms=False)
         except FAILURES as error:
             return Fault(math.inf, f"{without(gone, len(part))} the block fails ({failure(error)})")
-        path, columns = part.consumer.path, part.consumer.index[keep].flatten().sort().values
-        found = gap(self._whole | {path: self._whole[path][..., columns]}, after)
+        path = part.consumer.path
+        found = gap(self._whole | {path: self._whole[path][..., columns_of(part, keep)]}, after)
         return found and Fault(found[0], f"{without(gone, len(part))} {differing(*found)}")
 
     @functools.cached_property
@@ -144,15 +141,6 @@ def projection_rows(block: nn.Module, path: str) -> int:
     return width(module, "out_features") if module is not None and is_projection(module) else 0
 
 
-def kept_rows(block: nn.Module, part: Part, keep: Tensor) -> dict[str, tuple[Tensor, int]]:
-    """The rows that projections of a whole block keep when units leave, and how many they had."""
-    kept = {}
-    for (path, _), index in by_producer(part.producers).items():
-        if rows := projection_rows(block, path):
-            kept[path] = complement(index[complement(keep, len(part))].flatten(), rows), rows
-    return kept
-
-
 @contextlib.contextmanager
 def copied(model: nn.Module, path: str) -> Iterator[nn.Module]:
     """Puts a copy in the place of a block, for the duration of the context."""
@@ -163,6 +151,26 @@ def copied(model: nn.Module, path: str) -> Iterator[nn.Module]:
         yield own
     finally:
         replace(model, path, whole)
+
+
+@contextlib.contextmanager
+def cut_copy(model: nn.Module, path: str, part: Part, keep: Tensor) -> Iterator[dict[str, tuple[Tensor, int]]]:
+    """Puts a copy that has lost all units but some in the place of a block, for the duration of the context.
+
+    Gives the rows that its projections keep, and how many they had, by their paths in the model.
+    """
+    with copied(model, path) as block:
+        kept = {}
+        for (name, _), index in by_producer(part.producers).items():
+            if rows := projection_rows(block, name):
+                kept[f"{path}.{name}"] = complement(index[complement(keep, len(part))].flatten(), rows), rows
+        cut(block, part.producers, part.consumer, part.counts, keep)
+        yield kept
+
+
+def columns_of(part: Part, keep: Tensor) -> Tensor:
+    """The consumer's columns of some units, ascending."""
+    return part.consumer.index[keep].flatten().sort().values
 
 
 def gap(before: dict[str, Tensor], after: dict[str, Tensor]) -> tuple[float, str] | None:
@@ -217,10 +225,9 @@ def choices(units: int) -> list[Tensor]:
 def _numbers(block: nn.Module, part: Part, mixer: str) -> tuple[dict[str, int], dict[str, int]]:
     """Attributes of modules, and of their configs, that may hold a size of the units; and what each unit has of it."""
     units, columns = len(part), part.consumer.index.numel()
-    each = {}  # size -> what each unit has of it
-    for (path, axis), index in by_producer(part.producers).items():
-        each[_size(block, path, axis)] = index.shape[1]  # of which some rows may belong to none
-    sizes = {units, columns, *(units * index.shape[1] for index in by_producer(part.producers).values())}
+    rows = {source: index.shape[1] for source, index in by_producer(part.producers).items()}
+    each = {_size(block, *source): own for source, own in rows.items()}  # some of its rows may belong to no unit
+    sizes = {units, columns, *(units * own for own in rows.values())}
     each |= {size: size // units for size in (*sizes, *(columns // n for n in _dims(part)))}
     modules, configs = {}, {}
     for name, module in block.named_modules():

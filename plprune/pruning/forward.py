@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plprune.architecture.blocks import Block, UnitGroup, blocks_of
-from plprune.architecture.modules import lacks_weights
+from plprune.architecture.modules import lacks_weights, passing, replaced_forwards, returned
 from plprune.io import distributed
 from plprune.pruning.hidden_states import HiddenStates
 from plprune.pruning.journal import NotFinite
@@ -168,7 +168,7 @@ def record_inputs(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, list[Cal
         calls.append(call)
         if len(calls) == len(blocks):
             raise _Stop
-        return _returned(blocks[len(calls) - 1], hidden)
+        return returned(hidden, blocks[len(calls) - 1].anatomy.returned)
 
     with replaced_forwards([b.module for b in blocks], [transparent] * len(blocks)), contextlib.suppress(_Stop):
         model(input_ids=ids.to(model.device), use_cache=False)
@@ -181,8 +181,8 @@ def logits_from(
 ) -> Tensor:  # [b, s], [b, s, d] -> [b, s, vocabulary]
     """Computes the logits from the last block's output, by the model's own code."""
     blocks = blocks_of(model)
-    forwards: list[Callable[..., Any]] = [_passing(block) for block in blocks[:-1]]
-    forwards.append(lambda *_, **__: _returned(blocks[-1], hidden))
+    forwards: list[Callable[..., Any]] = [passing(block.anatomy.returned) for block in blocks[:-1]]
+    forwards.append(lambda *_, **__: returned(hidden, blocks[-1].anatomy.returned))
     with replaced_forwards([block.module for block in blocks], forwards):
         return model(input_ids=ids.to(model.device), use_cache=False).logits
 
@@ -191,16 +191,6 @@ def run_block(block: Block, hidden: Tensor, call: Call) -> Tensor:  # [b, s, d] 
     """Calls one block as the model would."""
     output = block.module(hidden, *call.args, **call.kwargs)
     return output[0] if isinstance(output, tuple) else output
-
-
-def _returned(block: Block, hidden: Tensor) -> Any:
-    """What a block returns with its output."""
-    return (hidden, *[None] * (block.anatomy.returned - 1)) if block.anatomy.returned else hidden
-
-
-def _passing(block: Block) -> Callable[..., Any]:
-    """A forward pass that returns its input."""
-    return lambda *args, **kwargs: _returned(block, split_call(args, kwargs)[0])
 
 
 def checksums(module: nn.Module) -> dict[str, Tensor]:
@@ -241,21 +231,6 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, C
     if args:
         return args[0], Call(args[1:], kwargs)
     return kwargs["hidden_states"], Call((), {k: v for k, v in kwargs.items() if k != "hidden_states"})
-
-
-@contextlib.contextmanager
-def replaced_forwards(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-    """Replaces the modules' forward functions within the context."""
-    before = [module.__dict__.get("forward") for module in modules]
-    for module, forward in zip(modules, forwards, strict=True):
-        cast(Any, module).forward = forward
-    try:
-        yield
-    finally:
-        for module, forward in zip(modules, before, strict=True):
-            del module.forward
-            if forward is not None:
-                cast(Any, module).forward = forward
 
 
 def _move(value: Any, device: torch.device) -> Any:

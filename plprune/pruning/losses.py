@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from plprune.architecture.modules import replaced_forwards
 from plprune.io.text import IGNORED
-from plprune.pruning.forward import replaced_forwards
 
 
 def top_k_log_probs(

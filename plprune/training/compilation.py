@@ -14,7 +14,7 @@ from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import blocks_of
-from plprune.pruning.forward import replaced_forwards
+from plprune.architecture.modules import replaced_forwards
 
 SETTINGS = {
     "force_parameter_static_shapes": False,  # both, or widths are constants of a graph
