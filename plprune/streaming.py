@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plprune.architecture.attached import attach, attached
-from plprune.architecture.blocks import Block, Decision, Home, blocks_of
-from plprune.architecture.modules import set_parameter
+from plprune.architecture.blocks import Block, Decision, Home, anatomy_of, blocks_of
+from plprune.architecture.modules import saved_buffers, set_parameter
 from plprune.checkpoint.load import load_skeleton, read_generation_config, resolve_dtype, stored_weights
 from plprune.checkpoint.save import write_model
 from plprune.checkpoint.stored import Dtype, ModelWeights
-from plprune.checkpoint.weights import SINGLE, check_saved, check_values, read_tensor, write_index
+from plprune.checkpoint.weights import SINGLE, check_saved, check_values, read_tensor, without_tied, write_index
 from plprune.io import distributed
 from plprune.io.atomic import check_output, resolve_path, write_errors
 from plprune.methods.run import Request, origin, source_of
@@ -64,10 +64,8 @@ def open_streamed(name_or_path: str, dtype: Dtype | None = None) -> PreTrainedMo
     source = ModelWeights(stored, model, getattr(torch, dtype))
     weights = fingerprint((name, source.converted(name)) for name, _ in model.named_parameters())
     attach(model, replace(model_state(model), fingerprint=weights))
-    inside = {id(p) for block in blocks_of(model) for p in block.module.parameters()}
-    for name, parameter in list(model.named_parameters()):
-        if id(parameter) not in inside:
-            set_parameter(model, name, source.converted(name))
+    for name in [n for n in dict(model.named_parameters()) if not _in_blocks(model, n)] + list(saved_buffers(model)):
+        set_parameter(model, name, source.converted(name))
     model.tie_weights()
     for block in blocks_of(model):
         attach(block.module, DiskHome(block, source))
@@ -270,7 +268,8 @@ def _save(
     room, blocks = journal.scratch("output"), blocks_of(model)
     shards = [f"model-{i + 1:05}-of-{len(blocks) + 1:05}.safetensors" for i in range(len(blocks) + 1)]
     with write_errors(output):
-        rest = {name: p.detach() for name, p in model.named_parameters() if not p.is_meta}
+        state = without_tied(model, model.state_dict())
+        rest = {name: value for name, value in state.items() if not _in_blocks(model, name)}
         write_model(model, rest, room, tokenizer, max_shard_size="1000TB")
         os.replace(room / SINGLE, room / shards[0])
         for block, shard in zip(blocks, shards[1:], strict=True):
@@ -282,6 +281,10 @@ def _save(
         if output.exists():
             os.replace(output, journal.scratch("replaced"))
         os.replace(room, output)
+
+
+def _in_blocks(model: PreTrainedModel, name: str) -> bool:
+    return name.startswith(f"{anatomy_of(model).blocks}.")
 
 
 def _of_blocks(blocks: list[Block]) -> Iterator[tuple[str, Tensor]]:

@@ -295,8 +295,8 @@ def anatomy_of(model: PreTrainedModel) -> ModelAnatomy:
     return _KNOWN[model]
 
 
-# what `modeling_plprune` adds to a config
-PRUNED_KEYS = ("pruned", "per_layer_config", "allow_global_per_layer_attribute_access", "base_model_type", "auto_map")
+# what a pruned model's config has besides its sizes
+OTHER_KEYS = ("allow_global_per_layer_attribute_access", "base_model_type", "auto_map")
 _KNOWN: WeakKeyDictionary[PreTrainedModel, ModelAnatomy] = WeakKeyDictionary()
 
 
@@ -305,13 +305,8 @@ def dense_class(model: PreTrainedModel) -> tuple[type[PreTrainedModel], PreTrain
     kind, config = type(model), model.config
     if isinstance(config, PrunedConfigMixin):
         own = config.to_dict()
-        for key in (
-            "pruned",
-            "per_layer_config",
-            "allow_global_per_layer_attribute_access",
-            "base_model_type",
-            "auto_map",
-        ):
+        ours = "allow_global_per_layer_attribute_access" in own  # else the sizes are the family's
+        for key in ("pruned", *(("per_layer_config",) if ours else ()), *OTHER_KEYS):
             own.pop(key, None)
         config = type(config).__mro__[2].from_dict(own | {"model_type": type(config).model_type})
     if issubclass(kind, PrunedModelMixin):

@@ -60,10 +60,19 @@ def passing(length: int) -> Callable[..., Any]:
 
 
 def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
-    """Replaces the parameter with a dotted name, and keeps its `requires_grad`."""
+    """Replaces the parameter or buffer with a dotted name, and keeps its `requires_grad`."""
     path, _, last = name.rpartition(".")
     owner = module.get_submodule(path)
-    setattr(owner, last, nn.Parameter(value, requires_grad=getattr(owner, last).requires_grad))
+    old = getattr(owner, last)
+    if isinstance(old, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=old.requires_grad)
+    setattr(owner, last, value)
+
+
+def saved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are saved with the weights, as what Gemma 4 multiplies blocks by; others follow from configs."""
+    buffers = dict(module.named_buffers())
+    return {name: buffers[name] for name in module.state_dict() if name in buffers}
 
 
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:

@@ -27,7 +27,8 @@ from transformers import (
 )
 
 from plprune.architecture.discovery import check_supported
-from plprune.architecture.modules import set_parameter, tie, tied
+from plprune.architecture.modeling_plprune import Gather, Scatter
+from plprune.architecture.modules import saved_buffers, set_parameter, tie, tied
 from plprune.checkpoint.locate import cached_folder, check_no_adapter, download, resolve_path
 from plprune.checkpoint.stock_config import config_from, make_savable, pruned_skeleton, skeleton
 from plprune.checkpoint.stored import Dtype, ModelWeights, StoredWeights
@@ -177,7 +178,7 @@ def rebuild(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTraine
 
     Args:
         model: May be sharded, and have adapters.
-        state: All parameters, on the CPU.
+        state: All parameters, and the saved buffers that do not follow from the plan, on the CPU.
 
     Raises:
         ValueError: A parameter is missing, or has another shape.
@@ -187,6 +188,7 @@ def rebuild(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTraine
     fresh.config.tie_word_embeddings = tied(model)
     _load_state(fresh, state, "the model")
     fresh.generation_config, fresh.config.dtype = model.generation_config, fresh.dtype
+    fresh.config.name_or_path = model.config.name_or_path
     return fresh.eval()
 
 
@@ -233,7 +235,7 @@ def _load_dense(stored: StoredWeights, dtype: Dtype) -> PreTrainedModel:
 def _load_fp8(stored: StoredWeights, dtype: Dtype) -> PreTrainedModel:
     model = load_skeleton(stored.name, dtype)
     weights = ModelWeights(stored, model, getattr(torch, dtype))
-    for name, _ in list(model.named_parameters()):
+    for name in [*dict(model.named_parameters()), *saved_buffers(model)]:
         set_parameter(model, name, weights.converted(name))
     model.tie_weights()
     read_generation_config(model, stored.folder)
@@ -293,7 +295,7 @@ def _read_config(name_or_path: str) -> PreTrainedConfig:
 
 
 def _load_state(model: PreTrainedModel, state: dict[str, torch.Tensor], where: object) -> None:
-    """Loads all parameters into a skeleton; `where` they come from is for error messages."""
+    """Loads all parameters and saved buffers into a skeleton; `where` they come from is for error messages."""
     expected, state = model.state_dict(), dict(state)
     for name, tensor in list(state.items()):
         shape = tuple(expected[name].shape) if name in expected else "absent"
@@ -304,7 +306,8 @@ def _load_state(model: PreTrainedModel, state: dict[str, torch.Tensor], where: o
                 f"plan and weights of {where} disagree: {name} is {tuple(tensor.shape)} on disk and {shape} by the "
                 "plan; save the model again"
             )
-    for name, index in model.named_buffers():
+    indices = {f"{path}.index": m.index for path, m in model.named_modules() if isinstance(m, Gather | Scatter)}
+    for name, index in indices.items():
         if name in state and not torch.equal(index, state[name]):
             raise ValueError(f"plan and weights of {where} disagree: {name} are other channels; save the model again")
     pairs = model.get_expanded_tied_weights_keys(all_submodels=True)
@@ -312,6 +315,7 @@ def _load_state(model: PreTrainedModel, state: dict[str, torch.Tensor], where: o
     model.load_state_dict(state, strict=False, assign=True)
     tie(model, model.config.tie_word_embeddings and not untied)
     absent = [name for name, p in model.named_parameters() if p.is_meta]
+    absent += [name for name in saved_buffers(model) if name not in {**state, **indices}]
     if absent:
         raise ValueError(f"{where} has no weights for {absent[0]}: save the model again")
 

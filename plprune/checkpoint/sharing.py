@@ -5,15 +5,18 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune.architecture.modules import lacks_weights, set_parameter, tie, tied
+from plprune.architecture.modules import lacks_weights, saved_buffers, set_parameter, tie, tied
 from plprune.io.distributed import ProcessGroup, broadcast, broadcast_object, check_agreement, gather_objects
 
 
 @torch.no_grad()
 def receive(model: PreTrainedModel, group: ProcessGroup) -> None:
-    """Fills parameters on the meta device from a process that has them, of the same node if one there has them.
+    """Fills parameters on the meta device, and saved buffers, from a process that has them.
+
+    It is one of the same node, if one there has them.
 
     Every process must hold the same structure. Nothing is sent if no process lacks weights.
 
@@ -27,7 +30,8 @@ def receive(model: PreTrainedModel, group: ProcessGroup) -> None:
     to_embedding = heads[0] if heads else model.config.tie_word_embeddings
     if lacks_weights(model):
         tie(model, to_embedding)  # the configuration may say otherwise than the weights
-    parameters = dict(model.named_parameters())
+    lacked = lacks_weights(model)
+    parameters: dict[str, Tensor] = {**dict(model.named_parameters()), **saved_buffers(model)}
     own = {name: f"{p.dtype} {tuple(p.shape)}" for name, p in parameters.items()}
     first = broadcast_object(own, group)
     odd = [name for name in {**first, **own} if own.get(name) != first.get(name)]
@@ -36,7 +40,7 @@ def receive(model: PreTrainedModel, group: ProcessGroup) -> None:
     for name, parameter in parameters.items():
         value = torch.empty_like(parameter, device="cpu") if parameter.is_meta else parameter.detach()
         value = broadcast(value, source, senders)
-        if parameter.is_meta:
+        if lacked:
             set_parameter(model, name, value)
     if tied(model) != to_embedding:  # the embedding was replaced, and the head with it
         tie(model, to_embedding)

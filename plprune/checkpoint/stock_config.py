@@ -28,6 +28,7 @@ from plprune.architecture.modeling_plprune import (
     config_class,
     model_class,
 )
+from plprune.architecture.modules import saved_buffers
 from plprune.pruning.plan import PruningPlan
 from plprune.pruning.surgery import apply, dense_config, plan_of
 
@@ -94,16 +95,12 @@ def pruned_config(model: PreTrainedModel) -> PreTrainedConfig:
     """The configuration of :mod:`plprune.architecture.modeling_plprune`, which lists the sizes of each block."""
     values = dense_config(model)
     config = config_class(CONFIG_MAPPING[values["model_type"]])
+    own = {"base_model_type": values["model_type"], "pruned": pruned_structure(model)}
+    if "per_layer_config" in values:  # the family's own, from which its class is built before it is cut
+        return config.from_dict(values | own)
     keys = size_keys(model)
-    return config.from_dict(
-        values
-        | {
-            "base_model_type": values["model_type"],
-            "pruned": pruned_structure(model),
-            "per_layer_config": {str(block.index): _block_sizes(block, keys) for block in blocks_of(model)},
-            "allow_global_per_layer_attribute_access": True,
-        }
-    )
+    sizes = {str(block.index): _block_sizes(block, keys) for block in blocks_of(model)}
+    return config.from_dict(values | own | {"per_layer_config": sizes, "allow_global_per_layer_attribute_access": True})
 
 
 def make_savable(model: PreTrainedModel) -> None:
@@ -137,7 +134,7 @@ def config_sizes(model: PreTrainedModel) -> dict[str, Any]:
     sizes = [_block_sizes(block, keys) for block in blocks]
     # Some families would compute it as the width divided by the number of heads, which pruning changes.
     dims = {block.head_dim for block in blocks if block.has_attention}
-    head_dim = {keys["head_dim"]: dims.pop()} if dims and "head_dim" in keys else {}
+    head_dim = {keys["head_dim"]: dims.pop()} if len(dims) == 1 and "head_dim" in keys else {}
     if all(size == sizes[0] for size in sizes) and "skip" not in sizes[0]:
         return sizes[0] | head_dim
     return head_dim | {"per_layer_config": {str(i): size for i, size in enumerate(sizes)}}
@@ -181,12 +178,13 @@ def _same_structure(model: PreTrainedModel, stock: PreTrainedModel) -> bool:
 
 def _same_module(module: nn.Module, stock: nn.Module, sizes: set[str]) -> bool:
     tensors, others = _tensors(module), _tensors(stock)
+    computed = dict(stock.named_buffers(recurse=False)).keys() - saved_buffers(stock).keys()
     return (
         (type(module) is type(stock) or isinstance(module, PrunedModelMixin))
         and _constants(module, sizes) == _constants(stock, sizes)
         and {name: t.shape for name, t in tensors.items()}
         == {name: t.shape for name, t in others.items() if name in tensors or name != "bias"}
-        and all(torch.equal(tensors[name], value) for name, value in stock.named_buffers(recurse=False))
+        and all(torch.equal(tensors[name], stock.get_buffer(name)) for name in computed)
     )
 
 

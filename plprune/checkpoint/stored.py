@@ -3,6 +3,7 @@
 Other quantised formats are refused: their stored numbers are not the weights, so pruning cannot judge them.
 """
 
+import itertools
 import math
 import pickle
 import zipfile
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from plprune.architecture.modules import saved_buffers
 from plprune.checkpoint.weights import (
     FLOATS,
     FP8,
@@ -103,7 +105,7 @@ class ModelWeights:
 
     Args:
         stored: The tensors in the files.
-        model: The model, whose parameters must all be in the files, with their shapes.
+        model: The model, whose parameters and saved buffers must all be in the files, with their shapes.
         dtype: The dtype that :meth:`converted` returns.
 
     Raises:
@@ -113,7 +115,7 @@ class ModelWeights:
     def __init__(self, stored: StoredWeights, model: PreTrainedModel, dtype: torch.dtype) -> None:
         self.dtype, self._stored, self._keys = dtype, stored, dict[str, str]()
         renamings = legacy_renamings(model)
-        for name, parameter in model.named_parameters():
+        for name, parameter in itertools.chain(model.named_parameters(), saved_buffers(model).items()):
             key = stored_name(name, stored.entries, model, renamings)
             shape = stored.entries[key].shape if key in stored.entries else None
             if shape != tuple(parameter.shape):
@@ -129,8 +131,9 @@ class ModelWeights:
         return self._stored.tensor(self._keys[name])
 
     def converted(self, name: str) -> Tensor:
-        """A weight in `dtype`; memory-mapped if it is stored so."""
-        return self.stored(name).to(self.dtype)
+        """A weight in `dtype`, but integers as they are; memory-mapped if it is stored so."""
+        value = self.stored(name)
+        return value.to(self.dtype) if value.is_floating_point() else value
 
 
 def weight_files(folder: Path) -> list[Path]:

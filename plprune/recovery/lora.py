@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import blocks_of
-from plprune.architecture.modules import is_projection, is_transposed
+from plprune.architecture.modules import is_projection, is_transposed, saved_buffers
 from plprune.io.checks import check_sizes
 from plprune.pruning.allocation import largest_remainder
 from plprune.pruning.plan import PruningPlan
@@ -173,7 +173,7 @@ def merged(model: nn.Module) -> Iterator[None]:
 
 
 def merged_state(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yields the parameters to save, one by one, with adapters merged and in their saved dtypes.
+    """Yields the parameters and buffers to save, one by one, with adapters merged and in their saved dtypes.
 
     Args:
         model: The model, with or without adapters; it is not changed.
@@ -187,6 +187,8 @@ def merged_state(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterato
         if layer is not None and kind == "weight":
             value = _merged(layer, value, whole)
         yield name.replace(".base_layer.", "."), to_saved_dtype(model.get_submodule(path), value)
+    for name, buffer in saved_buffers(model).items():  # which no strategy shards
+        yield name.replace(".base_layer.", "."), buffer.cpu()
 
 
 def _initialize_magnitudes(model: nn.Module) -> None:

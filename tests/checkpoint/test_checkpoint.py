@@ -1,9 +1,10 @@
 """Folders that load again bit for bit, and those that are refused with a reason."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,9 +16,14 @@ from plprune import CFSP, FASP, FLAP, TwoSSP, load_pruned, prune, save_pruned
 from plprune.checkpoint.load import load_model, load_skeleton, load_stage, load_tokenizer, rebuild
 from plprune.checkpoint.locate import locate
 from plprune.checkpoint.save import save_stage
+from plprune.methods import Request
+from plprune.pruning.calibration import Calibration
 from plprune.pruning.plan import FILE, PruningPlan
 from plprune.pruning.surgery import plan_of
+from plprune.recovery.lora import merged_state
+from plprune.streaming import open_streamed, prune_streamed
 from tests.builders import FAMILIES, logits, save_tiny, tiny, tokenizer, windows
+from tests.zoo import build
 
 WEIGHTS = "model.safetensors"
 
@@ -395,6 +401,57 @@ def test_a_model_is_rebuilt_from_its_plan_and_parameters(method: Any, tmp_path: 
     save_pruned(model, tmp_path / "model")
     save_pruned(again, tmp_path / "again")
     assert config(tmp_path / "again") == config(tmp_path / "model")
+
+
+def scaled(folder: Path, **own: Any) -> PreTrainedModel:
+    """A model in a folder that multiplies the outputs of blocks by numbers that are buffers."""
+    model = build("gemma4_text", **own)
+    for block, factor in zip(cast(Any, model).model.layers, (0.5, 1.5, 0.75, 1.25), strict=True):
+        block.layer_scalar.fill_(factor)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("method", "sizes"),
+    [
+        (FLAP(0.3), {"3": {"head_dim": 32, "num_key_value_heads": 1}}),
+        (FASP(0.3, attention="none", bias=False), {}),
+    ],
+)
+def test_buffers_stay_with_the_weights_that_they_multiply(method: Any, sizes: Any, tmp_path: Path) -> None:
+    expected = logits(scaled(tmp_path / "dense", per_layer_config=sizes))
+    model = load_model(str(tmp_path / "dense"))
+    assert torch.equal(logits(model), expected)
+    prune(model, method, [windows()])
+    save_pruned(model, tmp_path / "out")
+    assert (tmp_path / "out/modeling_plprune.py").exists() == isinstance(method, FLAP)
+    prune_streamed(
+        open_streamed(str(tmp_path / "dense")), Request(method), Calibration([windows()]), tmp_path / "streamed"
+    )
+    merged = rebuild(model, dict(merged_state(model, lambda p: p.detach().cpu())))
+    loaded: list[Any] = [load_pruned(tmp_path / "out"), load_pruned(tmp_path / "streamed"), merged]
+    loaded += [AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)]
+    for each in loaded:
+        assert [float(block.layer_scalar) for block in each.model.layers] == [0.5, 1.5, 0.75, 1.25]
+        assert torch.equal(logits(each), logits(model))
+    state = {name: value for name, value in merged.state_dict().items() if "2.layer_scalar" not in name}
+    with pytest.raises(ValueError, match=r"no weights for model\.layers\.2\.layer_scalar"):
+        rebuild(model, state)
+
+
+def test_configurations_of_processors_are_copied(tmp_path: Path) -> None:
+    files = {"preprocessor_config.json": '{"size": 1 }', "chat_template.jinja": "{{ messages }}\n"}
+    save_tiny(tmp_path / "dense")
+    for name, text in files.items():
+        (tmp_path / "dense" / name).write_text(text)
+    model = load_model(str(tmp_path / "dense"))
+    prune(model, FLAP(0.3), [windows()])
+    save_pruned(model, tmp_path / "out", load_tokenizer(str(tmp_path / "dense")))
+    again = load_pruned(tmp_path / "out")
+    save_pruned(rebuild(again, again.state_dict()), tmp_path / "again")
+    for folder, (name, text) in itertools.product(("out", "again"), files.items()):
+        assert (tmp_path / folder / name).read_text() == text
 
 
 def test_a_parameter_that_is_missing_is_noticed() -> None:

@@ -21,6 +21,7 @@ from plprune.pruning.statistics import BlockInfluence, Gram, HoldoutGram, Moment
 from tests.benchmarks.pruning import resident
 from tests.builders import FAMILIES, METHODS, REPAIRED, logits, method, tiny, windows
 from tests.ranks import in_ranks
+from tests.zoo import build
 
 pytestmark = pytest.mark.multi_process
 SEVEN = list(range(7))
@@ -137,6 +138,13 @@ def received(group: distributed.ProcessGroup) -> Tensor:
     sharing.receive(own_head, group)
     assert torch.equal(logits(own_head), logits(tiny("llama", tie_word_embeddings=False)))
     assert not own_head.config.tie_word_embeddings
+    scaled = build("gemma4_text")
+    for index, block in enumerate(scaled.model.layers if distributed.rank(group) == 0 else ()):  # type: ignore[arg-type]
+        block.layer_scalar.fill_(0.5 + index)
+    if distributed.rank(group):
+        to_meta(scaled)
+    sharing.receive(scaled, group)
+    assert [float(block.layer_scalar) for block in scaled.model.layers] == [0.5, 1.5, 2.5, 3.5]  # type: ignore[union-attr]
     return expected
 
 
