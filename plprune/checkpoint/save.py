@@ -17,13 +17,22 @@ from plprune.architecture import modeling_plprune
 from plprune.architecture.modeling_plprune import PrunedConfigMixin, PrunedForCausalLM
 from plprune.architecture.modules import tied
 from plprune.checkpoint.load import REPAIRED
-from plprune.checkpoint.locate import locate
+from plprune.checkpoint.locate import cached_folder, locate, resolve_path
 from plprune.checkpoint.model_card import CARD, write_card
 from plprune.checkpoint.stock_config import saved_config
 from plprune.checkpoint.weights import INDEX, SINGLE, check_saved, without_tied, write_index
 from plprune.io.atomic import staged
 from plprune.pruning.plan import FILE, PruningPlan
 from plprune.pruning.surgery import plan_of
+
+PROCESSORS = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
 
 
 @functools.cache
@@ -55,6 +64,8 @@ def save_pruned(
     record: dict[str, Any] | None = None,
 ) -> None:
     """Writes a model, its plan and its tokenizer to a folder, whole or not at all.
+
+    Configurations of processors, of images and the like, are copied from the folder that the model was loaded from.
 
     If the family's class can hold the sizes, the folder is a stock checkpoint. Otherwise a small modelling file lies
     beside the weights, so that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads it without
@@ -115,6 +126,16 @@ def write_model(
         write_card(folder, plan, {"licence": licence_of(plan.chain()[0].origin.get("model") or "")} | (record or {}))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    _copy_processors(model.config.name_or_path or "", folder)
+
+
+def _copy_processors(name_or_path: str, folder: Path) -> None:
+    """Copies what a model's folder has for processors of images and the like, except what is written already."""
+    with contextlib.suppress(ValueError):  # the model was built in memory, or its folder is gone
+        if source := cached_folder(resolve_path(name_or_path)):
+            for name in PROCESSORS:
+                if (source / name).exists() and not (folder / name).exists():
+                    shutil.copyfile(source / name, folder / name)
 
 
 def save_stage(model: PreTrainedModel, plan: PruningPlan, folder: str | os.PathLike[str]) -> None:
