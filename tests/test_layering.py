@@ -57,7 +57,7 @@ ORDER = {
     ],
     "architecture": [
         ["config_keys"],
-        ["blocks"],
+        ["blocks", "depth"],
         ["discovery"],
         ["proof", "tracing"],
         ["trials"],

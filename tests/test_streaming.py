@@ -322,7 +322,7 @@ def test_what_the_second_stage_has_found_is_not_searched_again(
 ) -> None:
     searched: list[int] = []
     real = AttentionSearch._search
-    monkeypatch.setattr(AttentionSearch, "_search", lambda self, c: searched.append(len(c)) or real(self, c))
+    monkeypatch.setattr(AttentionSearch, "_search", lambda self, c, w: searched.append(len(c)) or real(self, c, w))
     how = TwoSSP(0.4, drop_attentions=2)
     model, plan = in_memory(llama, how)
     assert searched == [3, 2]
@@ -333,6 +333,12 @@ def test_what_the_second_stage_has_found_is_not_searched_again(
     streamed(llama, how, tmp_path / "out", resume=True)
     assert searched == [3, 2]
     assert_same(tmp_path / "out", model, plan)
+
+
+def test_blocks_do_not_leave_a_streamed_model(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`drop_blocks` needs the whole model in memory: leave out --stream"):
+        streamed(llama, TwoSSP(0.5, drop_blocks=1), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_method_that_looks_past_what_is_kept_is_told_so(llama: Path, tmp_path: Path) -> None:

@@ -295,6 +295,11 @@ def anatomy_of(model: PreTrainedModel) -> ModelAnatomy:
     return _KNOWN[model]
 
 
+def set_anatomy(model: PreTrainedModel, found: ModelAnatomy) -> None:
+    """Records that a model has lost blocks."""
+    _KNOWN[model] = found
+
+
 # what a pruned model's config has besides its sizes
 OTHER_KEYS = ("allow_global_per_layer_attribute_access", "base_model_type", "auto_map")
 _KNOWN: WeakKeyDictionary[PreTrainedModel, ModelAnatomy] = WeakKeyDictionary()

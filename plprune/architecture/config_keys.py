@@ -9,12 +9,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from plprune.architecture.anatomy import ModelAnatomy, Part, by_producer
 from plprune.architecture.blocks import dense_class
+from plprune.architecture.depth import DEPTHS
 from plprune.architecture.discovery import discover
 from plprune.architecture.modules import width
 from plprune.architecture.probing import empty
 
 Keys = dict[str, str]  # width, heads, kv_heads, head_dim -> the config's key
-NOT_SIZES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "vocab_size")
+NOT_SIZES = (*DEPTHS, "vocab_size")
 
 
 def size_keys(model: PreTrainedModel) -> Keys:

@@ -97,6 +97,8 @@ def _step(plan: PruningPlan) -> str:
 
 
 def _kept(plan: PruningPlan, block: int) -> str:
+    if block in plan.dropped:
+        return "nothing"
     names = {unit: f"blocks.{block}.{kind}" for kind, unit in UNITS.items()}
     return ", ".join(
         f"{len(plan.keep[name])} of {plan.sizes[name]} {unit}" for unit, name in names.items() if name in plan.keep

@@ -30,7 +30,7 @@ from plprune.architecture.modeling_plprune import (
 )
 from plprune.architecture.modules import saved_buffers
 from plprune.pruning.plan import PruningPlan
-from plprune.pruning.surgery import apply, dense_config, plan_of
+from plprune.pruning.surgery import apply, config_of_the_rest, plan_of
 
 BIASES: list[dict[str, bool]] = [
     {},
@@ -80,7 +80,7 @@ def stock_config(model: PreTrainedModel) -> PreTrainedConfig | None:
     sizes = config_sizes(model)
     if "per_layer_config" in sizes:
         return None
-    values = dense_config(model)
+    values = config_of_the_rest(model)
     for biases in BIASES:
         if not all(hasattr(model.config, key) for key in biases):
             continue
@@ -93,7 +93,7 @@ def stock_config(model: PreTrainedModel) -> PreTrainedConfig | None:
 
 def pruned_config(model: PreTrainedModel) -> PreTrainedConfig:
     """The configuration of :mod:`plprune.architecture.modeling_plprune`, which lists the sizes of each block."""
-    values = dense_config(model)
+    values = config_of_the_rest(model)
     config = config_class(CONFIG_MAPPING[values["model_type"]])
     own = {"base_model_type": values["model_type"], "pruned": pruned_structure(model)}
     if "per_layer_config" in values:  # the family's own, from which its class is built before it is cut
@@ -118,7 +118,7 @@ def make_savable(model: PreTrainedModel) -> None:
 
 def pruned_structure(model: PreTrainedModel) -> dict[str, Any]:
     """The differences between a pruned model and the dense one, as `modeling_plprune.py` reads them."""
-    before = blocks_of(skeleton(config_from(dense_config(model))))
+    before = blocks_of(skeleton(config_from(config_of_the_rest(model))))
     usual = before[0].anatomy.mixer
     layers = {str(b.index): _difference(b, dense, usual) for b, dense in zip(blocks_of(model), before, strict=True)}
     return {

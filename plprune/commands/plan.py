@@ -134,6 +134,7 @@ def predicted(
         "removed": _range([1 - one.block_parameters / before.block_parameters for one in after]),
         "anatomy": _anatomy(network),
         "blocks": _blocks(network, cases),
+        "dropped": _range([len(blocks_of(network)) - len(blocks_of(m)) for m in models]),
         "export": _exports(models),
     }
     return record, models
@@ -259,6 +260,9 @@ def _sizes(record: Record) -> list[str]:
 def _kept(record: Record) -> list[str]:
     """For each kind of unit, how many a block keeps on average, at least and at most."""
     lines = []
+    if record["dropped"]["most"]:
+        before = len(record["blocks"])
+        lines.append(f"{'blocks':<28}{before:>12}   {_between(record['dropped'], lambda x: f'{before - x:.0f}')}")
     for kind, name in UNITS.items():
         blocks = [block[kind] for block in record["blocks"] if kind in block]
         if blocks:

@@ -181,7 +181,7 @@ class Bench:
             "block_parameters": sum(plan.after),
             "parameters": sum(plan.after) + plan.rest,
             "widths": {"attention": heads, "ffn": [block.channels for block in blocks]},
-            "importance": plan.importance.tolist(),
+            "importance": plan.importance[plan.remaining].tolist(),
             "settings": plan.settings,
             "seconds": seconds,
         }

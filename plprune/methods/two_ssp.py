@@ -2,6 +2,8 @@ r"""2SSP: two-stage structured pruning (Sandri, Cunegatti, Iacca, TMLR 2025, htt
 
 The first stage removes the FFN channels with the lowest scores, the same number in every block. The second drops whole
 attention sub-blocks one at a time, each time the one whose absence raises perplexity least. A formula balances the two.
+`drop_blocks` drops whole blocks too, by perplexity or by their influence on the hidden states (ShortGPT,
+https://arxiv.org/abs/2403.03853).
 
 Symbols: s sparsity, B blocks, P their parameters, :math:`P_a` and :math:`P_f` those of one attention and one FFN,
 N attentions to drop, K channels to keep, h the FFN's inner activations.
@@ -16,8 +18,9 @@ Deviations from the authors' code:
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -32,11 +35,14 @@ from plprune.pruning.attention_search import AttentionSearch
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.constraints import FREE, Constraint
 from plprune.pruning.forward import evaluating
-from plprune.pruning.plan import PruningPlan
+from plprune.pruning.model_state import model_state
+from plprune.pruning.plan import PruningPlan, block_name
 from plprune.pruning.repair import Repair
 from plprune.pruning.statistics import Norms
 from plprune.pruning.stream import observe, stream
-from plprune.pruning.surgery import Surgery
+from plprune.pruning.surgery import Surgery, check_depth
+
+Choice = Literal["perplexity", "influence"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +53,18 @@ class TwoSSP(Repairing):
         sparsity: The fraction of the decoder blocks' parameters to remove, in [0, 1).
         alpha: Balance between the stages: a larger value drops more attention sub-blocks.
         drop_attentions: Number of attention sub-blocks that the second stage drops; by default the paper's formula
-            decides; 0 skips the second stage.
+            decides, or none are dropped if `drop_blocks` is set; 0 skips the second stage.
+        drop_blocks: Number of whole blocks that leave the model at the end; the first stage then removes the less.
+        blocks_by: Choice of the blocks. perplexity: one at a time, each time the one whose absence raises perplexity
+            least; influence: those with the lowest mean of one minus the cosine between a block's input and output.
         stage2_samples: Calibration windows that judge each candidate of the second stage.
     """
 
     sparsity: float = 0.25
     alpha: float = 1.5
     drop_attentions: int | None = None
+    drop_blocks: int = 0
+    blocks_by: Choice = "perplexity"
     stage2_samples: int = 1
     repair: Repair = dataclasses.field(default="none", kw_only=True)
 
@@ -61,26 +72,37 @@ class TwoSSP(Repairing):
         super().__post_init__()
         if not self.alpha > 0 or self.stage2_samples < 1:
             raise ValueError("2SSP needs a positive `alpha`, and at least one window to judge by (`stage2_samples`)")
+        if self.drop_blocks < 0 or self.blocks_by not in get_args(Choice):
+            raise ValueError("`drop_blocks` is a number of blocks, and `blocks_by` is perplexity or influence")
 
     def prune(
         self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor], constraint: Constraint = FREE
     ) -> PruningPlan:
         calibration, blocks = Calibration.of(batches), blocks_of(model)
         drop, widths = self._sizes(blocks, constraint)
-        repairer, scores, distances = self.repairer(calibration), [], []
+        self._check_depth(model)
+        repairer, scores, influences = self.repairer(calibration), [], []
         for block, inputs in stream(model, calibration, "2SSP stage 1"):
             for group, norms in observe(block, inputs, Norms, attention="none"):
                 scores.append((block, group, norms.mean))
-            distances.append(inputs.influence.distance("angular"))
+            influences.append(inputs.influence)
         surgery = Surgery(model)
         chosen = [(block, group, top_k(score, widths[group.name])) for block, group, score in scores]
         repairer.carry_out(surgery, chosen, "2SSP repair")
-        if drop:
+        first, by_influence = int(constraint.first_attention), self.blocks_by == "influence"
+        if drop or (self.drop_blocks and not by_influence):
             windows = calibration.windows(self.stage2_samples)
             with evaluating(model):
                 search = AttentionSearch(surgery, windows, calibration.device or model.device, calibration.group)
-                search.drop(drop, first=int(constraint.first_attention))
-        return surgery.plan("TwoSSP", dataclasses.asdict(self), importance(distances))
+                if drop:
+                    search.drop(drop, first)
+                if self.drop_blocks and not by_influence:
+                    search.drop_blocks(self.drop_blocks, first)
+        if self.drop_blocks and by_influence:
+            scores = torch.tensor([each.distance("cosine") for each in influences[first:]])
+            surgery.drop_blocks((first + scores.argsort(stable=True)[: self.drop_blocks].sort().values).tolist())
+        distances = importance([each.distance("angular") for each in influences])
+        return surgery.plan("TwoSSP", dataclasses.asdict(self), distances)
 
     def conflicts(self, constraint: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
         drop = self.drop_attentions if blocks is None else self._shares(list(blocks))[0]
@@ -90,10 +112,14 @@ class TwoSSP(Repairing):
     def predict_sizes(self, model: PreTrainedModel, constraint: Constraint = FREE) -> list[dict[str, int]]:
         blocks = blocks_of(model)
         drop, widths = self._sizes(blocks, constraint)
-        candidates = [b for b in blocks[int(constraint.first_attention) :] if b.can_drop_attention]
+        self._check_depth(model)
+        some = blocks[int(constraint.first_attention) :]
+        candidates = [b for b in some if b.can_drop_attention]
         spread = [candidates[i * len(candidates) // drop] for i in range(drop)]
+        attentions, whole = [spread, *_ends(model, candidates, drop)], self._leaving(some)
         cases = [
-            widths | {block.groups()[0].name: 0 for block in gone} for gone in (spread, *_ends(model, candidates, drop))
+            widths | {b.groups()[0].name: 0 for b in gone} | {block_name(b.index): 0 for b in blocks}
+            for gone, blocks in itertools.product(attentions, whole)
         ]
         return [case for i, case in enumerate(cases) if case not in cases[:i]]
 
@@ -105,6 +131,8 @@ class TwoSSP(Repairing):
         head = model.get_output_embeddings()
         each += 2 * cast(torch.nn.Linear, head).weight.numel() if head is not None else 0
         trials = sum(max(0, sum(b.can_drop_attention for b in blocks) - step) for step in range(drop))
+        if self.blocks_by == "perplexity":
+            trials += sum(len(blocks) - step for step in range(self.drop_blocks))
         repairs = self.repair_work(model, count * length, length, "none")
         judging = trials * min(count, self.stage2_samples) * length * each
         return dataclasses.replace(repairs, flops=repairs.flops + judging)
@@ -129,14 +157,35 @@ class TwoSSP(Repairing):
         width = sum(len(g) for _, g in groups) / len(groups)
         drop = self.drop_attentions
         if drop is None:
-            drop = attentions_to_drop(self.sparsity, len(blocks), attention, ffn, self.alpha) if attention else 0
+            formula = attention and not self.drop_blocks
+            drop = attentions_to_drop(self.sparsity, len(blocks), attention, ffn, self.alpha) if formula else 0
+        if self.drop_blocks >= len(blocks):
+            raise ValueError(f"2SSP would drop {self.drop_blocks} blocks, but the model has {len(blocks)}")
         there = len(with_attention) - (spared and blocks[0].can_drop_attention)
         if not 0 <= drop <= there:
             but = ", of which the first block's must stay: change `drop_attentions` or `serve_on`" if spared else ""
             raise ValueError(f"2SSP would drop {drop} attentions, but the model has {len(with_attention)}{but}")
-        total = sum(b.parameters() for b in blocks)
+        total, stay = sum(b.parameters() for b in blocks), 1 - self.drop_blocks / len(blocks)
         added = sum(b.absent_bias(g) for b, g in groups) if self.biased and self.sparsity else 0
-        return drop, channels_to_keep(self.sparsity, len(groups), total, attention, ffn, width, drop, added) / width
+        keep = channels_to_keep(
+            self.sparsity, len(groups), total, attention, ffn, width, drop, round(added * stay), whole=1 - stay
+        )
+        return drop, keep / width
+
+    def _leaving(self, blocks: Sequence[Block]) -> list[list[Block]]:
+        """Choices of whole blocks that leave: evenly spread, the smallest, and the largest."""
+        n, count = len(blocks), self.drop_blocks
+        ranked = sorted(blocks, key=Block.parameters)
+        return [[blocks[i * n // count] for i in range(count)], ranked[:count], ranked[n - count :]]
+
+    def _check_depth(self, model: PreTrainedModel) -> None:
+        """Raises ValueError if blocks cannot leave the model."""
+        if not self.drop_blocks:
+            return
+        if model_state(model).journal is not None:
+            raise ValueError("`drop_blocks` needs the whole model in memory: leave out --stream, or set it to 0")
+        for gone in self._leaving(blocks_of(model)):
+            check_depth(model, sorted(block.index for block in gone))
 
 
 def attentions_to_drop(sparsity: float, blocks: int, attention: float, ffn: float, alpha: float = 1.5) -> int:
@@ -159,7 +208,15 @@ def attentions_to_drop(sparsity: float, blocks: int, attention: float, ffn: floa
 
 
 def channels_to_keep(
-    sparsity: float, blocks: int, total: int, attention: float, ffn: float, width: float, drop: int, added: int = 0
+    sparsity: float,
+    blocks: int,
+    total: int,
+    attention: float,
+    ffn: float,
+    width: float,
+    drop: int,
+    added: int = 0,
+    whole: float = 0.0,
 ) -> int:
     r"""The number of FFN channels that each block keeps, so that both stages together remove `sparsity`.
 
@@ -175,6 +232,7 @@ def channels_to_keep(
         width: FFN width (n).
         drop: Attention sub-blocks to drop (N).
         added: Parameters that a repair will add (:math:`P_+`).
+        whole: The fraction of the blocks that leave as a whole. The others remove what is missing to `sparsity`.
 
     Raises:
         ValueError: The dropped attentions alone exceed `sparsity`, or removing all FFNs would not reach it.
@@ -184,12 +242,14 @@ def channels_to_keep(
         ...                  4 * 4096**2, 3 * 4096 * 11008, 11008, 5)
         7744
     """
-    left = round(sparsity * total) + added - drop * attention
-    keep = round(width * (1 - round(left / blocks) / ffn))
+    left = round(sparsity * total) + added - drop * attention - round(whole * total)
+    keep = round(width * (1 - round(left / (blocks * (1 - whole))) / ffn))
     if not 1 <= keep <= width:
+        gone = f"{drop} attentions" + (f" and {whole:.1%} of the blocks" if whole else "")
+        settings = "`sparsity`, `alpha` or `drop_attentions`" if not whole else "`sparsity` or `drop_blocks`"
         raise ValueError(
-            f"sparsity {sparsity} is out of reach for 2SSP: with {drop} attentions dropped, each block would keep "
-            f"{keep} of {width:g} FFN channels; change `sparsity`, `alpha` or `drop_attentions`"
+            f"sparsity {sparsity} is out of reach for 2SSP: with {gone} dropped, each block would keep "
+            f"{keep} of {width:g} FFN channels; change {settings}"
         )
     return keep
 

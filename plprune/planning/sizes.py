@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from plprune.architecture.blocks import Block, blocks_of
 from plprune.architecture.modules import is_projection, matrix
+from plprune.pruning.plan import block_name, block_of
 from plprune.pruning.surgery import Surgery
 
 Counts = Mapping[str, int]
@@ -53,6 +54,7 @@ class Ledger:
         self.costs = {g.name: b.cost(g) for b, g in rows}
         self.sizes = {g.name: len(g) for _, g in rows}
         self.biases = {g.name: b.absent_bias(g) if biased else 0 for b, g in rows}
+        self.blocks = {block_name(b.index): b.parameters() for b in blocks}
         self.attention = {f"blocks.{b.index}.attention": b.parameters(b.anatomy.mixer) for b in blocks}
         self.dense = sum(p.numel() for p in model.parameters())
         self.width = model.dtype.itemsize
@@ -64,13 +66,16 @@ class Ledger:
 
     def parameters(self, counts: Counts) -> int:
         """The number of parameters."""
-        return self.dense - sum(self._removed(name, count) for name, count in counts.items())
+        whole = {name for name in counts if name in self.blocks and not counts[name]}
+        cut = {name: count for name, count in counts.items() if block_of(name) not in whole}
+        return self.dense - sum(map(self.blocks.__getitem__, whole)) - sum(self._removed(*each) for each in cut.items())
 
     def memory(self, counts: Counts, batch: int, context: int) -> int:
         """Bytes of the weights, and of the KV cache of `batch` sequences of `context` tokens."""
         cached = sum(
             counts.get(name, kv_heads) * per_head * min(context, span)
             for name, (kv_heads, per_head, span) in self._heads.items()
+            if counts.get(block_of(name), 1)
         )
         return self.width * (self.parameters(counts) + round(batch * cached))
 
@@ -96,12 +101,15 @@ def pruned_skeleton(
     """
     pruned = copy.deepcopy(model)
     surgery = Surgery(pruned)
+    gone = [block.index for block in surgery.blocks if not counts.get(block_name(block.index), 1)]
     for block in surgery.blocks:
-        for group in block.all_groups:
+        for group in block.all_groups if block.index not in gone else []:
             count = counts.get(group.name, len(group))
             gain = torch.zeros(len(matrix(block.part(group.consumer.path)))) if biased and count else None
             if count < len(group):
                 surgery.keep(block, group, torch.arange(count), bias_gain=gain)
+    if gone:
+        surgery.drop_blocks(gone)
     surgery.plan(method, {"sparsity": sparsity}, torch.ones(len(surgery.blocks)))
     return pruned
 

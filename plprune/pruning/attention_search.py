@@ -1,14 +1,15 @@
-"""Drops attention sub-blocks by greedy search: each step drops the one whose absence gives the lowest loss.
+"""Drops attention sub-blocks, or whole blocks, by greedy search: each step drops what is missed least, by the loss.
 
 Dropping the attention of block l changes nothing before block l. The search stores the hidden states that enter each
 block, and starts each trial at its block: the same losses as full forward passes, for about half the work.
 """
 
+import contextlib
 import functools
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 
 import torch
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class AttentionSearch:
-    """Drops attention sub-blocks one at a time, each time the one whose absence gives the lowest loss.
+    """Drops attention sub-blocks or whole blocks one at a time, each time the one whose absence gives the lowest loss.
 
     Args:
         surgery: Drops the attentions; its model is in evaluation mode.
@@ -40,6 +41,7 @@ class AttentionSearch:
     ) -> None:
         self.surgery, self.blocks, self.windows = surgery, surgery.blocks, windows
         self.device, self.group = device, group
+        self.gone: set[int] = set()  # indices of blocks that pass on what they get
         self.evaluations = 0  # counts each run of a block on a window
         records = [record_inputs(surgery.model, ids) for ids in windows]
         self.calls = [[calls[b.index].to(device) for _, calls in records] for b in self.blocks]
@@ -57,14 +59,45 @@ class AttentionSearch:
             first: Index of the first block that may lose its attention.
         """
         self._log_duration(count, first)
+
+        def drop(block: Block) -> None:
+            self.surgery.keep(block, block.groups()[0], torch.zeros(0, dtype=torch.long))
+
+        def candidates() -> list[Block]:
+            return [block for block in self.blocks[first:] if block.can_drop_attention]
+
+        self._greedy(count, "attention", candidates, without_attention, drop)
+
+    def drop_blocks(self, count: int, first: int = 0) -> None:
+        """Drops whole blocks from the model, which has new indices for the others then.
+
+        Args:
+            count: The number of blocks to drop.
+            first: Index of the first block that may leave.
+        """
+
+        def candidates() -> list[Block]:
+            return [block for block in self.blocks[first:] if block.index not in self.gone]
+
+        self._greedy(count, "block", candidates, self._without_block, lambda block: self.gone.add(block.index))
+        self.surgery.drop_blocks(sorted(self.gone))
+
+    def _greedy(
+        self,
+        count: int,
+        unit: str,
+        candidates: Callable[[], list[Block]],
+        without: Callable[[Block], contextlib.AbstractContextManager[None]],
+        drop: Callable[[Block], None],
+    ) -> None:
         plain = 0
-        with Progress(count, "2SSP stage 2", "attention", quiet=distributed.rank(self.group) > 0) as bar:
+        with Progress(count, "2SSP stage 2", unit, quiet=distributed.rank(self.group) > 0) as bar:
             for step in range(count):
-                candidates = [b for b in self.blocks[first:] if b.can_drop_attention]
-                plain += len(candidates) * len(self.blocks) * len(self.windows)
-                search = functools.partial(self._search, candidates)
-                best = candidates[self.surgery.journal.once(f"attention-{step}", search)]
-                self.surgery.keep(best, best.groups()[0], torch.zeros(0, dtype=torch.long))
+                some = candidates()
+                plain += len(some) * len(self.blocks) * len(self.windows)
+                search = functools.partial(self._search, some, without)
+                best = some[self.surgery.journal.once(f"{unit}-{step}", search)]
+                drop(best)
                 self._update(best.index)
                 bar.update()
         evaluations = int(distributed.all_reduce_sum(torch.tensor(self.evaluations), self.group))
@@ -85,12 +118,22 @@ class AttentionSearch:
         about = timedelta(seconds=round(seconds))
         log.info("2SSP stage 2 loads blocks up to %d times, %.2g s each: up to %s", loads, self._seconds, about)
 
-    def _search(self, candidates: list[Block]) -> int:
-        """The index of the candidate with the lowest loss without its attention; keeps the states of its trial."""
+    @contextlib.contextmanager
+    def _without_block(self, block: Block) -> Iterator[None]:
+        self.gone.add(block.index)
+        try:
+            yield
+        finally:
+            self.gone.remove(block.index)
+
+    def _search(
+        self, candidates: list[Block], without: Callable[[Block], contextlib.AbstractContextManager[None]]
+    ) -> int:
+        """The index of the candidate without which the loss is lowest; keeps the states of its trial."""
         losses, lowest = torch.zeros(len(candidates), dtype=torch.float64), math.inf
         for i in range(distributed.rank(self.group), len(candidates), distributed.size(self.group)):
             start = candidates[i].index
-            with without_attention(candidates[i]):
+            with without(candidates[i]):
                 states = self._run(start)
             losses[i] = loss = self._loss(states[-1])
             if loss < lowest:
@@ -113,10 +156,11 @@ class AttentionSearch:
         """Runs the blocks from `start` on, and returns the outputs of each."""
         leaving, hidden = [], [x.to(self.device) for x in self.entering[start]]
         for block in self.blocks[start:]:
-            with block.present(self.device):
-                hidden = [run_block(block, x, c) for x, c in zip(hidden, self.calls[block.index], strict=True)]
+            if block.index not in self.gone:
+                with block.present(self.device):
+                    hidden = [run_block(block, x, c) for x, c in zip(hidden, self.calls[block.index], strict=True)]
+                self.evaluations += len(hidden)
             leaving.append(self._stored(hidden))
-        self.evaluations += len(leaving) * len(hidden)
         return leaving
 
     def _stored(self, hidden: Iterable[Tensor]) -> HiddenStates:

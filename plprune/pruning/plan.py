@@ -27,16 +27,17 @@ class PruningPlan:
     """The decisions of one pruning.
 
     Args:
-        keep: For each group by name, the indices of the units that stay, ascending; empty for a dropped attention.
+        keep: For each group by name, the indices of the units that stay, ascending; empty for a dropped attention, and
+            for a dropped block (the group `blocks.<index>.block`).
         sizes: The number of units of each group before pruning.
         importance: The importance of each block, positive; only ratios matter.
         before: The number of parameters of each block before pruning.
-        after: The number of parameters of each block after pruning.
+        after: The number of parameters of each block after pruning; 0 for a dropped block.
         rest: The number of parameters outside the blocks (embeddings, head, final norm); tied ones count once.
         sparsity: The requested fraction of the blocks' parameters to remove.
         method: The class name of the method.
         settings: The settings of the method.
-        repaired: Names of the parameters that the method changed or added.
+        repaired: Names, in the pruned model, of the parameters that the method changed or added.
         config: The model's config before pruning.
         origin: Model name, weights fingerprint, calibration fingerprint, seed, versions.
         previous: The plan of the previous pruning, for a model that was pruned before.
@@ -72,6 +73,16 @@ class PruningPlan:
         return 1 - torch.tensor(self.after, dtype=torch.float64) / torch.tensor(self.before, dtype=torch.float64)
 
     @property
+    def dropped(self) -> list[int]:
+        """Indices of the blocks that left, ascending."""
+        return [i for i in range(len(self.before)) if block_name(i) in self.keep]
+
+    @property
+    def remaining(self) -> list[int]:
+        """For each block of the pruned model, its index before."""
+        return [i for i in range(len(self.before)) if block_name(i) not in self.keep]
+
+    @property
     def digest(self) -> str:
         """A hash of all fields."""
         sha = hashlib.sha256(json.dumps(self._receipt(), sort_keys=True).encode())
@@ -82,6 +93,15 @@ class PruningPlan:
     def chain(self) -> "list[PruningPlan]":
         """All prunings of the model up to this one, oldest first."""
         return [*(self.previous.chain() if self.previous else []), self]
+
+    def pruned_groups(self) -> set[str]:
+        """Names, in the pruned model, of the groups that lost units by this plan or its predecessors."""
+        groups: set[str] = set()
+        for step in self.chain():
+            groups |= {name for name, keep in step.keep.items() if len(keep) < step.sizes[name]}
+            new = {block_name(old): f"blocks.{i}." for i, old in enumerate(step.remaining)}
+            groups = {new[block_of(name)] + name.rpartition(".")[2] for name in groups if block_of(name) in new}
+        return groups
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Writes the plan to a safetensors file atomically."""
@@ -122,6 +142,21 @@ class PruningPlan:
         before = receipt.pop("previous", None)
         previous = cls._from_parts(tensors, before, f"previous.{prefix}") if before else None
         return cls(keep=keep, importance=tensors[f"{prefix}importance"], previous=previous, **receipt)
+
+
+def block_name(index: int) -> str:
+    """The name under which a plan records that a whole block left."""
+    return f"blocks.{index}.block"
+
+
+def block_of(group: str) -> str:
+    """The name of the block that a group belongs to.
+
+    Example:
+        >>> block_of("blocks.3.ffn")
+        'blocks.3.block'
+    """
+    return group.rpartition(".")[0] + ".block"
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]], values: int = 4096) -> str:

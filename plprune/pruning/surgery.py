@@ -7,20 +7,22 @@ rebuild the structure of a pruned model before its weights are read.
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
+from plprune.architecture.anatomy import ModelAnatomy
 from plprune.architecture.attached import attach
-from plprune.architecture.blocks import Block, Decision, UnitGroup, blocks_of
-from plprune.architecture.cutting import cut, cut_values, like, spread
+from plprune.architecture.blocks import Block, Decision, UnitGroup, anatomy_of, blocks_of, dense_class, set_anatomy
+from plprune.architecture.cutting import complement, cut, cut_values, like, spread
+from plprune.architecture.depth import Shorter, renumber, shorter
 from plprune.architecture.modeling_plprune import Gather, NoAttention, Scatter, replace
 from plprune.architecture.modules import Side, innermost, is_transposed, matrix, tied, width
 from plprune.pruning.model_state import journal_of, model_state
-from plprune.pruning.plan import PruningPlan
+from plprune.pruning.plan import PruningPlan, block_name
 
 
 class Surgery:
@@ -36,6 +38,8 @@ class Surgery:
         self._before = [block.parameters() for block in self.blocks]
         self._rest = sum(p.numel() for p in model.parameters()) - sum(self._before)
         self.journal = journal_of(model)
+        self._gone: list[int] = []
+        self._config = dense_config(model)  # before blocks leave it
         self._scaled: list[str] = []
 
     def keep(
@@ -78,6 +82,20 @@ class Surgery:
         linear.weight = like(linear.weight, linear.weight.detach() * (gain[:, None] if is_transposed(linear) else gain))
         self._scaled.append(self._name(linear.weight))
 
+    def drop_blocks(self, gone: Sequence[int]) -> None:
+        """Removes whole blocks, as the last change: it numbers the others anew.
+
+        Args:
+            gone: Indices of the blocks.
+
+        Raises:
+            ValueError: The family's config cannot express a model without these blocks.
+        """
+        drop_blocks(self.model, gone)
+        self._gone = sorted(gone)
+        nothing = torch.zeros(0, dtype=torch.long)
+        self.journal.decisions += [Decision(block_name(i), nothing, 1) for i in self._gone]
+
     def plan(self, method: str, settings: dict[str, Any], importance: Tensor) -> PruningPlan:
         """Makes the plan of all recorded removals and repairs, and attaches it to the model."""
         decisions = self.journal.decisions
@@ -87,13 +105,13 @@ class Surgery:
             sizes={decision.group: decision.size for decision in decisions},
             importance=importance.double().cpu(),
             before=self._before,
-            after=[block.parameters() for block in self.blocks],
+            after=[0 if block.index in self._gone else block.parameters() for block in self.blocks],
             rest=self._rest,
             sparsity=settings["sparsity"],
             method=method,
             settings=settings,
-            repaired=list(dict.fromkeys(repaired)),  # a weight may be both restored and scaled
-            config=dense_config(self.model),
+            repaired=self._renamed(dict.fromkeys(repaired)),  # a weight may be both restored and scaled
+            config=self._config,
             previous=plan_of(self.model),
         )
         set_plan(self.model, plan)
@@ -114,6 +132,14 @@ class Surgery:
             repaired.append(self._name(linear.bias))
         return repaired
 
+    def _renamed(self, names: Iterable[str]) -> list[str]:
+        """Names of parameters after blocks have left, without those of the blocks that did."""
+        left = [block.path for block in self.blocks if block.index not in self._gone]
+        new = {old: block.path for old, block in zip(left, self.blocks, strict=False)}
+        lengths = {path.count(".") + 1 for path in new}
+        pairs = [(name, ".".join(name.split(".")[: max(lengths)])) for name in names]
+        return [new[path] + name.removeprefix(path) for name, path in pairs if path in new]
+
     def _name(self, parameter: nn.Parameter) -> str:
         return next(name for name, p in self.model.named_parameters() if p is parameter)
 
@@ -130,6 +156,16 @@ def dense_config(model: PreTrainedModel) -> dict[str, Any]:
         return previous.config
     values = model.config.to_diff_dict() | {"model_type": model.config.model_type}
     return values | ({} if model.config.tie_word_embeddings == tied(model) else {"tie_word_embeddings": tied(model)})
+
+
+def config_of_the_rest(model: PreTrainedModel) -> dict[str, Any]:
+    """The configuration of a dense model of the blocks that are left, with its `model_type`."""
+    values, plan, kind = dense_config(model), plan_of(model), dense_class(model)[0]
+    for step in plan.chain() if plan else []:
+        if step.dropped:
+            config = CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
+            values = values | shorter(kind, config, anatomy_of(model).blocks, step.remaining).config
+    return values
 
 
 def set_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
@@ -153,6 +189,8 @@ def apply(model: PreTrainedModel, plan: PruningPlan) -> None:
         for block in blocks:
             for group in _planned(block, step):
                 shrink(block, group, step.keep[group.name])
+        if step.dropped:
+            drop_blocks(model, step.dropped)
         _add_biases(model, step.repaired)
     set_plan(model, plan)
 
@@ -174,6 +212,33 @@ def shrink(block: Block, group: UnitGroup, keep: Tensor) -> None:
         cut_values(block.module, group.producers[0], group.consumer, keep)
     else:
         cut(block.module, group.producers, group.consumer, group.counts, keep)
+
+
+def check_depth(model: PreTrainedModel, gone: Sequence[int]) -> None:
+    """Raises ValueError if the family's config cannot express a model without some of its blocks."""
+    _without_blocks(model, gone)
+
+
+def _without_blocks(model: PreTrainedModel, gone: Sequence[int]) -> tuple[list[int], Shorter]:
+    """The indices of the blocks that stay, and what else changes."""
+    found, (kind, config) = anatomy_of(model), dense_class(model)
+    kept = complement(torch.tensor(gone), len(found.anatomies)).tolist()
+    return kept, shorter(kind, config, found.blocks, kept)
+
+
+def drop_blocks(model: PreTrainedModel, gone: Sequence[int]) -> None:
+    """Removes blocks from the list of blocks, numbers the others anew, and changes the config accordingly.
+
+    Raises:
+        ValueError: The family's config cannot express a model without these blocks.
+    """
+    (kept, changes), found = _without_blocks(model, gone), anatomy_of(model)
+    blocks = cast(nn.ModuleList, model.get_submodule(found.blocks))
+    for new, old in enumerate(kept):
+        renumber(blocks[old], changes.indices, old, new)
+    replace(model, found.blocks, nn.ModuleList(blocks[i] for i in kept))
+    model.config.__dict__.update(changes.config)
+    set_anatomy(model, ModelAnatomy(found.blocks, tuple(found.anatomies[i] for i in kept)))
 
 
 def drop_attention(block: Block) -> None:
@@ -227,7 +292,7 @@ def _add_biases(model: PreTrainedModel, repaired: list[str]) -> None:
 
 
 def _check_fit(blocks: list[Block], plan: PruningPlan) -> None:
-    sizes = {g.name: len(g) for b in blocks for g in _planned(b, plan)}
+    sizes = {g.name: len(g) for b in blocks for g in _planned(b, plan)} | {block_name(b.index): 1 for b in blocks}
     for name, size in plan.sizes.items():
         if sizes.get(name) != size:
             raise ValueError(

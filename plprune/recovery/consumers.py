@@ -54,7 +54,7 @@ def consumers(block: Block, plan: PruningPlan | None) -> list[str]:
     by_kind = {group.kind: group.consumer.path for group in block.all_groups}
     if plan is None:
         return list(dict.fromkeys(by_kind.values()))
-    pruned = {name for step in plan.chain() for name, keep in step.keep.items() if len(keep) < step.sizes[name]}
+    pruned = plan.pruned_groups()
     return list(dict.fromkeys(path for kind, path in by_kind.items() if f"blocks.{block.index}.{kind}" in pruned))
 
 

@@ -80,7 +80,7 @@ def rank_weights(lora: LoRA, plan: PruningPlan | None, blocks: int) -> Tensor:  
     """The weight of each block for its rank; equal weights for a model that was not pruned."""
     if plan is None or lora.by == "uniform":
         return torch.ones(blocks)
-    return plan.importance if lora.by == "importance" else plan.damage.clamp(min=0)
+    return (plan.importance if lora.by == "importance" else plan.damage.clamp(min=0))[plan.remaining]
 
 
 def allocate_ranks(weights: Sequence[float], rank: int) -> list[int]:

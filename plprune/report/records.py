@@ -89,21 +89,33 @@ def _blocks(plan: PruningPlan) -> list[dict[str, Any]]:
     """Each block after all prunings, against what it was before the first."""
     kept: dict[str, Tensor] = {}
     sizes: dict[str, int] = {}
+    first = plan.chain()[0].before
+    places = list(range(len(first)))  # for each block of the model, its index before the first pruning
+    after, importance = [0] * len(first), [0.0] * len(first)
     for step in plan.chain():
         for name, index in step.keep.items():
+            _, i, kind = name.split(".")
+            name = f"blocks.{places[int(i)]}.{kind}"
             kept[name] = kept[name][index] if name in kept else index
-            sizes.setdefault(name, step.sizes[name])
+            sizes.setdefault(name, step.sizes[f"blocks.{i}.{kind}"])
+        for i, place in enumerate(places):
+            after[place], importance[place] = step.after[i], float(step.importance[i])
+        places = [places[i] for i in step.remaining]
+    gone = set(range(len(first))) - set(places)
     usual = {name.rpartition(".")[2]: size for name, size in sizes.items()}  # of blocks that were not pruned
     blocks = []
-    for i, (before, after) in enumerate(zip(plan.chain()[0].before, plan.after, strict=True)):
+    for i, before in enumerate(first):
         names = {kind: f"blocks.{i}.{kind}" for kind in ("attention", "value", "ffn") if kind in usual}
         units = {
             kind: [len(kept[name]), sizes[name]] if name in kept else [usual[kind]] * 2 for kind, name in names.items()
         }
-        block = {"kept": units, "parameters": [before, after], "importance": float(plan.importance[i])}
+        if i in gone:
+            units = {kind: [0, size] for kind, (_, size) in units.items()}
+        block = {"kept": units, "parameters": [before, after[i]], "importance": importance[i]}
         if "attention" in names:
             heads = kept.get(names["attention"])
-            block["heads"] = list(range(usual["attention"])) if heads is None else heads.tolist()
+            whole = list(range(usual["attention"])) if heads is None else heads.tolist()
+            block["heads"] = [] if i in gone else whole
         blocks.append(block)
     return blocks
 

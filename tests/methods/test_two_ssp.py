@@ -1,17 +1,22 @@
 """2SSP: the paper's numbers, and the second stage against a plain loop over perplexities."""
 
+import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from plprune import TwoSSP, prune
+from plprune import FLAP, TwoSSP, load_pruned, prune, save_pruned
 from plprune.architecture.blocks import blocks_of
-from plprune.architecture.modules import innermost
+from plprune.architecture.modules import innermost, passing, replaced_forwards
 from plprune.methods.two_ssp import attentions_to_drop, channels_to_keep
-from plprune.pruning.surgery import drop_attention
-from tests.builders import FAMILIES, tiny, windows
+from plprune.planning.sizes import Ledger, pruned_skeleton
+from plprune.pruning.surgery import drop_attention, shrink
+from plprune.recovery.consumers import consumers
+from plprune.report.records import of_plan
+from tests.builders import FAMILIES, logits, tiny, windows
 from tests.methods import best, plain_loop, traced
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -125,3 +130,110 @@ def test_attentions_that_are_gone_already_are_no_candidates() -> None:
     assert not any(block.has_attention for block in blocks_of(model))
     with pytest.raises(ValueError, match="would drop 1 attentions, but the model has 0"):
         prune(model, TwoSSP(0.3, drop_attentions=1), [windows()])
+
+
+def deep(family: str = "llama") -> Any:
+    own = {"n_layer": 5} if family == "gpt2" else {}
+    return tiny(family, num_hidden_layers=5, **own)
+
+
+def perplexity_without(model: Any, gone: list[int], ids: torch.Tensor) -> float:
+    """The loss of a model whose blocks `gone` return their input."""
+    blocks = [block.module for block in blocks_of(model)]
+    forwards = [passing(blocks_of(model)[i].anatomy.returned) for i in gone]
+    with replaced_forwards([blocks[i] for i in gone], forwards), torch.no_grad():
+        return float(model(input_ids=ids, labels=ids).loss)
+
+
+def test_blocks_are_dropped_as_a_plain_loop_would() -> None:
+    ids, expected = windows(1, 24), deep()
+    plan = prune(deep(), TwoSSP(sparsity=0.4, drop_blocks=2), [ids])
+    for block in blocks_of(expected):
+        shrink(block, block.groups("none")[0], plan.keep[f"blocks.{block.index}.ffn"])
+    gone: list[int] = []
+    for _ in range(2):
+        rest = [i for i in range(5) if i not in gone]
+        gone.append(min(rest, key=lambda i: perplexity_without(expected, [*gone, i], ids)))
+    assert plan.dropped == sorted(gone)
+
+
+def test_blocks_of_least_influence_are_dropped() -> None:
+    ids, model = windows(2, 24), deep()
+    model.requires_grad_(False)
+    states = model(input_ids=ids, output_hidden_states=True).hidden_states[:-1]
+    last: list[torch.Tensor] = []
+    handle = blocks_of(model)[-1].module.register_forward_hook(lambda *a: last.append(a[2]))
+    model(input_ids=ids)
+    handle.remove()
+    hidden = [*states, last[0]]
+    influence = [float((1 - torch.cosine_similarity(x, y, dim=-1)).mean()) for x, y in itertools.pairwise(hidden)]
+    plan = prune(model, TwoSSP(sparsity=0.4, drop_blocks=2, blocks_by="influence"), [ids])
+    assert plan.dropped == sorted(sorted(range(5), key=lambda i: influence[i])[:2])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_a_shallower_model_is_stock_and_loads(family: str, tmp_path: Path) -> None:
+    model, ids = deep(family), windows(4, 12)
+    plan = prune(model, TwoSSP(sparsity=0.5, drop_blocks=2, blocks_by="influence"), list(ids.split(2)))
+    assert plan.reached == pytest.approx(0.5, abs=0.01)
+    assert [after > 0 for after in plan.after] == [i in plan.remaining for i in range(5)]
+    save_pruned(model, tmp_path / "model")
+    assert torch.equal(logits(load_pruned(tmp_path / "model")), logits(model))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert type(stock) is type(deep(family))
+    assert stock.config.num_hidden_layers == 3
+    assert torch.equal(logits(stock), logits(model))
+    texts = [
+        stock.generate(windows(2, 5), max_new_tokens=6, do_sample=False, use_cache=cached, pad_token_id=0)  # type: ignore[operator]
+        for cached in (True, False)
+    ]
+    assert torch.equal(*texts)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert f"| {plan.dropped[0]} | 0 of" in card
+
+
+def test_a_shallower_model_is_pruned_again(tmp_path: Path) -> None:
+    model, ids = deep(), list(windows(4, 12).split(2))
+    first = prune(model, TwoSSP(sparsity=0.45, drop_blocks=2, blocks_by="influence"), ids)
+    second = prune(model, FLAP(sparsity=0.2), ids)
+    assert len(second.before) == 3
+    assert sum(second.before) == sum(first.after)
+    save_pruned(model, tmp_path / "model")
+    assert torch.equal(logits(load_pruned(tmp_path / "model")), logits(model))
+    parts = of_plan(second)["blocks"]
+    assert [block["parameters"][1] == 0 for block in parts] == [i in first.dropped for i in range(5)]
+    assert [b["kept"]["ffn"][0] for i, b in enumerate(parts) if i in first.remaining] == [
+        b.channels for b in blocks_of(model)
+    ]
+
+
+def test_restored_biases_follow_their_blocks(tmp_path: Path) -> None:
+    model, ids = deep(), list(windows(4, 24).split(2))
+    method = TwoSSP(sparsity=0.5, drop_blocks=1, blocks_by="influence", repair="compensate")
+    plan = prune(model, method, ids)
+    biases = [name for name, _ in model.named_parameters() if name.endswith("down_proj.bias")]
+    assert plan.repaired == biases
+    assert len(biases) == 4
+    assert [len(consumers(block, plan)) for block in blocks_of(model)] == [1] * 4
+    save_pruned(model, tmp_path / "model")
+    assert torch.equal(logits(load_pruned(tmp_path / "model")), logits(model))
+
+
+@pytest.mark.parametrize("by", ["perplexity", "influence"])
+def test_sizes_without_blocks_are_predicted(by: Any) -> None:
+    method, model = TwoSSP(sparsity=0.5, drop_blocks=2, blocks_by=by, drop_attentions=0), deep()
+    cases = method.predict_sizes(model)
+    ledger = Ledger(model)
+    sizes = [ledger.parameters(case) for case in cases]
+    assert sizes == [sum(p.numel() for p in pruned_skeleton(model, case).parameters()) for case in cases]
+    prune(model, method, [windows(2, 24)])
+    assert sum(p.numel() for p in model.parameters()) in sizes
+
+
+def test_blocks_that_cannot_leave_are_said() -> None:
+    with pytest.raises(ValueError, match="2SSP would drop 5 blocks, but the model has 5"):
+        prune(deep(), TwoSSP(sparsity=0.5, drop_blocks=5), [windows()])
+    with pytest.raises(ValueError, match="change `sparsity` or `drop_blocks`"):
+        prune(deep(), TwoSSP(sparsity=0.2, drop_blocks=2), [windows()])
+    with pytest.raises(ValueError, match="`blocks_by` is perplexity or influence"):
+        TwoSSP(blocks_by="magnitude")  # type: ignore[arg-type]
