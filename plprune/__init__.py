@@ -19,7 +19,7 @@ from plprune.architecture.modeling_plprune import PrunedConfig
 from plprune.checkpoint.load import load_pruned
 from plprune.checkpoint.save import save_pruned
 from plprune.evaluation.perplexity import perplexity
-from plprune.methods import CFSP, FASP, FLAP, LearnedGates, PruningMethod, TwoSSP, prune
+from plprune.methods import CFSP, FASP, FLAP, REAP, LearnedGates, PruningMethod, TwoSSP, prune
 from plprune.planning.targets import Target
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.plan import PruningPlan
@@ -41,6 +41,7 @@ __all__ = [
     "CFSP",
     "FASP",
     "FLAP",
+    "REAP",
     "Calibration",
     "Checkpoint",
     "Distillation",

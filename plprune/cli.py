@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 import plprune
 from plprune.commands import COMMANDS
 from plprune.io.distributed import local_rank
-from plprune.methods import CFSP, FASP, FLAP, LearnedGates, TwoSSP
+from plprune.methods import CFSP, FASP, FLAP, REAP, LearnedGates, TwoSSP
 from plprune.planning.targets import Target
 from plprune.training.callbacks.evaluate import Evaluate
 from plprune.training.callbacks.export import Export
@@ -31,7 +31,7 @@ from plprune.training.lightning_cli import STAGES, RecoveryCLI, check_values_giv
 from plprune.training.module import Recovery
 from plprune.training.preemption import preemptible
 
-BUILT_IN = [CFSP, FASP, FLAP, LearnedGates, TwoSSP]
+BUILT_IN = [CFSP, FASP, FLAP, LearnedGates, REAP, TwoSSP]
 CLASSES = [*BUILT_IN, Prune, Evaluate, Report, Export, Checkpoint]
 METHODS = "known methods: " + ", ".join(method.__name__ for method in BUILT_IN)
 PARSER_ERRORS = {  # patterns in jsonargparse's messages, and better messages

@@ -129,10 +129,13 @@ def test_sparsity_out_of_reach(complain_of_pruning: Complain, method: str) -> No
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("--method=CFP", "no method 'CFP'; known methods: CFSP, FASP, FLAP, LearnedGates, TwoSSP; did you mean CFSP?"),
+        (
+            "--method=CFP",
+            "no method 'CFP'; known methods: CFSP, FASP, FLAP, LearnedGates, REAP, TwoSSP; did you mean CFSP?",
+        ),
         (
             "--method=flap",
-            "no method 'flap'; known methods: CFSP, FASP, FLAP, LearnedGates, TwoSSP; did you mean FLAP?",
+            "no method 'flap'; known methods: CFSP, FASP, FLAP, LearnedGates, REAP, TwoSSP; did you mean FLAP?",
         ),
         ("--method=no.such.Method", "no.such.Method: No module named 'no'"),
         ("--method=plprune.FLOP", "no attribute 'FLOP'; did you mean FLAP?"),
@@ -409,7 +412,7 @@ def garbled(name: str) -> Callable[[Path], None]:
     ("damage", "said"),
     [
         (with_config(model_type="t5", architectures=None), "'t5' is an encoder-decoder"),
-        (with_config(model_type="mixtral"), "'mixtral' is a mixture of experts"),
+        (with_config(model_type="mixtral"), "does not hold the model of its config.json"),
         (with_config(model_type="lama"), "lama"),
         (cut("config.json", 50), "config.json"),
         (cut("model.safetensors", 0), "model.safetensors is missing, truncated or corrupted"),

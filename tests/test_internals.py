@@ -20,7 +20,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer import call
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations import moe
 
 import plprune
 from plprune.training import compilation, deepspeed_internals
@@ -31,6 +32,7 @@ INSIDE = {  # where private parts may be used, and of which library
     "deepspeed_internals": "deepspeed",
     "compilation": "torch",
     "probing": "transformers",
+    "expert_inputs": "transformers",
     "modeling_plprune": "transformers",  # which stands beside models, and imports nothing of plprune
 }
 USED = [
@@ -98,6 +100,8 @@ def test_all_that_is_used_of_lightning_is_looked_for() -> None:
 
 def test_other_libraries_still_have() -> None:
     assert hasattr(PreTrainedModel, "_from_config"), f"transformers {version('transformers')} has no _from_config"
+    assert hasattr(PreTrainedConfig(), "_experts_implementation"), f"transformers {version('transformers')}"
+    assert "_apply_gate" in inspect.getsource(moe), f"transformers {version('transformers')} has no _apply_gate"
     folder = Path((importlib.util.find_spec("deepspeed").submodule_search_locations or [""])[0])  # type: ignore[union-attr]
     engine, operations = (folder / file for file in ("runtime/engine.py", "ops/__init__.py"))
     assert f"def {deepspeed_internals.COPY_SCRIPT}(" in engine.read_text(), f"DeepSpeed {version('deepspeed')}"

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from plprune import CFSP, FLAP, TwoSSP, load_pruned, prune, save_pruned
+from plprune import CFSP, FLAP, REAP, TwoSSP, load_pruned, prune, save_pruned
 from tests.builders import logits, windows
 from tests.zoo import build, decoders
 
@@ -60,3 +61,38 @@ def test_a_family_is_pruned_saved_loaded_and_run(kind: str, tmp_path: Path) -> N
         folder = tmp_path / type(method).__name__
         save_pruned(model, folder)
         assert torch.equal(logits(load_pruned(folder)), logits(model))
+
+
+MIXTURES = ("qwen2_moe", "deepseek_v3")
+SLOW_MIXTURES = (
+    "mixtral",
+    "gpt_oss",
+    "olmoe",
+    "glm4_moe",
+    "lfm2_moe",
+    "granitemoe",
+    "ernie4_5_moe",
+    "qwen3_5_moe_text",
+)
+
+
+@pytest.mark.parametrize("kind", [*MIXTURES, *[pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW_MIXTURES]])
+def test_a_mixture_is_pruned_saved_loaded_and_run(kind: str, tmp_path: Path) -> None:
+    model = build(kind)
+    for number in (6, 4):
+        before, sparsity = logits(model), 2 / (number + 2)
+        plan = prune(model, REAP(sparsity, sparsity_of="experts"), list(windows(4, 12).split(2)))
+        assert {len(keep) for name, keep in plan.keep.items() if name.endswith("expert")} == {number}
+        after = logits(model)
+        assert not torch.allclose(after, before)
+        texts = [
+            model.generate(windows(2, 5), max_new_tokens=6, do_sample=False, use_cache=cached, pad_token_id=0)  # type: ignore[operator]
+            for cached in (True, False)
+        ]
+        assert torch.equal(*texts)
+        folder = tmp_path / str(number)
+        save_pruned(model, folder)
+        assert not (folder / "modeling_plprune.py").exists()  # a stock checkpoint
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder).eval()), after)
+        model = load_pruned(folder)
+        assert torch.equal(logits(model), after)

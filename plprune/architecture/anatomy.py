@@ -60,7 +60,8 @@ class Part:
             Slice(p.path, _renumbered(p.index[:units], gone[p.path, p.axis]), p.axis) for p in self.producers
         )
         columns = self.consumer.index
-        return producers, Slice(self.consumer.path, _renumbered(columns[:units], columns[units:].flatten()))
+        kept = _renumbered(columns[:units], columns[units:].flatten())
+        return producers, Slice(self.consumer.path, kept, self.consumer.axis)
 
     def stacked(self, units: int) -> tuple[Slice, ...]:
         """The rows of channels in producers that hold one part after another, as gate and up."""
@@ -71,6 +72,29 @@ class Part:
             parts.append(Slice(part.path, torch.arange(start, start + units)[:, None], part.axis))
             seen[part.path] = start + units
         return tuple(parts)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a dense block, whose weights are stacked: the first axis of each tensor is the expert.
+
+    Args:
+        path: The module with the stacked weights, which `transformers.integrations.moe` runs.
+        units: The experts: an entry of every tensor that has one for each of them, router and buffers included.
+        channels: The channels between the two layers of each expert.
+        active: Experts per token.
+        groups: Groups of neighbouring experts, of which a router may choose first; all keep as many.
+        key: The config's key for the number of experts.
+        least: The least number of experts with which the router runs.
+    """
+
+    path: str
+    units: Part
+    channels: Part
+    active: int
+    groups: int = 1
+    key: str = ""
+    least: int = 1
 
 
 @dataclass(frozen=True)
@@ -85,6 +109,7 @@ class Anatomy:
     droppable: bool = False  # whether zeros in the place of that sub-block's output remove it
     whole: Mapping[str, str] = field(default_factory=dict)  # kind of units that the block has none of -> why
     refused: Mapping[str, str] = field(default_factory=dict)  # kind of units that failed their proof -> how
+    experts: Experts | None = None
 
     @property
     def head_dim(self) -> int:

@@ -15,6 +15,7 @@ kind           unit                     producers                    consumer
                linear attention         parameters over all heads
 ``value``      value channel            rows of V                    the same channel of each query head
 ``ffn``        FFN channel              rows of gate and up, or fc1  columns of down, or fc2
+``expert``     expert                   entries of gate, up, router  entries of down
 =============  =======================  ===========================  ==================================
 
 Symbols: B blocks, d model width, n FFN width, H query heads, hd head dimension, g query heads per kv head.
@@ -31,8 +32,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from plprune.architecture.anatomy import Anatomy, ModelAnatomy, Part, Slice
+from plprune.architecture.anatomy import Anatomy, Experts, ModelAnatomy, Part, Slice
 from plprune.architecture.attached import attached
+from plprune.architecture.cutting import held
 from plprune.architecture.discovery import discover
 from plprune.architecture.modeling_plprune import NoAttention, PrunedConfigMixin, PrunedModelMixin
 from plprune.architecture.modules import (
@@ -63,8 +65,8 @@ class Decision:
         return asdict(self) | {"keep": self.keep.tolist()}
 
 
-Kind = Literal["attention", "value", "ffn"]
-UNITS = {"attention": "kv heads", "value": "value channels", "ffn": "FFN channels"}
+Kind = Literal["attention", "value", "ffn", "expert"]
+UNITS = {"attention": "kv heads", "value": "value channels", "ffn": "FFN channels", "expert": "experts"}
 AttentionUnit = Literal["kv_heads", "value_channels", "none"]  # what a method removes from attention
 
 
@@ -133,18 +135,23 @@ class Block:
     def cost(self, group: UnitGroup) -> int:
         """Parameters of one unit."""
         rows = sum(s.index.shape[1] * self._per_row(s) for s in group.producers)
-        return rows + group.consumer.index.shape[1] * len(matrix(self.part(group.consumer.path)))
+        return rows + group.consumer.index.shape[1] * self._per_column(group.consumer)
 
     def _per_row(self, part: Slice) -> int:
-        owner, _, name = part.path.rpartition(".")
-        parameter = own_parameter(self.part(owner), name)
-        if parameter is not None:
-            return parameter.numel() // parameter.shape[part.axis]
+        tensor = held(self.module, part.path)
+        if tensor is not None:
+            return tensor.numel() // tensor.shape[part.axis] if isinstance(tensor, nn.Parameter) else 0
         module = self.part(part.path)
         return matrix(module)[0].numel() + (getattr(innermost(module), "bias", None) is not None)
 
+    def _per_column(self, part: Slice) -> int:
+        stacked = held(self.module, part.path)
+        return len(matrix(self.part(part.path))) if stacked is None else stacked.numel() // stacked.shape[part.axis]
+
     def absent_bias(self, group: UnitGroup) -> int:
-        """Parameters that a bias would add to the consumer; 0 if it has one."""
+        """Parameters that a bias would add to the consumer; 0 if it has one, or cannot have any."""
+        if held(self.module, group.consumer.path) is not None:
+            return 0
         consumer = self.part(group.consumer.path)
         return len(matrix(consumer)) if innermost(consumer).bias is None else 0
 
@@ -183,6 +190,29 @@ class Block:
         """Width of the FFN; 0 if the block has none."""
         ffn = self.anatomy.ffn
         return 0 if ffn is None else width(self.part(ffn.consumer.path), "in_features")
+
+    @property
+    def experts(self) -> Experts:
+        """The experts of the dense block."""
+        assert self.anatomy.experts is not None
+        return self.anatomy.experts
+
+    @property
+    def expert_count(self) -> int:
+        """The number of experts; 0 if the block is no mixture."""
+        found = self.anatomy.experts
+        return 0 if found is None else len(self._stacked(found.units.consumer.path))
+
+    def _stacked(self, path: str) -> Tensor:
+        return cast(Tensor, held(self.module, path))
+
+    @property
+    def idle_parameters(self) -> int:
+        """Parameters of the experts that a token does not reach."""
+        if not self.expert_count:
+            return 0
+        own = sum(p.numel() for p in self.part(self.experts.path).parameters())
+        return own - own * self.experts.active // self.expert_count
 
     @property
     def attention_paths(self) -> list[str]:
@@ -229,9 +259,15 @@ class Block:
 
     @property
     def all_groups(self) -> list[UnitGroup]:
-        """The groups of all units: value channels, heads and FFN channels, as far as the block has them."""
+        """The groups of all units: value channels, heads, FFN channels and experts, as far as the block has them."""
         values = self._value_channels() if self.has_attention else None
-        return [*([values] if values else []), *self._groups()]
+        experts = [self.expert_units()] if self.anatomy.experts else []
+        return [*([values] if values else []), *self._groups(), *experts]
+
+    def expert_units(self) -> UnitGroup:
+        """The group of whole experts."""
+        units = self.experts.units
+        return UnitGroup(self.index, "expert", *units.of_size(self.expert_count), units.counts)
 
     @property
     def has_kv_cache(self) -> bool:

@@ -14,17 +14,19 @@ from plprune.architecture.discovery import discover
 from plprune.architecture.modules import width
 from plprune.architecture.probing import empty
 
-Keys = dict[str, str]  # width, heads, kv_heads, head_dim -> the config's key
+Keys = dict[str, str]  # width, heads, kv_heads, head_dim, experts -> the config's key
 NOT_SIZES = (*DEPTHS, "vocab_size")
 
 
 def size_keys(model: PreTrainedModel) -> Keys:
-    """The keys for the FFN's width, the numbers of query and kv heads, and their dimension, as far as there are any."""
+    """The keys for the FFN's width, the numbers of query and kv heads, their dimension, and the number of experts, as
+    far as there are any.
+    """
     kind, config = dense_class(model)
     key = kind, config.to_json_string()
     if key not in _FOUND:
         search = Search(kind, config, discover(kind, config))
-        _FOUND[key] = search.ffn() | search.heads()
+        _FOUND[key] = search.ffn() | search.heads() | search.experts()
     return _FOUND[key]
 
 
@@ -65,7 +67,7 @@ class Search:
         units, dim = len(part), self.anatomy.anatomies[index].head_dim
         each = part.columns // dim  # query heads per unit
         fewer = max(1, units // 2)
-        for key, kv, own in self._pairs(units * each, units):
+        for key, kv, own in self._pairs(units * each, units, dim):
             changes = {key: fewer * each} | ({kv: fewer} if kv else {}) | ({"head_dim": dim} if own else {})
             block = self._built(index, changes)
             if block is not None and units > 1 and self._has(index, block, part, fewer):
@@ -75,6 +77,11 @@ class Search:
             if block is not None and _numbers(block) != _numbers(self._block(index)):
                 return {"heads": key}
         return {}
+
+    def experts(self) -> Keys:
+        """The key for the number of experts, which their search has found."""
+        found = next((each.experts for each in self.anatomy.anatomies if each.experts), None)
+        return {"experts": found.key} if found else {}
 
     def _first(self, name: str) -> tuple[int, Part | None]:
         parts = [(i, getattr(each, name)) for i, each in enumerate(self.anatomy.anatomies)]
@@ -87,8 +94,9 @@ class Search:
     def _block(self, index: int) -> nn.Module:
         return self.dense.get_submodule(f"{self.anatomy.blocks}.{index}")
 
-    def _pairs(self, heads: int, kv_heads: int) -> Iterator[tuple[str, str | None, bool]]:
-        for own in (True, False):
+    def _pairs(self, heads: int, kv_heads: int, head_dim: int) -> Iterator[tuple[str, str | None, bool]]:
+        dim = self.config.get_text_config(decoder=True).to_dict().get("head_dim")
+        for own in (True, False) if dim in (None, head_dim) else (False,):  # elsewhere it is that of something else
             for key in self._keys(heads):
                 for kv in (*[k for k in self._keys(kv_heads) if k != key], None):
                     yield key, kv, own

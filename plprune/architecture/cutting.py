@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from plprune.architecture.anatomy import Slice, by_producer
 from plprune.architecture.modeling_plprune import Gather, Scatter, replace, set_count
-from plprune.architecture.modules import Side, innermost, is_transposed, own_parameter, width, width_name
+from plprune.architecture.modules import Side, innermost, is_transposed, own_tensor, width, width_name
 
 
 def cut(block: nn.Module, producers: Sequence[Slice], consumer: Slice, counts: Mapping[str, int], keep: Tensor) -> None:
@@ -29,9 +29,33 @@ def cut(block: nn.Module, producers: Sequence[Slice], consumer: Slice, counts: M
     for (path, axis), index in by_producer(producers).items():
         remove_rows(block, path, axis, index[gone].flatten())
     columns = consumer.index[gone].flatten()
-    replace(block, consumer.path, remove(block.get_submodule(consumer.path), "in_features", columns))
+    if held(block, consumer.path) is not None:
+        remove_rows(block, consumer.path, consumer.axis, columns)
+    else:
+        replace(block, consumer.path, remove(block.get_submodule(consumer.path), "in_features", columns))
+    _recount(block, counts, len(gone))
+
+
+def cut_within(
+    block: nn.Module, producers: Sequence[Slice], consumer: Slice, counts: Mapping[str, int], keep: Tensor
+) -> None:
+    """Removes channels within experts, of each expert its own; arguments are those of :func:`cut`, but `keep`.
+
+    Args:
+        keep: Indices of the channels that stay of each expert, [experts, channels].
+    """
+    for (path, axis), index in by_producer([*producers, consumer]).items():
+        tensor = cast(Tensor, held(block, path))
+        rows = index[keep].flatten(1).sort().values.to(tensor.device)  # [experts, rows]
+        shape = [rows.shape[1] if i == axis else n for i, n in enumerate(tensor.shape)]
+        places = rows.view([n if i in (0, axis) else 1 for i, n in enumerate(shape)]).expand(shape)
+        _put(block, path, tensor.detach().gather(axis, places))
+    _recount(block, counts, len(consumer.index) - keep.shape[1])
+
+
+def _recount(block: nn.Module, counts: Mapping[str, int], gone: int) -> None:
     for path, each in counts.items():
-        set_count(block, path, operator.attrgetter(path)(block) - each * len(gone))
+        set_count(block, path, operator.attrgetter(path)(block) - each * gone)
 
 
 def cut_values(block: nn.Module, producer: Slice, consumer: Slice, keep: Tensor) -> None:
@@ -44,14 +68,26 @@ def cut_values(block: nn.Module, producer: Slice, consumer: Slice, keep: Tensor)
 
 def remove_rows(block: nn.Module, path: str, axis: int, rows: Tensor) -> None:
     """Removes rows of the projection, norm or convolution at a path, or of a parameter along an axis."""
-    owner, _, name = path.rpartition(".")
-    module = block.get_submodule(owner)
-    parameter = own_parameter(module, name)
-    if parameter is None:
+    tensor = held(block, path)
+    if tensor is None:
         replace(block, path, remove(block.get_submodule(path), "out_features", rows))
         return
-    keep = complement(rows, parameter.shape[axis]).to(parameter.device)
-    setattr(module, name, like(parameter, parameter.detach().index_select(axis, keep)))
+    keep = complement(rows, tensor.shape[axis]).to(tensor.device)
+    _put(block, path, tensor.detach().index_select(axis, keep))
+
+
+def held(block: nn.Module, path: str) -> Tensor | None:
+    """The parameter or buffer at a path; None if there is a module."""
+    owner, _, name = path.rpartition(".")
+    return own_tensor(block.get_submodule(owner), name)
+
+
+def _put(block: nn.Module, path: str, value: Tensor) -> None:
+    """Replaces the values of a parameter or a buffer."""
+    owner, _, name = path.rpartition(".")
+    old = held(block, path)
+    new = like(old, value) if isinstance(old, nn.Parameter) else value.contiguous()
+    setattr(block.get_submodule(owner), name, new)
 
 
 def complement(keep: Tensor, size: int) -> Tensor:

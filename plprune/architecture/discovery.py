@@ -16,14 +16,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from plprune.architecture import experts
 from plprune.architecture.anatomy import Anatomy, ModelAnatomy, Part, Slice
+from plprune.architecture.modules import is_projection
 from plprune.architecture.probing import (
     SAMPLES,
+    SMALL,
     TOKENS,
     BlockProbes,
     Call,
     Probes,
     differs,
+    has_interface,
     is_experts,
     weightless,
 )
@@ -122,14 +126,15 @@ def _mixer(part: Part) -> str:
     return ".".join(names[0] for names in shared)
 
 
-EXPERTS = "{!r} is a mixture of experts, which plprune does not prune; use a dense model"
+EXPERTS = (
+    "{!r} is a mixture of experts that transformers does not run by its interface for experts, so plprune does not "
+    "prune it; use a model of another family"
+)
 
 
 def check_supported(config: PreTrainedConfig) -> None:
     """Raises ValueError if plprune cannot prune models with a config, as far as that shows without building one."""
     kind = config.model_type
-    if any(getattr(config, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
-        raise ValueError(EXPERTS.format(kind))
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{kind!r} is an encoder-decoder, which plprune does not prune; use a decoder-only model")
 
@@ -150,7 +155,7 @@ def _discover(kind: type[PreTrainedModel], config: PreTrainedConfig) -> ModelAna
     with _running_without_weights(config.model_type):
         model = weightless(kind, config)
     path, blocks = decoder_blocks(model)
-    if any(map(is_experts, blocks.modules())):
+    if _other_experts(config, blocks):
         raise ValueError(EXPERTS.format(config.model_type))
     kinds = [_kind(block) for block in blocks]
     with _running_without_weights(config.model_type):
@@ -160,7 +165,13 @@ def _discover(kind: type[PreTrainedModel], config: PreTrainedConfig) -> ModelAna
         anatomies = {kinds[i]: each for i, each in proven.items()}
         found = [anatomies.get(each, Anatomy()) for each in kinds]
         shared = _heads_reach_other_blocks(model, path, found)
-    if not any(each.attention or each.ffn for each in anatomies.values()):
+    search, called = experts.Search(model, path), {kinds[i]: call for i, call in calls.items()}
+    anatomies = {
+        each: _with_experts(anatomies.get(each, Anatomy()), search, kinds.index(each), called.get(each))
+        for each in dict.fromkeys(kinds)
+    }
+    found = [anatomies[each] for each in kinds]
+    if not any(each.attention or each.ffn or each.experts for each in anatomies.values()):
         reasons = [why for each in anatomies.values() for why in (*each.whole.values(), *each.refused.values())]
         raise ValueError(
             f"the blocks of a {config.model_type!r} model have no heads or FFN channels that can leave one by one"
@@ -169,6 +180,23 @@ def _discover(kind: type[PreTrainedModel], config: PreTrainedConfig) -> ModelAna
     if shared:
         found = [_with_shared_heads(each) for each in found]
     return ModelAnatomy(path, tuple(found))
+
+
+def _other_experts(config: PreTrainedConfig, blocks: nn.Module) -> bool:
+    """Whether blocks have experts that are not on transformers' interface for them."""
+    found = [module for module in blocks.modules() if is_experts(module)]
+    own = config.get_text_config(decoder=True)
+    said = any(getattr(own, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+    others = (m for m in blocks.modules() if not is_projection(m) and not isinstance(m, nn.Conv1d))
+    large = any(p.ndim > 1 and p.numel() > SMALL >> 10 for m in others for p in m.parameters(recurse=False))
+    return not all(map(has_interface, found)) or (said and large and not found)
+
+
+def _with_experts(each: Anatomy, search: experts.Search, index: int, call: Call | None) -> Anatomy:
+    try:
+        return dataclasses.replace(each, experts=search.experts(index, call))
+    except experts.Unlike as why:
+        return dataclasses.replace(each, whole={**each.whole, "expert": str(why)})
 
 
 def _with_shared_heads(each: Anatomy) -> Anatomy:

@@ -154,6 +154,9 @@ def resize(block: nn.Module, name: str, shape: list[int]) -> None:
         return
     like = owner.weight if old is None else old
     value = like.new_zeros(shape) if old is None else old[tuple(slice(n) for n in shape)].clone()
+    if old is not None and not isinstance(old, nn.Parameter):
+        setattr(owner, last, value)  # stays a buffer
+        return
     setattr(owner, last, nn.Parameter(value.detach(), requires_grad=like.requires_grad))
     if last == "weight" and isinstance(owner, nn.Linear):
         owner.out_features, owner.in_features = shape

@@ -3,18 +3,46 @@
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, cast
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 
 def lacks_weights(model: nn.Module) -> bool:
     """Whether some parameters are on the meta device."""
     return any(p.is_meta for p in model.parameters())
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Makes large tensors on the meta device, as the stacked weights of experts may exceed memory before they move."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.zeros, torch.ones) and not kwargs.get("device"):
+            size = args[0] if args and isinstance(args[0], tuple | list) else args
+            if all(isinstance(n, int) for n in size) and math.prod(size) > LARGE:
+                kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+LARGE = 1 << 24  # elements; no buffer has so many
+
+
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Builds models whose parameters are on the meta device, and whose buffers are computed on the CPU."""
+    with init_empty_weights(include_buffers=False), no_init_weights(), _LargeOnMeta():
+        yield
 
 
 Side = Literal["in_features", "out_features"]
@@ -78,6 +106,11 @@ def saved_buffers(module: nn.Module) -> dict[str, Tensor]:
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     """The parameter that a module itself has by a name, if any."""
     return dict(module.named_parameters(recurse=False)).get(name)
+
+
+def own_tensor(module: nn.Module, name: str) -> Tensor | None:
+    """The parameter or buffer that a module itself has by a name, if any."""
+    return {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}.get(name)
 
 
 def tied(model: PreTrainedModel) -> bool:

@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 
-from plprune.architecture.modules import is_projection, replaced_forwards, width
+from plprune.architecture.modules import is_projection, replaced_forwards, width, without_weights
 
 SAMPLES = 16  # of a batch: one is left as it is, the others are disturbed
 TOKENS = 4
@@ -33,7 +31,7 @@ Hits = dict[str, Tensor]  # path of a consumer -> [disturbances, columns] bool
 
 def empty(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """A model of a class without weights, in float64: parameters are on the meta device, buffers on the CPU."""
-    with init_empty_weights(include_buffers=False), no_init_weights():
+    with without_weights():
         return kind._from_config(copy.deepcopy(config), dtype=torch.float64, attn_implementation="eager")
 
 
@@ -60,7 +58,12 @@ def weightless(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrai
 def is_experts(module: nn.Module) -> bool:
     """Whether a module holds the stacked weights of experts."""
     stacked = any(p.ndim == 3 and p.numel() > SMALL // 64 for p in module.parameters(recurse=False))
-    return hasattr(module, "has_gate") or (stacked and not isinstance(module, nn.Conv1d))
+    return has_interface(module) or (stacked and not isinstance(module, nn.Conv1d))
+
+
+def has_interface(module: nn.Module) -> bool:
+    """Whether `transformers.integrations.moe` runs a module's experts."""
+    return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -83,6 +86,7 @@ class Probes:
         self.silent: set[str] = set()  # paths of projections that output zeros
         self.samples, self.draw = 1, 0
         self.seen: dict[str, Tensor] = {}
+        self.routed: dict[str, int] = {}  # experts per token, by the path of the experts
         self._delta: dict[str, tuple[Tensor, str, bool]] = {}
         self._norms = norms
 
@@ -94,7 +98,7 @@ class Probes:
             if is_projection(module):
                 replaced[module] = self._projection(path, module)
             elif is_experts(module):
-                replaced[module] = lambda x, *_, **__: torch.zeros_like(x)
+                replaced[module] = self._experts(path)
             elif self._norms and is_norm(module):
                 replaced[module] = _scaling(module)
         with replaced_forwards(list(replaced), list(replaced.values())):
@@ -118,6 +122,15 @@ class Probes:
     def normal(self, name: str, shape: Sequence[int]) -> Tensor:
         """Random values that depend on the name and the draw."""
         return SCALES[self.draw % len(SCALES)] * _normal(f"{self.draw} {name}", shape)
+
+    def _experts(self, path: str) -> Callable[..., Tensor]:
+        def forward(x: Tensor, *routing: Any, **more: Any) -> Tensor:
+            index = next((t for t in (*routing, *more.values()) if _is_index(t)), None)
+            if index is not None:
+                self.routed[path] = index.shape[-1]
+            return torch.zeros_like(x)
+
+        return forward
 
     def _projection(self, path: str, module: nn.Module) -> Callable[..., Tensor]:
         rows = width(module, "out_features")
@@ -266,6 +279,10 @@ class BlockProbes:
 def _takes_hidden_states(call: Call) -> bool:
     first = call.args[0] if call.args else call.kwargs.get("hidden_states")
     return isinstance(first, Tensor) and first.is_floating_point() and len(first) == SAMPLES
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point()
 
 
 def _merge(hits: Hits, more: Hits) -> None:

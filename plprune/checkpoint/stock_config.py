@@ -6,15 +6,13 @@ the sizes, and a copy of `modeling_plprune.py` makes transformers resize the fam
 
 import contextlib
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from plprune.architecture.blocks import Block, blocks_of
 from plprune.architecture.config_keys import size_keys
@@ -28,7 +26,7 @@ from plprune.architecture.modeling_plprune import (
     config_class,
     model_class,
 )
-from plprune.architecture.modules import saved_buffers
+from plprune.architecture.modules import saved_buffers, without_weights
 from plprune.pruning.plan import PruningPlan
 from plprune.pruning.surgery import apply, config_of_the_rest, plan_of
 
@@ -42,7 +40,7 @@ BIASES: list[dict[str, bool]] = [
 
 def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A model without weights: parameters on the meta device, buffers computed from the config on the CPU."""
-    with init_empty_weights(include_buffers=False), no_init_weights():
+    with without_weights():
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
@@ -98,8 +96,8 @@ def pruned_config(model: PreTrainedModel) -> PreTrainedConfig:
     own = {"base_model_type": values["model_type"], "pruned": pruned_structure(model)}
     if "per_layer_config" in values:  # the family's own, from which its class is built before it is cut
         return config.from_dict(values | own)
-    keys = size_keys(model)
-    sizes = {str(block.index): _block_sizes(block, keys) for block in blocks_of(model)}
+    keys, blocks = size_keys(model), blocks_of(model)
+    sizes = {str(block.index): _block_sizes(block, blocks, keys) for block in blocks}
     return config.from_dict(values | own | {"per_layer_config": sizes, "allow_global_per_layer_attribute_access": True})
 
 
@@ -131,17 +129,24 @@ def pruned_structure(model: PreTrainedModel) -> dict[str, Any]:
 def config_sizes(model: PreTrainedModel) -> dict[str, Any]:
     """The sizes of a pruned model for `config.json`: one for all blocks, or `per_layer_config` if they differ."""
     keys, blocks = size_keys(model), blocks_of(model)
-    sizes = [_block_sizes(block, keys) for block in blocks]
+    sizes = [_block_sizes(block, blocks, keys) for block in blocks]
     # Some families would compute it as the width divided by the number of heads, which pruning changes.
     dims = {block.head_dim for block in blocks if block.has_attention}
     head_dim = {keys["head_dim"]: dims.pop()} if len(dims) == 1 and "head_dim" in keys else {}
-    if all(size == sizes[0] for size in sizes) and "skip" not in sizes[0]:
-        return sizes[0] | head_dim
+    values = {key: value for size in sizes for key, value in size.items()}
+    mixture = any(block.anatomy.experts for block in blocks)  # whose blocks need not have the same sizes
+    alike = all(size == ({k: values[k] for k in size} if mixture else sizes[0]) for size in sizes)
+    if alike and "skip" not in values:
+        return values | head_dim
     return head_dim | {"per_layer_config": {str(i): size for i, size in enumerate(sizes)}}
 
 
-def _block_sizes(block: Block, keys: Mapping[Any, str]) -> dict[str, Any]:
+def _block_sizes(block: Block, blocks: Sequence[Block], keys: Mapping[Any, str]) -> dict[str, Any]:
     sizes: dict[str, Any] = {keys["width"]: block.channels} if "width" in keys else {}
+    if any(each.anatomy.experts for each in blocks):  # FFNs and shared experts have widths of their own
+        first = next((len(each.ffn) for each in blocks if each.anatomy.ffn), 0)
+        sizes = sizes if block.anatomy.ffn and len(block.ffn) == first else {}
+        sizes |= {keys["experts"]: block.expert_count} if block.anatomy.experts else {}
     if not block.has_attention:
         return sizes | {"skip": ["attention"]}
     heads = {"heads": block.kv_heads * block.queries_per_head, "kv_heads": block.kv_heads}
@@ -153,9 +158,10 @@ def _difference(block: Block, dense: Block, usual: str) -> dict[str, Any]:
     before = {name: list(value.shape) for name, value in dense.module.state_dict().items()}
     now = {name: list(value.shape) for name, value in block.module.state_dict().items()}
     own: dict[str, Any] = {"shapes": {name: shape for name, shape in now.items() if before.get(name) != shape}}
+    counts = [*(block.attention.counts if block.has_attention else ())]
+    counts += [*(block.experts.units.counts if block.anatomy.experts else ())]
+    own["counts"] = {path: n for path in counts if (n := _count(block, path)) != _count(dense, path)}
     if block.has_attention:
-        own["counts"] = {path: _count(block, path) for path in block.attention.counts}
-        own["counts"] = {path: n for path, n in own["counts"].items() if n != _count(dense, path)}
         parts = {path: block.part(path) for path in block.attention_paths}
         own["gather"] = {path: part.in_features for path, part in parts.items() if isinstance(part, Gather)}
         own["scatter"] = {path: part.out_features for path, part in parts.items() if isinstance(part, Scatter)}

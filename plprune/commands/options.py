@@ -9,7 +9,7 @@ import docstring_parser
 Command = TypeVar("Command", bound=Callable[..., None])
 HELP = {
     "model": "A folder, a name on the hub, a `.gguf` file, or `package://PACKAGE/FILE.gguf`.",
-    "method": "Pruning method: FLAP, FASP, CFSP, TwoSSP, LearnedGates, or the dotted path of another class. "
+    "method": "Pruning method: FLAP, FASP, CFSP, TwoSSP, LearnedGates, REAP, or the dotted path of another class. "
     "`--method.help NAME` lists its settings.",
     "target": "Upper limits for the pruned model. If given, the sparsity is computed from them, and "
     "`method.sparsity` is ignored.",

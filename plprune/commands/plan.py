@@ -241,6 +241,7 @@ def _sizes(record: Record) -> list[str]:
     rows: list[tuple[str, str, Form, float]] = [
         ("parameters", "parameters", "short", 1),
         ("  in the blocks", "block_parameters", "short", 1),
+        ("  that a token reaches", "active_parameters", "short", 1),
         ("weights", "weight_bytes", "bytes", 1),
         (f"KV cache of {context} tokens", "cache_bytes", "bytes", 1),
         ("  per token", "cache_bytes", "bytes", context),
@@ -249,6 +250,8 @@ def _sizes(record: Record) -> list[str]:
     ]
     if before["reading_flops"] == before["generating_flops"]:
         rows.pop()
+    if before["active_parameters"] == before["parameters"]:
+        rows.remove(next(row for row in rows if row[1] == "active_parameters"))
     lines = [f"{'':<28}{'before':>12}   after"]
     for title, key, form, of in rows:
         later = _between(after[key], lambda x, f=form, n=of: format_value(x / n, f))

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from plprune.architecture.blocks import Block, blocks_of
+from plprune.architecture.cutting import held
 from plprune.architecture.modules import is_projection, matrix
 from plprune.pruning.plan import block_name, block_of
 from plprune.pruning.surgery import Surgery
@@ -27,6 +28,7 @@ class Structure:
     """The size of a model, and of its KV cache and operations for sequences of a given length."""
 
     parameters: int  # tied ones once
+    active_parameters: int  # of them, those that one token reaches: of the experts only as many as run for it
     block_parameters: int
     weight_bytes: int
     cache_bytes: int  # KV cache of one sequence
@@ -105,7 +107,8 @@ def pruned_skeleton(
     for block in surgery.blocks:
         for group in block.all_groups if block.index not in gone else []:
             count = counts.get(group.name, len(group))
-            gain = torch.zeros(len(matrix(block.part(group.consumer.path)))) if biased and count else None
+            gains = biased and count and group.kind != "expert"
+            gain = torch.zeros(len(matrix(block.part(group.consumer.path)))) if gains else None
             if count < len(group):
                 surgery.keep(block, group, torch.arange(count), bias_gain=gain)
     if gone:
@@ -121,7 +124,7 @@ def structure(model: PreTrainedModel, context: int) -> Structure:
     token, with H query heads of dimension hd. Norms, activation functions and rotary embeddings are not counted.
     """
     blocks, parameters = blocks_of(model), list(model.parameters())
-    linear = 2 * sum(m.weight.numel() for m in linear_layers(model))
+    linear = 2 * sum(m.weight.numel() for m in linear_layers(model)) + sum(map(_expert_flops, blocks))
     cache, reading, generating = 0, 0.0, 0.0
     for block, span in zip(blocks, attention_spans(model), strict=True):
         if block.has_kv_cache:
@@ -131,6 +134,7 @@ def structure(model: PreTrainedModel, context: int) -> Structure:
             generating += 4 * width * block.queries_per_head * min(context, span)
     return Structure(
         parameters=sum(p.numel() for p in parameters),
+        active_parameters=sum(p.numel() for p in parameters) - sum(block.idle_parameters for block in blocks),
         block_parameters=sum(block.parameters() for block in blocks),
         weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
         cache_bytes=cache,
@@ -152,10 +156,22 @@ def mean_span(context: int, window: float = math.inf) -> float:
 
 def block_flops(block: Block, length: int, window: float = math.inf) -> float:
     """Mean operations of a block per token of a sequence of `length` tokens."""
-    linear = 2 * sum(m.weight.numel() for m in linear_layers(block.module))
+    linear = 2 * sum(m.weight.numel() for m in linear_layers(block.module)) + _expert_flops(block)
     if not block.has_kv_cache:
         return linear
     return linear + 4 * block.kv_heads * block.queries_per_head * block.head_dim * mean_span(length, window)
+
+
+def _expert_flops(block: Block) -> int:
+    """Operations per token of the experts that run for it, and of a router that is no linear layer."""
+    if not block.expert_count:
+        return 0
+    found = block.experts
+    stacked = sum(p.numel() for p in block.part(found.path).parameters(recurse=False))
+    others = [held(block.module, part.path) for part in found.units.producers]
+    inside = {id(each) for m in (block.part(found.path), *linear_layers(block.module)) for each in m.parameters()}
+    router = sum(t.numel() for t in others if t is not None and t.ndim == 2 and id(t) not in inside)
+    return 2 * (stacked * found.active // block.expert_count + router)
 
 
 def linear_layers(module: nn.Module) -> list[nn.Linear]:

@@ -204,6 +204,7 @@ def same_values(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def _sums(values: Tensor) -> Tensor:
+    values = values.flatten(0, -2) if values.ndim > 2 else values  # the stacked weights of experts
     if values.ndim != 2 or not values.is_contiguous() or values.shape[1] * values.element_size() % 8:
         return values.clone()
     bits = values.view(torch.int64)

@@ -16,10 +16,12 @@ from plprune.io import distributed
 from plprune.io.progress import Progress
 from plprune.pruning.block_sources import BlockSource, Fresh, Recalled, Replayed
 from plprune.pruning.calibration import Calibration
+from plprune.pruning.expert_inputs import ExpertStatistic, watched
 from plprune.pruning.forward import BlockInputs, evaluating, split_call
 from plprune.pruning.statistics import BlockInfluence, Statistic
 
 S = TypeVar("S", bound=Statistic)
+E = TypeVar("E", bound=ExpertStatistic)
 
 
 def stream(
@@ -124,6 +126,21 @@ def observe_groups(
             merging.merge(inputs.group)
     inputs.observed.append(statistics)
     return [(group, statistics[group.consumer.path]) for group in groups]
+
+
+def observe_experts(block: Block, inputs: BlockInputs, statistic: E) -> E:
+    """Runs a block once over its inputs, of all processes, and gives a statistic what each of its experts sees.
+
+    The same run measures how far the block moves its hidden states (`inputs.influence`) and keeps its outputs.
+    """
+    inputs.influence = BlockInfluence()
+    watching = watched(block.part(block.experts.path), statistic.update) if block.expert_count else None
+    with watching or contextlib.nullcontext():
+        inputs.run(inputs.influence)
+    if inputs.group is not None:
+        for merging in (statistic, inputs.influence):
+            merging.merge(inputs.group)
+    return statistic
 
 
 def _first_source(fresh: Fresh) -> BlockSource:

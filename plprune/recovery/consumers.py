@@ -51,7 +51,8 @@ def unfreeze(model: PreTrainedModel, plan: PruningPlan | None) -> list[str]:
 
 def consumers(block: Block, plan: PruningPlan | None) -> list[str]:
     """Paths of the consumers in a block that a plan or its predecessors have pruned; without a plan, all consumers."""
-    by_kind = {group.kind: group.consumer.path for group in block.all_groups}
+    own = [group for group in block.all_groups if not group.kind.startswith("expert")]  # these are stacked
+    by_kind = {group.kind: group.consumer.path for group in own}
     if plan is None:
         return list(dict.fromkeys(by_kind.values()))
     pruned = plan.pruned_groups()

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from plprune.architecture.blocks import UNITS
 from plprune.checkpoint.model_card import RECORD
 from plprune.pruning.plan import FILE, PruningPlan
 from plprune.report.page import at
@@ -105,7 +106,7 @@ def _blocks(plan: PruningPlan) -> list[dict[str, Any]]:
     usual = {name.rpartition(".")[2]: size for name, size in sizes.items()}  # of blocks that were not pruned
     blocks = []
     for i, before in enumerate(first):
-        names = {kind: f"blocks.{i}.{kind}" for kind in ("attention", "value", "ffn") if kind in usual}
+        names = {kind: f"blocks.{i}.{kind}" for kind in UNITS if kind in usual}
         units = {
             kind: [len(kept[name]), sizes[name]] if name in kept else [usual[kind]] * 2 for kind, name in names.items()
         }

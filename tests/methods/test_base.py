@@ -14,6 +14,7 @@ from plprune import (
     CFSP,
     FASP,
     FLAP,
+    REAP,
     Calibration,
     LearnedGates,
     PruningMethod,
@@ -29,7 +30,9 @@ from plprune.pruning.allocation import top_k
 from plprune.pruning.surgery import Surgery, plan_of
 from tests.builders import tiny, windows
 
-every_method = pytest.mark.parametrize("method", [CFSP, FASP, FLAP, LearnedGates, TwoSSP])
+EVERY = [CFSP, FASP, FLAP, LearnedGates, TwoSSP]
+every_method = pytest.mark.parametrize("method", EVERY)
+and_of_experts = pytest.mark.parametrize("method", [*EVERY, REAP])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +86,7 @@ def test_the_fingerprint_of_a_text_is_of_its_windows_and_not_of_the_batches() ->
     assert Calibration([ids.flip(0)]).fingerprint not in prints
 
 
-@every_method
+@and_of_experts
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 2])
 def test_every_method_refuses_a_sparsity_outside_of_0_to_1(method: Any, sparsity: float) -> None:
     with pytest.raises(ValueError, match=r"fraction in \[0, 1\)"):
@@ -100,7 +103,7 @@ def test_every_method_refuses_what_is_out_of_reach_and_leaves_the_model_alone(me
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-@every_method
+@and_of_experts
 def test_settings_are_frozen(method: Any) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         method().sparsity = 0.5

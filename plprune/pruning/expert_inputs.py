@@ -1,0 +1,124 @@
+"""Shows what each expert of a mixture sees: its tokens, their routing weights, its inner activations and its outputs.
+
+An implementation of experts of our own is registered with transformers, and chosen by the config for the duration of a
+context. Experts with fewer than `FEW` tokens say little.
+"""
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from plprune.io.distributed import ProcessGroup, all_reduce_sum
+
+FEW = 8  # tokens
+NAME = "plprune"
+
+# expert, rows of its tokens [n], routing weights [n], inner activations [n, channels], outputs before them [n, d]
+Watcher = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
+_WATCHERS: WeakKeyDictionary[nn.Module, Watcher] = WeakKeyDictionary()
+
+
+class ExpertStatistic(ABC):
+    """A running statistic of the experts of one block."""
+
+    @abstractmethod
+    def update(self, expert: int, tokens: Tensor, weights: Tensor, inner: Tensor, outputs: Tensor) -> None:
+        """Adds the tokens of one expert.
+
+        Args:
+            expert: Its index.
+            tokens: Rows of its tokens among all tokens, [n].
+            weights: Their routing weights, [n].
+            inner: The inputs of its last projection, [n, channels].
+            outputs: What it computes, before the routing weights, [n, d].
+        """
+
+    @abstractmethod
+    def merge(self, group: ProcessGroup) -> None:
+        """Adds the batches of all other processes."""
+
+
+class Saliency(ExpertStatistic):
+    r"""The mean over an expert's tokens of their routing weight times the norm of its output (REAP), and their number.
+
+    .. math:: S_e = \frac{1}{|T_e|} \sum_{t \in T_e} g_e(x_t) \, \lVert f_e(x_t) \rVert_2
+
+    Args:
+        experts: How many there are.
+
+    Example:
+        >>> s = Saliency(2)
+        >>> s.update(1, torch.tensor([0, 3]), torch.tensor([0.5, 1.0]), torch.zeros(2, 1), torch.tensor([[4.0], [3.0]]))
+        >>> s.tokens, s.mean
+        (tensor([0, 2]), tensor([0.0000, 2.5000], dtype=torch.float64))
+    """
+
+    def __init__(self, experts: int) -> None:
+        self.tokens = torch.zeros(experts, dtype=torch.int64)
+        self._sum = torch.zeros(experts, dtype=torch.float64)
+
+    def update(self, expert: int, tokens: Tensor, weights: Tensor, inner: Tensor, outputs: Tensor) -> None:
+        norms = torch.linalg.vector_norm(outputs, dim=1, dtype=torch.float64)
+        self.tokens[expert] += len(tokens)
+        self._sum[expert] += (weights.double() * norms).sum().cpu()
+
+    def merge(self, group: ProcessGroup) -> None:
+        self.tokens, self._sum = all_reduce_sum(self.tokens, group), all_reduce_sum(self._sum, group)
+
+    @property
+    def mean(self) -> Tensor:  # [experts]
+        """The saliency of each expert; 0 without tokens."""
+        return self._sum / self.tokens.clamp(min=1)
+
+
+@contextlib.contextmanager
+def watched(experts: nn.Module, watcher: Watcher) -> Iterator[None]:
+    """Shows a watcher what experts see, for the duration of the context."""
+    config: Any = experts.config
+    before, _WATCHERS[experts] = config._experts_implementation, watcher
+    config._experts_implementation = NAME
+    try:
+        yield
+    finally:
+        config._experts_implementation = before
+        del _WATCHERS[experts]
+
+
+def _run(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Runs experts one by one: [n, d] hidden states, [n, k] experts of each token, and [n, k] routing weights."""
+    order = index.flatten().argsort(stable=True)
+    tokens, scales = order // index.shape[1], weights.flatten()[order]
+    counts = torch.bincount(index.flatten(), minlength=experts.num_experts)[: experts.num_experts].tolist()
+    output, start = torch.zeros_like(hidden), 0
+    for expert, count in enumerate(counts):
+        rows, scale = tokens[start : start + count], scales[start : start + count]
+        start += count
+        if count:
+            inner = _inner(experts, expert, hidden[rows])
+            outputs = _linear(experts, "down_proj", expert, inner)
+            if experts.has_post_expert_norm:
+                outputs = experts.post_expert_norm(outputs)
+            _WATCHERS[experts](expert, rows, scale, inner, outputs)
+            output.index_add_(0, rows, (outputs * scale[:, None]).to(output.dtype))
+    return output
+
+
+def _inner(experts: Any, expert: int, hidden: Tensor) -> Tensor:
+    if experts.has_gate:
+        return experts._apply_gate(_linear(experts, "gate_up_proj", expert, hidden))
+    return experts.act_fn(_linear(experts, "up_proj", expert, hidden))
+
+
+def _linear(experts: Any, name: str, expert: int, x: Tensor) -> Tensor:
+    weight = getattr(experts, name)[expert]
+    bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
+    return nn.functional.linear(x, weight.T if experts.is_transposed else weight, bias)
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, _run)
