@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from plprune.architecture.anatomy import ModelAnatomy, Part, by_producer
 from plprune.architecture.blocks import dense_class
 from plprune.architecture.depth import DEPTHS
-from plprune.architecture.discovery import discover
+from plprune.architecture.discovery import discover, shaping
 from plprune.architecture.modules import width
 from plprune.architecture.probing import empty
 
@@ -23,7 +23,7 @@ def size_keys(model: PreTrainedModel) -> Keys:
     far as there are any.
     """
     kind, config = dense_class(model)
-    key = kind, config.to_json_string()
+    key = kind, shaping(config)
     if key not in _FOUND:
         search = Search(kind, config, discover(kind, config))
         _FOUND[key] = search.ffn() | search.heads() | search.experts()

@@ -7,6 +7,7 @@ One block of each kind is run without its weights (`plprune.architecture.probing
 import contextlib
 import dataclasses
 import itertools
+import json
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -139,11 +140,25 @@ def check_supported(config: PreTrainedConfig) -> None:
         raise ValueError(f"{kind!r} is an encoder-decoder, which plprune does not prune; use a decoder-only model")
 
 
+# what a block does not depend on: names, numbers of weights outside of blocks, and how weights begin or are stored
+APART = ("_name_or_path", "architectures", "dtype", "initializer_range", "tie_word_embeddings", "transformers_version")
+APART += ("use_cache", "vocab_size")
+
+
+def shaping(config: PreTrainedConfig) -> str:
+    """A config as text, without what its blocks do not depend on: models alike in the rest have one anatomy."""
+
+    def kept(values: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in values.items() if k not in APART and not k.endswith("_token_id")}
+
+    return json.dumps(json.loads(config.to_json_string(), object_hook=kept))
+
+
 def discover(kind: type[PreTrainedModel], config: PreTrainedConfig) -> ModelAnatomy:
     """Finds the decoder blocks of a class of models with a config, and their units."""
-    key = kind, config.to_json_string()
+    key = kind, shaping(config)
     if key not in _DISCOVERED:
-        with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]), _double():  # whatever was set
+        with _on_cpu(), torch.no_grad(), torch.random.fork_rng(devices=[]), _double():  # whatever was set
             _DISCOVERED[key] = _discover(kind, config)
     return _DISCOVERED[key]
 
@@ -205,6 +220,12 @@ def _with_shared_heads(each: Anatomy) -> Anatomy:
             "attention", f"{each.attention.consumer.path}, as blocks read the keys and values of others"
         )
     return dataclasses.replace(each, mixer="")
+
+
+def _on_cpu() -> contextlib.AbstractContextManager[Any]:
+    """Makes new tensors on the CPU; where they are made there anyhow, the context would double the time."""
+    there = torch.get_default_device() == torch.device("cpu")
+    return contextlib.nullcontext() if there else torch.device("cpu")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """Units that probing finds, against what the models' code says; and blocks that must be refused."""
 
+import copy
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -7,7 +9,7 @@ from transformers import PreTrainedModel
 from plprune.architecture.anatomy import Anatomy, Part, Slice
 from plprune.architecture.blocks import anatomy_of, blocks_of
 from plprune.architecture.config_keys import size_keys
-from plprune.architecture.discovery import check_supported
+from plprune.architecture.discovery import check_supported, discover, shaping
 from tests.builders import tiny
 from tests.zoo import build
 
@@ -92,6 +94,25 @@ def test_models_without_units_are_refused(kind: str, said: str) -> None:
 def test_an_encoder_decoder_is_refused() -> None:
     with pytest.raises(ValueError, match="'bart' is an encoder-decoder"):
         check_supported(build("bart").config.__class__(is_encoder_decoder=True))
+
+
+def test_what_no_block_depends_on_is_not_probed_anew() -> None:
+    model = tiny("gemma2")
+    first = anatomy_of(model)
+    assert anatomy_of(tiny("gemma2", tie_word_embeddings=False, vocab_size=310, pad_token_id=3)) is first
+    assert discover(type(model), type(model.config).from_dict(model.config.to_dict() | {"dtype": "bfloat16"})) is first
+    for key, value in (("num_key_value_heads", 8), ("layer_types", ["full_attention"] * 3), ("attention_bias", True)):
+        other = copy.deepcopy(model.config)
+        setattr(other, key, value)
+        assert shaping(other) != shaping(model.config)
+
+
+def test_units_are_found_on_the_cpu_whatever_the_default_device() -> None:
+    model = tiny("llama", max_position_embeddings=131)  # a config of its own, as what was found is kept
+    with torch.device("meta"):
+        (found,) = kinds(model)
+    assert found.attention is not None
+    assert found.attention.consumer.index.tolist() == torch.arange(32).view(4, 8).tolist()
 
 
 def test_a_smaller_block_has_the_first_units_counted_anew() -> None:

@@ -36,7 +36,7 @@ def scaled_when_cached(module: Any, query: Tensor, key: Tensor, *args: Any, **kw
 
 
 @pytest.mark.parametrize(
-    ("attention", "vocabulary", "said"),
+    ("attention", "positions", "said"),
     [
         (fixed, 301, r"without unit 2 of 4 the block fails \(RuntimeError: shape '\[1, 4, 8, 4\]' is invalid"),
         (scaled, 302, r"without unit 2 of 4 the inputs of self_attn.o_proj differ by 0.25 of the largest"),
@@ -44,10 +44,10 @@ def scaled_when_cached(module: Any, query: Tensor, key: Tensor, *args: Any, **kw
     ],
 )
 def test_heads_that_fail_their_proof_are_refused(
-    attention: Callable[..., Any], vocabulary: int, said: str, monkeypatch: pytest.MonkeyPatch
+    attention: Callable[..., Any], positions: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(modeling_llama, "eager_attention_forward", attention)
-    model = tiny("llama", vocab_size=vocabulary)  # a config of its own, as what was found is kept
+    model = tiny("llama", max_position_embeddings=positions)  # a config of its own, as what was found is kept
     refusal = rf"cannot prune the kv heads of model.layers.0.self_attn.o_proj, as {said}.*leaves attention alone"
     with pytest.raises(ValueError, match=refusal):
         Request(FLAP(sparsity=0.2)).predict_sizes(model)
