@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
@@ -127,7 +128,7 @@ def cut(model: PreTrainedModel, pruned: dict[str, Any]) -> None:
     for index, layer in pruned["layers"].items():
         block = blocks[int(index)]
         if "attention" in layer.get("skip", ()):
-            replace(block, layer.get("attention", pruned["attention"]), NoAttention(int(index)))
+            replace(block, layer.get("attention", pruned["attention"]), NoAttention(int(index), model.config))
         for path, width in layer.get("gather", {}).items():
             replace(block, path, Gather(block.get_submodule(path), torch.arange(width), width))
         for path, width in layer.get("scatter", {}).items():
@@ -220,13 +221,18 @@ class NoAttention(nn.Module):
 
     It stores an entry of width one in the cache, because the cache reads the sequence length from its first layer;
     without an entry, all positions would be wrong.
+
+    Args:
+        layer_idx: Index of the block.
+        config: The model's. vLLM looks at it, and for one call of the attention interface in the source of `forward`,
+            and refuses models with a block that has neither.
     """
 
     names = ("cache", "past_key_values", "layer_past")  # of the cache, in different families and releases
 
-    def __init__(self, layer_idx: int) -> None:
+    def __init__(self, layer_idx: int, config: Any = None) -> None:
         super().__init__()
-        self.layer_idx = layer_idx
+        self.layer_idx, self.config = layer_idx, config
 
     def forward(self, hidden_states: Tensor, *_: Any, **passed: Any) -> tuple[Tensor, None]:
         cache = next((passed[name] for name in self.names if passed.get(name) is not None), None)
@@ -234,6 +240,9 @@ class NoAttention(nn.Module):
             batch, length, _width = hidden_states.shape
             entry = hidden_states.new_zeros(batch, 1, length, 1)
             cache.update(entry, entry, self.layer_idx)
+        if self.layer_idx is None:  # never
+            attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+            attend(self, hidden_states, hidden_states, hidden_states, None)
         return torch.zeros_like(hidden_states), None
 
 

@@ -66,6 +66,7 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
 ```
 
+`vllm serve FOLDER --trust-remote-code` serves it.
 `lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks ...` evaluates it. For llama.cpp
 (`llama-cli -m FILE.gguf`), and for programs that read DeciLM: `plprune export FOLDER --to gguf,decilm --output OUT`."""
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from plprune.architecture import modeling_plprune
-from plprune.architecture.modeling_plprune import PrunedConfigMixin, PrunedForCausalLM
+from plprune.architecture.modeling_plprune import PrunedConfigMixin
 from plprune.architecture.modules import tied
 from plprune.checkpoint.load import REPAIRED
 from plprune.checkpoint.locate import cached_folder, locate, resolve_path
@@ -110,9 +110,12 @@ def write_model(
     model.save_pretrained(folder, state_dict=state | biases, max_shard_size=max_shard_size, **names)
     custom = isinstance(config, PrunedConfigMixin)
     stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING
-    config.architectures = [PrunedForCausalLM.__name__ if custom else stock[type(config)].__name__]
+    # vLLM runs the models of a folder's own code under this name.
+    config.architectures = ["TransformersForCausalLM" if custom else stock[type(config)].__name__]
     config.dtype = model.dtype
     config.tie_word_embeddings = tied(model)
+    if theta := (getattr(config, "rope_parameters", None) or {}).get("rope_theta"):
+        config.rope_theta = theta  # where mlx-lm and programs of transformers' older releases look
     config.save_pretrained(folder)
     code = folder / Path(modeling_plprune.__file__).name
     if custom:

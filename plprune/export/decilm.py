@@ -9,6 +9,7 @@ where d is the model width and the outer brackets round up to a multiple of 256.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from plprune.architecture.blocks import Block, blocks_of
 from plprune.architecture.modeling_plprune import Gather, Scatter
 from plprune.architecture.modules import innermost, tied
 from plprune.checkpoint.weights import SINGLE, check_values, tensor_entries
+from plprune.export import configuration_decilm
 from plprune.io.atomic import staged
 
 MULTIPLE = 256
@@ -73,6 +75,7 @@ def write(
     with staged(folder, overwrite) as temporary:
         temporary.mkdir()
         (temporary / "config.json").write_text(json.dumps(config_of(model), indent=2, sort_keys=True) + "\n")
+        shutil.copyfile(configuration_decilm.__file__, temporary / Path(configuration_decilm.__file__).name)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(temporary)
         weights = _weights(model)
@@ -94,6 +97,7 @@ def config_of(model: PreTrainedModel) -> dict[str, Any]:
         "rope_scaling": scaling,
         "model_type": "nemotron-nas",
         "architectures": ["DeciLMForCausalLM"],
+        "auto_map": {"AutoConfig": f"{configuration_decilm.__name__.rpartition('.')[2]}.DeciLMConfig"},
         "block_configs": [block_config(b, model.config.hidden_size) for b in blocks_of(model)],
         "dtype": str(model.dtype).removeprefix("torch."),
         "tie_word_embeddings": tied(model),

