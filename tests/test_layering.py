@@ -61,7 +61,7 @@ ORDER = {
         ["discovery"],
         ["experts", "proof", "tracing"],
         ["trials"],
-        ["cutting", "probing"],
+        ["cutting", "probing", "wrappers"],
         ["anatomy", "attached"],
         ["modeling_plprune", "modules"],
     ],

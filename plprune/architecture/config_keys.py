@@ -13,6 +13,7 @@ from plprune.architecture.depth import DEPTHS
 from plprune.architecture.discovery import discover, shaping
 from plprune.architecture.modules import width
 from plprune.architecture.probing import empty
+from plprune.architecture.wrappers import text_config
 
 Keys = dict[str, str]  # width, heads, kv_heads, head_dim, experts -> the config's key
 NOT_SIZES = (*DEPTHS, "vocab_size")
@@ -44,7 +45,8 @@ class Search:
 
     def __init__(self, kind: type[PreTrainedModel], config: PreTrainedConfig, anatomy: ModelAnatomy) -> None:
         self.kind, self.config, self.anatomy = kind, config, anatomy
-        self.values = {k: v for k, v in config.to_dict().items() if v is None or type(v) is int}
+        own = text_config(config).to_dict()
+        self.values = {k: v for k, v in own.items() if v is None or type(v) is int}
         self.dense = empty(kind, config)
 
     def ffn(self) -> Keys:
@@ -106,7 +108,7 @@ class Search:
         config = copy.deepcopy(self.config)
         try:
             for key, value in changes.items():
-                setattr(config, key, value)
+                setattr(text_config(config), key, value)
             return empty(self.kind, config).get_submodule(f"{self.anatomy.blocks}.{index}")
         except Exception:  # classes refuse values in many ways
             return None

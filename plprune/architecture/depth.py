@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from plprune.architecture.probing import empty
+from plprune.architecture.wrappers import text_config
 
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # keys of a config
 
@@ -60,11 +61,11 @@ _FOUND: dict[tuple[type, str, tuple[int, ...]], Shorter | None] = {}
 
 def _search(kind: type[PreTrainedModel], config: PreTrainedConfig, blocks: str, kept: Sequence[int]) -> Shorter | None:
     dense = empty(kind, config)
-    for changes in _candidates(config.to_dict(), len(dense.get_submodule(blocks)), kept):  # type: ignore[arg-type]
+    for changes in _candidates(text_config(config).to_dict(), len(dense.get_submodule(blocks)), kept):  # type: ignore[arg-type]
         own = copy.deepcopy(config)
         try:
             for name, value in changes.items():
-                setattr(own, name, value)
+                setattr(text_config(own), name, value)
             short = empty(kind, own)
         except Exception:  # classes refuse values in many ways
             continue

@@ -35,6 +35,7 @@ from plprune.architecture.probing import (
 from plprune.architecture.proof import Proof
 from plprune.architecture.tracing import Found, Source, Tracer, bit_code, found_in
 from plprune.architecture.trials import Fault, Trial, failure, projection_rows
+from plprune.architecture.wrappers import in_text_decoder, text_config
 
 
 class Assembly:
@@ -298,9 +299,10 @@ class _Changed(dict[str, Tensor]):
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The list of decoder blocks: as long as the config says, and the largest of those."""
-    config = model.config.get_text_config(decoder=True)
+    config = text_config(model.config)
     depth = getattr(config, "num_hidden_layers", None) or getattr(config, "num_layers", None)
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    lists = [(n, m) for n, m in lists if in_text_decoder(model, n)] or lists  # a tower may be as deep
     if not lists:
         raise ValueError(f"{config.model_type!r} has no list of {depth} decoder blocks, so plprune cannot prune it")
     return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))

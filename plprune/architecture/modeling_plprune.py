@@ -24,12 +24,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    MODEL_MAPPING,
+)
 
 Mixin: Any = object
+TEXT = "text_config"  # the key of the text decoder's config inside that of a larger model
+WHOLE = (  # classes that load a text decoder with the towers beside it
+    (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+    (AutoModelForMultimodalLM, MODEL_FOR_MULTIMODAL_LM_MAPPING),
+)
 
 
 # It warns about the sizes before pruning, with which the family's class is built.
@@ -51,7 +68,7 @@ class PrunedConfig(PreTrainedConfig):
 class PrunedForCausalLM:
     """Loads a pruned model, as a subclass of the family's class; `auto_map` in `config.json` names this class."""
 
-    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    mappings: Any = (MODEL_FOR_CAUSAL_LM_MAPPING,)
 
     @classmethod
     def from_pretrained(cls, name: str, *args: Any, config: Any = None, **kwargs: Any) -> PreTrainedModel:
@@ -67,10 +84,16 @@ class PrunedForCausalLM:
         """Does nothing: `save_pretrained` always copies this file."""
 
 
+class PrunedForMultimodalLM(PrunedForCausalLM):
+    """Loads a model whose text decoder was pruned, whole, as a subclass of the family's class."""
+
+    mappings: Any = tuple(mapping for _, mapping in WHOLE)
+
+
 class PrunedModel(PrunedForCausalLM):
     """Loads a pruned model without its head."""
 
-    mapping: Any = MODEL_MAPPING
+    mappings: Any = (MODEL_MAPPING,)
 
 
 class PrunedModelMixin(Mixin):
@@ -92,7 +115,8 @@ class PrunedConfigMixin(Mixin):
     """Writes the classes of this file to `config.json`, in addition to the family's config."""
 
     def to_dict(self) -> dict[str, Any]:
-        classes = {"AutoConfig": PrunedConfig, "AutoModel": PrunedModel, "AutoModelForCausalLM": PrunedForCausalLM}
+        classes = {"AutoConfig": PrunedConfig}
+        classes |= {auto.__name__: loader for auto, loader in loaders(type(self).__mro__[2]).items()}
         return super().to_dict() | {
             "model_type": PrunedConfig.model_type,
             "base_model_type": type(self).model_type,
@@ -104,19 +128,36 @@ class PrunedConfigMixin(Mixin):
         return super().to_diff_dict() | {key: values[key] for key in ("model_type", "base_model_type", "auto_map")}
 
 
+def is_wrapper(config: Any) -> bool:
+    """Whether models with a config of some class have a text decoder among other parts, as towers that see."""
+    return TEXT in config.sub_configs and any(config in mapping for _, mapping in WHOLE)
+
+
+def loader_of(base: type[PreTrainedConfig]) -> type[PrunedForCausalLM]:
+    """The class that loads pruned models of a family."""
+    return PrunedForMultimodalLM if is_wrapper(base) else PrunedForCausalLM
+
+
+def loaders(base: type[PreTrainedConfig]) -> dict[Any, type[PrunedForCausalLM]]:
+    """What each of transformers' auto classes loads pruned models of a family by."""
+    autos = [auto for auto, mapping in WHOLE if base in mapping] if is_wrapper(base) else [AutoModelForCausalLM]
+    return {AutoModel: PrunedModel, **dict.fromkeys(autos, loader_of(base))}
+
+
 @functools.cache
 def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """Makes the config class of a family's pruned models from the family's config class."""
     pruned = type(f"Pruned{base.__name__}", (PrunedConfigMixin, base), {"__module__": __name__})
-    AutoModel.register(pruned, PrunedModel)
-    AutoModelForCausalLM.register(pruned, PrunedForCausalLM)
+    for auto, loader in loaders(base).items():
+        auto.register(pruned, loader)
     return pruned
 
 
 @functools.cache
 def model_class(loader: type[PrunedForCausalLM], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
     """Makes the model class for a config class from :func:`config_class`."""
-    base: Any = loader.mapping[config.__mro__[2]]
+    dense = config.__mro__[2]
+    base: Any = next(mapping[dense] for mapping in loader.mappings if dense in mapping)
     values = {"__module__": __name__, "config_class": config}
     return type(f"Pruned{base.__name__}", (PrunedModelMixin, base), values)
 

@@ -29,6 +29,7 @@ from transformers import (
 from plprune.architecture.discovery import check_supported
 from plprune.architecture.modeling_plprune import Gather, Scatter
 from plprune.architecture.modules import saved_buffers, set_parameter, tie, tied
+from plprune.architecture.wrappers import auto_class
 from plprune.checkpoint.locate import cached_folder, check_no_adapter, download, resolve_path
 from plprune.checkpoint.stock_config import config_from, make_savable, pruned_skeleton, skeleton
 from plprune.checkpoint.stored import Dtype, ModelWeights, StoredWeights
@@ -212,9 +213,10 @@ def load_stage(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Prunin
 def _load_dense(stored: StoredWeights, dtype: Dtype) -> PreTrainedModel:
     if stored.fp8:  # transformers dequantises on some machines only, and wrongly where blocks do not divide the weight
         return _load_fp8(stored, dtype)
-    loading: Any = AutoModelForCausalLM.from_pretrained(
+    config = _read_config(stored.name)
+    loading: Any = auto_class(type(config)).from_pretrained(
         str(stored.folder),
-        config=_read_config(stored.name),
+        config=config,
         dtype=getattr(torch, dtype),
         output_loading_info=True,
         ignore_mismatched_sizes=True,

@@ -8,7 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+
 from plprune.architecture.blocks import UNITS
+from plprune.architecture.wrappers import auto_class
 from plprune.io.tables import markdown_table
 from plprune.pruning.plan import PruningPlan
 
@@ -38,17 +41,35 @@ def record_of(folder: str | Path) -> dict[str, Any]:
 
 def card(plan: PruningPlan, record: dict[str, Any], parity: str = "") -> str:
     """The text of a model card."""
-    name = Path(plan.chain()[0].origin.get("model") or "").name or plan.config.get("model_type", "a model")
+    family = plan.config.get("model_type", "")
+    auto = auto_class(CONFIG_MAPPING[family]) if family in CONFIG_MAPPING else AutoModelForCausalLM
+    name = Path(plan.chain()[0].origin.get("model") or "").name or family or "a model"
     parts = [
-        _front(plan, record),
-        f"# {name}, pruned\n\n{_summary(plan)}",
+        _front(plan, record, auto),
+        f"# {name}, pruned\n\n{_summary(plan)}{'' if auto is AutoModelForCausalLM else TOWERS}",
         "## What was removed\n\n" + "\n\n".join(_step(step) for step in plan.chain()),
         _quality(record),
-        "## How to load it\n\n" + LOADING,
+        "## How to load it\n\n" + _loading(auto),
         f"## Checked\n\n{parity}" if parity else "",
         "## Where it comes from\n\n" + _origin(plan, record),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+TOWERS = (
+    " Only its text decoder was pruned, judged on text alone. All else, as towers that see and their projectors, is "
+    "as it came."
+)
+
+
+def _loading(auto: type) -> str:
+    if auto is AutoModelForCausalLM:
+        return f"{LOADING}\n\n{ELSEWHERE}"
+    return (
+        LOADING.replace("AutoModelForCausalLM", auto.__name__)
+        .replace("AutoTokenizer", "AutoProcessor")
+        .replace("tokenizer =", "processor =")
+    )
 
 
 LOADING = """```python
@@ -64,16 +85,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
-```
-
+```"""
+ELSEWHERE = """\
 `vllm serve FOLDER --trust-remote-code` serves it.
 `lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks ...` evaluates it. For llama.cpp
 (`llama-cli -m FILE.gguf`), and for programs that read DeciLM: `plprune export FOLDER --to gguf,decilm --output OUT`."""
 
 
-def _front(plan: PruningPlan, record: dict[str, Any]) -> str:
+def _front(plan: PruningPlan, record: dict[str, Any], auto: type) -> str:
     licence = record.get("licence")
-    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [plprune, pruned]"]
+    task = "image-text-to-text" if auto is AutoModelForImageTextToText else "text-generation"
+    lines = ["library_name: transformers", f"pipeline_tag: {task}", "tags: [plprune, pruned]"]
     model = plan.chain()[0].origin.get("model") or ""
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         lines.append(f"base_model: {model}")

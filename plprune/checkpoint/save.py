@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from plprune.architecture import modeling_plprune
-from plprune.architecture.modeling_plprune import PrunedConfigMixin
+from plprune.architecture.blocks import dense_class
+from plprune.architecture.modeling_plprune import PrunedConfigMixin, PrunedForMultimodalLM, is_wrapper
 from plprune.architecture.modules import tied
 from plprune.checkpoint.load import REPAIRED
 from plprune.checkpoint.locate import cached_folder, locate, resolve_path
@@ -109,9 +109,10 @@ def write_model(
     names: dict[str, Any] = {"save_original_format": False}  # not the names of older transformers
     model.save_pretrained(folder, state_dict=state | biases, max_shard_size=max_shard_size, **names)
     custom = isinstance(config, PrunedConfigMixin)
-    stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    dense, own = dense_class(model)
     # vLLM runs the models of a folder's own code under this name.
-    config.architectures = ["TransformersForCausalLM" if custom else stock[type(config)].__name__]
+    name = PrunedForMultimodalLM.__name__ if is_wrapper(type(own)) else "TransformersForCausalLM"
+    config.architectures = [name if custom else dense.__name__]
     config.dtype = model.dtype
     config.tie_word_embeddings = tied(model)
     if theta := (getattr(config, "rope_parameters", None) or {}).get("rope_theta"):

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from plprune.architecture.blocks import Block, blocks_of
 from plprune.architecture.config_keys import size_keys
@@ -20,13 +20,15 @@ from plprune.architecture.modeling_plprune import (
     Gather,
     PrunedConfig,
     PrunedConfigMixin,
-    PrunedForCausalLM,
     PrunedModelMixin,
     Scatter,
     config_class,
+    is_wrapper,
+    loader_of,
     model_class,
 )
 from plprune.architecture.modules import saved_buffers, without_weights
+from plprune.architecture.wrappers import auto_class, text_config, with_sizes
 from plprune.pruning.plan import PruningPlan
 from plprune.pruning.surgery import apply, config_of_the_rest, plan_of
 
@@ -41,7 +43,7 @@ BIASES: list[dict[str, bool]] = [
 def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A model without weights: parameters on the meta device, buffers computed from the config on the CPU."""
     with without_weights():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return auto_class(type(config)).from_config(config, dtype=dtype)
 
 
 def pruned_skeleton(plan: PruningPlan, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -80,10 +82,10 @@ def stock_config(model: PreTrainedModel) -> PreTrainedConfig | None:
         return None
     values = config_of_the_rest(model)
     for biases in BIASES:
-        if not all(hasattr(model.config, key) for key in biases):
+        if not all(hasattr(text_config(model.config), key) for key in biases):
             continue
         with contextlib.suppress(ValueError, StrictDataclassError):
-            config = config_from(values | sizes | biases)
+            config = config_from(with_sizes(values, sizes | biases, type(model.config)))
             if _same_structure(model, skeleton(config)):
                 return config
     return None
@@ -94,7 +96,8 @@ def pruned_config(model: PreTrainedModel) -> PreTrainedConfig:
     values = config_of_the_rest(model)
     config = config_class(CONFIG_MAPPING[values["model_type"]])
     own = {"base_model_type": values["model_type"], "pruned": pruned_structure(model)}
-    if "per_layer_config" in values:  # the family's own, from which its class is built before it is cut
+    if "per_layer_config" in values or is_wrapper(type(model.config)):
+        # sizes by layer are the family's own, from which its class is built before it is cut, or of one decoder alone
         return config.from_dict(values | own)
     keys, blocks = size_keys(model), blocks_of(model)
     sizes = {str(block.index): _block_sizes(block, blocks, keys) for block in blocks}
@@ -105,13 +108,14 @@ def make_savable(model: PreTrainedModel) -> None:
     """Changes config and class of a model built from its plan so that `save_pretrained` writes it correctly."""
     (config, biases), own = saved_config(model), model.config.__dict__
     if not isinstance(config, PrunedConfigMixin) and not biases:
-        own |= {key: getattr(config, key) for key in config_sizes(model)}
+        sizes = {key: getattr(text_config(config), key) for key in config_sizes(model)}
+        text_config(model.config).__dict__.update(sizes)
         return
     if not isinstance(config, PrunedConfigMixin):
         config = pruned_config(model)
     cast(Any, model.config).__class__ = type(config)
     own |= {key: value for key, value in config.__dict__.items() if key not in own}
-    cast(Any, model).__class__ = model_class(PrunedForCausalLM, type(config))
+    cast(Any, model).__class__ = model_class(loader_of(type(config).__mro__[2]), type(config))
 
 
 def pruned_structure(model: PreTrainedModel) -> dict[str, Any]:

@@ -21,10 +21,9 @@ from plprune.checkpoint.weights import (
     FLOATS,
     FP8,
     TensorEntry,
-    legacy_renamings,
     listed_files,
     read_tensor,
-    stored_name,
+    stored_names,
     tensor_entries,
 )
 
@@ -114,17 +113,16 @@ class ModelWeights:
 
     def __init__(self, stored: StoredWeights, model: PreTrainedModel, dtype: torch.dtype) -> None:
         self.dtype, self._stored, self._keys = dtype, stored, dict[str, str]()
-        renamings = legacy_renamings(model)
+        keys = stored_names(model, stored.entries)
         for name, parameter in itertools.chain(model.named_parameters(), saved_buffers(model).items()):
-            key = stored_name(name, stored.entries, model, renamings)
-            shape = stored.entries[key].shape if key in stored.entries else None
+            shape = stored.entries[keys[name]].shape if name in keys else None
             if shape != tuple(parameter.shape):
                 raise ValueError(
                     f"{stored.name} does not hold the model of its config.json: {name} is {shape or 'absent'} "
                     f"in the files and {tuple(parameter.shape)} in the model; get it again, a pruned "
                     "one together with its plan"
                 )
-            self._keys[name] = key
+            self._keys[name] = keys[name]
 
     def stored(self, name: str) -> Tensor:
         """A weight as stored, memory-mapped; dequantised to float32 if it is stored in FP8."""

@@ -7,7 +7,7 @@ and the plan describe have exactly these tensors.
 import contextlib
 import json
 import logging
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, WeightTransform
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from plprune.architecture.modules import tie, tied
 from plprune.checkpoint.stock_config import config_from, pruned_skeleton, skeleton
@@ -106,16 +106,15 @@ def write_index(folder: Path, names: Sequence[str]) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def legacy_renamings(model: PreTrainedModel) -> list[WeightTransform]:
-    """The renamings that turn a model's parameter names into those of older files."""
-    return [t.reverse_transform() for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+def stored_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """The names that files have for a model's tensors, by those that the model has, as transformers finds them.
 
-
-def stored_name(name: str, stored: Collection[str], model: PreTrainedModel, renamings: list[WeightTransform]) -> str:
-    """The name that files have for a parameter: older ones add or omit the prefix of the base model."""
-    prefix = f"{model.base_model_prefix}."
-    keys = [name, name.removeprefix(prefix), prefix + name, *(r.rename_source_key(name)[0] for r in renamings)]
-    return next((key for key in keys if key in stored), name)
+    Older files have other names, and add or omit the prefix of the base model.
+    """
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    state = model.state_dict()
+    names = {rename_source_key(key, renamings, [], model.base_model_prefix, state)[0]: key for key in stored}
+    return names | {key: key for key in stored if key in state}
 
 
 def without_tied(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -129,11 +128,11 @@ def has_untied_head(folder: Path, model: PreTrainedModel) -> bool:
     pairs, files = model.get_expanded_tied_weights_keys(all_submodels=True), listed_files(folder)
     if not pairs or not all(file.exists() for file in files):
         return False
-    entries, renamings = tensor_entries(files), legacy_renamings(model)
+    entries = tensor_entries(files)
+    names = stored_names(model, entries)
 
     def stored(name: str) -> Tensor | None:
-        key = stored_name(name, entries, model, renamings)
-        return read_tensor(entries[key].file, key) if key in entries else None
+        return read_tensor(entries[names[name]].file, names[name]) if name in names else None
 
     return any(are_untied(stored(head), stored(embedding)) for head, embedding in pairs.items())
 

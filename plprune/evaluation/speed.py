@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from plprune.architecture.blocks import blocks_of
 from plprune.architecture.modeling_plprune import Gather, Scatter
 from plprune.architecture.modules import matrix
+from plprune.architecture.wrappers import text_config
 from plprune.evaluation.standalone import greedy_tokens
 from plprune.io.checks import check_sizes
 from plprune.io.tables import text_table
@@ -305,7 +306,7 @@ def _name(device: torch.device) -> str:
 def _check_length(model: PreTrainedModel, prompt: int, new_tokens: int) -> None:
     if new_tokens < 2:
         raise ValueError(f"new_tokens is {new_tokens}, but must be at least 2, as the first is timed with the prompt")
-    most = getattr(model.config, "max_position_embeddings", None)
+    most = getattr(text_config(model.config), "max_position_embeddings", None)
     if most is not None and prompt + new_tokens > most:
         raise ValueError(
             f"the model takes {most} tokens, fewer than {prompt} + {new_tokens}: lower prompt or new_tokens"

@@ -14,7 +14,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedModel,
+)
 
 
 def logprobs(model: PreTrainedModel, ids: Tensor) -> Tensor:  # [n, s] -> [n, s - 1]
@@ -48,11 +56,22 @@ def continuation(model: PreTrainedModel, prompt: Tensor, count: int = 32) -> tup
     return tokens, count / (time.perf_counter() - start)
 
 
+def auto_class(config: Any) -> Any:
+    """The class that loads a model whole, as in `plprune.architecture.wrappers`."""
+    pairs = (
+        (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+        (AutoModelForMultimodalLM, MODEL_FOR_MULTIMODAL_LM_MAPPING),
+    )
+    whole = pairs if "text_config" in config.sub_configs else ()
+    return next((auto for auto, mapping in whole if config in mapping), AutoModelForCausalLM)
+
+
 @torch.no_grad()
 def main(folder: str, request: str, answer: str) -> None:
     """Answers a request about the model in a folder."""
     windows = load_file(request)["windows"]
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+    auto = auto_class(type(AutoConfig.from_pretrained(folder, trust_remote_code=True)))
+    model = auto.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
     tensors = {"logprobs": logprobs(model, windows)}
     tensors["greedy"], speed = continuation(model, prompt_of(windows))
     metadata = {"program": f"transformers {transformers.__version__}", "speed": str(speed)}

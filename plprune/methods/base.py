@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import AttentionUnit, Block, blocks_of
+from plprune.architecture.wrappers import text_config
 from plprune.io.checks import check_required
 from plprune.planning.needs import Work
 from plprune.planning.serving import adds_biases
@@ -124,7 +125,7 @@ class Repairing(PruningMethod):
         """The cost of the repair pass: each block runs once per group and once pruned. `restore` adds the second
         moments of the consumers' inputs (half a matrix) and one factorisation per damping.
         """
-        blocks, d = blocks_of(model), model.config.hidden_size
+        blocks, d = blocks_of(model), text_config(model.config).hidden_size
         widths = [[group.consumer.index.numel() for group in block.groups(attention)] for block in blocks]
         runs = sum((len(own) + 1) * block_flops(block, length) for block, own in zip(blocks, widths, strict=True))
         if self.repair != "restore":

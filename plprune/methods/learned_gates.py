@@ -39,6 +39,7 @@ from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import Block, blocks_of
 from plprune.architecture.modules import lacks_weights, on_device
+from plprune.architecture.wrappers import text_config
 from plprune.io import distributed
 from plprune.io.progress import Progress
 from plprune.methods.base import Repairing
@@ -162,7 +163,8 @@ class LearnedGates(Repairing):
         """
         blocks, size = blocks_of(model), next(model.parameters()).element_size()
         once = count * length * sum(block_flops(block, length) for block in blocks)
-        kept = length * size * sum(8 * model.config.hidden_size + 4 * block.channels for block in blocks)
+        d = text_config(model.config).hidden_size
+        kept = length * size * sum(8 * d + 4 * block.channels for block in blocks)
         repairs = self.repair_work(model, count * length, length, "none")
         passes = self.passes * (2 if self.gain_rate else 1)
         teacher = count * length * LIKELIEST * 8

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import Block, blocks_of
 from plprune.architecture.modules import innermost, matrix
+from plprune.architecture.wrappers import text_config
 from plprune.planning.hardware import COPY_RATE, Machine
 from plprune.planning.sizes import attention_spans, block_flops, linear_layers, structure
 from plprune.pruning.losses import rows_per_chunk
@@ -52,7 +53,7 @@ def calibration_need(
     blocks, dtype = blocks_of(model), model.dtype
     tokens, size = count * length, dtype.itemsize
     block = max(block.parameters() for block in blocks) * size
-    states = 2 * tokens * model.config.hidden_size * size  # inputs and outputs of a block
+    states = 2 * tokens * text_config(model.config).hidden_size * size  # inputs and outputs of a block
     running = block + states + batch * length * size * max(map(_live, blocks)) + work.bytes
     every = sum(p.numel() for p in model.parameters()) * size
     inside = sum(block.parameters() for block in blocks) * size
@@ -77,14 +78,14 @@ def recovery_need(
         checkpointing: Whether activations are recomputed in the backward pass.
     """
     steps, batch, length = batches
-    blocks, size, tokens = blocks_of(model), model.dtype.itemsize, batch * length
+    blocks, size, tokens, text = blocks_of(model), model.dtype.itemsize, batch * length, text_config(model.config)
     weights = sum(p.numel() for p in model.parameters()) * size
     trained = sum(
         rank * (m.weight.numel() // len(m.weight) + len(m.weight)) for b in blocks for m in linear_layers(b.module)
     )
     activations = [_kept_for_backward(block, size) for block in blocks]
-    kept = len(blocks) * model.config.hidden_size * size + max(activations) if checkpointing else sum(activations)
-    vocabulary = model.config.vocab_size
+    kept = len(blocks) * text.hidden_size * size + max(activations) if checkpointing else sum(activations)
+    vocabulary = text.vocab_size
     rows = min(tokens, rows_per_chunk(vocabulary, on_cpu=not machine.separate))
     logits = rows * vocabulary * (2 * size + 12)  # logits and gradients; in float32 also log-probabilities
     memory = weights + 16 * trained + tokens * kept + logits

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from plprune.architecture.blocks import Block, blocks_of
+from plprune.architecture.blocks import Block, anatomy_of, blocks_of
 from plprune.architecture.cutting import held
 from plprune.architecture.modules import is_projection, matrix
+from plprune.architecture.wrappers import text_parts
 from plprune.pruning.plan import block_name, block_of
 from plprune.pruning.surgery import Surgery
 
@@ -124,7 +125,8 @@ def structure(model: PreTrainedModel, context: int) -> Structure:
     token, with H query heads of dimension hd. Norms, activation functions and rotary embeddings are not counted.
     """
     blocks, parameters = blocks_of(model), list(model.parameters())
-    linear = 2 * sum(m.weight.numel() for m in linear_layers(model)) + sum(map(_expert_flops, blocks))
+    parts = text_parts(model, anatomy_of(model).blocks)
+    linear = 2 * sum(m.weight.numel() for part in parts for m in linear_layers(part)) + sum(map(_expert_flops, blocks))
     cache, reading, generating = 0, 0.0, 0.0
     for block, span in zip(blocks, attention_spans(model), strict=True):
         if block.has_kv_cache:

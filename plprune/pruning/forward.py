@@ -7,7 +7,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.architecture.modules import lacks_weights, passing, replaced_forwards, returned
+from plprune.architecture.wrappers import text_config
 from plprune.io import distributed
 from plprune.pruning.hidden_states import HiddenStates
 from plprune.pruning.journal import NotFinite
@@ -132,7 +133,7 @@ def check_masking(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def _document_leakage(model: PreTrainedModel) -> float:
     """The largest difference between logits of packed and of separate documents, relative to the largest logit."""
-    vocabulary = cast(int, model.config.vocab_size)
+    vocabulary = text_config(model.config).vocab_size
     first, second = (torch.arange(*ids)[None].to(model.device) % vocabulary for ids in DOCUMENTS)
     orders = [(first, second), (second, first)]
     ids = torch.cat([torch.cat(order, 1) for order in orders])

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from plprune.architecture.modules import replaced_forwards
+from plprune.architecture.wrappers import text_config
 from plprune.io.text import IGNORED
 
 
@@ -129,7 +130,7 @@ def head_inputs(model: PreTrainedModel, given: dict[str, Tensor], positions: Ten
         whole: Whether this process holds the whole head. With a shard, the model must be called as a whole: its logits
             are then computed at once, in its dtype, and returned as inputs of an identity head.
     """
-    rows = rows_per_chunk(model.config.vocab_size, positions.device.type == "cpu")
+    rows = rows_per_chunk(text_config(model.config).vocab_size, positions.device.type == "cpu")
     if not whole:
         logits = model(**given, use_cache=False).logits
         return HeadInputs(logits.flatten(0, 1).index_select(0, positions), lambda values: values, [], rows)

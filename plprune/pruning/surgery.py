@@ -21,6 +21,7 @@ from plprune.architecture.cutting import complement, cut, cut_values, like, spre
 from plprune.architecture.depth import Shorter, renumber, shorter
 from plprune.architecture.modeling_plprune import Gather, NoAttention, Scatter, replace
 from plprune.architecture.modules import Side, innermost, is_transposed, matrix, tied, width
+from plprune.architecture.wrappers import text_configs, with_sizes
 from plprune.pruning.model_state import journal_of, model_state
 from plprune.pruning.plan import PruningPlan, block_name
 
@@ -164,7 +165,8 @@ def config_of_the_rest(model: PreTrainedModel) -> dict[str, Any]:
     for step in plan.chain() if plan else []:
         if step.dropped:
             config = CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
-            values = values | shorter(kind, config, anatomy_of(model).blocks, step.remaining).config
+            changes = shorter(kind, config, anatomy_of(model).blocks, step.remaining).config
+            values = with_sizes(values, changes, type(config))
     return values
 
 
@@ -237,7 +239,8 @@ def drop_blocks(model: PreTrainedModel, gone: Sequence[int]) -> None:
     for new, old in enumerate(kept):
         renumber(blocks[old], changes.indices, old, new)
     replace(model, found.blocks, nn.ModuleList(blocks[i] for i in kept))
-    model.config.__dict__.update(changes.config)
+    for config in text_configs(model):
+        config.__dict__.update(changes.config)
     set_anatomy(model, ModelAnatomy(found.blocks, tuple(found.anatomies[i] for i in kept)))
 
 

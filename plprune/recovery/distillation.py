@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import blocks_of
+from plprune.architecture.wrappers import text_config
 from plprune.checkpoint.load import load_model, load_skeleton
 from plprune.checkpoint.stored import Dtype
 from plprune.io.atomic import staged
@@ -210,7 +211,7 @@ def check_teacher(settings: Distillation, model: PreTrainedModel) -> None:
     """Raises ValueError if the teacher in the settings does not exist, or does not match the model's sizes."""
     if settings.teacher is None:
         return
-    theirs, ours = load_skeleton(settings.teacher).config, model.config
+    theirs, ours = text_config(load_skeleton(settings.teacher).config), text_config(model.config)
     names = ["vocab_size", *(["hidden_size", "num_hidden_layers"] if settings.of != "logits" else [])]
     for name in names:
         if getattr(theirs, name) != getattr(ours, name):
