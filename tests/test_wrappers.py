@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 
 from plprune import FASP, FLAP, LoRA, TwoSSP, load_pruned, prune, save_pruned
 from plprune.architecture.blocks import blocks_of
+from plprune.architecture.discovery import check_supported
 from plprune.checkpoint.load import load_model, load_tokenizer, rebuild
 from plprune.cli import main
 from plprune.planning.sizes import structure
@@ -113,6 +114,11 @@ def test_commands_prune_plan_and_export_it(
     assert all(len(rows[name]["refused"]) == 1 and kind in rows[name]["refused"][0] for name in ("gguf", "decilm"))
     assert not main(["plan", "dense", "--method=FLAP"])
     assert "4 blocks of: 4 kv heads" in capsys.readouterr().out
+
+
+def test_a_mixture_that_sees_is_refused() -> None:
+    with pytest.raises(ValueError, match="experts beside towers"):
+        check_supported(CONFIG_MAPPING["qwen3_vl_moe"]())
 
 
 def test_towers_take_no_operations_of_a_text() -> None:

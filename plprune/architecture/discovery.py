@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from plprune.architecture import experts
 from plprune.architecture.anatomy import Anatomy, ModelAnatomy, Part, Slice
+from plprune.architecture.modeling_plprune import is_wrapper
 from plprune.architecture.modules import is_projection
 from plprune.architecture.probing import (
     SAMPLES,
@@ -137,6 +138,11 @@ EXPERTS = (
 def check_supported(config: PreTrainedConfig) -> None:
     """Raises ValueError if plprune cannot prune models with a config, as far as that shows without building one."""
     kind = config.model_type
+    if is_wrapper(type(config)) and _says_experts(config):
+        raise ValueError(
+            f"{kind!r} has a text decoder with experts beside towers, which plprune does not prune; use a mixture that "
+            "reads text alone, or a dense model that sees"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{kind!r} is an encoder-decoder, which plprune does not prune; use a decoder-only model")
 
@@ -168,6 +174,7 @@ _DISCOVERED: dict[tuple[type, str], ModelAnatomy] = {}
 
 
 def _discover(kind: type[PreTrainedModel], config: PreTrainedConfig) -> ModelAnatomy:
+    check_supported(config)
     with _running_without_weights(config.model_type):
         model = weightless(kind, config)
     path, blocks = decoder_blocks(model)
@@ -201,11 +208,14 @@ def _discover(kind: type[PreTrainedModel], config: PreTrainedConfig) -> ModelAna
 def _other_experts(config: PreTrainedConfig, blocks: nn.Module) -> bool:
     """Whether blocks have experts that are not on transformers' interface for them."""
     found = [module for module in blocks.modules() if is_experts(module)]
-    own = config.get_text_config(decoder=True)
-    said = any(getattr(own, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
     others = (m for m in blocks.modules() if not is_projection(m) and not isinstance(m, nn.Conv1d))
     large = any(p.ndim > 1 and p.numel() > SMALL >> 10 for m in others for p in m.parameters(recurse=False))
-    return not all(map(has_interface, found)) or (said and large and not found)
+    return not all(map(has_interface, found)) or (_says_experts(config) and large and not found)
+
+
+def _says_experts(config: PreTrainedConfig) -> bool:
+    own = text_config(config)
+    return any(getattr(own, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
 
 
 def _with_experts(each: Anatomy, search: experts.Search, index: int, call: Call | None) -> Anatomy:
