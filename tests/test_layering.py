@@ -51,8 +51,8 @@ ORDER = {
         ["block_sources"],
         ["gate_training"],
         ["losses", "surgery"],
-        ["allocation", "calibration", "forward", "model_state"],
-        ["constraints", "expert_inputs", "journal", "plan", "statistics"],
+        ["allocation", "calibration", "expert_inputs", "forward", "model_state"],
+        ["constraints", "journal", "plan", "statistics"],
         ["hidden_states"],
     ],
     "architecture": [

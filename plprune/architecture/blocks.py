@@ -16,7 +16,12 @@ kind           unit                     producers                    consumer
 ``value``      value channel            rows of V                    the same channel of each query head
 ``ffn``        FFN channel              rows of gate and up, or fc1  columns of down, or fc2
 ``expert``     expert                   entries of gate, up, router  entries of down
+``expert_      channel of every expert  rows of gate and up          columns of down
+channel``
 =============  =======================  ===========================  ==================================
+
+Weights of experts are stacked, so all experts of a block keep as many channels, but each its own: indices to keep are
+[experts, channels] there. Kernels of experts want rows of 16 bytes, so channels leave in steps of 8.
 
 Symbols: B blocks, d model width, n FFN width, H query heads, hd head dimension, g query heads per kv head.
 """
@@ -65,8 +70,15 @@ class Decision:
         return asdict(self) | {"keep": self.keep.tolist()}
 
 
-Kind = Literal["attention", "value", "ffn", "expert"]
-UNITS = {"attention": "kv heads", "value": "value channels", "ffn": "FFN channels", "expert": "experts"}
+Kind = Literal["attention", "value", "ffn", "expert", "expert_channel"]
+UNITS = {
+    "attention": "kv heads",
+    "value": "value channels",
+    "ffn": "FFN channels",
+    "expert": "experts",
+    "expert_channel": "channels of each expert",
+}
+STEP = 8  # channels of an expert
 AttentionUnit = Literal["kv_heads", "value_channels", "none"]  # what a method removes from attention
 
 
@@ -79,6 +91,7 @@ class UnitGroup:
     producers: tuple[Slice, ...]
     consumer: Slice
     counts: Mapping[str, int] = field(default_factory=dict)  # attribute that the forward pass reads -> value per unit
+    experts: int = 0  # which have these channels
 
     @property
     def name(self) -> str:
@@ -127,10 +140,19 @@ class Block:
         return self.module.get_submodule(path)
 
     def weight(self, group: UnitGroup) -> Tensor:  # [d, units, columns per unit]
-        """The columns of the consumer's weight, grouped by unit."""
+        """The columns of the consumer's weight, grouped by unit; of channels of experts [d, experts, channels]."""
+        if group.experts:
+            weight = self._stacked(group.consumer.path).detach()
+            return weight.permute(1, 0, 2) if group.consumer.axis == 2 else weight.permute(2, 0, 1)
         with self.present():
             weight, index = dense_weight(self.part(group.consumer.path)), group.consumer.index
             return weight[:, index.to(weight.device)]
+
+    def rows_of_experts(self, group: UnitGroup) -> list[Tensor]:  # [experts, channels, d_in] each
+        """The weights of gate and up, or of up alone, whose rows are the channels of experts."""
+        weight, part = self._stacked(group.producers[0].path).detach(), group.producers[0]
+        rows = weight if part.axis == 1 else weight.mT
+        return [rows[:, own.to(rows.device)] for own in part.index.T]
 
     def cost(self, group: UnitGroup) -> int:
         """Parameters of one unit."""
@@ -203,6 +225,12 @@ class Block:
         found = self.anatomy.experts
         return 0 if found is None else len(self._stacked(found.units.consumer.path))
 
+    @property
+    def expert_width(self) -> int:
+        """The channels of each expert."""
+        consumer = self.experts.channels.consumer
+        return self._stacked(consumer.path).shape[consumer.axis]
+
     def _stacked(self, path: str) -> Tensor:
         return cast(Tensor, held(self.module, path))
 
@@ -237,8 +265,9 @@ class Block:
             and width_name(innermost(self.part(path)), "out_features") is not None
         )
 
-    def groups(self, attention: AttentionUnit = "kv_heads") -> list[UnitGroup]:
-        """The block's groups: the attention's with the given unit, if any, and the FFN's, if it has one.
+    def groups(self, attention: AttentionUnit = "kv_heads", experts: bool = True) -> list[UnitGroup]:
+        """The block's groups: the attention's with the given unit, if any, the FFN's, and that of the channels of
+        experts unless these are left out, as far as it has them.
 
         Raises:
             ValueError: Units of these kinds were found, but a cut block does not compute what a masked one does.
@@ -250,12 +279,13 @@ class Block:
                     f"plprune cannot prune the {UNITS[kind]} of {self.path}.{how}: use {spared}a model of another "
                     "family"
                 )
-        return self._groups(attention)
+        return self._groups(attention, experts)
 
-    def _groups(self, attention: AttentionUnit = "kv_heads") -> list[UnitGroup]:
+    def _groups(self, attention: AttentionUnit = "kv_heads", experts: bool = True) -> list[UnitGroup]:
         make = {"kv_heads": self._kv_heads, "value_channels": self._value_channels}.get(attention)
-        own = [make()] if make and self.has_attention else []
-        return [group for group in (*own, self._channels()) if group is not None]
+        own: list[UnitGroup | None] = [make()] if make and self.has_attention else []
+        own += [self._channels(), self._expert_channels() if experts else None]
+        return [group for group in own if group is not None]
 
     @property
     def all_groups(self) -> list[UnitGroup]:
@@ -263,6 +293,13 @@ class Block:
         values = self._value_channels() if self.has_attention else None
         experts = [self.expert_units()] if self.anatomy.experts else []
         return [*([values] if values else []), *self._groups(), *experts]
+
+    def _expert_channels(self) -> UnitGroup | None:
+        if self.anatomy.experts is None:
+            return None
+        channels = self.experts.channels
+        parts = channels.of_size(self.expert_width)
+        return UnitGroup(self.index, "expert_channel", *parts, channels.counts, self.expert_count)
 
     def expert_units(self) -> UnitGroup:
         """The group of whole experts."""

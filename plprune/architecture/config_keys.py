@@ -9,19 +9,21 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from plprune.architecture.anatomy import ModelAnatomy, Part, by_producer
 from plprune.architecture.blocks import dense_class
+from plprune.architecture.cutting import held
 from plprune.architecture.depth import DEPTHS
 from plprune.architecture.discovery import discover, shaping
+from plprune.architecture.experts import built, expert_keys
 from plprune.architecture.modules import width
 from plprune.architecture.probing import empty
 from plprune.architecture.wrappers import text_config
 
-Keys = dict[str, str]  # width, heads, kv_heads, head_dim, experts -> the config's key
+Keys = dict[str, str]  # width, heads, kv_heads, head_dim, experts, expert_width -> the config's key
 NOT_SIZES = (*DEPTHS, "vocab_size")
 
 
 def size_keys(model: PreTrainedModel) -> Keys:
-    """The keys for the FFN's width, the numbers of query and kv heads, their dimension, and the number of experts, as
-    far as there are any.
+    """The keys for the FFN's width, the numbers of query and kv heads, their dimension, the number of experts and
+    their width, as far as there are any.
     """
     kind, config = dense_class(model)
     key = kind, shaping(config)
@@ -81,9 +83,18 @@ class Search:
         return {}
 
     def experts(self) -> Keys:
-        """The key for the number of experts, which their search has found."""
-        found = next((each.experts for each in self.anatomy.anatomies if each.experts), None)
-        return {"experts": found.key} if found else {}
+        """The keys for the number of experts, which their search has found, and for their width."""
+        pairs = [(i, each.experts) for i, each in enumerate(self.anatomy.anatomies) if each.experts]
+        if not pairs:
+            return {}
+        index, found = pairs[0]
+        consumer, size = found.channels.consumer, len(found.channels)
+        for key in expert_keys(self.config, size):
+            other = built(self.dense, key, size // 2)
+            stacked = held(other.get_submodule(f"{self.anatomy.blocks}.{index}"), consumer.path) if other else None
+            if stacked is not None and stacked.shape[consumer.axis] == size // 2:
+                return {"experts": found.key, "expert_width": key}
+        return {"experts": found.key}
 
     def _first(self, name: str) -> tuple[int, Part | None]:
         parts = [(i, getattr(each, name)) for i, each in enumerate(self.anatomy.anatomies)]

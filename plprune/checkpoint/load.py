@@ -314,12 +314,17 @@ def _load_state(model: PreTrainedModel, state: dict[str, torch.Tensor], where: o
             raise ValueError(f"plan and weights of {where} disagree: {name} are other channels; save the model again")
     pairs = model.get_expanded_tied_weights_keys(all_submodels=True)
     untied = any(are_untied(state.get(head), state.get(embedding)) for head, embedding in pairs.items())
-    model.load_state_dict(state, strict=False, assign=True)
+    model.load_state_dict({name: _aligned(t) for name, t in state.items()}, strict=False, assign=True)
     tie(model, model.config.tie_word_embeddings and not untied)
     absent = [name for name, p in model.named_parameters() if p.is_meta]
     absent += [name for name in saved_buffers(model) if name not in {**state, **indices}]
     if absent:
         raise ValueError(f"{where} has no weights for {absent[0]}: save the model again")
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied if kernels of experts would compute with it by another way than with one in fresh memory."""
+    return tensor.clone() if tensor.ndim > 2 and tensor.data_ptr() % 64 else tensor
 
 
 @contextlib.contextmanager

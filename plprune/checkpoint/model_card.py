@@ -124,7 +124,7 @@ def _kept(plan: PruningPlan, block: int) -> str:
         return "nothing"
     names = {unit: f"blocks.{block}.{kind}" for kind, unit in UNITS.items()}
     return ", ".join(
-        f"{len(plan.keep[name])} of {plan.sizes[name]} {unit}" for unit, name in names.items() if name in plan.keep
+        f"{plan.keep[name].shape[-1]} of {plan.sizes[name]} {unit}" for unit, name in names.items() if name in plan.keep
     )
 
 

@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plprune.architecture import modeling_plprune
-from plprune.architecture.blocks import dense_class
+from plprune.architecture.blocks import blocks_of, dense_class
 from plprune.architecture.modeling_plprune import PrunedConfigMixin, PrunedForMultimodalLM, is_wrapper
 from plprune.architecture.modules import tied
 from plprune.checkpoint.load import REPAIRED
 from plprune.checkpoint.locate import cached_folder, locate, resolve_path
 from plprune.checkpoint.model_card import CARD, write_card
 from plprune.checkpoint.stock_config import saved_config
-from plprune.checkpoint.weights import INDEX, SINGLE, check_saved, without_tied, write_index
+from plprune.checkpoint.weights import INDEX, SINGLE, align, check_saved, without_tied, write_index
 from plprune.io.atomic import staged
 from plprune.pruning.plan import FILE, PruningPlan
 from plprune.pruning.surgery import plan_of
@@ -108,6 +108,9 @@ def write_model(
     plan, (config, biases) = plan_of(model), saved_config(model)
     names: dict[str, Any] = {"save_original_format": False}  # not the names of older transformers
     model.save_pretrained(folder, state_dict=state | biases, max_shard_size=max_shard_size, **names)
+    if any(block.expert_count for block in blocks_of(model)):
+        for file in Path(folder).glob("*.safetensors"):
+            align(file)
     custom = isinstance(config, PrunedConfigMixin)
     dense, own = dense_class(model)
     # vLLM runs the models of a folder's own code under this name.

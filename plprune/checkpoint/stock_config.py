@@ -150,7 +150,9 @@ def _block_sizes(block: Block, blocks: Sequence[Block], keys: Mapping[Any, str])
     if any(each.anatomy.experts for each in blocks):  # FFNs and shared experts have widths of their own
         first = next((len(each.ffn) for each in blocks if each.anatomy.ffn), 0)
         sizes = sizes if block.anatomy.ffn and len(block.ffn) == first else {}
-        sizes |= {keys["experts"]: block.expert_count} if block.anatomy.experts else {}
+        if block.anatomy.experts:
+            own = {"experts": block.expert_count, "expert_width": block.expert_width}
+            sizes |= {keys[what]: count for what, count in own.items() if what in keys}
     if not block.has_attention:
         return sizes | {"skip": ["attention"]}
     heads = {"heads": block.kv_heads * block.queries_per_head, "kv_heads": block.kv_heads}
@@ -163,7 +165,8 @@ def _difference(block: Block, dense: Block, usual: str) -> dict[str, Any]:
     now = {name: list(value.shape) for name, value in block.module.state_dict().items()}
     own: dict[str, Any] = {"shapes": {name: shape for name, shape in now.items() if before.get(name) != shape}}
     counts = [*(block.attention.counts if block.has_attention else ())]
-    counts += [*(block.experts.units.counts if block.anatomy.experts else ())]
+    if block.anatomy.experts:
+        counts += [*block.experts.units.counts, *block.experts.channels.counts]
     own["counts"] = {path: n for path in counts if (n := _count(block, path)) != _count(dense, path)}
     if block.has_attention:
         parts = {path: block.part(path) for path in block.attention_paths}

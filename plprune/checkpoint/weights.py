@@ -7,6 +7,7 @@ and the plan describe have exactly these tensors.
 import contextlib
 import json
 import logging
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,6 +95,23 @@ def read_tensor(file: Path, name: str) -> Tensor:
     """One tensor of a file, memory-mapped for as long as the tensor lives."""
     with open_safetensors(file) as reader:
         return reader.get_tensor(name)
+
+
+def align(path: Path) -> None:
+    """Moves the values in a safetensors file to a multiple of 64 bytes, as they may be used where they lie.
+
+    Kernels of experts compute with unaligned weights by another way, whose last bits differ.
+    """
+    with path.open("rb") as old:
+        size = int.from_bytes(old.read(8), "little")
+        gap = -(8 + size) % 64
+        if not gap:
+            return
+        aligned = path.with_name(f"{path.name}.aligned")
+        with aligned.open("wb") as new:
+            new.write((size + gap).to_bytes(8, "little") + old.read(size) + b" " * gap)
+            shutil.copyfileobj(old, new, 1 << 24)
+    aligned.replace(path)
 
 
 def write_index(folder: Path, names: Sequence[str]) -> None:

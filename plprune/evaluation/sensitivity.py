@@ -236,7 +236,7 @@ def _measure(
 
 def _candidates(blocks: list[Block], fractions: Sequence[float]) -> list[_Candidate]:
     """Everything to measure, in depth order."""
-    groups = [(block, group) for block in blocks for group in block.groups("kv_heads") if len(group)]
+    groups = [(block, group) for block in blocks for group in block.groups("kv_heads", experts=False) if len(group)]
     return [_Candidate(block, group, fraction) for block, group in groups for fraction in fractions]
 
 
@@ -250,7 +250,7 @@ def _scores(model: PreTrainedModel, calibration: Calibration) -> dict[str, Tenso
     """The score of every unit, by group."""
     scores = {}
     for block, inputs in stream(model, calibration, "calibrating"):
-        for group, norms in observe(block, inputs, Norms, "kv_heads"):
+        for group, norms in observe(block, inputs, Norms, "kv_heads", experts=False):
             columns = block.weight(group).double().norm(dim=0).cpu()  # [units, columns]
             scores[group.name] = (norms.pooled.cpu()[group.consumer.index] * columns).norm(dim=1)
     return scores

@@ -126,11 +126,11 @@ class Repairing(PruningMethod):
         moments of the consumers' inputs (half a matrix) and one factorisation per damping.
         """
         blocks, d = blocks_of(model), text_config(model.config).hidden_size
-        widths = [[group.consumer.index.numel() for group in block.groups(attention)] for block in blocks]
+        widths = [[g.consumer.index.numel() for g in block.groups(attention, experts=False)] for block in blocks]
         runs = sum((len(own) + 1) * block_flops(block, length) for block, own in zip(blocks, widths, strict=True))
         if self.repair != "restore":
             return Work(tokens * runs if self.repair == "compensate" else 0)
         factors, matrices = (1 + len(DAMPINGS), 6) if self.damping == "auto" else (1, 3)
         every = [n for own in widths for n in own]
         single = sum(tokens * n**2 + factors * (n**3 / 3 + 2 * d * n**2) for n in every)
-        return Work(tokens * runs, single, 8 * matrices * max(every) ** 2)
+        return Work(tokens * runs, single, 8 * matrices * max(every, default=0) ** 2)

@@ -45,7 +45,7 @@ from plprune.pruning.constraints import FREE, Constraint
 from plprune.pruning.plan import PruningPlan
 from plprune.pruning.repair import Repair
 from plprune.pruning.statistics import Distance, Norms
-from plprune.pruning.stream import observe, stream
+from plprune.pruning.stream import observe, stream, values
 from plprune.pruning.surgery import Surgery
 
 
@@ -85,7 +85,7 @@ class CFSP(Repairing):
         scores, distances = [], []
         for block, inputs in stream(model, calibration, "CFSP"):
             for group, norms in observe(block, inputs, Norms, attention="none"):
-                scores.append((block, group, self._score(block, group, norms.pooled)))
+                scores.append((block, group, self._score(block, group, values(norms, lambda n: n.pooled))))
             distances.append(inputs.influence.distance(self.distance))
         surgery, u = Surgery(model), importance(distances, self.a)
         widths = self._widths(budget, u, p)
@@ -132,15 +132,20 @@ class CFSP(Repairing):
         return fraction_to_remove(self.sparsity, blocks, "none", "the FFN", biased=self.biased)
 
     def _budget(self, blocks: list[Block], p: float, constraint: Constraint) -> Budget:
-        if constraint != FREE:
+        if constraint != FREE or any(block.expert_count for block in blocks):
             constraint &= Constraint(width_multiple=self.multiple_of)
         budget = Budget(blocks, 1 - p, constraint, each_block=constraint.uniform)
         budget.check(self.sparsity, budget.whole if self.sparsity_of == "ffn" else None)
         return budget
 
-    def _score(self, block: Block, group: UnitGroup, norm: Tensor) -> Tensor:  # [n]
+    def _score(self, block: Block, group: UnitGroup, norm: Tensor) -> Tensor:  # [n], or [experts, n]
         if self.score == "activation":
             return norm**self.c
+        if group.experts:
+            down, rows = block.weight(group).double().unbind(1), block.rows_of_experts(group)
+            into = zip(*(w.double() for w in rows), strict=True)
+            each = zip(down, into, norm.to(down[0].device), strict=True)
+            return torch.stack([relative_score(d, list(w), x, self.b, self.c) for d, w, x in each])
         down = block.weight(group).squeeze(-1)
         producers = [matrix(block.part(s.path))[s.index[:, 0]] for s in group.producers]
         return relative_score(down.double(), [w.detach().double() for w in producers], norm, self.b, self.c)
@@ -148,7 +153,7 @@ class CFSP(Repairing):
     def _widths(self, budget: Budget, u: Tensor, p: float) -> list[int]:
         sizes, u = budget.sizes, u[[block.index for block, _ in budget.rows]]
         exact = [n * k for n, k in zip(sizes, kept_fractions(u, p, sizes).tolist(), strict=True)]
-        if budget.constraint != FREE:
+        if budget.restricted:
             return budget.fit(exact)
         if self.multiple_of > 1:
             m = self.multiple_of

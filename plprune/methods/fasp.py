@@ -20,6 +20,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -33,7 +34,8 @@ from plprune.pruning.constraints import FREE, Constraint
 from plprune.pruning.forward import BlockInputs
 from plprune.pruning.plan import PruningPlan
 from plprune.pruning.repair import Repair
-from plprune.pruning.stream import observe, prune_blocks
+from plprune.pruning.statistics import Norms
+from plprune.pruning.stream import observe, prune_blocks, values
 from plprune.pruning.surgery import Surgery
 
 
@@ -58,7 +60,17 @@ class FASP(Repairing):
         surgery, repairer = Surgery(model), self.repairer(calibration)
 
         def prune_block(block: Block, inputs: BlockInputs) -> None:
-            for group, seen in observe(block, inputs, repairer.statistic, self.attention):
+            for group, seen in observe(block, inputs, repairer.statistic, self.attention, of_experts=Norms):
+                if group.experts:
+                    norm = values(seen, lambda n: n.pooled)
+                    score = torch.stack(
+                        [
+                            column_score(w[..., None], x[:, None])
+                            for w, x in zip(block.weight(group).unbind(1), norm, strict=True)
+                        ]
+                    )
+                    surgery.keep(block, group, top_k(score, counts[group.name]))
+                    continue
                 keep = top_k(column_score(block.weight(group), seen.norm[group.consumer.index]), counts[group.name])
                 repairer.keep(surgery, block, group, keep, seen)
 
@@ -79,7 +91,7 @@ class FASP(Repairing):
         fraction = fraction_to_remove(self.sparsity, blocks, self.attention, "what FASP prunes", biased=self.biased)
         budget = Budget(blocks, 1 - fraction, constraint, self.attention, each_block=True)
         budget.check(self.sparsity)
-        if constraint == FREE:
+        if not budget.restricted:
             counts = [n for block in blocks for n in kept_counts(block, block.groups(self.attention), fraction)]
         else:
             counts = budget.fit(budget.alike)

@@ -35,6 +35,7 @@ from plprune.pruning.allocation import (
     Budget,
     fraction_to_remove,
     importance,
+    ranked,
     rescale,
     top_k,
 )
@@ -43,7 +44,7 @@ from plprune.pruning.constraints import FREE, Constraint
 from plprune.pruning.plan import PruningPlan
 from plprune.pruning.repair import Repair, compensation
 from plprune.pruning.statistics import Moments
-from plprune.pruning.stream import observe, stream
+from plprune.pruning.stream import observe, stream, values
 from plprune.pruning.surgery import Surgery
 
 Metric = Literal["WIFV", "IFV", "WIFN"]
@@ -84,17 +85,26 @@ class FLAP(Repairing):
         budget, repairer = self._budget(blocks, p, constraint), self.repairer(calibration)
         means: dict[str, Tensor] = {}
         scores: list[tuple[Block, UnitGroup, Tensor]] = []
+        of_experts: dict[str, Tensor] = {}  # [experts, channels] each
         distances = []
         for block, inputs in stream(model, calibration, "FLAP"):
             for group, moments in observe(block, inputs, Moments, budget.attention):
-                means[group.name] = moments.mean
-                scores.append((block, group, self._score(block, group, moments)))
+                score = self._score(block, group, moments)
+                if group.experts:
+                    of_experts[group.name], score = score, ranked(score)
+                else:
+                    means[group.name] = moments.mean
+                scores.append((block, group, score))
             distances.append(inputs.influence.distance("angular"))
         surgery, chosen = Surgery(model), self._competition.choose(scores, p)
-        if constraint != FREE:  # the best units of each group, in the allowed number nearest to the chosen one
+        if budget.restricted:  # the best units of each group, in the allowed number nearest to the chosen one
             counts = self._competition.counts(budget, [len(keep) for keep in chosen])
             chosen = [top_k(score.sum(1), count) for (*_, score), count in zip(scores, counts, strict=True)]
         decided = [(block, group, keep) for (block, group, _), keep in zip(scores, chosen, strict=True)]
+        decided = [  # each expert keeps channels of its own
+            (b, group, top_k(of_experts[group.name], len(keep)) if group.experts else keep)
+            for b, group, keep in decided
+        ]
         if self.repair == "compensate":
             _compensate(surgery, decided, means)
         else:
@@ -140,8 +150,13 @@ class FLAP(Repairing):
 
     def _budget(self, blocks: list[Block], p: float, constraint: Constraint) -> Budget:
         each_block = self.structure.startswith("UL")
+        if self.structure.endswith("MM") and any(block.expert_count for block in blocks):
+            raise ValueError(
+                f"{self.structure} counts all channels alike, and one of experts weighs more: set `structure` to AL-AM "
+                "or UL-UM"
+            )
         budget = Budget(blocks, 1 - p, constraint, unit(constraint), each_block)
-        if constraint != FREE:
+        if budget.restricted:
             budget.check(
                 self.sparsity,
                 self._whole(blocks),
@@ -149,11 +164,16 @@ class FLAP(Repairing):
             )
         return budget
 
-    def _score(self, block: Block, group: UnitGroup, moments: Moments) -> Tensor:  # [units, columns per unit]
+    def _score(self, block: Block, group: UnitGroup, moments: Moments) -> Tensor:
+        """The scores of units, [units, columns per unit]; of channels of experts [experts, channels]."""
         weight = block.weight(group).double()
         index = group.consumer.index
-        variance = moments.running_variance if self.variance == "running" else moments.variance
-        score = METRICS[self.metric](weight, variance[index], moments.norm[index])
+        running = self.variance == "running"
+        variance = values(moments, lambda m: m.running_variance if running else m.variance)
+        norm = values(moments, lambda m: m.norm)
+        if group.experts:
+            return METRICS[self.metric](weight, variance.to(weight.device), norm.to(weight.device))
+        score = METRICS[self.metric](weight, variance[index], norm[index])
         return score.square() if group.kind == "attention" and self.square_attention else score
 
 
@@ -206,6 +226,9 @@ def _compensate(surgery: Surgery, decided: list[tuple[Block, UnitGroup, Tensor]]
     for block, rows in itertools.groupby(decided, lambda row: row[0]):
         with block.present():
             for _, group, keep in rows:
+                if group.experts:  # these have no bias of their own
+                    surgery.keep(block, group, keep)
+                    continue
                 gain = compensation(_consumer(block, group), means[group.name], _columns(group, keep))
                 surgery.keep(block, group, keep, bias_gain=gain)
 

@@ -121,7 +121,7 @@ class LearnedGates(Repairing):
             )
         rows, norms, distances = [], [], []
         for block, inputs in stream(model, calibration, "LearnedGates"):
-            for group, seen in observe(block, inputs, Norms, attention="none"):
+            for group, seen in observe(block, inputs, Norms, attention="none", experts=False):
                 rows.append((block, group))
                 norms.append(seen.pooled.cpu())
             distances.append(inputs.influence.distance("angular"))
@@ -172,10 +172,10 @@ class LearnedGates(Repairing):
 
     def _fraction(self, blocks: Sequence[Block]) -> float:
         """The fraction of the FFN channels to remove (p)."""
-        return fraction_to_remove(self.sparsity, blocks, "none", "the FFN", biased=self.biased)
+        return fraction_to_remove(self.sparsity, blocks, "none", "the FFN", biased=self.biased, experts=False)
 
     def _budget(self, blocks: Sequence[Block], p: float, constraint: Constraint) -> Budget:
-        budget = Budget(blocks, 1 - p, constraint, each_block=constraint.uniform)
+        budget = Budget(blocks, 1 - p, constraint, each_block=constraint.uniform, experts=False)
         budget.check(self.sparsity)
         return budget
 

@@ -39,7 +39,7 @@ from plprune.pruning.model_state import model_state
 from plprune.pruning.plan import PruningPlan, block_name
 from plprune.pruning.repair import Repair
 from plprune.pruning.statistics import Norms
-from plprune.pruning.stream import observe, stream
+from plprune.pruning.stream import observe, stream, values
 from plprune.pruning.surgery import Surgery, check_depth
 
 Choice = Literal["perplexity", "influence"]
@@ -84,7 +84,7 @@ class TwoSSP(Repairing):
         repairer, scores, influences = self.repairer(calibration), [], []
         for block, inputs in stream(model, calibration, "2SSP stage 1"):
             for group, norms in observe(block, inputs, Norms, attention="none"):
-                scores.append((block, group, norms.mean))
+                scores.append((block, group, values(norms, lambda n: n.mean)))
             influences.append(inputs.influence)
         surgery = Surgery(model)
         chosen = [(block, group, top_k(score, widths[group.name])) for block, group, score in scores]
@@ -142,7 +142,7 @@ class TwoSSP(Repairing):
         drop, fraction = self._shares(blocks, spared=constraint.first_attention)
         budget = Budget(blocks, fraction, constraint, each_block=True)
         budget.check(self.sparsity)
-        widths = map(round, budget.alike) if constraint == FREE else budget.fit(budget.alike)
+        widths = budget.fit(budget.alike) if budget.restricted else map(round, budget.alike)
         return drop, {group.name: n for (_, group), n in zip(budget.rows, widths, strict=True)}
 
     def _shares(self, blocks: list[Block], spared: bool = False) -> tuple[int, float]:
@@ -158,7 +158,8 @@ class TwoSSP(Repairing):
         drop = self.drop_attentions
         if drop is None:
             formula = attention and not self.drop_blocks
-            drop = attentions_to_drop(self.sparsity, len(blocks), attention, ffn, self.alpha) if formula else 0
+            each = ffn * len(groups) / len({block.index for block, _ in groups})  # shared experts and others together
+            drop = attentions_to_drop(self.sparsity, len(blocks), attention, each, self.alpha) if formula else 0
         if self.drop_blocks >= len(blocks):
             raise ValueError(f"2SSP would drop {self.drop_blocks} blocks, but the model has {len(blocks)}")
         there = len(with_attention) - (spared and blocks[0].can_drop_attention)

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from plprune.architecture.blocks import Block, anatomy_of, blocks_of
+from plprune.architecture.blocks import Block, UnitGroup, anatomy_of, blocks_of
 from plprune.architecture.cutting import held
 from plprune.architecture.modules import is_projection, matrix
 from plprune.architecture.wrappers import text_parts
@@ -108,14 +108,19 @@ def pruned_skeleton(
     for block in surgery.blocks:
         for group in block.all_groups if block.index not in gone else []:
             count = counts.get(group.name, len(group))
-            gains = biased and count and group.kind != "expert"
+            gains = biased and count and not group.kind.startswith("expert")
             gain = torch.zeros(len(matrix(block.part(group.consumer.path)))) if gains else None
             if count < len(group):
-                surgery.keep(block, group, torch.arange(count), bias_gain=gain)
+                surgery.keep(block, group, _first_units(group, count), bias_gain=gain)
     if gone:
         surgery.drop_blocks(gone)
     surgery.plan(method, {"sparsity": sparsity}, torch.ones(len(surgery.blocks)))
     return pruned
+
+
+def _first_units(group: UnitGroup, count: int) -> Tensor:
+    first = torch.arange(count)
+    return first.expand(group.experts, -1) if group.experts else first
 
 
 def structure(model: PreTrainedModel, context: int) -> Structure:

@@ -20,7 +20,6 @@ from torch import Tensor
 from plprune.architecture.blocks import Block, UnitGroup
 from plprune.planning.extremes import extreme_sizes, unique_cases
 from plprune.pruning.allocation import Budget, Rows, check_best, fit_counts, global_ranking, largest_remainder, top_k
-from plprune.pruning.constraints import FREE
 
 Structure = Literal["AL-AM", "AL-MM", "UL-MM", "UL-UM"]
 Scores = list[tuple[Block, UnitGroup, Tensor]]  # of each group [units, columns per unit]
@@ -51,7 +50,10 @@ class Competition:
     def counts(self, budget: Budget, wanted: Sequence[float]) -> list[int]:
         """The number of units to keep in each group; MM structures first fit heads, then channels to the rest."""
         rows, costs = budget.rows, budget.costs
-        kinds = {kind: [i for i, (_, g) in enumerate(rows) if g.kind == kind] for kind in ("attention", "ffn")}
+        kinds = {
+            kind: [i for i, (_, g) in enumerate(rows) if (g.kind == "attention") == (kind == "attention")]
+            for kind in ("attention", "ffn")
+        }
         if not self.structure.endswith("MM") or not kinds["attention"]:
             return budget.fit(wanted)
         left, counts = budget.keep * budget.whole, {}
@@ -112,7 +114,7 @@ class Competition:
             cases = [[size - removed_alike(p, size) for size in budget.sizes]]
         else:
             cases = self._mixes(budget.rows, heads, p)
-        if budget.constraint != FREE:
+        if budget.restricted:
             cases = [self.counts(budget, case) for case in cases]
         return unique_cases(budget.rows, cases)
 
@@ -121,7 +123,7 @@ class Competition:
 
         The cost of the kept units is within half a unit of the budget, which includes a bias for every group.
         """
-        rows, costs, free = budget.rows, budget.costs, budget.constraint == FREE
+        rows, costs, free = budget.rows, budget.costs, not budget.restricted
         check_best(costs, budget.sizes, p)
         allowed, steps = budget.allowed, budget.steps
         channels = [i for i in range(len(rows)) if i not in set(heads)]

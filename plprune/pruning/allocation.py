@@ -56,7 +56,12 @@ def rescale(sparsity: float, total: int, prunable: int, what: str, added: int = 
 
 
 def fraction_to_remove(
-    sparsity: float, blocks: Sequence[Block], attention: AttentionUnit, what: str, biased: bool = False
+    sparsity: float,
+    blocks: Sequence[Block],
+    attention: AttentionUnit,
+    what: str,
+    biased: bool = False,
+    experts: bool = True,
 ) -> float:
     """The fraction of the blocks' prunable parameters to remove, so that `sparsity` of all their parameters is removed.
 
@@ -66,24 +71,38 @@ def fraction_to_remove(
         attention: The attention units that are prunable besides the FFN channels.
         what: Names the prunable parameters in the error message.
         biased: Whether pruning adds a bias to every consumer without one; more parameters are removed to offset it.
+        experts: Whether channels of experts are prunable.
 
     Raises:
-        ValueError: Removing all prunable parameters would not be enough.
+        ValueError: Removing all prunable parameters would not be enough, or nothing is prunable.
     """
-    groups = [(block, group) for block in blocks for group in block.groups(attention)]
+    groups = [(block, group) for block in blocks for group in block.groups(attention, experts)]
+    if not groups:
+        raise ValueError(f"the model has nothing of {what}, so this method cannot prune it: use another")
     prunable = sum(len(group) * block.cost(group) for block, group in groups)
     biases = sum(block.absent_bias(group) for block, group in groups) if biased else 0
     return rescale(sparsity, sum(block.parameters() for block in blocks), prunable, what, biases)
 
 
-def top_k(score: Tensor, k: int) -> Tensor:  # [units] -> [k]
+def top_k(score: Tensor, k: int) -> Tensor:  # [..., units] -> [..., k]
     """Indices of the `k` units with the highest scores, ascending. Ties go to the lower index.
 
     Example:
         >>> top_k(torch.tensor([1.0, 3.0, 2.0, 3.0]), 2)
         tensor([1, 3])
     """
-    return score.argsort(descending=True, stable=True)[:k].sort().values.cpu()
+    return score.argsort(descending=True, stable=True)[..., :k].sort().values.cpu()
+
+
+def ranked(score: Tensor) -> Tensor:  # [experts, channels] -> [channels, experts]
+    """The scores of each expert's channels, the highest first: what leaves together where all keep as many.
+
+    Example:
+        >>> ranked(torch.tensor([[1.0, 3.0], [2.0, 0.0]]))
+        tensor([[3., 2.],
+                [1., 0.]])
+    """
+    return score.sort(dim=1, descending=True).values.T
 
 
 def largest_remainder(shares: Sequence[float], total: int, least: int = 1) -> list[int]:
@@ -197,6 +216,7 @@ class Budget:
         constraint: The numbers of units that are allowed.
         attention: The attention units that are prunable besides the FFN channels.
         each_block: Whether, under a constraint, each block must meet the budget, and not only all together.
+        experts: Whether channels of experts are prunable.
     """
 
     blocks: Sequence[Block]
@@ -204,11 +224,12 @@ class Budget:
     constraint: Constraint = FREE
     attention: AttentionUnit = "none"
     each_block: bool = False
+    experts: bool = True
 
     @functools.cached_property
     def rows(self) -> Rows:
         """Each group with its block."""
-        return [(block, group) for block in self.blocks for group in block.groups(self.attention)]
+        return [(block, group) for block in self.blocks for group in block.groups(self.attention, self.experts)]
 
     @functools.cached_property
     def sizes(self) -> list[int]:
@@ -219,6 +240,11 @@ class Budget:
     def costs(self) -> list[int]:
         """The parameters of one unit of each group."""
         return [block.cost(group) for block, group in self.rows]
+
+    @functools.cached_property
+    def restricted(self) -> bool:
+        """Whether only some numbers of units are allowed, by a constraint or as experts have channels in steps."""
+        return self.constraint != FREE or any(group.experts for _, group in self.rows)
 
     @property
     def whole(self) -> int:
@@ -233,7 +259,7 @@ class Budget:
     @functools.cached_property
     def allowed(self) -> list[Sequence[int]]:
         """The allowed numbers of units of each group, ascending; from 1 without a constraint."""
-        if self.constraint == FREE:
+        if not self.restricted:
             return [range(1, size + 1) for size in self.sizes]
         return [self.constraint.counts(block, group) for block, group in self.rows]
 
@@ -258,17 +284,20 @@ class Budget:
         Raises:
             ValueError: No such sparsity is possible.
         """
-        if self.constraint == FREE:
+        if not self.restricted:
             return
-        if self.attention == "none":
+        if self.attention == "none" and self.constraint != FREE:
             self.constraint.check_heads(self.blocks)
         chosen = self.fit(self.alike) if chosen is None else chosen
         of = sum(block.parameters() for block in self.blocks) if of is None else of
         excess = (_total(chosen, self.costs) - self.keep * self.whole) / of
         if abs(excess) > min(TOLERANCE, sparsity / 2) + 1e-9:
+            allow, change = "`serve_on` and `tensor_parallel` allow", ", or change `serve_on` or `tensor_parallel`"
+            if self.constraint == FREE:
+                allow, change = "experts can have, as their channels leave in steps of 8", ""
             raise ValueError(
-                f"sparsity {sparsity} is out of reach with the sizes that `serve_on` and `tensor_parallel` allow: the "
-                f"nearest is {max(0.0, sparsity - excess):.3f}; ask for that, or change `serve_on` or `tensor_parallel`"
+                f"sparsity {sparsity} is out of reach with the sizes that {allow}: the nearest is "
+                f"{max(0.0, sparsity - excess):.3f}; ask for that{change}"
             )
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from plprune.architecture.blocks import Block, UnitGroup
+from plprune.architecture.blocks import STEP, Block, UnitGroup
 from plprune.architecture.modules import innermost
 
 
@@ -57,6 +57,8 @@ class Constraint:
         """
         if group.kind == "ffn":
             return self._widths(len(group))
+        if group.kind == "expert_channel":
+            return self._widths(len(group), STEP) if len(group) >= STEP else [len(group)]
         return self._kv_heads(block) if group.kind == "attention" else range(1, len(group) + 1)
 
     def check_model(self, blocks: Sequence[Block]) -> None:
@@ -88,8 +90,8 @@ class Constraint:
                     f"{', '.join(map(str, allowed))}: change `tensor_parallel`, or use a method that prunes kv heads"
                 )
 
-    def _widths(self, dense: int) -> Sequence[int]:
-        multiple = math.lcm(self.width_multiple, self.tensor_parallel)
+    def _widths(self, dense: int, step: int = 1) -> Sequence[int]:
+        multiple = math.lcm(self.width_multiple, self.tensor_parallel, step)
         if dense < multiple:
             raise ValueError(
                 f"an FFN of width {dense} cannot be a multiple of {multiple}, as `serve_on` and `tensor_parallel` "

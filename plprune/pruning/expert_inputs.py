@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from plprune.io.distributed import ProcessGroup, all_reduce_sum
+from plprune.pruning.statistics import Statistic
 
 FEW = 8  # tokens
 NAME = "plprune"
@@ -75,6 +76,43 @@ class Saliency(ExpertStatistic):
     def mean(self) -> Tensor:  # [experts]
         """The saliency of each expert; 0 without tokens."""
         return self._sum / self.tokens.clamp(min=1)
+
+
+class PerExpert(ExpertStatistic):
+    """A statistic of the inner activations of each expert, over its own tokens.
+
+    Args:
+        experts: How many there are.
+        channels: Of each.
+        statistic: Makes an empty one.
+    """
+
+    def __init__(self, experts: int, channels: int, statistic: Callable[[], Statistic]) -> None:
+        self.channels, self.parts = channels, [statistic() for _ in range(experts)]
+        self.tokens = [0] * experts
+        self.length = 1  # tokens of a sample
+
+    def update(self, expert: int, tokens: Tensor, weights: Tensor, inner: Tensor, outputs: Tensor) -> None:
+        self.tokens[expert] += len(tokens)
+        counts = torch.bincount(tokens // self.length).tolist()
+        for own in inner.split([n for n in counts if n]):  # samples stay apart, so that batches do not matter
+            self.parts[expert].update(own[None])
+
+    def merge(self, group: ProcessGroup) -> None:
+        raise ValueError("channels of experts are pruned by one process: start it without others, or take REAP")
+
+    @property
+    def few(self) -> list[int]:
+        """The experts with too few tokens for statistics."""
+        return [expert for expert, tokens in enumerate(self.tokens) if tokens < FEW]
+
+    def stacked(self, read: Callable[[Any], Tensor]) -> Tensor:  # [experts, channels]
+        """A value of each channel; experts with few tokens get the mean of all others, so that weights alone decide."""
+        few = set(self.few)
+        known = {e: read(part).double().cpu() for e, part in enumerate(self.parts) if e not in few}
+        usual = torch.stack([*known.values()]).mean() if known else torch.ones((), dtype=torch.float64)
+        rows = [known.get(e, usual.expand(self.channels)) for e in range(len(self.parts))]
+        return torch.stack(rows)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@ r"""Repairs consumers of removed units in closed form: least-squares restoration
 Once a method has chosen the units of all blocks, a second pass prunes and repairs. In each block it first repairs the
 consumer of the attention, then that of the FFN, on the inputs that the repaired attention and earlier blocks produce.
 
+Channels of experts leave without repair.
+
 Damping pulls restored weights toward the old ones, which matters where few tokens determine them. Inputs are centred if
 a bias may be added: on the calibration text, restoration is then no worse than compensation.
 
@@ -106,7 +108,7 @@ class Repairer:
         self, surgery: Surgery, inputs: BlockInputs, chosen: Sequence[tuple[Block, UnitGroup, Tensor]]
     ) -> None:
         for block, group, keep in chosen:
-            if len(keep) == len(group):
+            if keep.shape[-1] == len(group) or group.experts:  # experts have no bias, and few tokens each
                 surgery.keep(block, group, keep)
                 continue
             ((_, seen),) = observe_groups(block, inputs, self.statistic, [group])

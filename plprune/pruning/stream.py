@@ -5,8 +5,9 @@ observations replace forward passes (`plprune.pruning.block_sources`); callers s
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,10 +17,11 @@ from plprune.io import distributed
 from plprune.io.progress import Progress
 from plprune.pruning.block_sources import BlockSource, Fresh, Recalled, Replayed
 from plprune.pruning.calibration import Calibration
-from plprune.pruning.expert_inputs import ExpertStatistic, watched
+from plprune.pruning.expert_inputs import FEW, ExpertStatistic, PerExpert, watched
 from plprune.pruning.forward import BlockInputs, evaluating, split_call
 from plprune.pruning.statistics import BlockInfluence, Statistic
 
+log = logging.getLogger(__name__)
 S = TypeVar("S", bound=Statistic)
 E = TypeVar("E", bound=ExpertStatistic)
 
@@ -86,22 +88,49 @@ def observe(
     inputs: BlockInputs,
     statistic: Callable[[], S],
     attention: AttentionUnit = "kv_heads",
+    of_experts: Callable[[], Statistic] | None = None,
+    experts: bool = True,
 ) -> list[tuple[UnitGroup, S]]:
     """Runs a block once over its inputs, of all processes.
 
     The same run measures how far the block moves its hidden states (`inputs.influence`) and keeps its outputs.
 
+    Args:
+        block: The block.
+        inputs: Its inputs.
+        statistic: Makes an empty statistic.
+        attention: The attention units to observe.
+        of_experts: Makes an empty statistic for each expert; the same by default.
+        experts: Whether channels of experts are observed.
+
     Returns:
-        Every group with the statistic of its consumer's inputs; nothing if an earlier run has already pruned the block.
+        Every group with the statistic of its consumer's inputs, which :func:`values` reads; nothing if an earlier run
+        has already pruned the block.
     """
-    return observe_groups(block, inputs, statistic, block.groups(attention))
+    groups = block.groups(attention, experts)
+    channels = next((group for group in groups if group.experts), None)
+    if channels is None:
+        return observe_groups(block, inputs, statistic, groups)
+    seen = PerExpert(channels.experts, len(channels), of_experts or statistic)
+    others = [group for group in groups if group is not channels]
+    found = observe_groups(block, inputs, statistic, others, seen)
+    return [*found, (channels, cast(Any, seen))]
+
+
+def values(seen: Any, read: Callable[[Any], Tensor]) -> Tensor:  # [features], or [experts, channels]
+    """A value of each feature that a statistic has seen; for the channels of experts those of each expert."""
+    return seen.stacked(read) if isinstance(seen, PerExpert) else read(seen)
 
 
 def observe_groups(
-    block: Block, inputs: BlockInputs, statistic: Callable[[], S], groups: list[UnitGroup]
+    block: Block,
+    inputs: BlockInputs,
+    statistic: Callable[[], S],
+    groups: list[UnitGroup],
+    channels: PerExpert | None = None,
 ) -> list[tuple[UnitGroup, S]]:
-    """Like :func:`observe`, for some of the block's groups."""
-    if (known := inputs.known(groups, statistic)) is not None:
+    """Like :func:`observe`, for some of the block's groups; `channels` sees those of experts."""
+    if channels is None and (known := inputs.known(groups, statistic)) is not None:
         return known
     statistics = {group.consumer.path: statistic() for group in groups}
     shape: tuple[int, ...] = ()  # some families flatten samples and tokens before the FFN
@@ -112,18 +141,27 @@ def observe_groups(
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal shape
         shape = split_call(args, kwargs)[0].shape[:2]
+        if channels is not None:
+            channels.length = shape[1]
 
     handles = [block.part(path).register_forward_pre_hook(hook(path)) for path in statistics]
     handles.append(block.module.register_forward_pre_hook(enter, with_kwargs=True))
     inputs.influence = BlockInfluence()
+    watching = watched(block.part(block.experts.path), channels.update) if channels else None
     try:
-        inputs.run(inputs.influence)
+        with watching or contextlib.nullcontext():
+            inputs.run(inputs.influence)
     finally:
         for handle in handles:
             handle.remove()
     if inputs.group is not None:
-        for merging in (*statistics.values(), inputs.influence):
+        for merging in (*statistics.values(), *([channels] if channels else []), inputs.influence):
             merging.merge(inputs.group)
+    if channels and channels.few:
+        log.warning(
+            "%s: %d of %d experts saw fewer than %d calibration tokens, so weights alone score their channels",
+            *(block.path, len(channels.few), len(channels.parts), FEW),
+        )
     inputs.observed.append(statistics)
     return [(group, statistics[group.consumer.path]) for group in groups]
 

@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from plprune.architecture.anatomy import ModelAnatomy
 from plprune.architecture.attached import attach
 from plprune.architecture.blocks import Block, Decision, UnitGroup, anatomy_of, blocks_of, dense_class, set_anatomy
-from plprune.architecture.cutting import complement, cut, cut_values, like, spread
+from plprune.architecture.cutting import complement, cut, cut_values, cut_within, like, spread
 from plprune.architecture.depth import Shorter, renumber, shorter
 from plprune.architecture.modeling_plprune import Gather, NoAttention, Scatter, replace
 from plprune.architecture.modules import Side, innermost, is_transposed, matrix, tied, width
@@ -47,7 +47,7 @@ class Surgery:
         self,
         block: Block,
         group: UnitGroup,
-        keep: Tensor,  # [kept]
+        keep: Tensor,  # [kept], or [experts, kept]
         weight: Tensor | None = None,  # [d, kept columns]
         bias_gain: Tensor | None = None,  # [d]
     ) -> None:
@@ -63,7 +63,7 @@ class Surgery:
         size = len(group)
         with block.present():
             shrink(block, group, keep)
-            unchanged = len(keep) == size or (weight is None and bias_gain is None)
+            unchanged = keep.shape[-1] == size or (weight is None and bias_gain is None)
             repaired = [] if unchanged else self._repair(block, group, weight, bias_gain)
             decision = Decision(group.name, keep.cpu(), size, repaired)
             if block.home is not None:
@@ -208,9 +208,11 @@ def shrink(block: Block, group: UnitGroup, keep: Tensor) -> None:
     """Removes all units of a group except `keep` from every projection of the group."""
     if group.kind == "attention" and not len(keep):
         return drop_attention(block)
-    if len(keep) == len(group):
+    if keep.shape[-1] == len(group):
         return
-    if group.kind == "value":
+    if group.kind == "expert_channel":
+        cut_within(block.module, group.producers, group.consumer, group.counts, keep)
+    elif group.kind == "value":
         cut_values(block.module, group.producers[0], group.consumer, keep)
     else:
         cut(block.module, group.producers, group.consumer, group.counts, keep)

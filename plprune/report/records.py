@@ -97,7 +97,7 @@ def _blocks(plan: PruningPlan) -> list[dict[str, Any]]:
         for name, index in step.keep.items():
             _, i, kind = name.split(".")
             name = f"blocks.{places[int(i)]}.{kind}"
-            kept[name] = kept[name][index] if name in kept else index
+            kept[name] = _composed(kept[name], index) if name in kept else index
             sizes.setdefault(name, step.sizes[f"blocks.{i}.{kind}"])
         for i, place in enumerate(places):
             after[place], importance[place] = step.after[i], float(step.importance[i])
@@ -108,7 +108,8 @@ def _blocks(plan: PruningPlan) -> list[dict[str, Any]]:
     for i, before in enumerate(first):
         names = {kind: f"blocks.{i}.{kind}" for kind in UNITS if kind in usual}
         units = {
-            kind: [len(kept[name]), sizes[name]] if name in kept else [usual[kind]] * 2 for kind, name in names.items()
+            kind: [kept[name].shape[-1], sizes[name]] if name in kept else [usual[kind]] * 2
+            for kind, name in names.items()
         }
         if i in gone:
             units = {kind: [0, size] for kind, (_, size) in units.items()}
@@ -119,6 +120,11 @@ def _blocks(plan: PruningPlan) -> list[dict[str, Any]]:
             block["heads"] = [] if i in gone else whole
         blocks.append(block)
     return blocks
+
+
+def _composed(kept: Tensor, index: Tensor) -> Tensor:
+    """The units that two prunings keep; of experts the channels of each, unless experts left in between."""
+    return kept[index] if kept.ndim == 1 or len(kept) != len(index) else kept.gather(1, index)
 
 
 def _record(path: Path) -> dict[str, Any] | None:

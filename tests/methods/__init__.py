@@ -70,3 +70,28 @@ def plain_loop(model: PreTrainedModel, ids: Tensor, count: int) -> list[int]:
         for p in outputs[dropped[-1]].parameters():
             p.data.zero_()
     return dropped
+
+
+@torch.no_grad()
+def inside_experts(model: PreTrainedModel, ids: Tensor) -> dict[str, list[Tensor]]:
+    """Of each block of a Mixtral, by its group, the inner activations of each expert, [tokens, channels]."""
+    found: dict[str, list[Tensor]] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def run(experts: Any, args: Any) -> None:
+            x, chosen = args[0].double(), args[1]
+            own = [x[(chosen == e).any(1)] for e in range(len(experts.down_proj))]
+            halves = [each.double().chunk(2) for each in experts.gate_up_proj]
+            found[name] = [
+                torch.nn.functional.silu(each @ gate.T) * (each @ up.T)
+                for each, (gate, up) in zip(own, halves, strict=True)
+            ]
+
+        return run
+
+    blocks = blocks_of(model)
+    hooks = [b.part(b.experts.path).register_forward_pre_hook(hook(f"blocks.{b.index}.expert_channel")) for b in blocks]
+    model(input_ids=ids, use_cache=False)
+    for handle in hooks:
+        handle.remove()
+    return found

@@ -13,7 +13,8 @@ from plprune.methods.cfsp import relative_score
 from plprune.pruning.allocation import kept_fractions
 from plprune.pruning.statistics import Distance
 from tests.builders import tiny, windows
-from tests.methods import best, traced
+from tests.methods import best, inside_experts, traced
+from tests.zoo import build
 
 
 def widths(plan: Any) -> list[int]:
@@ -172,3 +173,26 @@ def test_attention_is_untouched() -> None:
     untouched = {n: t for n, t in model.state_dict().items() if ".mlp." not in n}
     assert untouched
     assert all(torch.equal(t, dense[n]) for n, t in untouched.items())
+
+
+@pytest.mark.parametrize("score", ["activation", "relative"])
+def test_each_expert_keeps_channels_of_its_own(score: Any) -> None:
+    model, ids = build("mixtral"), windows(4, 64)
+    inner = inside_experts(model, ids)
+    weights = {name: p.detach().double() for name, p in model.named_parameters()}
+    plan = prune(model, CFSP(0.25, score=score), list(ids.split(2)))
+    assert plan.reached == pytest.approx(0.25, abs=0.02)
+    for i, (name, keep) in enumerate(plan.keep.items()):
+        assert keep.shape[0] == 8
+        assert keep.shape[1] % 8 == 0
+        for expert, x in enumerate(inner[name]):
+            values = x.norm(dim=0)
+            if score == "relative":
+                rows = weights[f"model.layers.{i}.mlp.experts.gate_up_proj"][expert].chunk(2)
+                down = weights[f"model.layers.{i}.mlp.experts.down_proj"][expert].abs() * values
+                terms = (down / down.sum(1, keepdim=True)).mean(0)
+                for row in rows:
+                    terms = terms + (row.abs() / row.abs().sum(0)).mean(1)
+                values = terms * values
+            assert len(x) >= 8
+            assert keep[expert].tolist() == best(values, keep.shape[1])

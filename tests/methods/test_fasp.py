@@ -14,7 +14,8 @@ from plprune.architecture.blocks import UnitGroup, blocks_of
 from plprune.architecture.modules import innermost
 from plprune.methods.fasp import column_score, kept_counts
 from tests.builders import FAMILIES, tiny, windows
-from tests.methods import best, traced, weight
+from tests.methods import best, inside_experts, traced, weight
+from tests.zoo import build
 
 
 def error(model: PreTrainedModel, ids: Tensor, block: int = 0) -> float:
@@ -155,3 +156,12 @@ def test_too_few_tokens_to_restore_from_are_refused_without_damping() -> None:
     with pytest.raises(ValueError, match="raise `damping`, or num_samples"):
         prune(tiny(), FASP(0.2, damping=0.0), [windows(1, 4)])
     assert prune(tiny(), FASP(0.2), [windows(1, 4)]).reached > 0.15
+
+
+def test_channels_of_experts_leave_by_their_columns() -> None:
+    model, ids = build("mixtral"), windows(4, 64)
+    inner = inside_experts(model, ids)["blocks.0.expert_channel"]  # later blocks see what is pruned before them
+    down = blocks_of(model)[0].weight(blocks_of(model)[0].groups("none")[0]).detach().double()
+    keep = prune(model, FASP(0.25, attention="none"), list(ids.split(2))).keep["blocks.0.expert_channel"]
+    for expert, x in enumerate(inner):
+        assert keep[expert].tolist() == best(down[:, expert].abs().sum(0) * x.norm(dim=0), keep.shape[1])

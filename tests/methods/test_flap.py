@@ -16,7 +16,8 @@ from plprune.methods.flap import fluctuation, weighted_norm
 from plprune.planning.structures import standardised
 from plprune.pruning.allocation import global_ranking
 from tests.builders import tiny, windows
-from tests.methods import best, traced, weight
+from tests.methods import best, inside_experts, traced, weight
+from tests.zoo import build
 
 D, G, HD, N = 32, 2, 4, 48  # of the tiny Llama: width, query heads per kv head, head dimension, FFN width
 HEAD, CHANNEL = 2 * G * HD * D + 2 * HD * D, 3 * D
@@ -213,3 +214,25 @@ def test_standardised_scores_have_mean_0_and_spread_1() -> None:
     torch.testing.assert_close(heads, z.view(4, 3).mean(1))
     assert torch.equal(standardised(torch.full((5, 1), 2.0)), torch.zeros(5))
     assert torch.equal(standardised(torch.ones(1, 1)), torch.zeros(1))
+
+
+def test_channels_of_experts_compete_with_heads() -> None:
+    model, ids = build("mixtral"), windows(4, 64)
+    inner = inside_experts(model, ids)
+    down = {name: p.detach().double() for name, p in model.named_parameters() if name.endswith("experts.down_proj")}
+    plan = prune(model, FLAP(0.25, variance="unbiased"), list(ids.split(2)))
+    assert plan.reached == pytest.approx(0.25, abs=0.02)
+    kinds = {name.rpartition(".")[2]: keep for name, keep in plan.keep.items()}
+    assert kinds.keys() == {"attention", "expert_channel"}
+    assert not any(name.endswith("experts.down_proj") for name in plan.repaired)
+    for i in range(4):
+        keep = plan.keep[f"blocks.{i}.expert_channel"]
+        assert keep.shape[1] % 8 == 0
+        for expert, x in enumerate(inner[f"blocks.{i}.expert_channel"]):
+            score = x.var(0) * down[f"model.layers.{i}.mlp.experts.down_proj"][expert].square().sum(0)
+            assert keep[expert].tolist() == best(score, keep.shape[1])
+
+
+def test_structures_that_count_channels_alike_are_refused_for_experts() -> None:
+    with pytest.raises(ValueError, match="set `structure` to AL-AM or UL-UM"):
+        prune(build("mixtral"), FLAP(0.25, structure="AL-MM"), [windows()])

@@ -17,7 +17,8 @@ from plprune.pruning.surgery import drop_attention, shrink
 from plprune.recovery.consumers import consumers
 from plprune.report.records import of_plan
 from tests.builders import FAMILIES, logits, tiny, windows
-from tests.methods import best, plain_loop, traced
+from tests.methods import best, inside_experts, plain_loop, traced
+from tests.zoo import build
 
 MODELS: dict[str, dict[str, Any]] = {
     "Llama-2-7B": {"blocks": 32, "d": 4096, "kv": 4096, "n": 11008},
@@ -237,3 +238,22 @@ def test_blocks_that_cannot_leave_are_said() -> None:
         prune(deep(), TwoSSP(sparsity=0.2, drop_blocks=2), [windows()])
     with pytest.raises(ValueError, match="`blocks_by` is perplexity or influence"):
         TwoSSP(blocks_by="magnitude")  # type: ignore[arg-type]
+
+
+def test_all_experts_of_a_model_keep_as_many_channels() -> None:
+    model, ids = build("mixtral"), windows(4, 64)
+    inner = inside_experts(model, ids)
+    plan = prune(model, TwoSSP(0.25, drop_attentions=0), list(ids.split(2)))
+    assert {tuple(keep.shape) for keep in plan.keep.values()} == {(8, 72)}
+    keep = plan.keep["blocks.1.expert_channel"]
+    norms = torch.zeros(96, dtype=torch.float64)
+    model = build("mixtral")
+    for ids_of_one in ids.split(1):  # the norm of each sample
+        norms += inside_experts(model, ids_of_one)["blocks.1.expert_channel"][3].norm(dim=0)
+    assert keep[3].tolist() == best(norms, 72)
+    assert len(inner["blocks.1.expert_channel"][3]) >= 8
+
+
+def test_a_sparsity_between_the_steps_of_experts_is_refused() -> None:
+    with pytest.raises(ValueError, match="their channels leave in steps of 8: the nearest is"):
+        prune(build("mixtral"), TwoSSP(0.04, drop_attentions=0), [windows()])

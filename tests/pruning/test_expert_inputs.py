@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from plprune.architecture.blocks import blocks_of
-from plprune.pruning.expert_inputs import Saliency, watched
+from plprune.pruning.expert_inputs import PerExpert, Saliency, watched
+from plprune.pruning.statistics import Moments
 from tests.builders import logits
 from tests.zoo import build
 
@@ -57,3 +58,26 @@ def test_saliency_is_a_mean_over_tokens_of_all_batches() -> None:
     assert parts.mean.tolist() == pytest.approx([0, 0, expected], rel=1e-6)
     torch.testing.assert_close(parts.mean, whole.mean)
     assert parts.tokens.tolist() == [0, 0, 7]
+
+
+def test_statistics_of_experts_are_of_their_own_tokens_and_samples() -> None:
+    x = torch.randn(2, 12, 3)  # of two samples
+    own = torch.stack([torch.arange(12) % 3 != 0, torch.arange(12) % 4 != 0])
+    seen = PerExpert(3, 3, Moments)
+    seen.length = 12
+    tokens = own.flatten().nonzero().flatten()
+    seen.update(1, tokens, torch.ones(len(tokens)), x.flatten(0, 1)[tokens], x.flatten(0, 1)[tokens])
+    seen.update(2, torch.arange(3), torch.ones(3), x[0, :3], x[0, :3])
+    rows = x[own].double()
+    variance = seen.stacked(lambda m: m.variance)
+    torch.testing.assert_close(variance[1], rows.var(0))
+    torch.testing.assert_close(seen.stacked(lambda m: m.running_variance)[1], expected_running(x, own))
+    assert seen.few == [0, 2]
+    assert torch.equal(variance[0], variance[1].mean().expand(3))
+    assert torch.equal(variance[2], variance[0])
+
+
+def expected_running(x: Tensor, own: Tensor) -> Tensor:
+    """FLAP's estimate for two samples: that of the second about the mean of both, halved."""
+    first, second = (each[mask].double() for each, mask in zip(x, own, strict=True))
+    return (second - torch.cat([first, second]).mean(0)).square().mean(0) / 2

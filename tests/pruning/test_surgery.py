@@ -16,6 +16,7 @@ from plprune.architecture.modeling_plprune import BlockConfig, Gather, NoAttenti
 from plprune.architecture.modules import innermost, matrix
 from plprune.pruning.surgery import Surgery, apply, drop_attention, plan_of, replay, shrink, without_attention
 from tests.builders import FAMILIES, VARIANTS, logits, tiny, windows
+from tests.zoo import build
 
 every_family = pytest.mark.parametrize("family", [*FAMILIES, *VARIANTS])
 every_unit = pytest.mark.parametrize("attention", ["kv_heads", "value_channels", "none"])
@@ -324,3 +325,35 @@ def test_a_plan_does_not_go_on_from_another_pruning() -> None:
     other = prune(tiny(), FLAP(0.2), [windows()])
     with pytest.raises(ValueError, match="pruned by another"):
         apply(model, other)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "nemotron_h"])  # plain; transposed, taking turns; without gates
+def test_cut_channels_of_experts_are_masked_ones_of_each_expert(kind: str) -> None:
+    pruned, masked = build(kind), build(kind)
+    surgery = Surgery(pruned)
+    for block, whole in zip(surgery.blocks, blocks_of(masked), strict=True):
+        for group in [group for group in block.groups("none") if group.experts]:
+            rows = [torch.randperm(len(group))[:16].sort().values for _ in range(group.experts)]
+            surgery.keep(block, group, torch.stack(rows))
+            stacked = cast(Any, whole.part(whole.experts.path)).down_proj.data
+            for expert, keep in enumerate(rows):
+                gone = complement(keep, len(group))
+                if group.consumer.axis == 2:
+                    stacked[expert][:, gone] = 0
+                else:
+                    stacked[expert][gone] = 0
+            assert block.expert_width == 16
+    torch.testing.assert_close(logits(pruned), logits(masked), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_parameters_of_experts_leave_as_they_cost(kind: str) -> None:
+    surgery = Surgery(build(kind))
+    block = surgery.blocks[0]
+    (group,) = [group for group in block.groups("none") if group.experts]
+    before, channel = block.parameters(), block.cost(group)
+    surgery.keep(block, group, torch.arange(8).expand(8, -1))
+    assert before - block.parameters() == (len(group) - 8) * channel
+    before, expert = block.parameters(), block.cost(block.expert_units())
+    surgery.keep(block, block.expert_units(), torch.tensor([1, 2, 7]))
+    assert before - block.parameters() == 5 * expert
