@@ -1,5 +1,6 @@
 """Tiny random models that see, of the default configs of their types, and inputs of an image and text."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +27,19 @@ OWN: dict[str, dict[str, Any]] = {
         "vision_config": GRID["vision_config"] | {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
         "text_config": {"head_dim": 16, **SECTIONS},
     },
+    "aya_vision": SIZES,
+    "exaone4_5": {"vision_config": GRID["vision_config"] | {"window_size": SIZE, "fullatt_block_indexes": [1]}},
+    "idefics3": {"scale_factor": 2, **SIZES},
+    "internvl": {"vision_config": {"image_size": [SIZE, SIZE], "patch_size": [PATCH, PATCH]}},
+    "llava_onevision": {"image_grid_pinpoints": [[SIZE, SIZE]], **SIZES},
+    "mistral3": {"spatial_merge_size": 1, **SIZES},
+    "ovis2": SIZES,
+    "qwen3_5": {
+        "vision_config": GRID["vision_config"] | {"num_position_embeddings": 16},
+        "text_config": {"rope_parameters": {**SECTIONS["rope_parameters"], "partial_rotary_factor": 1.0}},
+    },
 }
+OWN["smolvlm"] = OWN["idefics3"]
 
 
 def build(kind: str) -> PreTrainedModel:
@@ -38,20 +51,22 @@ def build(kind: str) -> PreTrainedModel:
 
 def image_and_text(model: PreTrainedModel) -> dict[str, Tensor]:
     """The arguments for a random image in the middle of a text."""
-    kind, config = model.config.model_type, model.config
-    generator = torch.Generator().manual_seed(5)
-    if "qwen" in kind:
-        vision = config.vision_config
-        width = 3 * vision.temporal_patch_size * PATCH**2
-        seen = {"pixel_values": torch.randn(PATCHES, width, generator=generator)}
-        seen |= {"image_grid_thw": torch.tensor([[1, SIZE // PATCH, SIZE // PATCH]])}
-        tokens = PATCHES // vision.spatial_merge_size**2
-    else:
-        seen = {"pixel_values": torch.randn(1, 3, SIZE, SIZE, generator=generator)}
-        tokens = getattr(config, "mm_tokens_per_image", PATCHES)
-    ids = torch.tensor([[10, 11, *[IMAGE] * tokens, 12, 13]])
-    name = {"gemma3": "token_type_ids"}.get(kind, "mm_token_type_ids" if "qwen" in kind else "")
-    return {"input_ids": ids, **seen, **({name: (ids == IMAGE).long()} if name else {})}
+    kind, vision = model.config.model_type, model.config.vision_config
+    taken = inspect.signature(model.forward).parameters
+    shape = {"llava_onevision": (1, 2), "idefics3": (1, 1), "smolvlm": (1, 1)}.get(kind, (1,))
+    shape = (*shape, 3, SIZE, SIZE)
+    seen: dict[str, Any] = {}
+    if "image_grid_thw" in taken:
+        shape = (PATCHES, 3 * vision.temporal_patch_size * PATCH**2)
+        seen = {"image_grid_thw": torch.tensor([[1, SIZE // PATCH, SIZE // PATCH]])}
+    elif kind in ("llava_onevision", "mistral3"):
+        seen = {"image_sizes": torch.tensor([[SIZE, SIZE]])}
+    seen["pixel_values"] = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    found: Any = model.get_image_features(**seen).pooler_output  # type: ignore[operator]
+    parts = found if isinstance(found, list | tuple) else [found]
+    ids = torch.tensor([[10, 11, *[IMAGE] * sum(part.shape[:-1].numel() for part in parts), 12, 13]])
+    types = [name for name in ("token_type_ids", "mm_token_type_ids") if name in taken]
+    return {"input_ids": ids, **seen, **{name: (ids == IMAGE).long() for name in types}}
 
 
 def _merged(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
