@@ -61,10 +61,7 @@ def open_streamed(name_or_path: str, dtype: Dtype | None = None) -> PreTrainedMo
     _return_freed_memory()
     dtype = resolve_dtype(stored, dtype)
     model = load_skeleton(name_or_path, dtype)
-    if any(block.expert_count for block in blocks_of(model)):
-        raise ValueError(
-            f"{name_or_path} is a mixture of experts, which cannot stream from disk yet: leave out --stream"
-        )
+    check_streams(model, name_or_path)
     source = ModelWeights(stored, model, getattr(torch, dtype))
     weights = fingerprint((name, source.converted(name)) for name, _ in model.named_parameters())
     attach(model, replace(model_state(model), fingerprint=weights))
@@ -76,6 +73,14 @@ def open_streamed(name_or_path: str, dtype: Dtype | None = None) -> PreTrainedMo
     read_generation_config(model, stored.folder)
     model.config.dtype = model.dtype
     return model.eval()
+
+
+def check_streams(model: PreTrainedModel, name_or_path: str) -> None:
+    """Raises ValueError if a model cannot stream from disk."""
+    if any(block.expert_count for block in blocks_of(model)):
+        raise ValueError(
+            f"{name_or_path} is a mixture of experts, which cannot stream from disk yet: leave out --stream"
+        )
 
 
 def prune_streamed(

@@ -38,6 +38,7 @@ from plprune.pruning.surgery import Surgery
 from plprune.streaming import journal_path, open_streamed, prune_streamed
 from tests.builders import FAMILIES, METHODS, REPAIRED, logits, method, numbers, save_tiny, tiny, tokenizer, windows
 from tests.runs import KILLS, context
+from tests.zoo import build
 
 FOUR = ("FLAP AL-AM", "FASP value_channels", "CFSP relative", "TwoSSP")
 BATCHES = Calibration(list(windows().split(2)))
@@ -582,3 +583,9 @@ def killed_at_random(folder: Path, name: str, trials: int, seed: int) -> None:
 @pytest.mark.parametrize("name", ["FLAP", "FASP", "CFSP", "TwoSSP"])
 def test_a_run_that_is_killed_at_many_moments(name: str, here: Path) -> None:
     killed_at_random(here, name, trials=max(1, KILLS // 3), seed=sum(map(ord, name)) + 1)
+
+
+def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
+    build("qwen2_moe").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a mixture of experts, which cannot stream from disk yet"):
+        open_streamed(str(tmp_path))

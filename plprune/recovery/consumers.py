@@ -36,7 +36,7 @@ def unfreeze(model: PreTrainedModel, plan: PruningPlan | None) -> list[str]:
         The names of the trained projections.
 
     Raises:
-        ValueError: The plan has removed nothing.
+        ValueError: No projection has lost inputs.
     """
     model.requires_grad_(False)
     names = []
@@ -45,7 +45,10 @@ def unfreeze(model: PreTrainedModel, plan: PruningPlan | None) -> list[str]:
             _unfreeze(innermost(block.part(path)))
             names.append(f"{block.path}.{path}")
     if not names:
-        raise ValueError("the plan has removed nothing, so there is no consumer to train: set model.train to lora")
+        raise ValueError(
+            "the plan has removed nothing that a projection reads (experts have none), so no consumer can be trained: "
+            "set model.train to lora"
+        )
     return names
 
 

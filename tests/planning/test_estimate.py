@@ -29,6 +29,7 @@ from plprune.pruning.plan_summary import plan_summary
 from plprune.pruning.surgery import plan_of
 from plprune.recovery.lora import LoRA, inject
 from tests.builders import DEFAULTS, METHODS, PAIRS, REPAIRED, save_tiny, tiny, windows
+from tests.zoo import build
 
 CONTEXT = 20  # longer than any sliding window
 QUICK = ("llama", "gpt2", "gemma2", "opt")
@@ -385,3 +386,14 @@ def test_seventy_billion_parameters_take_seconds(
     out = capsys.readouterr().out
     assert "70.55B" in out
     assert "50B asked" in out
+
+
+def test_active_parameters_are_of_the_experts_that_run() -> None:
+    model = build("mixtral")
+    found = structure(model, 16)
+    stacked = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    assert found.active_parameters == found.parameters - stacked * 6 // 8
+    linears = sum(p.numel() for name, p in model.named_parameters() if name.endswith(("proj.weight", "lm_head.weight")))
+    router = sum(p.numel() for name, p in model.named_parameters() if name.endswith("gate.weight"))
+    attended = 4 * 4 * 4 * 16 * 8.5  # blocks, heads, their size, mean span
+    assert found.reading_flops == round(2 * (linears + router + stacked * 2 // 8) + attended)
