@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from plprune.training.checkpoint_files import checkpoints
 from plprune.training.preemption import AGAIN
-from tests.runs import KILLS, Run, make_source, new_folder, result
+from tests.runs import KILLS, SECONDS, Run, make_source, new_folder, result
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def command(*arguments: str, by: tuple[str, ...] = ()) -> list[str]:
     return [sys.executable, *by, "-m", "plprune", "fit", "--config=fit.yaml", "--trainer.strategy=ddp", *arguments]
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:
+def wait_for(what: Callable[[], Any], seconds: float = SECONDS) -> Any:
     """The first value that is something."""
     end = time.monotonic() + seconds
     while not (value := what()):
@@ -241,9 +241,11 @@ def test_ranks_that_lightning_started_stop_with_the_first(source: Path, tmp_path
     folder = new_folder(source, tmp_path / "run")
     words = command("--trainer.devices=2", "--trainer.max_steps=100000")
     with subprocess.Popen(words, cwd=folder, stderr=subprocess.PIPE, text=True) as process:
-        wait_for(lambda: checkpoints(folder / "checkpoints"))
-        ranks = children(process.pid)
-        process.terminate()
+        try:
+            wait_for(lambda: checkpoints(folder / "checkpoints"))
+            ranks = children(process.pid)
+        finally:  # else a failure would wait for the last step
+            process.terminate()
         _, said = process.communicate(timeout=60)
     assert process.returncode == AGAIN, said
     assert said.count("exit code 75") == 1
