@@ -137,11 +137,12 @@ def config_sizes(model: PreTrainedModel) -> dict[str, Any]:
     # Some families would compute it as the width divided by the number of heads, which pruning changes.
     dims = {block.head_dim for block in blocks if block.has_attention}
     head_dim = {keys["head_dim"]: dims.pop()} if len(dims) == 1 and "head_dim" in keys else {}
-    values = {key: value for size in sizes for key, value in size.items()}
-    mixture = any(block.anatomy.experts for block in blocks)  # whose blocks need not have the same sizes
-    alike = all(size == ({k: values[k] for k in size} if mixture else sizes[0]) for size in sizes)
-    if alike and "skip" not in values:
-        return values | head_dim
+    found = {key: {size[key] for size in sizes if key in size} for key in keys.values()}
+    common = {key: values.pop() for key, values in found.items() if len(values) == 1}
+    dropped = any(block.anatomy.attention is not None and not block.has_attention for block in blocks)
+    # Where blocks are of several kinds, what is not common may be as the dense model's config has it.
+    if not dropped and (len({id(block.anatomy) for block in blocks}) > 1 or all(size == sizes[0] for size in sizes)):
+        return common | head_dim
     return head_dim | {"per_layer_config": {str(i): size for i, size in enumerate(sizes)}}
 
 

@@ -7,7 +7,6 @@ and the plan describe have exactly these tensors.
 import contextlib
 import json
 import logging
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ log = logging.getLogger(__name__)
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
 LONG = 1 << 30  # bytes above which reading back takes a while
+CHUNK = 1 << 24  # bytes that are copied at once
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
@@ -98,19 +98,30 @@ def read_tensor(file: Path, name: str) -> Tensor:
 
 
 def align(path: Path) -> None:
-    """Moves the values in a safetensors file to a multiple of 64 bytes, as they may be used where they lie.
+    """Moves the values of tensors in a safetensors file to multiples of 64 bytes, as they may be used where they lie.
 
-    Kernels of experts compute with unaligned weights by another way, whose last bits differ.
+    Kernels of experts compute with unaligned weights by another way, whose last bits differ. Tensors of other lengths,
+    as biases of routers, come last.
     """
     with path.open("rb") as old:
         size = int.from_bytes(old.read(8), "little")
-        gap = -(8 + size) % 64
-        if not gap:
-            return
+        header = json.loads(old.read(size))
+        places = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+        order = sorted(places, key=lambda name: ((places[name][1] - places[name][0]) % 64 != 0, places[name]))
+        end = 0
+        for name in order:
+            length = places[name][1] - places[name][0]
+            header[name]["data_offsets"] = [end, end := end + length]
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % 64)
         aligned = path.with_name(f"{path.name}.aligned")
         with aligned.open("wb") as new:
-            new.write((size + gap).to_bytes(8, "little") + old.read(size) + b" " * gap)
-            shutil.copyfileobj(old, new, 1 << 24)
+            new.write(len(text).to_bytes(8, "little") + text)
+            for name in order:
+                start, stop = places[name]
+                old.seek(8 + size + start)
+                for left in range(stop - start, 0, -CHUNK):
+                    new.write(old.read(min(left, CHUNK)))
     aligned.replace(path)
 
 

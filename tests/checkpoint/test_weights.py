@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFReader
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -18,7 +19,7 @@ from plprune.architecture.modeling_plprune import PrunedModelMixin
 from plprune.architecture.modules import tied
 from plprune.checkpoint.load import load_model, load_skeleton, rebuild
 from plprune.checkpoint.stored import weight_files
-from plprune.checkpoint.weights import INDEX, SINGLE, check_saved, listed_files, without_tied
+from plprune.checkpoint.weights import INDEX, SINGLE, align, check_saved, listed_files, without_tied
 from plprune.export import decilm, gguf
 from plprune.methods import Request
 from plprune.pruning.calibration import Calibration
@@ -275,3 +276,22 @@ def test_a_single_file_goes_before_an_index(tmp_path: Path) -> None:
     assert listed_files(tmp_path) == weight_files(tmp_path) == [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
     (tmp_path / SINGLE).touch()
     assert listed_files(tmp_path) == weight_files(tmp_path) == [tmp_path / SINGLE]
+
+
+def test_tensors_lie_at_multiples_of_64_bytes_and_odd_ones_last(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    tensors = {"a": torch.randn(3), "b": torch.randn(4, 16), "c": torch.randn(5).bfloat16(), "d": torch.randn(32)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    align(file)
+    read = load_file(file)
+    assert all(torch.equal(read[name], value) for name, value in tensors.items())
+    head = file.read_bytes()
+    size = int.from_bytes(head[:8], "little")
+    places = {
+        name: entry["data_offsets"][0] for name, entry in json.loads(head[8 : 8 + size]).items() if name in "abcd"
+    }
+    assert (8 + size) % 64 == 0
+    assert (places["b"] % 64, places["d"] % 64) == (0, 0)
+    assert min(places["a"], places["c"]) > max(places["b"], places["d"])
+    with safe_open(file, framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
