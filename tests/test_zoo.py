@@ -49,19 +49,23 @@ def test_a_family_is_pruned_saved_loaded_and_run(kind: str, tmp_path: Path) -> N
     methods = [CFSP(sparsity=0.2), FLAP(sparsity=0.2)]
     methods += [] if kind in NO_DROPPING else [TwoSSP(sparsity=0.2, drop_attentions=1)]
     for method in methods:
-        model = build(kind)
-        before = logits(model)
-        plan = prune(model, method, list(windows(4, 12).split(2)))
-        assert plan.reached == pytest.approx(0.2, abs=0.03)
-        assert not torch.allclose(logits(model), before)
-        texts = [
-            model.generate(windows(2, 5), max_new_tokens=6, do_sample=False, use_cache=cached, pad_token_id=0)  # type: ignore[operator]
-            for cached in (True, False)
-        ]
-        assert torch.equal(*texts)
-        folder = tmp_path / type(method).__name__
-        save_pruned(model, folder)
-        assert torch.equal(logits(load_pruned(folder)), logits(model))
+        check(kind, method, tmp_path / type(method).__name__)
+
+
+def check(kind: str, method: PruningMethod, folder: Path) -> None:
+    """Prunes, saves, loads and runs a tiny model of a type."""
+    model = build(kind)
+    before = logits(model)
+    plan = prune(model, method, list(windows(4, 12).split(2)))
+    assert isinstance(method, REAP) or plan.reached == pytest.approx(0.2, abs=0.03)
+    assert not torch.allclose(logits(model), before)
+    texts = [
+        model.generate(windows(2, 5), max_new_tokens=6, do_sample=False, use_cache=cached, pad_token_id=0)  # type: ignore[operator]
+        for cached in (True, False)
+    ]
+    assert torch.equal(*texts)
+    save_pruned(model, folder)
+    assert torch.equal(logits(load_pruned(folder)), logits(model))
 
 
 MIXTURES = ("qwen2_moe", "deepseek_v3")
