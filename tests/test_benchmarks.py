@@ -1,10 +1,11 @@
-"""The benchmark for GPUs, on the CPU."""
+"""The benchmark for GPUs, on the CPU, and what the one of families has recorded."""
 
 import json
 from pathlib import Path
 
 import pytest
 
+from tests.benchmarks import families
 from tests.benchmarks.gpu.__main__ import main
 from tests.benchmarks.gpu.running import SECTIONS
 from tests.builders import numbers, save_tiny
@@ -37,3 +38,10 @@ def test_every_section_measures_and_goes_on(tmp_path: Path, capsys: pytest.Captu
     assert record["plan"]["cells"]["OPT-125M: FASP"]["foretold"] > 0
     main(["--limit=0", *command])  # all is there
     assert file.read_text() == written
+
+
+def test_the_list_of_families_is_the_recorded_one() -> None:
+    results = json.loads(families.RESULTS.read_text())
+    assert families.page(results) in families.PAGE.read_text()
+    pruned = [kind for kind, each in results.items() if kind != "transformers" and each["methods"]]
+    assert {"llama", "qwen3_moe", "gpt_oss", "mamba2"} <= set(pruned)

@@ -31,6 +31,8 @@ RESULTS = Path(__file__).with_suffix(".json")
 PAGE = Path(__file__).parents[2] / "plprune" / "architecture" / "README.md"
 START, END = "<!-- families: written by tests/benchmarks/families.py -->", "<!-- end of families -->"
 Result = dict[str, Any]
+FORKING = multiprocessing.get_context("forkserver")  # from a process that has imported all
+FORKING.set_forkserver_preload(["tests.test_zoo"])
 
 
 def methods_for(blocks: Sequence[Block]) -> list[PruningMethod]:
@@ -68,7 +70,7 @@ def reason(error: Exception) -> str:
 def in_a_process(kind: str, limit: float) -> Result:
     """The result of a type; a reason if it takes too long."""
     receiving, sending = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("spawn").Process(target=_send, args=(kind, sending))
+    process = FORKING.Process(target=_send, args=(kind, sending))
     process.start()
     sending.close()
     try:
@@ -102,11 +104,11 @@ def page(results: dict[str, Result]) -> str:
         if k not in good + partly
     ]
     lines = [
-        f"Of {len(types)} decoders of transformers {results['transformers']}, {len(good)} are pruned by CFSP, FLAP and 2SSP,",
-        "saved, loaded bit for bit, and run with and without a cache, as tiny random models:",
+        f"Of {len(types)} decoders of transformers {results['transformers']}, {len(good)} are pruned by CFSP, FLAP and",
+        "2SSP, saved, loaded bit for bit, and run with and without a cache, as tiny random models:",
         "",
         f"- {len(dense)} without experts: {', '.join(dense)}.",
-        f"- {len(experts)} mixtures of experts, by REAP too: {', '.join(experts)}.",
+        f"- {len(experts)} mixtures of experts, by REAP as well: {', '.join(experts)}.",
         "",
         f"By some of these methods: {', '.join(partly) or 'none'}. What fails:",
         "",
