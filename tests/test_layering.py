@@ -61,8 +61,8 @@ ORDER = {
         ["discovery"],
         ["experts", "proof", "tracing"],
         ["trials"],
-        ["cutting", "probing", "wrappers"],
-        ["anatomy", "attached"],
+        ["cutting", "probing"],
+        ["anatomy", "attached", "wrappers"],
         ["modeling_plprune", "modules"],
     ],
     "io": [

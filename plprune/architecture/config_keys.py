@@ -1,6 +1,5 @@
 """Finds the keys of a model's config that set the sizes of its blocks, by building the model with other values."""
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +11,9 @@ from plprune.architecture.blocks import dense_class
 from plprune.architecture.cutting import held
 from plprune.architecture.depth import DEPTHS
 from plprune.architecture.discovery import discover, shaping
-from plprune.architecture.experts import built, expert_keys
+from plprune.architecture.experts import expert_keys
 from plprune.architecture.modules import width
-from plprune.architecture.probing import empty
+from plprune.architecture.probing import empty, rebuilt
 from plprune.architecture.wrappers import text_config
 
 Keys = dict[str, str]  # width, heads, kv_heads, head_dim, experts, expert_width -> the config's key
@@ -90,7 +89,7 @@ class Search:
         index, found = pairs[0]
         consumer, size = found.channels.consumer, len(found.channels)
         for key in expert_keys(self.config, size):
-            other = built(self.dense, key, size // 2)
+            other = rebuilt(self.kind, self.config, {key: size // 2})
             stacked = held(other.get_submodule(f"{self.anatomy.blocks}.{index}"), consumer.path) if other else None
             if stacked is not None and stacked.shape[consumer.axis] == size // 2:
                 return {"experts": found.key, "expert_width": key}
@@ -108,7 +107,7 @@ class Search:
         return self.dense.get_submodule(f"{self.anatomy.blocks}.{index}")
 
     def _pairs(self, heads: int, kv_heads: int, head_dim: int) -> Iterator[tuple[str, str | None, bool]]:
-        dim = self.config.get_text_config(decoder=True).to_dict().get("head_dim")
+        dim = text_config(self.config).to_dict().get("head_dim")
         for own in (True, False) if dim in (None, head_dim) else (False,):  # elsewhere it is that of something else
             for key in self._keys(heads):
                 for kv in (*[k for k in self._keys(kv_heads) if k != key], None):
@@ -116,13 +115,8 @@ class Search:
 
     def _built(self, index: int, changes: dict[str, Any]) -> nn.Module | None:
         """A block of a model with other values; None if there is none."""
-        config = copy.deepcopy(self.config)
-        try:
-            for key, value in changes.items():
-                setattr(text_config(config), key, value)
-            return empty(self.kind, config).get_submodule(f"{self.anatomy.blocks}.{index}")
-        except Exception:  # classes refuse values in many ways
-            return None
+        model = rebuilt(self.kind, self.config, changes)
+        return None if model is None else model.get_submodule(f"{self.anatomy.blocks}.{index}")
 
     def _has(self, index: int, block: nn.Module, part: Part, units: int) -> bool:
         """Whether a block has as many units, and nothing else changed in their projections."""

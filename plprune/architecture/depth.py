@@ -3,7 +3,6 @@
 Both are found by building the model from candidate configs, without weights, and comparing it with the deeper one.
 """
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from plprune.architecture.probing import empty
+from plprune.architecture.probing import empty, rebuilt
 from plprune.architecture.wrappers import text_config
 
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # keys of a config
@@ -62,14 +61,8 @@ _FOUND: dict[tuple[type, str, tuple[int, ...]], Shorter | None] = {}
 def _search(kind: type[PreTrainedModel], config: PreTrainedConfig, blocks: str, kept: Sequence[int]) -> Shorter | None:
     dense = empty(kind, config)
     for changes in _candidates(text_config(config).to_dict(), len(dense.get_submodule(blocks)), kept):  # type: ignore[arg-type]
-        own = copy.deepcopy(config)
-        try:
-            for name, value in changes.items():
-                setattr(text_config(own), name, value)
-            short = empty(kind, own)
-        except Exception:  # classes refuse values in many ways
-            continue
-        if (indices := _indices(dense, short, blocks, kept)) is not None:
+        short = rebuilt(kind, config, changes)
+        if short is not None and (indices := _indices(dense, short, blocks, kept)) is not None:
             return Shorter(changes, frozenset(indices))
     return None
 

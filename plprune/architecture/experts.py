@@ -15,8 +15,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from plprune.architecture.anatomy import Experts, Part, Slice
 from plprune.architecture.cutting import cut, cut_within
 from plprune.architecture.modules import set_parameter
-from plprune.architecture.probing import SAMPLES, BlockProbes, Call, Probes, empty, has_interface
+from plprune.architecture.probing import SAMPLES, BlockProbes, Call, Probes, has_interface, rebuilt
 from plprune.architecture.trials import FAILURES, copied, failure, gap
+from plprune.architecture.wrappers import text_config
 
 GROUPS = ("n_group", "num_expert_group")  # keys of a config for groups of experts that a router chooses among
 TRIED = 4, 16  # experts and channels of a trial
@@ -103,18 +104,8 @@ class Search:
 
     def _built(self, key: str, value: int) -> PreTrainedModel | None:
         if (key, value) not in self._smaller:
-            self._smaller[key, value] = built(self.model, key, value)
+            self._smaller[key, value] = rebuilt(type(self.model), self.model.config, {key: value})
         return self._smaller[key, value]
-
-
-def built(model: PreTrainedModel, key: str, value: int) -> PreTrainedModel | None:
-    """A model's class with another value in the config of its decoder, without weights; None if it refuses that."""
-    config = copy.deepcopy(model.config)
-    try:
-        setattr(config.get_text_config(decoder=True), key, value)
-        return empty(type(model), config)
-    except Exception:  # classes refuse values in many ways
-        return None
 
 
 def _routed(model: nn.Module, call: Call) -> dict[str, int]:
@@ -128,7 +119,7 @@ def _routed(model: nn.Module, call: Call) -> dict[str, int]:
 
 def expert_keys(config: PreTrainedConfig, count: int) -> list[str]:
     """The keys of a decoder's config that may set a number of experts, or a width of them."""
-    own = config.get_text_config(decoder=True).to_dict()
+    own = text_config(config).to_dict()
     keys = [key for key, value in own.items() if type(value) is int and value == count and not key.endswith("_id")]
     return sorted(keys, key=lambda key: "expert" not in key)
 
@@ -185,7 +176,7 @@ def _channels(block: nn.Module, path: str) -> Part:
 
 
 def _groups(config: PreTrainedConfig) -> int:
-    own = config.get_text_config(decoder=True)
+    own = text_config(config)
     return next((n for key in GROUPS if isinstance(n := getattr(own, key, None), int)), 1)
 
 

@@ -10,7 +10,7 @@ the first, which is not disturbed.
 import contextlib
 import copy
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from plprune.architecture.modules import is_projection, replaced_forwards, width, without_weights
+from plprune.architecture.wrappers import text_config
 
 SAMPLES = 16  # of a batch: one is left as it is, the others are disturbed
 TOKENS = 4
@@ -33,6 +34,19 @@ def empty(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedMo
     """A model of a class without weights, in float64: parameters are on the meta device, buffers on the CPU."""
     with without_weights():
         return kind._from_config(copy.deepcopy(config), dtype=torch.float64, attn_implementation="eager")
+
+
+def rebuilt(
+    kind: type[PreTrainedModel], config: PreTrainedConfig, changes: Mapping[str, Any]
+) -> PreTrainedModel | None:
+    """A model as from :func:`empty`, with other values in the config of its text decoder; None if it refuses them."""
+    config = copy.deepcopy(config)
+    try:
+        for key, value in changes.items():
+            setattr(text_config(config), key, value)
+        return empty(kind, config)
+    except Exception:  # classes refuse values in many ways
+        return None
 
 
 def weightless(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

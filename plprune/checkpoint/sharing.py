@@ -28,9 +28,8 @@ def receive(model: PreTrainedModel, group: ProcessGroup) -> None:
         return
     heads = [each for each in gather_objects(None if lacks_weights(model) else tied(model), group) if each is not None]
     to_embedding = heads[0] if heads else model.config.tie_word_embeddings
-    if lacks_weights(model):
+    if lacked := lacks_weights(model):
         tie(model, to_embedding)  # the configuration may say otherwise than the weights
-    lacked = lacks_weights(model)
     parameters: dict[str, Tensor] = {**dict(model.named_parameters()), **saved_buffers(model)}
     own = {name: f"{p.dtype} {tuple(p.shape)}" for name, p in parameters.items()}
     first = broadcast_object(own, group)

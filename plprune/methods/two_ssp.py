@@ -99,8 +99,8 @@ class TwoSSP(Repairing):
                 if self.drop_blocks and not by_influence:
                     search.drop_blocks(self.drop_blocks, first)
         if self.drop_blocks and by_influence:
-            scores = torch.tensor([each.distance("cosine") for each in influences[first:]])
-            surgery.drop_blocks((first + scores.argsort(stable=True)[: self.drop_blocks].sort().values).tolist())
+            changes = torch.tensor([each.distance("cosine") for each in influences[first:]])
+            surgery.drop_blocks((first + changes.argsort(stable=True)[: self.drop_blocks].sort().values).tolist())
         distances = importance([each.distance("angular") for each in influences])
         return surgery.plan("TwoSSP", dataclasses.asdict(self), distances)
 
@@ -118,8 +118,8 @@ class TwoSSP(Repairing):
         spread = [candidates[i * len(candidates) // drop] for i in range(drop)]
         attentions, whole = [spread, *_ends(model, candidates, drop)], self._leaving(some)
         cases = [
-            widths | {b.groups()[0].name: 0 for b in gone} | {block_name(b.index): 0 for b in blocks}
-            for gone, blocks in itertools.product(attentions, whole)
+            widths | {b.groups()[0].name: 0 for b in gone} | {block_name(b.index): 0 for b in left}
+            for gone, left in itertools.product(attentions, whole)
         ]
         return [case for i, case in enumerate(cases) if case not in cases[:i]]
 
