@@ -49,7 +49,7 @@ def cut_within(
         rows = index[keep].flatten(1).sort().values.to(tensor.device)  # [experts, rows]
         shape = [rows.shape[1] if i == axis else n for i, n in enumerate(tensor.shape)]
         places = rows.view([n if i in (0, axis) else 1 for i, n in enumerate(shape)]).expand(shape)
-        _put(block, path, tensor.detach().gather(axis, places))
+        put(block, path, tensor.detach().gather(axis, places))
     _recount(block, counts, len(consumer.index) - keep.shape[1])
 
 
@@ -73,7 +73,7 @@ def remove_rows(block: nn.Module, path: str, axis: int, rows: Tensor) -> None:
         replace(block, path, remove(block.get_submodule(path), "out_features", rows))
         return
     keep = complement(rows, tensor.shape[axis]).to(tensor.device)
-    _put(block, path, tensor.detach().index_select(axis, keep))
+    put(block, path, tensor.detach().index_select(axis, keep))
 
 
 def held(block: nn.Module, path: str) -> Tensor | None:
@@ -82,7 +82,7 @@ def held(block: nn.Module, path: str) -> Tensor | None:
     return own_tensor(block.get_submodule(owner), name)
 
 
-def _put(block: nn.Module, path: str, value: Tensor) -> None:
+def put(block: nn.Module, path: str, value: Tensor) -> None:
     """Replaces the values of a parameter or a buffer."""
     owner, _, name = path.rpartition(".")
     old = held(block, path)

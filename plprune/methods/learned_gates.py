@@ -13,6 +13,9 @@ second trains a gain for every input of every projection in the blocks. Gains st
 divergence and half the loss on next tokens; they are then multiplied into the weights. Gains are a thousandth of all
 parameters, few enough to learn from few tokens. They come second because least squares would undo them.
 
+Experts of a mixture have a gate and a gain for each of their channels. All experts of a block share one set of scores,
+each in an order of its own, so that as many gates of each are open.
+
 Symbols: :math:`\theta_j` the score of channel j, :math:`z_j` its gate, T the temperature, :math:`c_j` the number of
 parameters of the channel, K the number to keep, :math:`g_j` the gradient of the loss with respect to the gate.
 
@@ -54,6 +57,7 @@ from plprune.pruning.allocation import (
     importance,
     kept_fractions,
     largest_remainder,
+    ranked,
     top_k,
 )
 from plprune.pruning.calibration import Calibration
@@ -62,6 +66,7 @@ from plprune.pruning.forward import evaluating
 from plprune.pruning.gate_training import (
     LIKELIEST,
     TeacherSample,
+    by_group,
     teacher_sample,
     train_gains,
     train_gates,
@@ -71,7 +76,7 @@ from plprune.pruning.gate_training import (
 from plprune.pruning.plan import PruningPlan
 from plprune.pruning.repair import Damping, Repair
 from plprune.pruning.statistics import Norms
-from plprune.pruning.stream import observe, stream
+from plprune.pruning.stream import observe, stream, values
 from plprune.pruning.surgery import Surgery
 
 SPREAD = 6.0  # initial difference between the best and the worst score of a block
@@ -121,9 +126,9 @@ class LearnedGates(Repairing):
             )
         rows, norms, distances = [], [], []
         for block, inputs in stream(model, calibration, "LearnedGates"):
-            for group, seen in observe(block, inputs, Norms, attention="none", experts=False):
+            for group, seen in observe(block, inputs, Norms, attention="none"):
                 rows.append((block, group))
-                norms.append(seen.pooled.cpu())
+                norms.append(values(seen, lambda n: n.pooled).cpu())
             distances.append(inputs.influence.distance("angular"))
         u, surgery = importance(distances), Surgery(model)
         fractions = kept_fractions(u[[block.index for block, _ in rows]], p, [len(group) for _, group in rows]).tolist()
@@ -142,7 +147,7 @@ class LearnedGates(Repairing):
         blocks = blocks_of(model)
         p = self._fraction(blocks)
         budget = self._budget(blocks, p, constraint)
-        if constraint == FREE:
+        if not budget.restricted:
             sizes = budget.sizes
             alike = largest_remainder(sizes, max(len(sizes), round(sum(sizes) * (1 - p))))
         else:
@@ -164,7 +169,8 @@ class LearnedGates(Repairing):
         blocks, size = blocks_of(model), next(model.parameters()).element_size()
         once = count * length * sum(block_flops(block, length) for block in blocks)
         d = text_config(model.config).hidden_size
-        kept = length * size * sum(8 * d + 4 * block.channels for block in blocks)
+        inner = sum(b.channels + (b.experts.active * b.expert_width if b.expert_count else 0) for b in blocks)
+        kept = length * size * (8 * d * len(blocks) + 4 * inner)
         repairs = self.repair_work(model, count * length, length, "none")
         passes = self.passes * (2 if self.gain_rate else 1)
         teacher = count * length * LIKELIEST * 8
@@ -172,10 +178,10 @@ class LearnedGates(Repairing):
 
     def _fraction(self, blocks: Sequence[Block]) -> float:
         """The fraction of the FFN channels to remove (p)."""
-        return fraction_to_remove(self.sparsity, blocks, "none", "the FFN", biased=self.biased, experts=False)
+        return fraction_to_remove(self.sparsity, blocks, "none", "the FFN", biased=self.biased)
 
     def _budget(self, blocks: Sequence[Block], p: float, constraint: Constraint) -> Budget:
-        budget = Budget(blocks, 1 - p, constraint, each_block=constraint.uniform, experts=False)
+        budget = Budget(blocks, 1 - p, constraint, each_block=constraint.uniform)
         budget.check(self.sparsity)
         return budget
 
@@ -197,46 +203,50 @@ class LearnedGates(Repairing):
         self,
         model: PreTrainedModel,
         rows: Rows,
-        scores: list[Tensor],  # [units] each
+        scores: list[Tensor],  # [units], or [experts, channels] each
         p: float,
         samples: Sequence[TeacherSample],
         calibration: Calibration,
-    ) -> list[Tensor]:  # [units] each
+    ) -> list[Tensor]:  # as `scores`
         """Trains the scores; all processes get those of the first process."""
-        costs = [block.cost(group) for block, group in rows]
-        cost = torch.cat([torch.full((len(s),), c / min(costs)) for s, c in zip(scores, costs, strict=True)])
+        costs = [block.cost(group) / max(1, group.experts) for block, group in rows]
+        cost = torch.cat([torch.full((s.numel(),), c / min(costs)) for s, c in zip(scores, costs, strict=True)])
         device = samples[0].ids.device
-        theta = torch.cat(scores).to(device)
+        theta = torch.cat([s.flatten() for s in scores]).to(device)
         with trainable(model, device):
             train_gates(model, rows, theta, cost.to(device), 1 - p, samples, self.learning_rate)
-        return list(distributed.broadcast(theta, 0, calibration.group).cpu().split([len(s) for s in scores]))
+        return by_group(distributed.broadcast(theta, 0, calibration.group).cpu(), rows)
 
     def _learn_gains(self, surgery: Surgery, samples: Sequence[TeacherSample]) -> None:
         """Trains gains of the pruned model, and multiplies them into the weights."""
         places = [(block, path) for block in surgery.blocks for path in block.projections]
-        device = samples[0].ids.device
+        mixtures, device = [block for block in surgery.blocks if block.expert_count], samples[0].ids.device
         with trainable(surgery.model, device):
             gains = unit_gains([block.part(path) for block, path in places], device)
+            for block in mixtures:
+                ones = torch.ones(block.expert_count, block.expert_width, device=device)
+                places.append((block, block.experts.channels.consumer.path))
+                gains.append((block.part(block.experts.path), ones))
             train_gains(surgery.model, gains, samples, self.gain_rate)
         for (block, path), (_, gain) in zip(places, gains, strict=True):
             surgery.scale(block, path, gain)
 
     def _choose(self, budget: Budget, scores: list[Tensor], p: float) -> list[Tensor]:
-        chosen = global_ranking(scores, budget.costs, p)
-        if budget.constraint == FREE:
+        alike = [score if score.ndim == 1 else ranked(score).mean(1) for score in scores]  # of experts each rank's
+        chosen = global_ranking(alike, budget.costs, p)
+        if not budget.restricted:
             return chosen
         counts = budget.fit([len(keep) for keep in chosen])
         return [top_k(score, count) for score, count in zip(scores, counts, strict=True)]
 
 
-def initial_scores(norm: Tensor, fraction: float) -> Tensor:  # [n] -> [n]
+def initial_scores(norm: Tensor, fraction: float) -> Tensor:  # [..., n] -> [..., n]
     """Scores in the order of the norms; those of the given fraction of channels are above 0.
 
     Example:
         >>> initial_scores(torch.tensor([1.0, 9.0, 4.0]), 0.5).round().tolist()
         [-2.0, 2.0, 0.0]
     """
-    rank = torch.empty(len(norm)).index_copy_(
-        0, norm.argsort(descending=True, stable=True), torch.arange(len(norm)) + 0.5
-    )
-    return SPREAD * (fraction - rank / len(norm))
+    n, order = norm.shape[-1], norm.argsort(descending=True, stable=True)
+    rank = torch.empty(norm.shape).scatter_(-1, order, (torch.arange(n) + 0.5).expand_as(norm))
+    return SPREAD * (fraction - rank / n)

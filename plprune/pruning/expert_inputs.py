@@ -1,7 +1,7 @@
 """Shows what each expert of a mixture sees: its tokens, their routing weights, its inner activations and its outputs.
 
-An implementation of experts of our own is registered with transformers, and chosen by the config for the duration of a
-context. Experts with fewer than `FEW` tokens say little.
+It also multiplies inner activations by gates. An implementation of experts of our own is registered with transformers,
+and chosen by the config for the duration of a context. Experts with fewer than `FEW` tokens say little.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ NAME = "plprune"
 # expert, rows of its tokens [n], routing weights [n], inner activations [n, channels], outputs before them [n, d]
 Watcher = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 _WATCHERS: WeakKeyDictionary[nn.Module, Watcher] = WeakKeyDictionary()
+_GATES: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
 
 class ExpertStatistic(ABC):
@@ -115,17 +116,27 @@ class PerExpert(ExpertStatistic):
         return torch.stack(rows)
 
 
-@contextlib.contextmanager
-def watched(experts: nn.Module, watcher: Watcher) -> Iterator[None]:
+def watched(experts: nn.Module, watcher: Watcher) -> contextlib.AbstractContextManager[None]:
     """Shows a watcher what experts see, for the duration of the context."""
+    return _held(_WATCHERS, experts, watcher)
+
+
+def gated(experts: nn.Module, gates: Tensor) -> contextlib.AbstractContextManager[None]:  # [experts, channels]
+    """Multiplies the inner activations of experts by gates, for the duration of the context."""
+    return _held(_GATES, experts, gates)
+
+
+@contextlib.contextmanager
+def _held(held: WeakKeyDictionary[nn.Module, Any], experts: nn.Module, value: Any) -> Iterator[None]:
+    """Chooses our implementation, which looks up the value, for the duration of the context."""
     config: Any = experts.config
-    before, _WATCHERS[experts] = config._experts_implementation, watcher
+    before, held[experts] = config._experts_implementation, value
     config._experts_implementation = NAME
     try:
         yield
     finally:
         config._experts_implementation = before
-        del _WATCHERS[experts]
+        del held[experts]
 
 
 def _run(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -134,15 +145,19 @@ def _run(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor
     tokens, scales = order // index.shape[1], weights.flatten()[order]
     counts = torch.bincount(index.flatten(), minlength=experts.num_experts)[: experts.num_experts].tolist()
     output, start = torch.zeros_like(hidden), 0
+    watcher, gates = _WATCHERS.get(experts), _GATES.get(experts)
     for expert, count in enumerate(counts):
         rows, scale = tokens[start : start + count], scales[start : start + count]
         start += count
         if count:
             inner = _inner(experts, expert, hidden[rows])
+            if gates is not None:
+                inner = inner * gates[expert].to(inner.dtype)
             outputs = _linear(experts, "down_proj", expert, inner)
             if experts.has_post_expert_norm:
                 outputs = experts.post_expert_norm(outputs)
-            _WATCHERS[experts](expert, rows, scale, inner, outputs)
+            if watcher is not None:
+                watcher(expert, rows, scale, inner, outputs)
             output.index_add_(0, rows, (outputs * scale[:, None]).to(output.dtype))
     return output
 

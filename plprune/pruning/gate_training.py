@@ -1,7 +1,8 @@
 """Trains gates and gains, which multiply the inputs of projections, to match the outputs of the dense model.
 
-Gates lie between 0 and 1 and share one budget; as their temperature falls, each one opens or closes. Gains are
-unbounded. The weights stay fixed. Each calibration window is one step of Adam.
+Gates lie between 0 and 1 and share one budget; as their temperature falls, each one opens or closes. The experts of a
+block have the same scores, in orders of their own, so that as many gates of each are open. Gains are unbounded. The
+weights stay fixed. Each calibration window is one step of Adam.
 """
 
 import contextlib
@@ -15,11 +16,13 @@ from transformers import PreTrainedModel
 
 from plprune.architecture.modules import innermost, matrix, on_device
 from plprune.io.progress import Progress
-from plprune.pruning.allocation import Rows
+from plprune.pruning.allocation import Rows, ranked
+from plprune.pruning.expert_inputs import gated
 from plprune.pruning.forward import evaluating
 from plprune.pruning.losses import divergence, next_token_loss, top_k_log_probs
 
-Factors = list[tuple[nn.Module, Tensor]]  # projections, each with the factors of its inputs, [d_in]
+# projections with the factors of their inputs, [d_in]; experts with those of their channels, [experts, channels]
+Factors = list[tuple[nn.Module, Tensor]]
 WARM, COLD = 0.5, 0.005  # temperatures of the first step and after the last
 LIKELIEST = 64  # number of likeliest tokens that are compared individually; the others are pooled
 
@@ -73,19 +76,38 @@ def train_gates(
     Args:
         model: In evaluation mode; its parameters need no gradients.
         rows: Blocks with their groups.
-        scores: One per unit, group after group.
-        cost: Relative number of parameters of each unit.
+        scores: One per unit, group after group; of channels of experts one per expert and channel.
+        cost: Relative number of parameters of each.
         keep: The fraction of the total cost to keep.
         samples: One per step.
         rate: The highest learning rate.
     """
-    budget, consumers = keep * float(cost.sum()), [block.part(group.consumer.path) for block, group in rows]
+    budget = keep * float(cost.sum())
+    consumers = [block.part(block.experts.path if group.experts else group.consumer.path) for block, group in rows]
     for done, sample in steps([scores], rate, samples, "training gates"):
+        align(scores, rows)
         gates = gate_values(scores, cost, budget, WARM * (COLD / WARM) ** done).requires_grad_()
         with torch.enable_grad():  # the caller may have disabled gradients
-            factors = list(zip(consumers, gates.split([len(group) for _, group in rows]), strict=True))
+            factors = list(zip(consumers, by_group(gates, rows), strict=True))
         (gradient,) = gradients(model, sample.ids, factors, sample.divergence, [gates])
         scores.grad = within_budget(gates.detach(), gradient, cost)
+    align(scores, rows)
+
+
+def by_group(values: Tensor, rows: Rows) -> list[Tensor]:  # [units] or [experts, channels] each
+    """Splits the values of all units by their groups."""
+    parts = values.split([len(group) * max(1, group.experts) for _, group in rows])
+    return [
+        part.view(group.experts, -1) if group.experts else part for part, (_, group) in zip(parts, rows, strict=True)
+    ]
+
+
+def align(scores: Tensor, rows: Rows) -> None:
+    """Gives all experts of a block the same scores, in place: those of a rank become their mean."""
+    for own, (_, group) in zip(by_group(scores, rows), rows, strict=True):
+        if group.experts:
+            order = own.argsort(dim=1, descending=True, stable=True)
+            own.scatter_(1, order, ranked(own).mean(1).expand_as(own))
 
 
 def train_gains(model: PreTrainedModel, gains: Factors, samples: Sequence[TeacherSample], rate: float) -> None:
@@ -168,14 +190,17 @@ def within_budget(gates: Tensor, gradient: Tensor, cost: Tensor) -> Tensor:  # [
 
 @contextlib.contextmanager
 def scaled_inputs(factors: Factors) -> Iterator[None]:
-    """Multiplies the inputs of projections by factors within the context."""
+    """Multiplies the inputs of projections, and the inner activations of experts, by factors within the context."""
 
     def multiply(own: Tensor) -> Any:
         return lambda _, args: (args[0] * own.to(args[0].dtype), *args[1:])
 
-    handles = [innermost(part).register_forward_pre_hook(multiply(own)) for part, own in factors]
+    handles = [innermost(part).register_forward_pre_hook(multiply(own)) for part, own in factors if own.ndim == 1]
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            for experts, own in [factor for factor in factors if factor[1].ndim == 2]:
+                stack.enter_context(gated(experts, own))
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from plprune.architecture.anatomy import ModelAnatomy
 from plprune.architecture.attached import attach
 from plprune.architecture.blocks import Block, Decision, UnitGroup, anatomy_of, blocks_of, dense_class, set_anatomy
-from plprune.architecture.cutting import complement, cut, cut_values, cut_within, like, spread
+from plprune.architecture.cutting import complement, cut, cut_values, cut_within, held, like, put, spread
 from plprune.architecture.depth import Shorter, renumber, shorter
 from plprune.architecture.modeling_plprune import Gather, NoAttention, Scatter, replace
 from plprune.architecture.modules import Side, innermost, is_transposed, matrix, tied, width
@@ -70,14 +70,19 @@ class Surgery:
                 block.home.note(decision)
         self.journal.decisions.append(decision)
 
-    def scale(self, block: Block, path: str, gain: Tensor) -> None:  # [d_in]
-        """Multiplies each column of a projection's weight by a gain.
+    def scale(self, block: Block, path: str, gain: Tensor) -> None:  # [d_in], or [experts, channels]
+        """Multiplies each column of a projection's weight, or of the last one of each expert, by a gain.
 
         Args:
             block: The projection's block, in memory.
             path: The path of the projection in the block.
             gain: One factor per column.
         """
+        if (stacked := held(block.module, path)) is not None:
+            across = gain[:, None] if block.experts.channels.consumer.axis == 2 else gain[..., None]
+            put(block.module, path, stacked.detach() * across.to(stacked.device))
+            self._scaled.append(f"{block.path}.{path}")
+            return
         linear = innermost(block.part(path))
         gain = gain.to(linear.weight.device)
         linear.weight = like(linear.weight, linear.weight.detach() * (gain[:, None] if is_transposed(linear) else gain))

@@ -12,6 +12,7 @@ from plprune.pruning.gate_training import (
     teacher_sample,
 )
 from tests.builders import logits, tiny, windows
+from tests.zoo import build
 
 
 def test_scores_start_in_the_order_of_the_norms_with_the_fraction_above_0() -> None:
@@ -57,6 +58,26 @@ def test_more_passes_are_more_steps() -> None:
     plans = [prune(tiny(), LearnedGates(0.3, passes=n, learning_rate=0.5), text) for n in (1, 8)]
     assert plans[0].reached == pytest.approx(plans[1].reached, abs=1e-3)
     assert plans[0].digest != plans[1].digest
+
+
+def test_experts_lose_as_many_channels_each_its_own_and_lower_the_divergence_that_norms_have() -> None:
+    text = list(windows(4, 48).split(1))
+    samples, found = [teacher_sample(build("mixtral"), ids) for ids in text], []
+    own = {"passes": 6, "learning_rate": 0.3, "repair": "none"}
+    for method in (CFSP(0.25), LearnedGates(0.25, gain_rate=0.0, **own), LearnedGates(0.25, gain_rate=0.02, **own)):
+        model = build("mixtral")
+        plan = prune(model, method, text)
+        said = [logits(model, each.ids) for each in samples]
+        found.append([sum(map(of, samples, said)) for of in (TeacherSample.divergence, TeacherSample.loss)])
+    assert found[1][0] < 0.9 * found[0][0]
+    assert found[2][1] < found[1][1]
+    assert plan.reached == pytest.approx(0.25, abs=0.01)
+    for block in blocks_of(model):
+        keep = plan.keep[f"blocks.{block.index}.expert_channel"]
+        assert keep.shape == (8, block.expert_width)
+        assert block.expert_width % 8 == 0
+        assert len(keep.unique(dim=0)) == 8
+        assert f"{block.path}.mlp.experts.down_proj" in plan.repaired
 
 
 @pytest.mark.parametrize("wrong", [{"passes": 0}, {"learning_rate": 0.0}, {"gain_rate": -0.1}])

@@ -9,6 +9,8 @@ from plprune.architecture.modules import matrix
 from plprune.pruning.gate_training import (
     COLD,
     LIKELIEST,
+    align,
+    by_group,
     frozen,
     gate_values,
     scaled_inputs,
@@ -20,6 +22,7 @@ from plprune.pruning.gate_training import (
 )
 from plprune.pruning.surgery import Surgery
 from tests.builders import logits, tiny, windows
+from tests.zoo import build
 
 
 def scores(count: int = 40, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,6 +92,40 @@ def test_gains_are_in_the_columns_of_the_weights(family: str) -> None:
     for (block, path), (_, gain) in zip(places, gains, strict=True):
         surgery.scale(surgery.blocks[block.index], path, gain)
     torch.testing.assert_close(found, logits(other), atol=1e-5, rtol=1e-5)
+
+
+MIXTURES = ["mixtral", "gpt_oss", "nemotron_h"]  # plain; transposed, with biases; without gates
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_factors_of_the_channels_of_experts_are_in_the_columns_of_their_weights(kind: str) -> None:
+    model, other, factors = build(kind), build(kind), []
+    surgery, generator = Surgery(other), torch.Generator().manual_seed(0)
+    for block, same in zip(blocks_of(model), surgery.blocks, strict=True):
+        if block.expert_count:
+            own = torch.rand(block.expert_count, block.expert_width, generator=generator).round(decimals=0)
+            factors.append((block.part(block.experts.path), own))
+            surgery.scale(same, block.experts.channels.consumer.path, own)
+    before = logits(model)
+    with scaled_inputs(factors), torch.no_grad():
+        found = logits(model)
+    torch.testing.assert_close(found, logits(other))
+    assert not torch.equal(found, before)
+    assert torch.equal(logits(model), before)
+
+
+def test_experts_of_a_block_have_the_same_scores_in_their_own_order() -> None:
+    model = build("qwen2_moe")
+    rows = [(block, group) for block in blocks_of(model) for group in block.groups("none")]
+    theta = scores(sum(len(group) * max(1, group.experts) for _, group in rows))[0]
+    before = [own.clone() for own in by_group(theta, rows)]
+    align(theta, rows)
+    for (_, group), old, new in zip(rows, before, by_group(theta, rows), strict=True):
+        if not group.experts:
+            assert torch.equal(new, old)
+            continue
+        assert torch.equal(new.argsort(dim=1), old.argsort(dim=1))
+        torch.testing.assert_close(new.sort(dim=1).values, old.sort(dim=1).values.mean(0).expand(8, -1))
 
 
 def test_a_teacher_sample_is_what_the_model_says_and_with_what_the_text_says_a_loss() -> None:
