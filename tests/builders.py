@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from plprune import CFSP, FASP, FLAP, LearnedGates, PruningMethod, TwoSSP
+from plprune import CFSP, FASP, FLAP, REAP, LearnedGates, PruningMethod, TwoSSP
+from tests.zoo import config_of
 
 VOCABULARY = 300
 FAMILIES = (
@@ -45,6 +46,8 @@ SETTINGS["granite"] |= {"embedding_multiplier": 2.0, "logits_scaling": 3.0, "res
 SETTINGS["smollm3"] |= {"sliding_window": 8, "use_sliding_window": True, "no_rope_layers": [1, 0, 1]}
 SETTINGS["cohere2"] |= {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention", "full_attention"]}
 SETTINGS["cohere2"] |= {"logit_scale": 0.5}
+
+MIXTURES = ("qwen2_moe", "gpt_oss")  # with a shared expert; transposed, with biases and sinks
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama/multi-head": {"num_key_value_heads": 8, "intermediate_size": 96},
@@ -91,6 +94,7 @@ REPAIRED: dict[str, Any] = {  # not as the papers have it: restored in a walk of
     "CFSP restore": functools.partial(CFSP, repair="restore"),
     "TwoSSP restore": functools.partial(TwoSSP, repair="restore", bias=False),
 }
+OF_EXPERTS: dict[str, Any] = {"REAP": REAP}
 REPAIRED_ON = ("llama", "opt", "phi3")  # plain, with biases, and fused
 DEFAULTS = ("FLAP AL-AM", "FASP value_channels", "CFSP activation", "TwoSSP", "LearnedGates")
 UNLIKE = ("llama", "opt", "gpt2", "phi3", "gemma2")  # gated; with biases; transposed; fused; windows and norms behind
@@ -111,12 +115,18 @@ OWN: list[str] = []  # of the option --method: the contract battery then judges 
 
 
 def tiny(family: str = "llama", seed: int = 0, **settings: Any) -> PreTrainedModel:
-    """A random model of three blocks, float32, in evaluation mode; `family` may be one of the variants."""
+    """A random model, float32, in evaluation mode; of three blocks, or of a mixture, four with eight experts.
+
+    Args:
+        family: One of the families, variants or mixtures.
+        seed: Of the weights.
+        settings: Values of the config.
+    """
     family, variant = family.partition("/")[0], VARIANTS.get(family, {})
     sizes = {"num_hidden_layers": 3, "vocab_size": VOCABULARY, "max_position_embeddings": 128}
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    everything: dict[str, Any] = {**sizes, **special, **SETTINGS[family], **variant, **settings}
-    config = CONFIG_MAPPING[family](**everything)
+    own = config_of(family) | special if family in MIXTURES else {**sizes, **special, **SETTINGS[family], **variant}
+    config = CONFIG_MAPPING[family](**{**own, **settings})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():  # biases and norms start at 0 and 1, where faults hide
@@ -139,7 +149,7 @@ def logits(model: PreTrainedModel, ids: Tensor | None = None) -> Tensor:
 
 
 def method(name: str, sparsity: float = 0.2) -> PruningMethod:
-    return (METHODS | REPAIRED)[name](sparsity=sparsity)
+    return (METHODS | REPAIRED | OF_EXPERTS)[name](sparsity=sparsity)
 
 
 def judge_only(path: str) -> None:

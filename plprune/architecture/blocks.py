@@ -231,6 +231,12 @@ class Block:
         consumer = self.experts.channels.consumer
         return self._stacked(consumer.path).shape[consumer.axis]
 
+    @property
+    def expert_bias(self) -> str:
+        """The path of the biases of the experts' last layers, [experts, d]; empty if they have none."""
+        path = f"{self.experts.channels.consumer.path}_bias"
+        return path if held(self.module, path) is not None else ""
+
     def _stacked(self, path: str) -> Tensor:
         return cast(Tensor, held(self.module, path))
 

@@ -123,14 +123,18 @@ class Repairing(PruningMethod):
 
     def repair_work(self, model: PreTrainedModel, tokens: int, length: int, attention: AttentionUnit) -> Work:
         """The cost of the repair pass: each block runs once per group and once pruned. `restore` adds the second
-        moments of the consumers' inputs (half a matrix) and one factorisation per damping.
+        moments of the consumers' inputs (half a matrix) and one factorisation per damping, of each expert its own.
         """
         blocks, d = blocks_of(model), text_config(model.config).hidden_size
-        widths = [[g.consumer.index.numel() for g in block.groups(attention, experts=False)] for block in blocks]
-        runs = sum((len(own) + 1) * block_flops(block, length) for block, own in zip(blocks, widths, strict=True))
+        rows = [(block, group) for block in blocks for group in block.groups(attention)]
+        runs = sum(block_flops(block, length) for block in (*blocks, *(block for block, _ in rows)))
         if self.repair != "restore":
             return Work(tokens * runs if self.repair == "compensate" else 0)
         factors, matrices = (1 + len(DAMPINGS), 6) if self.damping == "auto" else (1, 3)
-        every = [n for own in widths for n in own]
-        single = sum(tokens * n**2 + factors * (n**3 / 3 + 2 * d * n**2) for n in every)
-        return Work(tokens * runs, single, 8 * matrices * max(every, default=0) ** 2)
+        single, most = 0.0, 0
+        for block, group in rows:
+            n, experts = group.consumer.index.numel(), max(1, group.experts)
+            seen = block.experts.active if group.experts else 1  # how many times each token is
+            single += seen * tokens * n**2 + experts * factors * (n**3 / 3 + 2 * d * n**2)
+            most = max(most, 8 * (matrices + experts - 1) * n**2)
+        return Work(tokens * runs, single, most)

@@ -34,7 +34,6 @@ from plprune.pruning.constraints import FREE, Constraint
 from plprune.pruning.forward import BlockInputs
 from plprune.pruning.plan import PruningPlan
 from plprune.pruning.repair import Repair
-from plprune.pruning.statistics import Norms
 from plprune.pruning.stream import observe, prune_blocks, values
 from plprune.pruning.surgery import Surgery
 
@@ -60,19 +59,14 @@ class FASP(Repairing):
         surgery, repairer = Surgery(model), self.repairer(calibration)
 
         def prune_block(block: Block, inputs: BlockInputs) -> None:
-            for group, seen in observe(block, inputs, repairer.statistic, self.attention, of_experts=Norms):
+            for group, seen in observe(block, inputs, repairer.statistic, self.attention):
+                weight, norm = block.weight(group), values(seen, lambda n: n.norm)
                 if group.experts:
-                    norm = values(seen, lambda n: n.pooled)
-                    score = torch.stack(
-                        [
-                            column_score(w[..., None], x[:, None])
-                            for w, x in zip(block.weight(group).unbind(1), norm, strict=True)
-                        ]
-                    )
-                    surgery.keep(block, group, top_k(score, counts[group.name]))
-                    continue
-                keep = top_k(column_score(block.weight(group), seen.norm[group.consumer.index]), counts[group.name])
-                repairer.keep(surgery, block, group, keep, seen)
+                    pairs = zip(weight.unbind(1), norm, strict=True)
+                    score = torch.stack([column_score(w[..., None], x[:, None]) for w, x in pairs])
+                else:
+                    score = column_score(weight, norm[group.consumer.index])
+                repairer.keep(surgery, block, group, top_k(score, counts[group.name]), seen)
 
         influences = prune_blocks(model, calibration, "FASP", prune_block)
         distances = [influence.distance("angular") for influence in influences]

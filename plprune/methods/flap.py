@@ -23,6 +23,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -41,8 +42,9 @@ from plprune.pruning.allocation import (
 )
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.constraints import FREE, Constraint
+from plprune.pruning.expert_inputs import PerExpert
 from plprune.pruning.plan import PruningPlan
-from plprune.pruning.repair import Repair, compensation
+from plprune.pruning.repair import Repair, compensation, say_uncompensated
 from plprune.pruning.statistics import Moments
 from plprune.pruning.stream import observe, stream, values
 from plprune.pruning.surgery import Surgery
@@ -90,10 +92,10 @@ class FLAP(Repairing):
         for block, inputs in stream(model, calibration, "FLAP"):
             for group, moments in observe(block, inputs, Moments, budget.attention):
                 score = self._score(block, group, moments)
-                if group.experts:
+                means[group.name] = values(moments, lambda m: m.mean)
+                if isinstance(moments, PerExpert):
+                    means[group.name][moments.few] = 0  # these are not compensated
                     of_experts[group.name], score = score, ranked(score)
-                else:
-                    means[group.name] = moments.mean
                 scores.append((block, group, score))
             distances.append(inputs.influence.distance("angular"))
         surgery, chosen = Surgery(model), self._competition.choose(scores, p)
@@ -223,11 +225,14 @@ def weighted_norm(
 
 def _compensate(surgery: Surgery, decided: list[tuple[Block, UnitGroup, Tensor]], means: dict[str, Tensor]) -> None:
     """Prunes, and adds the mean contribution of the removed inputs in the dense model to the biases."""
-    for block, rows in itertools.groupby(decided, lambda row: row[0]):
+    say_uncompensated(decided)
+    for block, own in itertools.groupby(decided, lambda row: row[0]):
         with block.present():
-            for _, group, keep in rows:
-                if group.experts:  # these have no bias of their own
-                    surgery.keep(block, group, keep)
+            for _, group, keep in own:
+                if group.experts:
+                    rows = zip(block.weight(group).unbind(1), means[group.name], keep, strict=True)
+                    gains = torch.stack([compensation(*row) for row in rows]) if block.expert_bias else None
+                    surgery.keep(block, group, keep, bias_gain=gains)
                     continue
                 gain = compensation(_consumer(block, group), means[group.name], _columns(group, keep))
                 surgery.keep(block, group, keep, bias_gain=gain)

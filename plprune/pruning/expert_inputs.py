@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from plprune.io.distributed import ProcessGroup, all_reduce_sum
-from plprune.pruning.statistics import Statistic
+from plprune.pruning.statistics import HoldoutGram, Statistic
 
 FEW = 8  # tokens
 NAME = "plprune"
@@ -92,15 +92,26 @@ class PerExpert(ExpertStatistic):
         self.channels, self.parts = channels, [statistic() for _ in range(experts)]
         self.tokens = [0] * experts
         self.length = 1  # tokens of a sample
+        self._sample = self._next = getattr(self.parts[0], "next", 0)  # the first sample of this batch and of the next
+
+    def begin(self, samples: int, length: int) -> None:
+        """Announces a batch of some samples of some tokens."""
+        self.length, self._sample, self._next = length, self._next, self._next + samples
 
     def update(self, expert: int, tokens: Tensor, weights: Tensor, inner: Tensor, outputs: Tensor) -> None:
         self.tokens[expert] += len(tokens)
-        counts = torch.bincount(tokens // self.length).tolist()
-        for own in inner.split([n for n in counts if n]):  # samples stay apart, so that batches do not matter
-            self.parts[expert].update(own[None])
+        counts, part = torch.bincount(tokens // self.length).tolist(), self.parts[expert]
+        samples = [i for i, n in enumerate(counts) if n]
+        for i, own in zip(samples, inner.split([counts[i] for i in samples]), strict=True):
+            if isinstance(part, HoldoutGram):  # holds out the same samples for all experts
+                part.next = self._sample + i
+            part.update(own[None])  # samples stay apart, so that batches do not matter
 
     def merge(self, group: ProcessGroup) -> None:
-        raise ValueError("channels of experts are pruned by one process: start it without others, or take REAP")
+        self.tokens = all_reduce_sum(torch.tensor(self.tokens), group).tolist()
+        for part, tokens in zip(self.parts, self.tokens, strict=True):
+            if tokens:
+                part.merge(group)
 
     @property
     def few(self) -> list[int]:

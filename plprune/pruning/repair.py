@@ -3,7 +3,9 @@ r"""Repairs consumers of removed units in closed form: least-squares restoration
 Once a method has chosen the units of all blocks, a second pass prunes and repairs. In each block it first repairs the
 consumer of the attention, then that of the FFN, on the inputs that the repaired attention and earlier blocks produce.
 
-Channels of experts leave without repair.
+An expert is repaired by its own tokens: those that its router sends it, at least `FEW`, and for a restoration at least
+as many as it keeps channels; others stay as they are. Experts have a bias in few families; where they have none, they
+are not compensated, and restored by inputs that are not centred.
 
 Damping pulls restored weights toward the old ones, which matters where few tokens determine them. Inputs are centred if
 a bias may be added: on the calibration text, restoration is then no worse than compensation.
@@ -12,11 +14,12 @@ Symbols: W the consumer's weight, X its inputs with mean :math:`\mu` and second 
 removed ones, :math:`\lambda` the damping.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -26,11 +29,13 @@ from plprune.architecture.cutting import complement
 from plprune.architecture.modules import dense_weight
 from plprune.io import distributed
 from plprune.pruning.calibration import Calibration
+from plprune.pruning.expert_inputs import FEW, PerExpert
 from plprune.pruning.forward import BlockInputs
 from plprune.pruning.statistics import Gram, HoldoutGram, Moments
 from plprune.pruning.stream import observe_groups, prune_blocks
 from plprune.pruning.surgery import Surgery
 
+log = logging.getLogger(__name__)
 Repair = Literal["none", "compensate", "restore"]
 Damping = float | Literal["auto"]
 Seen = Moments | Gram | HoldoutGram
@@ -82,6 +87,8 @@ class Repairer:
             for block, group, keep in chosen:
                 surgery.keep(block, group, keep)
             return
+        if self.repair == "compensate":
+            say_uncompensated(chosen)
         rows = {index: list(own) for index, own in groupby(chosen, lambda row: row[0].index)}
         prune_blocks(
             surgery.model,
@@ -96,29 +103,69 @@ class Repairer:
         block: Block,
         group: UnitGroup,
         keep: Tensor,  # [kept]
-        seen: Seen,
+        seen: Seen | PerExpert,
     ) -> None:
         """Removes all other units of a group, and repairs its consumer by the statistic `seen` of its inputs."""
-        if len(keep) == len(group):
+        if not self._repairs(block, group, keep):
             return surgery.keep(block, group, keep)
+        if isinstance(seen, PerExpert):
+            return surgery.keep(block, group, keep, *self._values_of_experts(block, group, keep, seen))
         consumer, columns = group.consumer, group.consumer.index[keep].flatten().sort().values
-        surgery.keep(block, group, keep, *self._values(dense_weight(block.part(consumer.path)), columns, seen))
+        weight = dense_weight(block.part(consumer.path))
+        surgery.keep(block, group, keep, *self._values(weight, columns, seen, self.bias))
+
+    def _repairs(self, block: Block, group: UnitGroup, keep: Tensor) -> bool:
+        able = not group.experts or self.repair == "restore" or bool(block.expert_bias)
+        return self.repair != "none" and keep.shape[-1] < len(group) and able
 
     def _prune_block(
         self, surgery: Surgery, inputs: BlockInputs, chosen: Sequence[tuple[Block, UnitGroup, Tensor]]
     ) -> None:
         for block, group, keep in chosen:
-            if keep.shape[-1] == len(group) or group.experts:  # experts have no bias, and few tokens each
+            if not self._repairs(block, group, keep):
                 surgery.keep(block, group, keep)
-                continue
-            ((_, seen),) = observe_groups(block, inputs, self.statistic, [group])
-            self.keep(surgery, block, group, keep, seen)
+            elif group.experts:
+                own = PerExpert(group.experts, len(group), self.statistic)
+                observe_groups(block, inputs, self.statistic, [], own)
+                self.keep(surgery, block, group, keep, own)
+            else:
+                ((_, seen),) = observe_groups(block, inputs, self.statistic, [group])
+                self.keep(surgery, block, group, keep, seen)
+
+    def _values_of_experts(
+        self,
+        block: Block,
+        group: UnitGroup,
+        keep: Tensor,  # [experts, kept]
+        seen: PerExpert,
+    ) -> tuple[Tensor | None, Tensor | None]:  # [experts, d, kept], [experts, d]
+        """Like `_values`, of all experts of a block."""
+        weights, biased = block.weight(group).unbind(1), self.bias and bool(block.expert_bias)
+        least = max(FEW, keep.shape[1] if self.repair == "restore" else 0)
+        restored, gains, few = [], [], 0
+        parts = cast(list[Seen], seen.parts)
+        for own, columns, part, tokens in zip(weights, keep, parts, seen.tokens, strict=True):
+            enough = tokens >= least and not (
+                isinstance(part, HoldoutGram) and not (part.fitting.count and part.held_out.count)
+            )
+            few += not enough
+            new, gain = self._values(own, columns, part, biased) if enough else (None, None)
+            restored.append(own[:, columns.to(own.device)].double() if new is None else new.to(own.device))
+            gains.append(own.new_zeros(len(own)).double() if gain is None else gain.to(own.device))
+        if few:
+            log.warning(
+                "%s: %d of %d experts saw fewer than %d calibration tokens%s, and are not repaired",
+                *(block.path, few, len(weights), least),
+                " or none of the held-out ones" if self.statistic is not Moments and self.damping == "auto" else "",
+            )
+        return torch.stack(restored) if self.repair == "restore" else None, torch.stack(gains) if biased else None
 
     def _values(
         self,
         weight: Tensor,  # [d_out, d_in]
         columns: Tensor,  # [kept]
         seen: Seen,
+        biased: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """The consumer's new weight for the kept columns and the gain of its bias; None if unchanged."""
         restored = None
@@ -126,23 +173,34 @@ class Repairer:
             peers, damping = self.calibration.group, self.damping
             rows = weight[distributed.shard(range(len(weight)), peers)]
             if isinstance(seen, HoldoutGram):
-                damping, seen = self._best_damping(rows, columns, seen), seen.pooled()
+                damping, seen = self._best_damping(rows, columns, seen, biased), seen.pooled()
             assert damping != "auto"
-            moments = seen.covariance() if self.bias else seen.second_moment()
+            moments = seen.covariance() if biased else seen.second_moment()
             seen.release()
             restored = distributed.gather_rows(restore(rows, moments, columns, damping), peers)
-        gains = self.repair != "none" and self.bias
+        gains = self.repair != "none" and biased
         return restored, compensation(weight, seen.mean, columns, restored) if gains else None
 
-    def _best_damping(self, rows: Tensor, columns: Tensor, seen: HoldoutGram) -> float:
+    def _best_damping(self, rows: Tensor, columns: Tensor, seen: HoldoutGram, biased: bool) -> float:
         """The damping with the smallest error on the held-out windows, over the rows of all processes."""
         fitting, held_out = seen.fitting, seen.held_out
-        if self.bias:
+        if biased:
             moments = fitting.covariance(), held_out.about(fitting.mean)
         else:
             moments = fitting.second_moment(), held_out.second_moment()
         errors = distributed.all_reduce_sum(held_out_errors(rows, *moments, columns), self.calibration.group)
         return DAMPINGS[int(errors.argmin())]
+
+
+def say_uncompensated(chosen: Sequence[tuple[Block, UnitGroup, Tensor]]) -> None:
+    """Warns if channels leave experts that have no bias."""
+    without = [b for b, group, keep in chosen if group.experts and keep.shape[-1] < len(group) and not b.expert_bias]
+    if without:
+        log.warning(
+            "the experts of %d blocks have no bias, so what their channels gave on average is not compensated: "
+            "`repair` restore adjusts the channels that stay",
+            len(without),
+        )
 
 
 def restore(

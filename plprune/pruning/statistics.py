@@ -223,7 +223,8 @@ class Gram(Statistic):
     def merge(self, group: ProcessGroup) -> None:
         """Converts all sums to the pivot of the first process that has one, and adds them up."""
         pivots = gather_rows(None if self._pivot is None else self._pivot[None], group)
-        assert pivots is not None, "no process has had an update"
+        if pivots is None:  # no process has had an update
+            return
         if self._pivot is None:
             self._start(pivots[0])
         self._move(pivots[0])
@@ -281,7 +282,9 @@ class Gram(Statistic):
         self._products = torch.zeros((), dtype=torch.float64)
 
     @property
-    def norm(self) -> Tensor:  # [d]
+    def norm(self) -> Tensor:  # [d], or a scalar zero before the first update
+        if not self.count:
+            return self._sum
         offset = self._sum / self.count
         return (self._products.diagonal() + self.count * (self.mean.square() - offset.square())).clamp(min=0).sqrt()
 
@@ -335,6 +338,10 @@ class HoldoutGram(Statistic):
 
     def pooled(self) -> Gram:
         """Merges both Grams into one and returns it. This statistic must not be used afterwards."""
+        if not self.fitting.count:
+            return self.held_out
+        if not self.held_out.count:
+            return self.fitting
         self.fitting.add(self.held_out)
         self.held_out.release()
         return self.fitting

@@ -88,7 +88,6 @@ def observe(
     inputs: BlockInputs,
     statistic: Callable[[], S],
     attention: AttentionUnit = "kv_heads",
-    of_experts: Callable[[], Statistic] | None = None,
     experts: bool = True,
 ) -> list[tuple[UnitGroup, S]]:
     """Runs a block once over its inputs, of all processes.
@@ -100,7 +99,6 @@ def observe(
         inputs: Its inputs.
         statistic: Makes an empty statistic.
         attention: The attention units to observe.
-        of_experts: Makes an empty statistic for each expert; the same by default.
         experts: Whether channels of experts are observed.
 
     Returns:
@@ -111,9 +109,14 @@ def observe(
     channels = next((group for group in groups if group.experts), None)
     if channels is None:
         return observe_groups(block, inputs, statistic, groups)
-    seen = PerExpert(channels.experts, len(channels), of_experts or statistic)
+    seen = PerExpert(channels.experts, len(channels), statistic)
     others = [group for group in groups if group is not channels]
     found = observe_groups(block, inputs, statistic, others, seen)
+    if seen.few:
+        log.warning(
+            "%s: %d of %d experts saw fewer than %d calibration tokens, so weights alone score their channels",
+            *(block.path, len(seen.few), len(seen.parts), FEW),
+        )
     return [*found, (channels, cast(Any, seen))]
 
 
@@ -142,7 +145,7 @@ def observe_groups(
         nonlocal shape
         shape = split_call(args, kwargs)[0].shape[:2]
         if channels is not None:
-            channels.length = shape[1]
+            channels.begin(*shape)
 
     handles = [block.part(path).register_forward_pre_hook(hook(path)) for path in statistics]
     handles.append(block.module.register_forward_pre_hook(enter, with_kwargs=True))
@@ -157,11 +160,6 @@ def observe_groups(
     if inputs.group is not None:
         for merging in (*statistics.values(), *([channels] if channels else []), inputs.influence):
             merging.merge(inputs.group)
-    if channels and channels.few:
-        log.warning(
-            "%s: %d of %d experts saw fewer than %d calibration tokens, so weights alone score their channels",
-            *(block.path, len(channels.few), len(channels.parts), FEW),
-        )
     inputs.observed.append(statistics)
     return [(group, statistics[group.consumer.path]) for group in groups]
 

@@ -48,8 +48,8 @@ class Surgery:
         block: Block,
         group: UnitGroup,
         keep: Tensor,  # [kept], or [experts, kept]
-        weight: Tensor | None = None,  # [d, kept columns]
-        bias_gain: Tensor | None = None,  # [d]
+        weight: Tensor | None = None,  # [d, kept columns], or [experts, d, kept]
+        bias_gain: Tensor | None = None,  # [d], or [experts, d]
     ) -> None:
         """Removes all other units of `group`, and repairs its consumer.
 
@@ -58,7 +58,7 @@ class Surgery:
             group: The group.
             keep: Indices of the units that stay, ascending.
             weight: The consumer's new weight for the kept columns, in ascending order.
-            bias_gain: Added to the consumer's bias; a missing bias counts as zero.
+            bias_gain: Added to the consumer's bias; a missing bias counts as zero, except that experts must have one.
         """
         size = len(group)
         with block.present():
@@ -125,6 +125,8 @@ class Surgery:
 
     def _repair(self, block: Block, group: UnitGroup, weight: Tensor | None, bias_gain: Tensor | None) -> list[str]:
         """Sets the consumer's weight and bias, and returns the names of the changed parameters."""
+        if group.experts:
+            return self._repair_experts(block, group, weight, bias_gain)
         consumer = block.part(group.consumer.path)
         linear, repaired = innermost(consumer), []
         if weight is not None:
@@ -137,6 +139,19 @@ class Surgery:
             linear.bias = like(old, old.double() + bias_gain.to(old.device))
             repaired.append(self._name(linear.bias))
         return repaired
+
+    def _repair_experts(
+        self, block: Block, group: UnitGroup, weight: Tensor | None, bias_gain: Tensor | None
+    ) -> list[str]:
+        paths = []
+        if weight is not None:
+            paths.append(group.consumer.path)
+            put(block.module, paths[-1], weight if group.consumer.axis == 2 else weight.mT)
+        if bias_gain is not None:
+            paths.append(block.expert_bias)
+            old = cast(Tensor, held(block.module, paths[-1])).detach()
+            put(block.module, paths[-1], old.double() + bias_gain.to(old.device))
+        return [f"{block.path}.{path}" for path in paths]
 
     def _renamed(self, names: Iterable[str]) -> list[str]:
         """Names of parameters after blocks have left, without those of the blocks that did."""

@@ -1,6 +1,7 @@
 """Closed forms and the walk that repairs against torch.linalg.lstsq on the inputs themselves."""
 
 import copy
+import logging
 from typing import Any, cast
 
 import pytest
@@ -14,9 +15,11 @@ from plprune.architecture.cutting import complement
 from plprune.architecture.modules import innermost
 from plprune.planning.sizes import Ledger
 from plprune.pruning.constraints import Constraint
+from plprune.pruning.expert_inputs import watched
 from plprune.pruning.repair import DAMPINGS, compensation, held_out_errors, restore
 from tests.builders import tiny, windows
 from tests.methods import traced, weight
+from tests.zoo import build
 
 KEEP = torch.tensor([0, 2, 3, 6])
 
@@ -267,3 +270,93 @@ def test_what_a_repair_takes_is_foreseen() -> None:
         assert plain.flops <= means.flops <= restored.flops == auto.flops
         assert plain.single == means.single == 0 < restored.single < auto.single
         assert 0 < restored.bytes < auto.bytes
+
+
+# ---- experts, each by its own tokens
+
+
+@torch.no_grad()
+def of_experts(model: PreTrainedModel, ids: Tensor) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    """Rows of the tokens of each expert of the first block with some, its inner activations and its outputs."""
+    block, found = next(block for block in blocks_of(model) if block.expert_count), {}
+
+    def see(expert: int, tokens: Tensor, weights: Tensor, inner: Tensor, outputs: Tensor) -> None:
+        found[expert] = tokens, inner.double(), outputs.double()
+
+    with watched(block.part(block.experts.path), see):
+        model(input_ids=ids, use_cache=False)
+    return found
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])  # plain; transposed, with biases
+def test_experts_are_restored_by_least_squares_over_their_own_tokens(
+    kind: str, bias: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids, model, dense = windows(20, 16), build(kind), build(kind)
+    with caplog.at_level(logging.WARNING):
+        plan = prune(model, CFSP(0.35, repair="restore", damping=0.0, bias=bias), list(ids.split(6)))
+    (index, keep), few = next((name.split(".")[1], keep) for name, keep in plan.keep.items()), 0
+    before, after = of_experts(dense, ids), of_experts(model, ids)
+    for expert, (_, inner, outputs) in before.items():
+        x, found = inner[:, keep[expert]], after[expert][2]
+        if len(x) < keep.shape[1]:
+            few += 1
+            continue
+        constant = torch.ones(len(x), int(bias and kind == "gpt_oss"), dtype=torch.float64)
+        inputs, own = torch.cat([x, constant], 1), 0.0
+        if kind == "gpt_oss" and not bias:
+            own = cast(Any, dense).model.layers[int(index)].mlp.experts.down_proj_bias[expert].detach().double()
+        best = inputs @ torch.linalg.lstsq(inputs, outputs - own).solution + own
+        torch.testing.assert_close(found, best, rtol=1e-3, atol=1e-4)
+    assert 0 < few < len(before)
+    assert f"layers.{index}: {few} of 8 experts saw fewer than {keep.shape[1]} calibration tokens" in caplog.text
+    assert {name.rpartition(".")[2] for name in plan.repaired} == {
+        "down_proj",
+        *(["down_proj_bias"] if bias and kind == "gpt_oss" else []),
+    }
+
+
+@pytest.mark.parametrize("kind", [CFSP, FLAP, FASP])
+def test_biases_of_experts_gain_what_their_channels_gave_on_average(kind: Any) -> None:
+    ids, model, dense = windows(8, 16), build("gpt_oss"), cast(Any, build("gpt_oss"))
+    own = {"attention": "none"} if kind is FASP else {}
+    keep = prune(model, kind(0.3, repair="compensate", **own), list(ids.split(3))).keep["blocks.0.expert_channel"]
+    old, new = (cast(Any, m).model.layers[0].mlp.experts for m in (dense, model))
+    for expert, (_, x, _) in of_experts(dense, ids).items():
+        gone = complement(keep[expert], x.shape[1])
+        gain = x.mean(0)[gone] @ old.down_proj[expert, gone].detach().double() if len(x) >= 8 else torch.zeros(64)
+        torch.testing.assert_close(new.down_proj_bias[expert], (old.down_proj_bias[expert] + gain).float())
+
+
+def test_experts_without_a_bias_are_not_compensated_and_this_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    for kind in (CFSP, FLAP):
+        caplog.clear()
+        model = build("mixtral")
+        with caplog.at_level(logging.WARNING):
+            plan = prune(model, kind(0.3, repair="compensate"), [windows(8, 16)])
+        assert "have no bias, so what their channels gave on average is not compensated" in caplog.text
+        assert not any("experts" in name for name in plan.repaired)
+        for index in range(4):
+            keep = plan.keep[f"blocks.{index}.expert_channel"]
+            old, new = (cast(Any, m).model.layers[index].mlp.experts.down_proj for m in (build("mixtral"), model))
+            assert torch.equal(new, old.gather(2, keep[:, None].expand(-1, 64, -1)))
+
+
+def test_auto_holds_out_the_same_windows_for_all_experts() -> None:
+    ids, errors, model = windows(24, 16), {}, build("gpt_oss")
+    auto = CFSP(0.35, repair="restore", damping="auto", bias=False)
+    keeps = prune(model, auto, list(ids.split(5))).keep["blocks.0.expert_channel"]
+    seen = of_experts(build("gpt_oss"), ids)
+    expert = max(seen, key=lambda e: len(seen[e][0]))
+    (rows, x, _), keep = seen[expert], keeps[expert]
+    held = rows // 16 % 4 == 1
+    dense, found = (
+        cast(Any, m).model.layers[0].mlp.experts.down_proj[expert].detach().double().T
+        for m in (build("gpt_oss"), model)
+    )
+    for damping in DAMPINGS:
+        new = restore(dense, second_moment(x[~held]), keep, damping)
+        errors[damping] = float((x[held][:, keep] @ new.T - x[held] @ dense.T).square().sum())
+    best = restore(dense, second_moment(x), keep, min(DAMPINGS, key=errors.__getitem__))
+    torch.testing.assert_close(found, best, rtol=1e-4, atol=1e-5)
