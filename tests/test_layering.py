@@ -43,7 +43,14 @@ ORDER = {
     "export": [["formats"], ["gguf", "parity"], ["decilm", "llama_cpp", "vocabulary"], ["configuration_decilm"]],
     "evaluation": [["lm_eval", "measurement", "sensitivity"], ["perplexity", "speed", "task_results"], ["standalone"]],
     "recovery": [["lora"], ["consumers", "distillation"]],
-    "checkpoint": [["save"], ["load"], ["locate"], ["stored"], ["weights"], ["model_card", "sharing", "stock_config"]],
+    "checkpoint": [
+        ["save"],
+        ["load"],
+        ["locate"],
+        ["stored"],
+        ["weights"],
+        ["model_card", "published", "sharing", "stock_config"],
+    ],
     "planning": [["structures"], ["extremes", "needs", "targets"], ["hardware", "serving", "sizes"]],
     "pruning": [
         ["attention_search", "observations", "plan_summary", "repair"],

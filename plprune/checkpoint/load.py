@@ -156,7 +156,10 @@ def load_pruned(folder: str | os.PathLike[str], dtype: Dtype | None = None) -> P
         stored = stored_weights(str(folder))
     if not stored.entries:
         raise ValueError(f"{folder / SINGLE} is missing: save the model again")
-    state = {name: stored.tensor(name) for name in stored.entries}
+    found = stored.sources(model)
+    state = {name: source.make(stored.tensor) for name, source in found.items()}
+    used = {key for source in found.values() for key in source.keys}
+    state |= {key: stored.tensor(key) for key in stored.entries if key not in used}
     if dtype:  # only of stored tensors: buffers such as the rotary frequencies stay in float32
         state = {name: t.to(getattr(torch, dtype)) if t.is_floating_point() else t for name, t in state.items()}
     _load_state(model, state, folder)

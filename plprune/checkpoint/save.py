@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import re
 import shutil
@@ -10,16 +11,20 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
 
 from plprune.architecture import modeling_plprune
 from plprune.architecture.blocks import blocks_of, dense_class
+from plprune.architecture.config_keys import size_keys
 from plprune.architecture.modeling_plprune import PrunedConfigMixin, PrunedForMultimodalLM, is_wrapper
 from plprune.architecture.modules import tied
+from plprune.architecture.wrappers import text_config, with_sizes
 from plprune.checkpoint.load import REPAIRED
 from plprune.checkpoint.locate import cached_folder, locate, resolve_path
 from plprune.checkpoint.model_card import CARD, write_card
-from plprune.checkpoint.stock_config import saved_config
+from plprune.checkpoint.published import published
+from plprune.checkpoint.stock_config import saved_config, skeleton
 from plprune.checkpoint.weights import INDEX, SINGLE, align, check_saved, without_tied, write_index
 from plprune.io.atomic import staged
 from plprune.pruning.plan import FILE, PruningPlan
@@ -107,11 +112,12 @@ def write_model(
     """
     plan, (config, biases) = plan_of(model), saved_config(model)
     names: dict[str, Any] = {"save_original_format": False}  # not the names of older transformers
-    model.save_pretrained(folder, state_dict=state | biases, max_shard_size=max_shard_size, **names)
-    if any(block.expert_count for block in blocks_of(model)):
+    custom, mixture = isinstance(config, PrunedConfigMixin), any(block.expert_count for block in blocks_of(model))
+    state = published(skeleton(config), state | biases) if mixture and not custom else state | biases
+    model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size, **names)
+    if mixture:
         for file in Path(folder).glob("*.safetensors"):
             align(file)
-    custom = isinstance(config, PrunedConfigMixin)
     dense, own = dense_class(model)
     # vLLM runs the models of a folder's own code under this name.
     name = PrunedForMultimodalLM.__name__ if is_wrapper(type(own)) else "TransformersForCausalLM"
@@ -121,6 +127,8 @@ def write_model(
     if theta := (getattr(config, "rope_parameters", None) or {}).get("rope_theta"):
         config.rope_theta = theta  # where mlx-lm and programs of transformers' older releases look
     config.save_pretrained(folder)
+    if mixture and not custom:
+        _add_old_keys(folder / CONFIG_NAME, config, size_keys(model)["experts"])
     code = folder / Path(modeling_plprune.__file__).name
     if custom:
         shutil.copyfile(modeling_plprune.__file__, code)
@@ -134,6 +142,14 @@ def write_model(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     _copy_processors(model.config.name_or_path or "", folder)
+
+
+def _add_old_keys(file: Path, config: PreTrainedConfig, key: str) -> None:
+    """Adds the value of a config's key to its file under the other names that mlx-lm and older transformers read."""
+    own = text_config(config)
+    others = {name: getattr(own, key) for name, real in type(own).attribute_map.items() if real == key}
+    values = with_sizes(json.loads(file.read_text()), others, type(config))
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _copy_processors(name_or_path: str, folder: Path) -> None:

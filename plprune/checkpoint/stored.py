@@ -17,15 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plprune.architecture.modules import saved_buffers
-from plprune.checkpoint.weights import (
-    FLOATS,
-    FP8,
-    TensorEntry,
-    listed_files,
-    read_tensor,
-    stored_names,
-    tensor_entries,
-)
+from plprune.checkpoint.published import Source, sources
+from plprune.checkpoint.weights import FLOATS, FP8, TensorEntry, listed_files, read_tensor, tensor_entries
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 PICKLES = "pytorch_model.bin"
@@ -82,6 +75,10 @@ class StoredWeights:
         scale = _read(self.entries[self._scales[name]].file, self._scales[name]).float()
         return value.float() * _expand_scale(scale, self.entries[name].shape, self._block)
 
+    def sources(self, model: PreTrainedModel) -> dict[str, Source]:
+        """What the tensors of a model are made from, by their names in the model."""
+        return sources(model, {name: entry.shape for name, entry in self.entries.items()})
+
     def _scale_of(self, name: str) -> str:
         """The name of the scale of an FP8 tensor, which must be the only tensor that belongs to it."""
         beside = [other for other in self.entries if other.startswith(f"{name}_")]
@@ -112,21 +109,21 @@ class ModelWeights:
     """
 
     def __init__(self, stored: StoredWeights, model: PreTrainedModel, dtype: torch.dtype) -> None:
-        self.dtype, self._stored, self._keys = dtype, stored, dict[str, str]()
-        keys = stored_names(model, stored.entries)
+        self.dtype, self._stored, self._sources = dtype, stored, dict[str, Source]()
+        found = stored.sources(model)
         for name, parameter in itertools.chain(model.named_parameters(), saved_buffers(model).items()):
-            shape = stored.entries[keys[name]].shape if name in keys else None
+            shape = found[name].shape if name in found else None
             if shape != tuple(parameter.shape):
                 raise ValueError(
                     f"{stored.name} does not hold the model of its config.json: {name} is {shape or 'absent'} "
                     f"in the files and {tuple(parameter.shape)} in the model; get it again, a pruned "
                     "one together with its plan"
                 )
-            self._keys[name] = keys[name]
+            self._sources[name] = found[name]
 
     def stored(self, name: str) -> Tensor:
-        """A weight as stored, memory-mapped; dequantised to float32 if it is stored in FP8."""
-        return self._stored.tensor(self._keys[name])
+        """A weight as stored, memory-mapped if it is one tensor there; dequantised to float32 if it is FP8."""
+        return self._sources[name].make(self._stored.tensor)
 
     def converted(self, name: str) -> Tensor:
         """A weight in `dtype`, but integers as they are; memory-mapped if it is stored so."""

@@ -15,10 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from plprune.architecture.modules import tie, tied
+from plprune.checkpoint.published import sources
 from plprune.checkpoint.stock_config import config_from, pruned_skeleton, skeleton
 from plprune.io.units import format_value
 from plprune.pruning.journal import NotFinite
@@ -135,17 +134,6 @@ def write_index(folder: Path, names: Sequence[str]) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def stored_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
-    """The names that files have for a model's tensors, by those that the model has, as transformers finds them.
-
-    Older files have other names, and add or omit the prefix of the base model.
-    """
-    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
-    state = model.state_dict()
-    names = {rename_source_key(key, renamings, [], model.base_model_prefix, state)[0]: key for key in stored}
-    return names | {key: key for key in stored if key in state}
-
-
 def without_tied(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict with one name for each parameter: the second names of tied ones are left out."""
     second = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
@@ -158,10 +146,10 @@ def has_untied_head(folder: Path, model: PreTrainedModel) -> bool:
     if not pairs or not all(file.exists() for file in files):
         return False
     entries = tensor_entries(files)
-    names = stored_names(model, entries)
+    found = sources(model, {name: entry.shape for name, entry in entries.items()})
 
     def stored(name: str) -> Tensor | None:
-        return read_tensor(entries[names[name]].file, names[name]) if name in names else None
+        return found[name].make(lambda key: read_tensor(entries[key].file, key)) if name in found else None
 
     return any(are_untied(stored(head), stored(embedding)) for head, embedding in pairs.items())
 
@@ -183,29 +171,42 @@ def check_saved(folder: Path, model: PreTrainedModel, tensors: Iterable[tuple[st
         ValueError: A value is not finite, or `config.json` or the plan describe another structure.
         OSError: The files differ from memory.
     """
-    _check_structure(folder, _skeleton_of_config(folder), tied(model), "config.json")
+    described = _skeleton_of_config(folder)
+    _check_structure(folder, described, tied(model), "config.json")
     if (folder / FILE).exists():
         structure = pruned_skeleton(PruningPlan.load(folder))
         tie(structure, structure.config.tie_word_embeddings and not has_untied_head(folder, structure))
         _check_structure(folder, structure, tied(model), FILE)
-    check_values(folder, tensors)
+    check_values(folder, tensors, described)
 
 
-def check_values(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def check_values(folder: Path, tensors: Iterable[tuple[str, Tensor]], model: PreTrainedModel | None = None) -> None:
     """Checks that a folder holds these tensors, byte for byte, all finite, and no others except zero biases.
+
+    Args:
+        folder: The folder.
+        tensors: By their names in the model, or in the folder if no model is given.
+        model: The model, of which only the structure is used.
 
     Raises:
         ValueError: A value is not finite, or there is another tensor.
         OSError: The files differ from memory.
     """
     files = listed_files(folder)
-    left, size = tensor_entries(files), sum(file.stat().st_size for file in files)
+    entries, size = tensor_entries(files), sum(file.stat().st_size for file in files)
+    found = sources(model, {name: entry.shape for name, entry in entries.items()}) if model else {}
+    left = dict(entries)
+
+    def read(name: str) -> Tensor:
+        left.pop(name, None)
+        return read_tensor(entries[name].file, name)
+
     if size > LONG:
         log.info("reading %s back to compare the files with memory", format_value(size, "bytes"))
     for name, tensor in tensors:
         check_finite(name, tensor)
-        entry = left.pop(name, None)
-        if entry is None or not _same_bytes(read_tensor(entry.file, name), tensor.detach().cpu()):
+        stored = found[name].make(read) if name in found else read(name) if name in entries else None
+        if stored is None or not _same_bytes(stored, tensor.detach().cpu()):
             raise OSError(f"{name} differs between the disk and memory: nothing was saved; check the disk")
     for name, entry in left.items():
         if not name.endswith(".bias") or read_tensor(entry.file, name).any():
@@ -238,12 +239,13 @@ def _skeleton_of_config(folder: Path) -> PreTrainedModel:
 def _check_structure(folder: Path, structure: PreTrainedModel, tied_head: bool, by: str) -> None:
     """Checks that the structure, as described `by` a file of the folder, has exactly the tensors in the folder."""
     shapes = {name: entry.shape for name, entry in tensor_entries(listed_files(folder)).items()}
-    expected = without_tied(structure, structure.state_dict())
+    found, expected = sources(structure, shapes), without_tied(structure, structure.state_dict())
     for name, value in expected.items():
-        shape = shapes.get(name, "absent")
+        shape = found[name].shape if name in found else "absent"
         if shape != tuple(value.shape):
             raise ValueError(f"{name} is {tuple(value.shape)} by {by} and {shape} in the weights: nothing was saved")
-    surplus = [name for name in shapes if name not in expected and not (by == FILE and name.endswith(".bias"))]
+    used = {key for name in expected for key in found[name].keys}
+    surplus = [name for name in shapes if name not in used and not (by == FILE and name.endswith(".bias"))]
     if surplus:
         raise ValueError(f"{by} has no place for {surplus[0]}: nothing was saved; merge the adapters first")
     if tied(structure) != tied_head:

@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from plprune import CFSP, FASP, FLAP, PruningMethod, TwoSSP, prune, save_pruned
+from plprune import CFSP, FASP, FLAP, REAP, PruningMethod, TwoSSP, prune, save_pruned
 from plprune.export import decilm
-from tests.builders import tiny, tokenizer, windows
+from tests.builders import FAMILIES, tiny, tokenizer, windows
+from tests.zoo import build
 
 SIZES = {"hidden_size": 256, "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
 VLLM = """
@@ -58,6 +59,12 @@ MODELS: dict[str, tuple[PruningMethod, str, Callable[[PreTrainedModel, Path], No
     "FASP": (FASP(0.25), "llama", hf, True),
     "TwoSSP": (TwoSSP(0.4, drop_attentions=2), "llama", hf, True),
     "FLAP, Qwen3": (FLAP(0.25), "qwen3", hf, True),
+    "REAP, Mixtral": (REAP(0.25, sparsity_of="experts"), "mixtral", hf, False),
+    "REAP, Qwen3-MoE": (REAP(0.25, sparsity_of="experts"), "qwen3_moe", hf, False),
+    "FASP, channels of experts, Mixtral": (FASP(0.2, attention="none", bias=False), "mixtral", hf, False),
+    "FASP, channels of experts, Qwen3-MoE": (FASP(0.2, attention="none", bias=False), "qwen3_moe", hf, False),
+    "CFSP, Qwen3-MoE": (CFSP(0.25), "qwen3_moe", hf, True),
+    "FLAP, Mixtral": (FLAP(0.25), "mixtral", hf, True),
     "CFSP, DeciLM": (CFSP(0.4, multiple_of=256), "llama", deci, True),
     "TwoSSP, DeciLM": (TwoSSP(0.4, drop_attentions=1), "llama", deci, True),
 }
@@ -65,8 +72,12 @@ MODELS: dict[str, tuple[PruningMethod, str, Callable[[PreTrainedModel, Path], No
 
 def pruned(method: PruningMethod, family: str, served: bool) -> PreTrainedModel:
     theta = {"rope_type": "default", "rope_theta": 1e5}  # not the one that programs assume
-    model = tiny(family, intermediate_size=1024, rope_parameters=theta, **SIZES)
-    prune(model, method, list(windows(8, 32).split(2)), serve_on=["vllm"] if served else [])
+    dense = family in FAMILIES
+    sizes = SIZES if dense else SIZES | {"moe_intermediate_size": 512}
+    model = (tiny if dense else build)(family, intermediate_size=1024, rope_parameters=theta, **sizes)
+    for parameter in [] if dense else model.parameters():  # as `tiny` does
+        parameter.data *= 1 if parameter.ndim == 1 else 6
+    prune(model, method, list(windows(8, 32).split(2)), serve_on=["vllm"] if served and dense else [])
     return model
 
 
@@ -103,6 +114,7 @@ def main() -> None:
             method, family, write, custom = MODELS[name]
             model, folder = pruned(method, family, write is deci), Path(room) / str(i)
             write(model, folder)
+            assert (folder / "modeling_plprune.py").exists() == (custom and write is hf)
             cells = [
                 "runs no code of a folder"
                 if which == "mlx-lm" and custom and write is hf
