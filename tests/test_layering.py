@@ -42,7 +42,7 @@ ORDER = {
     "methods": [["cfsp", "fasp", "flap", "learned_gates", "reap", "run", "two_ssp"], ["base"]],
     "export": [["formats"], ["gguf", "parity"], ["decilm", "llama_cpp", "vocabulary"], ["configuration_decilm"]],
     "evaluation": [["lm_eval", "measurement", "sensitivity"], ["perplexity", "speed", "task_results"], ["standalone"]],
-    "recovery": [["lora"], ["consumers", "distillation"]],
+    "recovery": [["lora"], ["consumers", "distillation", "routers"], ["masters"]],
     "checkpoint": [
         ["save"],
         ["load"],

@@ -30,7 +30,8 @@ class Training:
         batch_size: Windows of a step.
         learning_rate: Peak of the learning rate.
         lora: The adapters.
-        train: The weights to train: adapters (lora), or the projections whose inputs were pruned (consumers).
+        train: The weights to train: adapters (lora), the projections whose inputs were pruned (consumers), or the
+            routers of mixtures of experts (routers).
         distill: Distillation from the dense model; none if not given.
         name: Names the stage of the recovered models, beside `dense` and `pruned`.
         rounds: Number of rounds of pruning and recovery that reach the sparsity; they share the steps. With more than
@@ -43,7 +44,7 @@ class Training:
     batch_size: int = 4
     learning_rate: float = 5e-4
     lora: LoRA = dataclasses.field(default_factory=LoRA)
-    train: Literal["lora", "consumers"] = "lora"
+    train: Literal["lora", "consumers", "routers"] = "lora"
     distill: Distillation | None = None
     name: str = "recovered"
     rounds: int = 1

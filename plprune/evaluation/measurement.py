@@ -17,8 +17,8 @@ from plprune.io import distributed
 from plprune.io.tables import text_table
 from plprune.io.units import format_value
 from plprune.pruning.forward import evaluating
-from plprune.recovery.consumers import saved_dtype
 from plprune.recovery.lora import base_parameters
+from plprune.recovery.masters import saved_dtype
 
 
 @torch.no_grad()

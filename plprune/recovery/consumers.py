@@ -4,25 +4,13 @@ Trained projections are kept in float32. They convert their inputs to float32 an
 and are saved in the model's dtype.
 """
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from plprune.architecture.attached import attach, attached
 from plprune.architecture.blocks import Block, blocks_of
 from plprune.architecture.modules import innermost
 from plprune.pruning.plan import PruningPlan
-
-
-@dataclass(frozen=True)
-class SavedDtype:
-    """Attached to a projection that is kept in float32: the dtype in which it is saved."""
-
-    dtype: torch.dtype
+from plprune.recovery.masters import keep_in_float32, saved_dtype
 
 
 def unfreeze(model: PreTrainedModel, plan: PruningPlan | None) -> list[str]:
@@ -62,45 +50,16 @@ def consumers(block: Block, plan: PruningPlan | None) -> list[str]:
     return list(dict.fromkeys(path for kind, path in by_kind.items() if f"blocks.{block.index}.{kind}" in pruned))
 
 
-def to_saved_dtype(module: nn.Module, value: Tensor) -> Tensor:
-    """Converts the value of a module's parameter to the dtype in which it is saved."""
-    return value.to(saved_dtype(module, value))
-
-
-def saved_dtype(module: nn.Module, value: Tensor) -> torch.dtype:
-    """The dtype in which a parameter of a module is saved."""
-    saved = attached(module, SavedDtype)
-    return saved.dtype if saved else value.dtype
-
-
-@contextlib.contextmanager
-def weights_in_saved_dtype(model: nn.Module) -> Iterator[None]:
-    """Converts all weights to the dtypes in which they are saved, for the duration of the context."""
-    trained = [(p, module) for module in model.modules() if attached(module, SavedDtype) for p in module.parameters()]
-    values = [p.data for p, _ in trained]
-    for parameter, module in trained:
-        parameter.data = to_saved_dtype(module, parameter.data)
-    try:
-        yield
-    finally:
-        for (parameter, _), value in zip(trained, values, strict=True):
-            parameter.data = value
-
-
 def _unfreeze(linear: nn.Linear) -> None:
     linear.requires_grad_(True)
-    if linear.weight.dtype == torch.float32:
-        return
-    attach(linear, SavedDtype(linear.weight.dtype))
-    for parameter in linear.parameters():
-        parameter.data = parameter.data.float()
-    linear.register_forward_pre_hook(_convert_input)
-    linear.register_forward_hook(_convert_output)
+    if keep_in_float32(linear):
+        linear.register_forward_pre_hook(_convert_input)
+        linear.register_forward_hook(_convert_output)
 
 
-def _convert_input(linear: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
-    return args[0].to(next(linear.parameters()).dtype)
+def _convert_input(linear: nn.Linear, args: tuple[Tensor, ...]) -> Tensor:
+    return args[0].to(linear.weight.dtype)
 
 
-def _convert_output(linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return to_saved_dtype(linear, output)
+def _convert_output(linear: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.to(saved_dtype(linear, linear.weight))

@@ -37,7 +37,7 @@ from plprune.architecture.modules import is_projection, is_transposed, saved_buf
 from plprune.io.checks import check_sizes
 from plprune.pruning.allocation import largest_remainder
 from plprune.pruning.plan import PruningPlan
-from plprune.recovery.consumers import to_saved_dtype, weights_in_saved_dtype
+from plprune.recovery.masters import saved_dtype, weights_in_saved_dtype
 
 ADAPTER_PARTS = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.")  # in parameter names
 
@@ -186,7 +186,7 @@ def merged_state(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterato
         value = whole(parameter)
         if layer is not None and kind == "weight":
             value = _merged(layer, value, whole)
-        yield name.replace(".base_layer.", "."), to_saved_dtype(model.get_submodule(path), value)
+        yield name.replace(".base_layer.", "."), value.to(saved_dtype(model.get_submodule(path), parameter))
     for name, buffer in saved_buffers(model).items():  # which no strategy shards
         yield name.replace(".base_layer.", "."), buffer.cpu()
 

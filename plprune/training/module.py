@@ -27,7 +27,7 @@ from plprune.io.text import IGNORED
 from plprune.pruning.losses import counted_positions
 from plprune.pruning.plan import fingerprint
 from plprune.pruning.surgery import plan_of
-from plprune.recovery import consumers
+from plprune.recovery import consumers, routers
 from plprune.recovery import lora as adapters
 from plprune.recovery.distillation import Distillation, Teacher, check_teacher, choose_teacher
 from plprune.recovery.lora import LoRA
@@ -73,7 +73,8 @@ class Recovery(pl.LightningModule):
         gradient_checkpointing: Whether to save memory by computing activations again in the backward pass.
         compile: Whether to compile the blocks for training batches, which takes minutes at the first step.
         train: What to train: adapters (lora), or, without adapters, the weights and biases of the projections whose
-            inputs were pruned (consumers: `o_proj` and `down_proj` of llama), of all blocks if nothing was pruned.
+            inputs were pruned (consumers: `o_proj` and `down_proj` of llama), of all blocks if nothing was pruned, or
+            those of the routers of mixtures of experts (routers).
         distill: How to learn from the dense model; if not given, only the text is learnt.
     """
 
@@ -87,7 +88,7 @@ class Recovery(pl.LightningModule):
         warmup: float = 0.05,
         gradient_checkpointing: bool = False,
         compile: bool = False,
-        train: Literal["lora", "consumers"] = "lora",
+        train: Literal["lora", "consumers", "routers"] = "lora",
         distill: Distillation | None = None,
     ) -> None:
         super().__init__()
@@ -152,6 +153,8 @@ class Recovery(pl.LightningModule):
         cast_frozen(frozen, self.trainer.strategy)
         if not self._base:
             self._prepare()
+            if sharded and any(block.expert_count for block in blocks_of(self.model)):
+                self.model.enable_input_require_grads()  # or ZeRO-3 reduces gradients in a first mixture too early
         self.strict_loading = not (sharded or isinstance(self.trainer.strategy, DeepSpeedStrategy))
         if stage == "fit":
             self._choose_teacher()
@@ -291,6 +294,9 @@ class Recovery(pl.LightningModule):
         self._base = {"weights": weights, "plan": plan.digest if plan else None}
         if self.trains == "consumers":
             log.info("%d consumers are trained, in float32", len(consumers.unfreeze(self.model, plan)))
+            return
+        if self.trains == "routers":
+            log.info("%d parameters of routers are trained, in float32", len(routers.unfreeze(self.model)))
             return
         self.ranks = adapters.inject(self.model, self.lora, plan)
         log.info("LoRA ranks by %s: %s", self.lora.by if plan else "nothing, as there is no plan", self.ranks)

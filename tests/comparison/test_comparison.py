@@ -324,7 +324,7 @@ def test_a_pruning_is_another_once_what_it_is_made_with_is(name: str, monkeypatc
     assert (after[1] == before[1]) == (name == "methods/cfsp")  # a method costs only itself
 
 
-@pytest.mark.parametrize("name", ["recovery/distillation", "recovery/lora", "recovery/consumers", "training/module"])
+@pytest.mark.parametrize("name", ["recovery/distillation", "recovery/lora", "recovery/routers", "training/module"])
 def test_what_was_recovered_otherwise_is_recovered_anew(
     name: str, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,8 +10,9 @@ from plprune import FASP, FLAP, TwoSSP, prune
 from plprune.architecture.blocks import blocks_of
 from plprune.architecture.modules import innermost
 from plprune.pruning.surgery import plan_of
-from plprune.recovery.consumers import unfreeze, weights_in_saved_dtype
+from plprune.recovery.consumers import unfreeze
 from plprune.recovery.lora import merged_state
+from plprune.recovery.masters import weights_in_saved_dtype
 from tests.builders import FAMILIES, logits, tiny, windows
 
 

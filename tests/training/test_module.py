@@ -31,10 +31,12 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import AutoModelForCausalLM
 
 from plprune import (
     CFSP,
     FLAP,
+    REAP,
     Checkpoint,
     Evaluate,
     Export,
@@ -58,8 +60,9 @@ from plprune.training.console import CloseBar
 from plprune.training.data import collate
 from plprune.training.optimisation import gradient_norms
 from plprune.training.watchdog import Watch
-from tests.builders import DEFAULTS, logits, method, save_tiny, tiny, windows
+from tests.builders import DEFAULTS, logits, method, save_tiny, tiny, tokenizer, windows
 from tests.runs import Run, make_source, new_folder
+from tests.zoo import build
 
 STEPS = 9
 
@@ -189,6 +192,36 @@ def test_checkpoints_hold_magnitudes_too(folder: str, text: str, tmp_path: Path)
         trainer(tmp_path, Prune(CFSP(0.3)), steps=3).fit(
             recovery(folder, lora=LoRA(rank=2)), datamodule=data(text), ckpt_path=tmp_path / "a.ckpt"
         )
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("mixture")
+    build("mixtral", num_hidden_layers=2).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_routers_are_trained_saved_and_resumed_and_nothing_else(mixture: str, text: str, tmp_path: Path) -> None:
+    ends = []
+    for stop in (None, 2):
+        pl.seed_everything(0)
+        module, evaluate = recovery(mixture, train="routers", dtype="bfloat16"), Evaluate()
+        save = ModelCheckpoint(tmp_path / "kept", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        callbacks = [evaluate, save, Prune(REAP(0.25, sparsity_of="experts"))]
+        callbacks.append(Export(str(tmp_path / "out"), overwrite=True))
+        run = trainer(tmp_path, *callbacks, steps=4, enable_checkpointing=True)
+        run.fit(module, datamodule=data(text), ckpt_path=stop and tmp_path / "kept" / f"step={stop}.ckpt")
+        ends.append(losses(module.model))
+    names = {f"model.layers.{i}.mlp.gate.weight" for i in range(2)}
+    assert ends[0].keys() == names
+    assert all(torch.equal(ends[1][name], value) for name, value in ends[0].items())
+    assert torch.load(tmp_path / "kept" / "step=2.ckpt")["state_dict"].keys() == {f"model.{name}" for name in names}
+    after, plain = load_pruned(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(logits(after), logits(plain))
+    assert torch.equal(logits(after), logits(module.model.eval()))
+    assert all(torch.equal(after.get_parameter(name), value.bfloat16()) for name, value in ends[0].items())
+    assert evaluate.rows["recovered"].perplexity < evaluate.rows["pruned"].perplexity
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -34,6 +34,7 @@ from plprune.training.strategies import (
 from tests.builders import jsonl, logits, numbers, save_tiny, tiny, tokenizer, windows
 from tests.ranks import in_ranks
 from tests.runs import Run
+from tests.zoo import build
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "strategy"
 SHARDED = ["zero3", "fsdp2"]
@@ -280,6 +281,34 @@ def test_frozen_weights_stay_in_bfloat16_and_adapters_in_float32(source: Path, t
     _, found = ended(start(source, tmp_path / "run", strategy, dtype="bfloat16"))
     assert [rank["dtypes"] for rank in found] == 2 * [{True: {torch.float32}, False: {torch.bfloat16}}]
     assert load_pruned(tmp_path / "run" / "out").dtype == torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mixture")
+    build("mixtral", num_hidden_layers=2).save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    numbers(folder / "text.txt", stop=800)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+def test_mixtures_are_recovered_as_in_one_process(mixture: Path, tmp_path: Path) -> None:
+    experts = {"method": {"class_path": "REAP", "init_args": {"sparsity": 0.25, "sparsity_of": "experts"}}}
+    settings: dict[str, Any] = {
+        "callbacks": PROBE | {"Prune": experts, "Export": {"output": "out"}},
+        "train": "routers",
+    }
+    one, (expected,) = ended(start(mixture, tmp_path / "one", "one-process", ranks=1, **settings))
+    assert expected["adapters"].keys() == {f"model.layers.{i}.mlp.gate.weight" for i in range(2)}
+    before = load_pruned(one.folder / "out")
+    for strategy in UNLIKE:
+        two, found = ended(start(mixture, tmp_path / strategy, strategy, **settings))
+        for rank in found:
+            torch.testing.assert_close(rank["losses"], expected["losses"], rtol=0, atol=1e-5)
+            torch.testing.assert_close(rank["adapters"], expected["adapters"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits(load_pruned(two.folder / "out")), logits(before), rtol=0, atol=1e-4)
 
 
 def fit_unequal(model: Path) -> None:
