@@ -111,6 +111,8 @@ def _judged(index: int, family: str) -> Iterable[str]:
 PAIRS = [(family, name) for i, family in enumerate(FAMILIES) for name in _judged(i, family)]
 PAIRS += [(each, DEFAULTS[i % len(DEFAULTS)]) for start in (len(FAMILIES), 1) for i, each in enumerate(VARIANTS, start)]
 PAIRS += itertools.product(REPAIRED_ON, REPAIRED)
+PAIRS += [("qwen2_moe", name) for name in (*DEFAULTS, "REAP")]
+PAIRS += [("gpt_oss", name) for name in ("REAP", "FLAP UL-UM", "FLAP restore", "FASP kv_heads", "CFSP relative")]
 OWN: list[str] = []  # of the option --method: the contract battery then judges these and no others
 
 

@@ -1,4 +1,4 @@
-"""What every method promises on every family.
+"""What every method promises on every family, and on two mixtures of experts.
 
 In the quick suite: every method on llama, one of them on every other family, and, where caches and checkpoints are
 concerned, on every variant of a family. All else is slow.
@@ -16,12 +16,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from plprune import PruningPlan, load_pruned, perplexity, prune, save_pruned
-from plprune.architecture.blocks import Block, UnitGroup, blocks_of
+from plprune.architecture.blocks import STEP, Block, UnitGroup, blocks_of
+from plprune.architecture.cutting import held
 from plprune.architecture.modules import innermost, matrix
 from plprune.pruning import surgery
-from tests.builders import DEFAULTS, FAMILIES, OWN, PAIRS, VARIANTS, logits, method, tiny, windows
+from tests.builders import DEFAULTS, FAMILIES, MIXTURES, OWN, PAIRS, VARIANTS, logits, method, tiny, windows
 
-EVERY = [*itertools.product([*FAMILIES, *VARIANTS], OWN)] if OWN else PAIRS
+ALL = [*FAMILIES, *VARIANTS, *MIXTURES]
+EVERY = [*itertools.product(ALL, OWN)] if OWN else PAIRS
 
 
 def pairs(quick_variants: bool) -> pytest.MarkDecorator:
@@ -30,8 +32,10 @@ def pairs(quick_variants: bool) -> pytest.MarkDecorator:
     def quick(family: str, name: str) -> bool:
         if family == "llama" or (family in VARIANTS and not quick_variants):
             return family == "llama"
+        if family in MIXTURES and not OWN:
+            return name == "REAP"
         turns = OWN or DEFAULTS
-        return name == turns[[*FAMILIES, *VARIANTS].index(family) % len(turns)]
+        return name == turns[ALL.index(family) % len(turns)]
 
     marked = [pytest.param(*pair, marks=[] if quick(*pair) else pytest.mark.slow) for pair in EVERY]
     return pytest.mark.parametrize(("family", "name"), marked)
@@ -39,7 +43,7 @@ def pairs(quick_variants: bool) -> pytest.MarkDecorator:
 
 every_method = pairs(quick_variants=False)
 every_method_and_variant = pairs(quick_variants=True)
-every_family = pytest.mark.parametrize("family", [*FAMILIES, *VARIANTS])
+every_family = pytest.mark.parametrize("family", ALL)
 
 
 @functools.cache
@@ -147,16 +151,19 @@ def test_value_channels_can_leave_twice_and_heads_after_them(family: str, tmp_pa
 def test_the_budget_is_met_within_one_unit(family: str, name: str) -> None:
     sparsity = 0.25
     unit = {group.kind: cost for group, cost in units(tiny(family))}
+    unit["ffn"] = max(unit.get("ffn", 0), STEP * unit.get("expert_channel", 0))
     model, plan = pruned(family, name, sparsity)
     off = sum(plan.before) - sum(plan.after) - sparsity * sum(plan.before)
     blocks = len(plan.before)
-    if "UL-UM" in name:  # rounds down by up to a head and a channel in every block
+    if "UL-UM" in name and family not in MIXTURES:  # rounds down by up to a head and a channel in every block
         assert -blocks * (unit["attention"] + unit["ffn"]) <= off <= 0
     elif "UL-MM" in name:  # a given number of heads, and the same number of channels everywhere, rounded down
         assert -blocks * unit["ffn"] <= off <= 0
     elif name.startswith(("FLAP", "CFSP", "LearnedGates")):  # widths are free: one unit in all
         bound = "attention" if "AL-AM" in name or name == "FLAP restore" else "ffn"
         assert abs(off) <= unit[bound]
+    elif name == "REAP":  # the same number of experts everywhere
+        assert abs(off) <= blocks * unit["expert"] * 0.51
     else:  # the same width everywhere: half a channel in every block
         assert abs(off) <= blocks * unit["ffn"] * 0.51 + blocks
     assert sum(plan.after) == sum(b.parameters() for b in blocks_of(model))
@@ -167,8 +174,8 @@ def test_no_block_loses_its_last_unit(family: str, name: str) -> None:
     model, plan = pruned(family, name, 0.3 if "UL" in name or "MM" in name else 0.5)
     for group, keep in plan.keep.items():
         assert len(keep) or (name.startswith("TwoSSP") and group.endswith("attention"))
-        assert torch.equal(keep, keep.unique())
-        assert len(keep) <= plan.sizes[group]
+        assert (keep.diff() > 0).all()
+        assert keep.shape[-1] <= plan.sizes[group]
     assert logits(model).isfinite().all()
 
 
@@ -195,7 +202,7 @@ def test_the_same_text_gives_the_same_plan_whatever_the_batch_size(family: str, 
 @every_method
 def test_importance_is_one_positive_number_a_block(family: str, name: str) -> None:
     _, plan = pruned(family, name)
-    assert plan.importance.shape == (3,)
+    assert plan.importance.shape == (len(plan.before),)
     assert (plan.importance > 0).all()
 
 
@@ -204,13 +211,15 @@ def test_permuting_the_units_permutes_the_plan_and_not_the_function(family: str,
     model, plan = pruned(family, name)
     other, orders = tiny(family), {}
     for block in blocks_of(other):
-        for group in block.groups():
+        for group in [*block.groups(), *([block.expert_units()] if block.expert_count else [])]:
             orders[group.name] = permute(block, group)
     torch.testing.assert_close(logits(other), logits(tiny(family)), rtol=1e-4, atol=1e-4)
     moved = prune(other, method(name, 0.25), list(windows().split(2)))
     for group, order in orders.items():
         if group in plan.keep:
-            assert set(order[moved.keep[group]].tolist()) == set(plan.keep[group].tolist())
+            found = order[moved.keep[group]].sort().values
+            within = orders.get(group.removesuffix("_channel")) if group.endswith("_channel") else None
+            assert torch.equal(found, plan.keep[group] if within is None else plan.keep[group][within])
     assert perplexity(other, [windows()]) == pytest.approx(perplexity(model, [windows()]), rel=1e-3)
 
 
@@ -223,7 +232,15 @@ def decoded(model: PreTrainedModel, ids: Tensor, cache: Any, steps: list[int]) -
 def permute(block: Block, group: UnitGroup) -> Tensor:
     """Shuffles the units of a group within a dense block: unit i is then what unit order[i] was."""
     order = torch.randperm(len(group), generator=torch.Generator().manual_seed(len(group)))
-    for part in group.producers:
+    parts = (*group.producers, *([group.consumer] if group.kind.startswith("expert") else []))
+    stacked = [(part, held(block.module, part.path)) for part in parts]
+    for part, tensor in stacked:
+        if tensor is not None:
+            rows, moved = part.index.flatten(), part.index[order].flatten()
+            tensor.data.index_copy_(part.axis, rows, tensor.data.index_select(part.axis, moved))
+    if parts != group.producers:
+        return order
+    for part in (part for part, tensor in stacked if tensor is None):
         linear = block.part(part.path)
         bias = getattr(innermost(linear), "bias", None)
         for tensor in (matrix(linear).data, *([] if bias is None else [bias.data])):
@@ -234,7 +251,7 @@ def permute(block: Block, group: UnitGroup) -> Tensor:
 
 
 def units(model: PreTrainedModel) -> list[tuple[UnitGroup, int]]:
-    return [(group, block.cost(group)) for block in blocks_of(model)[:1] for group in block.groups()]
+    return [(group, block.cost(group)) for block in blocks_of(model)[:1] for group in block.all_groups]
 
 
 def shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

@@ -86,10 +86,14 @@ class PerExpert(ExpertStatistic):
         experts: How many there are.
         channels: Of each.
         statistic: Makes an empty one.
+        expected: How large each channel should be by its weights, [experts, channels]; by default all alike.
     """
 
-    def __init__(self, experts: int, channels: int, statistic: Callable[[], Statistic]) -> None:
-        self.channels, self.parts = channels, [statistic() for _ in range(experts)]
+    def __init__(
+        self, experts: int, channels: int, statistic: Callable[[], Statistic], expected: Tensor | None = None
+    ) -> None:
+        self.parts = [statistic() for _ in range(experts)]
+        self.expected = torch.ones(experts, channels, dtype=torch.float64) if expected is None else expected
         self.tokens = [0] * experts
         self.length = 1  # tokens of a sample
         self._sample = self._next = getattr(self.parts[0], "next", 0)  # the first sample of this batch and of the next
@@ -119,12 +123,11 @@ class PerExpert(ExpertStatistic):
         return [expert for expert, tokens in enumerate(self.tokens) if tokens < FEW]
 
     def stacked(self, read: Callable[[Any], Tensor]) -> Tensor:  # [experts, channels]
-        """A value of each channel; experts with few tokens get the mean of all others, so that weights alone decide."""
+        """A value of each channel; for experts with few tokens the mean of all others, as weights scale it."""
         few = set(self.few)
         known = {e: read(part).double().cpu() for e, part in enumerate(self.parts) if e not in few}
         usual = torch.stack([*known.values()]).mean() if known else torch.ones((), dtype=torch.float64)
-        rows = [known.get(e, usual.expand(self.channels)) for e in range(len(self.parts))]
-        return torch.stack(rows)
+        return torch.stack([known.get(e, usual * expected) for e, expected in enumerate(self.expected)])
 
 
 def watched(experts: nn.Module, watcher: Watcher) -> contextlib.AbstractContextManager[None]:

@@ -6,9 +6,11 @@ observations replace forward passes (`plprune.pruning.block_sources`); callers s
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -109,7 +111,7 @@ def observe(
     channels = next((group for group in groups if group.experts), None)
     if channels is None:
         return observe_groups(block, inputs, statistic, groups)
-    seen = PerExpert(channels.experts, len(channels), statistic)
+    seen = PerExpert(channels.experts, len(channels), statistic, _expected(block, channels))
     others = [group for group in groups if group is not channels]
     found = observe_groups(block, inputs, statistic, others, seen)
     if seen.few:
@@ -118,6 +120,13 @@ def observe(
             *(block.path, len(seen.few), len(seen.parts), FEW),
         )
     return [*found, (channels, cast(Any, seen))]
+
+
+def _expected(block: Block, channels: UnitGroup) -> Tensor:  # [experts, channels]
+    """The products of the norms of what computes each channel, over their mean."""
+    norms = [torch.linalg.vector_norm(w, dim=2, dtype=torch.float64).cpu() for w in block.rows_of_experts(channels)]
+    sizes = math.prod(norms[1:], start=norms[0])
+    return sizes / sizes.mean()
 
 
 def values(seen: Any, read: Callable[[Any], Tensor]) -> Tensor:  # [features], or [experts, channels]

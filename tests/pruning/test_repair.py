@@ -320,7 +320,7 @@ def test_experts_are_restored_by_least_squares_over_their_own_tokens(
 @pytest.mark.parametrize("kind", [CFSP, FLAP, FASP])
 def test_biases_of_experts_gain_what_their_channels_gave_on_average(kind: Any) -> None:
     ids, model, dense = windows(8, 16), build("gpt_oss"), cast(Any, build("gpt_oss"))
-    own = {"attention": "none"} if kind is FASP else {}
+    own: dict[str, Any] = {"attention": "none"} if kind is FASP else {}
     keep = prune(model, kind(0.3, repair="compensate", **own), list(ids.split(3))).keep["blocks.0.expert_channel"]
     old, new = (cast(Any, m).model.layers[0].mlp.experts for m in (dense, model))
     for expert, (_, x, _) in of_experts(dense, ids).items():
