@@ -40,7 +40,12 @@ ORDER = {
     "streaming": [],
     "report": [["comparison", "sensitivity"], ["records", "run", "summary"], ["page"], ["charts", "samples"], ["svg"]],
     "methods": [["cfsp", "fasp", "flap", "learned_gates", "reap", "run", "two_ssp"], ["base"]],
-    "export": [["formats"], ["gguf", "parity"], ["decilm", "llama_cpp", "vocabulary"], ["configuration_decilm"]],
+    "export": [
+        ["formats"],
+        ["gguf", "parity"],
+        ["decilm", "llama_cpp", "mixtures", "vocabulary"],
+        ["configuration_decilm"],
+    ],
     "evaluation": [["lm_eval", "measurement", "sensitivity"], ["perplexity", "speed", "task_results"], ["standalone"]],
     "recovery": [["lora"], ["consumers", "distillation", "routers"], ["masters"]],
     "checkpoint": [

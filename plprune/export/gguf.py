@@ -29,7 +29,8 @@ from plprune.architecture.blocks import Block, UnitGroup, anatomy_of, blocks_of
 from plprune.architecture.modeling_plprune import Gather, Scatter
 from plprune.architecture.modules import innermost, matrix, tied
 from plprune.checkpoint.weights import check_finite
-from plprune.export import vocabulary
+from plprune.export import mixtures, vocabulary
+from plprune.export.mixtures import Mixture
 from plprune.io.atomic import staged
 
 try:
@@ -63,6 +64,7 @@ class Arch:
         scaled: Whether it applies the factors of a layout's `scales`.
         fused: Projections that are one tensor.
         broad: Number of blocks at which attention is scaled by hidden size over heads instead of head dimension.
+        mixture: The experts that blocks may have.
     """
 
     biases: frozenset[str] = frozenset(QKV)
@@ -77,10 +79,11 @@ class Arch:
     scaled: bool = False
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     broad: int = 0
+    mixture: Mixture | None = None
 
 
 ARCHS: dict[str, Arch] = {
-    "llama": Arch(biases=ALL, normal=True, factors=True),
+    "llama": Arch(biases=ALL, normal=True, factors=True, mixture=Mixture()),
     "deci": Arch(biases=ALL, per_block=True, skips=True, normal=True, factors=True),
     "qwen2": Arch(fills=True),
     "qwen3": Arch(),
@@ -95,11 +98,21 @@ ARCHS: dict[str, Arch] = {
     "granite": Arch(biases=ALL, normal=True, factors=True, scaled=True),
     "smollm3": Arch(normal=True),
     "cohere2": Arch(normal=True, windows=4, fills=True, head="tied"),
+    "qwen2moe": Arch(fills=True, head="own", mixture=Mixture(shared="width")),
+    "qwen3moe": Arch(mixture=Mixture()),
+    "olmoe": Arch(biases=frozenset(), fills=True, head="own", mixture=Mixture()),
+    "gpt-oss": Arch(biases=frozenset({*QKV, "attn_output"}), windows=2, head="own", mixture=Mixture(biases=True)),
+    "glm4moe": Arch(partial=True, mixture=Mixture(leading=True, shared="count")),
 }
 
 RMS = {"rms_norm_eps": (Keys.Attention.LAYERNORM_RMS_EPS, float)}
 LAYER_NORM = {"layer_norm_eps": (Keys.Attention.LAYERNORM_EPS, float)}
 SILU = {"hidden_act": ("silu",)}
+ROUTED = {
+    "routed_scaling_factor": (Keys.LLM.EXPERT_WEIGHTS_SCALE, float),
+    "norm_topk_prob": (Keys.LLM.EXPERT_WEIGHTS_NORM, bool),
+}
+SIGMOID = {Keys.LLM.EXPERT_GATING_FUNC: int(gguf.ExpertGatingFuncType.SIGMOID)}
 
 
 @dataclass(frozen=True)
@@ -114,6 +127,8 @@ class Layout:
             that are multiplied by that power of the factor for the other graphs.
         gain: Number that the family adds to the weight of every norm.
         neighbours: Whether the family's rotary pairs are neighbours in transformers too.
+        constants: Fields that are the same for all models of the family.
+        rounded: Whether llama.cpp rounds the bounds of YaRN, which the family does not.
     """
 
     archs: tuple[str, ...]
@@ -122,6 +137,8 @@ class Layout:
     scales: Mapping[str, tuple[str, int, tuple[str, ...]]] = field(default_factory=dict)
     gain: float = 0.0
     neighbours: bool = False
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    rounded: bool = False
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -187,6 +204,17 @@ LAYOUTS: dict[str, Layout] = {
         },
         neighbours=True,
     ),
+    "mixtral": Layout(("llama",)),
+    "qwen2_moe": Layout(("qwen2moe",), fixed=SILU | {"norm_topk_prob": (False,)}),
+    "qwen3_moe": Layout(("qwen3moe",), fixed=SILU | {"norm_topk_prob": (True,)}),
+    "olmoe": Layout(("olmoe",), fixed=SILU | {"norm_topk_prob": (False,), "clip_qkv": (None,)}),
+    "gpt_oss": Layout(
+        ("gpt-oss",),
+        keys=RMS | {"sliding_window": (Keys.Attention.SLIDING_WINDOW, int)},
+        fixed={"swiglu_alpha": (1.702,), "swiglu_limit": (7.0,)},
+        rounded=True,
+    ),
+    "glm4_moe": Layout(("glm4moe",), keys=RMS | ROUTED, fixed=SILU | {"n_group": (1,)}, constants=SIGMOID),
 }
 
 KINDS = {
@@ -201,6 +229,7 @@ NOPE = 4  # in llama.cpp's `smollm3`, every fourth block has no rotary embedding
 Q8_0_BLOCK = 32
 PART = 2**22  # values converted at a time
 SLIDING = "sliding_attention"
+ROUTER = ".ffn_gate_inp"
 HEAD, QUERY_NORM = "lm_head.weight", ".q_norm."
 
 
@@ -307,7 +336,7 @@ def _check_written(path: str | os.PathLike[str], digests: dict[str, Any]) -> Non
 
 
 def _kind(name: str, tensor: Tensor, dtype: Dtype) -> GGMLQuantizationType:
-    if tensor.ndim == 1 or name.startswith(("position_embd", "rope_")):
+    if tensor.ndim == 1 or name.startswith(("position_embd", "rope_")) or ROUTER in name or name.endswith(".bias"):
         return GGMLQuantizationType.F32
     if dtype == "q8_0" and tensor.shape[-1] % Q8_0_BLOCK:
         return GGMLQuantizationType.F16
@@ -362,7 +391,7 @@ def _family_refusals(model: PreTrainedModel, layout: Layout) -> Iterator[str]:
             "which serve_on: [llama.cpp] does"
         )
     for block in blocks:
-        if not block.channels:
+        if not block.channels and not block.expert_count:
             yield f"block {block.index} has no FFN channels, which llama.cpp computes wrongly: keep some in every block"
     for key, allowed in layout.fixed.items():
         if getattr(model.config, key, allowed[0]) not in allowed:
@@ -389,12 +418,15 @@ def _arch_refusals(model: PreTrainedModel, name: str) -> Iterator[str]:
 
 def _size_refusals(model: PreTrainedModel, name: str) -> Iterator[str]:
     arch, blocks = ARCHS[name], blocks_of(model)
+    mixture = any(block.expert_count for block in blocks)
+    places = {gguf.TENSOR_NAMES[each].rpartition(".")[2] for each in gguf.MODEL_TENSORS[_number(name)]}
+    yield from mixtures.refusals(blocks, name, arch.mixture, places)
     widths = sorted({block.channels for block in blocks})
     heads = sorted({_heads(block) for block in blocks if block.has_attention})
     without = [block.index for block in blocks if not block.has_attention]
     if without and not arch.skips:
         yield f"blocks {without} have no attention, and llama.cpp's {name} has it in every block: keep attention"
-    if len(widths) > 1 and not arch.per_block:
+    if len(widths) > 1 and not arch.per_block and not mixture:
         yield (
             f"FFN widths differ between blocks ({widths[0]} to {widths[-1]}), and llama.cpp's {name} has one: "
             "prune every block to the same width"
@@ -404,6 +436,8 @@ def _size_refusals(model: PreTrainedModel, name: str) -> Iterator[str]:
             f"numbers of query and kv heads differ between blocks ({heads[0]} to {heads[-1]}), and llama.cpp's {name} "
             "has one of each: prune as many in every block, or none"
         )
+    if name == "olmoe" and any(query != kv for query, kv in heads):
+        yield "query heads share kv heads, and in llama.cpp's olmoe each has its own"
     unfilled = [query for query, _ in heads if query * _head_dim(model) != model.config.hidden_size]
     if arch.fills and unfilled:
         yield (
@@ -447,7 +481,7 @@ def _fields(model: PreTrainedModel, name: str) -> dict[str, Any]:
     config, arch, blocks = model.config, ARCHS[name], blocks_of(model)
     heads = [_heads(block) if block.has_attention else (0, 0) for block in blocks]
     sizes = {
-        Keys.LLM.FEED_FORWARD_LENGTH: [block.channels for block in blocks],
+        Keys.LLM.FEED_FORWARD_LENGTH: mixtures.ffn_widths(blocks),
         Keys.Attention.HEAD_COUNT: [query for query, _ in heads],
         Keys.Attention.HEAD_COUNT_KV: [kv for _, kv in heads],
     }
@@ -460,7 +494,11 @@ def _fields(model: PreTrainedModel, name: str) -> dict[str, Any]:
         Keys.Attention.VALUE_LENGTH: _head_dim(model),
         **{key: kind(getattr(config, own)) for own, (key, kind) in LAYOUTS[config.model_type].keys.items()},
         **_rope_fields(model),
+        **mixtures.fields(blocks, arch.mixture),
+        **LAYOUTS[config.model_type].constants,
     }
+    if LAYOUTS[config.model_type].rounded and not (config.rope_parameters or {}).get("truncate", True):
+        log.warning("llama.cpp rounds the bounds of YaRN, and this model does not: its outputs there differ a little")
     if arch.scaled:
         fields |= {key: float(getattr(config, own)) for own, (key, *_) in LAYOUTS[config.model_type].scales.items()}
     usual = [bool((i + 1) % arch.windows) for i in range(len(blocks))] if arch.windows else []
@@ -502,6 +540,8 @@ def _scaling(rope: Rope) -> str:
 def _rope(config: PreTrainedConfig) -> tuple[Rope, Rope]:
     """The parameters of rotary embeddings, and those of blocks with a sliding window if they differ."""
     rope = getattr(config, "rope_parameters", None) or {}
+    if LAYOUTS[config.model_type].rounded:
+        rope = {**rope, "truncate": True}
     if "full_attention" in rope:
         return rope["full_attention"], rope["sliding_attention"]
     return rope, {}
@@ -567,6 +607,8 @@ def _made(model: PreTrainedModel, name: str, meta: bool) -> Iterator[tuple[str, 
     for block in blocks_of(model):
         with contextlib.nullcontext() if meta else block.present():
             yield from _projections(block, model.config, name, meta)
+            for own, value in mixtures.tensors(block, meta):
+                yield f"blk.{block.index}.{own}", value
             for own, value in _others(block):
                 if own in names:  # not the norm before a removed attention
                     factor = _query_factor(block, model.config, name) if QUERY_NORM in own else 1
@@ -625,7 +667,10 @@ def _query_factor(block: Block, config: PreTrainedConfig, name: str) -> float:
 
 def _parts(block: Block) -> dict[str, tuple[str, Tensor]]:
     """The path and rows of each projection of a block, by llama.cpp's names."""
-    groups: list[tuple[tuple[str, ...], str, UnitGroup]] = [(FFN_IN, "ffn_down", block.groups("none")[0])]
+    shared = "_shexp" if block.expert_count else ""  # beside experts
+    inside = tuple(f"{part}{shared}" for part in FFN_IN)
+    groups: list[tuple[tuple[str, ...], str, UnitGroup]]
+    groups = [(inside, f"ffn_down{shared}", group) for group in block.groups("none", experts=False)]
     if block.has_attention:
         groups.insert(0, (QKV, "attn_output", block.groups()[0]))
     parts = {}
@@ -639,7 +684,7 @@ def _parts(block: Block) -> dict[str, tuple[str, Tensor]]:
 
 def _others(block: Block) -> list[tuple[str, Tensor]]:
     """The parameters of a block outside its projections, with their names in the model."""
-    paths = tuple(f"{path}." for path, _ in _parts(block).values())
+    paths = (*(f"{path}." for path, _ in _parts(block).values()), *mixtures.paths(block))
     prefix = f"{block.path}."
     own = block.module.named_parameters()
     return [(prefix + name, value) for name, value in own if not name.startswith(paths)]
@@ -659,14 +704,20 @@ def _name_map(model: PreTrainedModel, name: str) -> dict[str, str]:
 
 
 def _names(model: PreTrainedModel, name: str) -> dict[str, str | None]:
-    ids = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}
     blocks, inside = blocks_of(model), f"{anatomy_of(model).blocks}."
     own = [own for own, _ in model.named_parameters() if not own.startswith(inside)]
     folded = LAYOUTS[model.config.model_type].scales and not ARCHS[name].scaled
     own += [HEAD] if ARCHS[name].head == "own" or folded else []
     own += [own for block in blocks for own, _ in _others(block)]
-    names = gguf.get_tensor_name_map(ids[name], len(blocks))
-    return {each: names.get_name(each, (".weight", ".bias")) for each in own}
+    names = gguf.get_tensor_name_map(_number(name), len(blocks))
+    found = {each: names.get_name(each, (".weight", ".bias")) for each in own}
+    bare = {each: f"{name}.weight" for each, name in found.items() if name and not each.endswith((".weight", ".bias"))}
+    return found | bare
+
+
+def _number(name: str) -> Any:
+    """The number of an architecture in the package gguf."""
+    return next(number for number, own in gguf.MODEL_ARCH_NAMES.items() if own == name)
 
 
 def _rope_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,119 @@
+"""GGUF files of mixtures of experts: the same model in llama.cpp, or a refusal that says what to do."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from plprune import CFSP, FASP, REAP, PruningMethod, prune
+from plprune.architecture.blocks import blocks_of
+from plprune.export import gguf
+from tests.builders import tokenizer, windows
+from tests.export.test_gguf import check, fields, needs_llama_cpp, written
+from tests.zoo import build
+
+YARN = {"rope_type": "yarn", "rope_theta": 1.5e5, "factor": 32.0, "original_max_position_embeddings": 4096}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "mixtral": {},
+    "qwen2_moe": {},
+    "qwen3_moe": {"norm_topk_prob": True, "head_dim": 24},
+    "olmoe": {},
+    "gpt_oss": {"rope_parameters": YARN | {"truncate": True}},
+    "glm4_moe": {"first_k_dense_replace": 1, "use_qk_norm": True, "routed_scaling_factor": 1.5},
+}
+REST = {"mixtral": "llama", "gpt_oss": "gpt-oss"}
+EXPERTS = REAP(0.25, sparsity_of="experts")
+CHANNELS = FASP(0.2, attention="none", bias=False)
+
+
+def mixture(kind: str, **own: Any) -> PreTrainedModel:
+    """A tiny model whose router decides, and whose biases and norms are not those that it starts with."""
+    model = build(kind, **SETTINGS[kind], **own)
+    torch.manual_seed(1)
+    values = [*model.parameters(), *(b for name, b in model.named_buffers() if "correction" in name)]
+    for value in values:
+        value.data = value.data + 0.1 * torch.randn_like(value) if value.ndim == 1 else 6 * value.data
+    return model
+
+
+def pruned(kind: str, method: PruningMethod, **own: Any) -> PreTrainedModel:
+    model = mixture(kind, **own)
+    prune(model, method, list(windows(4, 16).split(2)))
+    return model
+
+
+@needs_llama_cpp
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_a_dense_mixture_is_the_same_in_llama_cpp(kind: str, tmp_path: Path) -> None:
+    model = mixture(kind)
+    check(model, written(model, tmp_path), tolerance=1e-4)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_fewer_experts_are_the_same_in_llama_cpp(kind: str, tmp_path: Path) -> None:
+    model = pruned(kind, EXPERTS)
+    assert gguf.arch_of(model) == REST.get(kind, kind.replace("_", ""))
+    path = written(model, tmp_path)
+    check(model, path, tolerance=1e-4)
+    arch, block = gguf.arch_of(model), blocks_of(model)[-1]
+    found = fields(path)
+    sizes = block.expert_count, block.experts.active, block.expert_width
+    assert sizes == (6, 2, found[f"{arch}.expert_feed_forward_length"])
+    assert sizes[:2] == (found[f"{arch}.expert_count"], found[f"{arch}.expert_used_count"])
+    assert found.get(f"{arch}.leading_dense_block_count", 0) == (kind == "glm4_moe")
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(
+    "kind", ["gpt_oss", *[pytest.param(kind, marks=pytest.mark.slow) for kind in ("mixtral", "qwen2_moe", "olmoe")]]
+)
+def test_narrower_experts_are_the_same_in_llama_cpp(kind: str, tmp_path: Path) -> None:
+    model = pruned(kind, CHANNELS)
+    assert blocks_of(model)[0].expert_width < blocks_of(mixture(kind))[0].expert_width
+    check(model, written(model, tmp_path), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["f16", "q8_0"])
+def test_routers_and_biases_stay_in_float32(dtype: gguf.Dtype, tmp_path: Path) -> None:
+    reader = gguf.gguf.GGUFReader(written(mixture("gpt_oss"), tmp_path, dtype))
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert kinds["blk.0.ffn_gate_inp.weight"] == kinds["blk.0.ffn_gate_exps.bias"] == "F32"
+    assert kinds["blk.0.ffn_down_exps.weight"] == dtype.upper()
+
+
+def test_bounds_of_yarn_that_are_not_rounded_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    written(mixture("gpt_oss"), tmp_path)
+    assert "rounds the bounds" not in caplog.text
+    model = build("gpt_oss", rope_parameters=YARN | {"truncate": False})
+    gguf.write(model, tokenizer(), tmp_path / "other.gguf")
+    assert "llama.cpp rounds the bounds of YaRN" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "own", "reason"),
+    [
+        ("mixtral", CFSP(0.3, a=30.0), {}, "widths of experts differ between blocks .* prune by REAP, or by FASP"),
+        (
+            "qwen2_moe",
+            None,
+            {"mlp_only_layers": [1]},
+            r"blocks \[1\] have no experts, which llama.cpp's qwen2moe takes in",
+        ),
+        ("glm4_moe", CHANNELS, {}, "the shared expert has .* channels, and llama.cpp's glm4moe wants a multiple"),
+        ("glm4_moe", None, {"n_group": 2}, "n_group is 2, and llama.cpp computes 1 only"),
+        ("olmoe", None, {"num_key_value_heads": 2}, "query heads share kv heads, and in llama.cpp's olmoe"),
+        ("olmoe", None, {"norm_topk_prob": True}, "norm_topk_prob is True, and llama.cpp computes False only"),
+    ],
+)
+def test_mixtures_that_llama_cpp_does_not_compute_are_refused(
+    kind: str, method: PruningMethod | None, own: dict[str, Any], reason: str
+) -> None:
+    model = mixture(kind, **own) if method is None else pruned(kind, method, **own)
+    reasons = gguf.refusals(model)
+    assert any(re.search(reason, each) for each in reasons), reasons
+    assert all(" " in each and "\n" not in each for each in reasons)
