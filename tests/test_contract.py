@@ -23,7 +23,7 @@ from plprune.pruning import surgery
 from tests.builders import DEFAULTS, FAMILIES, MIXTURES, OWN, PAIRS, VARIANTS, logits, method, tiny, windows
 
 ALL = [*FAMILIES, *VARIANTS, *MIXTURES]
-EVERY = [*itertools.product(ALL, OWN)] if OWN else PAIRS
+EVERY = [*itertools.product([*FAMILIES, *VARIANTS], OWN)] if OWN else PAIRS
 
 
 def pairs(quick_variants: bool) -> pytest.MarkDecorator:
@@ -32,7 +32,7 @@ def pairs(quick_variants: bool) -> pytest.MarkDecorator:
     def quick(family: str, name: str) -> bool:
         if family == "llama" or (family in VARIANTS and not quick_variants):
             return family == "llama"
-        if family in MIXTURES and not OWN:
+        if family in MIXTURES:
             return name == "REAP"
         turns = OWN or DEFAULTS
         return name == turns[ALL.index(family) % len(turns)]

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.architecture.modules import matrix
 from plprune.methods.base import Repairing
-from plprune.planning.extremes import extreme_sizes, unique_cases
+from plprune.planning.extremes import extreme_sizes, nudged, unique_cases
 from plprune.planning.needs import Work
 from plprune.pruning.allocation import (
     Budget,
@@ -107,7 +107,11 @@ class CFSP(Repairing):
         steep = alike * (torch.arange(len(blocks)) >= len(blocks) // 2)  # half of the blocks important, or all but one
         lonely = alike * (torch.arange(len(blocks)) > 0)
         importances = [alike] if self.distance == "uniform" or len(blocks) == 1 else [steep, alike, lonely]
+        mixture = torch.tensor([float(block.expert_count > 0) for block in blocks], dtype=torch.float64)
+        if len(importances) > 1 and 0 < mixture.sum() < len(blocks):
+            importances += [mixture, 1 - mixture]
         cases = [self._widths(budget, u, p) for u in importances]
+        cases += [each for case in cases for each in nudged(budget, case)]
         if constraint == FREE and self.multiple_of > 1 and len(importances) > 1:
             cases += self._rounded(budget)
         return unique_cases(budget.rows, cases)

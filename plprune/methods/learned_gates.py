@@ -46,7 +46,7 @@ from plprune.architecture.wrappers import text_config
 from plprune.io import distributed
 from plprune.io.progress import Progress
 from plprune.methods.base import Repairing
-from plprune.planning.extremes import extreme_sizes, unique_cases
+from plprune.planning.extremes import extreme_sizes, orders, unique_cases
 from plprune.planning.needs import Work
 from plprune.planning.sizes import block_flops
 from plprune.pruning.allocation import (
@@ -154,11 +154,12 @@ class LearnedGates(Repairing):
             alike = budget.fit(budget.alike)
         if constraint.uniform or len(blocks) == 1 or not p:
             return unique_cases(budget.rows, [alike])
-        step, target, forth = max(budget.steps), budget.keep * budget.whole, list(range(len(blocks)))
+        step, target, forth = max(budget.steps), budget.keep * budget.whole, list(range(len(budget.rows)))
         cases = [
-            extreme_sizes(budget.rows, budget.allowed, [order], limit, even)
+            extreme_sizes(budget.rows, budget.allowed, phases, limit, even)
             for limit in (target + step / 2, target - 1.5 * step)
             for order, even in ((forth, True), (forth, False), (forth[::-1], False))
+            for phases in orders(budget.rows, order)
         ]
         return unique_cases(budget.rows, [alike, *cases])
 

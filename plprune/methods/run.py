@@ -59,6 +59,8 @@ class Request:
     def settings(self) -> dict[str, Any]:
         """The request as a dictionary for the plan; a finished pruning is recognised by it."""
         target = {f"target_{name}": value for name, value in dataclasses.asdict(self.target).items()}
+        if self.target.active_parameters is None:  # earlier plans have no such setting
+            del target["target_active_parameters"]
         place = {"serve_on": list(self.serve_on), "tensor_parallel": self.tensor_parallel}
         return dataclasses.asdict(self.method) | target | place
 
@@ -245,4 +247,6 @@ def _given(constraint: Constraint) -> tuple[Any, ...]:
 
 
 def _amount(name: str, size: float) -> str:
-    return format_value(size, "bytes") if name == "memory" else f"{format_value(size, 'short')} parameters"
+    return (
+        format_value(size, "bytes") if name == "memory" else f"{format_value(size, 'short')} {name.replace('_', ' ')}"
+    )

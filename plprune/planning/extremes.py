@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from plprune.planning.sizes import attention_spans
-from plprune.pruning.allocation import Rows
+from plprune.pruning.allocation import Budget, Rows, fit_counts
 
 
 def extreme_sizes(
@@ -39,6 +39,34 @@ def extreme_sizes(
             need -= (counts[i] - count) * costs[i]
             counts[i] = count
     return counts
+
+
+def orders(rows: Rows, channels: list[int]) -> list[list[list[int]]]:
+    """The phases in which channels can leave: all at once; of a mixture also those of experts first, or last."""
+    experts = [i for i in channels if rows[i][1].experts]
+    others = [i for i in channels if not rows[i][1].experts]
+    return [[channels], *([[experts, others], [others, experts]] if experts and others else [])]
+
+
+def nudged(budget: Budget, counts: Sequence[int]) -> list[list[int]]:
+    """Sizes with one step fewer or more of the channels of experts, for which the other groups make up."""
+    rows, experts = budget.rows, [i for i, (_, group) in enumerate(budget.rows) if group.experts]
+    others = [i for i in range(len(rows)) if i not in experts]
+    if not experts or not others:
+        return []
+    cases, whole = [], sum(budget.costs[i] * budget.sizes[i] for i in others)
+    for way in (-1, 1):
+        case = list(counts)
+        for i in experts:
+            at = bisect.bisect_left(budget.allowed[i], counts[i]) + way
+            case[i] = budget.allowed[i][min(max(at, 0), len(budget.allowed[i]) - 1)]
+        left = budget.keep * budget.whole - sum(budget.costs[i] * case[i] for i in experts)
+        wanted = [counts[i] * left / whole for i in others]
+        made = fit_counts([rows[i] for i in others], wanted, left / whole, budget.constraint, budget.each_block)
+        for i, count in zip(others, made, strict=True):
+            case[i] = count
+        cases.append(case)
+    return cases
 
 
 def attention_by_span(model: PreTrainedModel, rows: Rows) -> list[int]:

@@ -66,12 +66,20 @@ class Ledger:
             for b, span in zip(blocks, attention_spans(model), strict=True)
             if b.has_kv_cache
         }
+        self._mixtures = [_Mixture.of(b) for b in blocks if b.expert_count]
 
     def parameters(self, counts: Counts) -> int:
         """The number of parameters."""
         whole = {name for name in counts if name in self.blocks and not counts[name]}
         cut = {name: count for name, count in counts.items() if block_of(name) not in whole}
-        return self.dense - sum(map(self.blocks.__getitem__, whole)) - sum(self._removed(*each) for each in cut.items())
+        removed = sum(map(self.blocks.__getitem__, whole)) + sum(self._removed(*each) for each in cut.items())
+        return self.dense - removed + sum(mixture.counted_twice(cut) for mixture in self._mixtures)
+
+    def active_parameters(self, counts: Counts) -> int:
+        """The parameters that one token reaches."""
+        return self.parameters(counts) - sum(
+            own.idle(counts) for own in self._mixtures if counts.get(block_of(own.experts), 1)
+        )
 
     def memory(self, counts: Counts, batch: int, context: int) -> int:
         """Bytes of the weights, and of the KV cache of `batch` sequences of `context` tokens."""
@@ -88,6 +96,59 @@ class Ledger:
         if not count and name in self.attention:
             return self.attention[name]
         return (self.sizes[name] - count) * self.costs[name] - self.biases[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mixture:
+    """The experts of a block.
+
+    Args:
+        experts: Name of their group.
+        channels: Name of the group of their channels.
+        sizes: The numbers of both.
+        parameters: Of the module that holds the experts.
+        each: Of these, those of one expert.
+        per_channel: Of these, those of one channel of one expert.
+        active: Experts per token.
+    """
+
+    experts: str
+    channels: str
+    sizes: tuple[int, int]
+    parameters: int
+    each: int
+    per_channel: int
+    active: int
+
+    @classmethod
+    def of(cls, block: Block) -> "_Mixture":
+        channels, experts, path = (
+            next(g for g in block.all_groups if g.experts),
+            block.expert_units(),
+            block.experts.path,
+        )
+        stacked = [held(block.module, s.path) for s in (*experts.producers, experts.consumer) if f"{path}." in s.path]
+        n = len(experts)
+        own = block.parameters(path), sum(t.numel() for t in stacked if t is not None) // n, block.cost(channels) // n
+        return cls(experts.name, channels.name, (n, len(channels)), *own, block.experts.active)
+
+    def _gone(self, counts: Counts) -> tuple[int, int]:
+        """How many experts leave, and how many channels of each other."""
+        names = self.experts, self.channels
+        gone = [size - counts.get(name, size) for name, size in zip(names, self.sizes, strict=True)]
+        return gone[0], gone[1]
+
+    def counted_twice(self, counts: Counts) -> int:
+        """Parameters of channels of experts that leave."""
+        experts, channels = self._gone(counts)
+        return experts * channels * self.per_channel
+
+    def idle(self, counts: Counts) -> int:
+        """Parameters of the experts that a token does not reach."""
+        experts, channels = self._gone(counts)
+        stay = self.sizes[0] - experts
+        left = self.parameters - experts * self.each - stay * channels * self.per_channel
+        return left - left * self.active // stay
 
 
 def pruned_skeleton(

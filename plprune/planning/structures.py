@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from plprune.architecture.blocks import Block, UnitGroup
-from plprune.planning.extremes import extreme_sizes, unique_cases
+from plprune.planning.extremes import extreme_sizes, orders, unique_cases
 from plprune.pruning.allocation import Budget, Rows, check_best, fit_counts, global_ranking, largest_remainder, top_k
 
 Structure = Literal["AL-AM", "AL-MM", "UL-MM", "UL-UM"]
@@ -135,9 +135,10 @@ class Competition:
         every = sum(costs[i] * allowed[i][-1] for i in range(len(rows)))
         cases = [self._typical(budget, heads, channels, p) if free else self.counts(budget, self.even_counts(budget))]
         for limit, even in ((most, True), (least, False)):
-            channels_first = [channels] if room >= every - limit else [channels, heads]
-            for phases in (channels_first, [heads[::-1], channels]):
-                cases.append(extreme_sizes(rows, allowed, phases, limit, even))
+            heads_too = [heads] if room < every - limit else []
+            for own in orders(rows, channels):
+                for phases in ([*own, *heads_too], [heads[::-1], *own]):
+                    cases.append(extreme_sizes(rows, allowed, phases, limit, even))
         return cases
 
     def _typical(self, budget: Budget, heads: list[int], channels: list[int], p: float) -> list[int]:

@@ -14,19 +14,21 @@ from plprune.planning.sizes import Ledger
 class Target:
     """Limits on the size of a pruned model. The least sparsity that meets them replaces the method's `sparsity`.
 
-    Both limits must hold. Without a limit, there is no target.
+    All limits must hold. Without a limit, there is no target.
 
     Args:
         parameters: The most parameters of the whole model, like 5.0B or 100M.
         memory: The most memory for weights and the KV cache of `batch` sequences, like 8GiB or 500MB.
         batch: The number of sequences that `memory` includes.
         context: Tokens per sequence.
+        active_parameters: The most parameters that one token reaches, with only the experts that run for it.
     """
 
     parameters: int | str | None = None
     memory: int | str | None = None
     batch: int = 1
     context: int = 4096
+    active_parameters: int | str | None = None
 
     def __post_init__(self) -> None:
         check_required(self, "target.")
@@ -38,12 +40,14 @@ class Target:
     def limits(self) -> dict[str, int]:
         """The limits that are set, in parameters and bytes; empty if there is no target."""
         given = {"parameters": (self.parameters, ""), "memory": (self.memory, "B")}
+        given |= {"active_parameters": (self.active_parameters, "")}
         return {name: parse_amount(at, f"target.{name}", unit) for name, (at, unit) in given.items() if at is not None}
 
     def sizes(self, ledger: Ledger, counts: Mapping[str, int] = {}) -> dict[str, int]:
         """The size of a model in the units of the limits, if its groups keep the given numbers of units."""
         memory = ledger.memory(counts, self.batch, self.context)
         every = {"parameters": ledger.parameters(counts), "memory": memory}
+        every |= {"active_parameters": ledger.active_parameters(counts)}
         return {name: every[name] for name in self.limits}
 
 

@@ -17,7 +17,7 @@ def plan_summary(plan: PruningPlan) -> str:
     ]
     for name, target in targets.items():
         size = format_value(target["reached"], "bytes" if name == "memory" else "short")
-        unit = "parameters"
+        unit = "active parameters" if name == "active_parameters" else "parameters"
         if name == "memory":
             batch, context = (plan.settings[f"target_{key}"] for key in ("batch", "context"))
             unit = f"for weights and cache of {batch} x {context} tokens"

@@ -20,7 +20,7 @@ Record = Mapping[str, Any]
 MARK = 'name="generator" content="plprune"'
 FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, StopIteration, TypeError, ValueError)
 NAMES: dict[Form, tuple[str, ...]] = {  # fields by the form that their numbers are written in
-    "count": ("parameters", "block_parameters", "target_parameters"),
+    "count": ("parameters", "block_parameters", "target_parameters", "target_active_parameters"),
     "bytes": ("bytes", "peak", "saturated_peak", "weights", "target_memory"),
     "percent": ("sparsity", "sparsity_of_model", "reached", "fraction"),
     "score": ("value", "stderr", "average", "difference_stderr"),
@@ -35,6 +35,7 @@ LABELS = {
     "tokens_per_second": "tokens/s",
     "target_parameters": "target: parameters",
     "target_memory": "target: memory",
+    "target_active_parameters": "target: active parameters",
     "first_token": "first token, seconds",
     "reading": "reading, tokens/s",
     "writing": "writing, tokens/s",

@@ -61,7 +61,7 @@ def check(config: Config, rounds: int) -> None:
     trainer, target = config["trainer"], _prune(config).get("target") or {}
     if trainer["max_steps"] < rounds:
         raise ValueError(f"{rounds} rounds share trainer.max_steps, which is {trainer['max_steps']}: give more")
-    if target.get("parameters") or target.get("memory"):
+    if any(target.get(name) for name in ("parameters", "memory", "active_parameters")):
         raise ValueError("rounds divide a sparsity and cannot divide a target: give the method's sparsity instead")
     if trainer.get("fast_dev_run"):
         raise ValueError("a dry run saves no model for the next round to begin with: try it without --rounds")

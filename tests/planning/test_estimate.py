@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedModel
 
-from plprune import CFSP, FASP, FLAP, LearnedGates, Target, TwoSSP, prune
+from plprune import CFSP, FASP, FLAP, REAP, LearnedGates, Target, TwoSSP, prune
 from plprune.architecture.blocks import blocks_of
 from plprune.checkpoint import stock_config
 from plprune.checkpoint.load import load_skeleton
@@ -28,7 +28,7 @@ from plprune.pruning.plan import PruningPlan
 from plprune.pruning.plan_summary import plan_summary
 from plprune.pruning.surgery import plan_of
 from plprune.recovery.lora import LoRA, inject
-from tests.builders import DEFAULTS, METHODS, PAIRS, REPAIRED, save_tiny, tiny, windows
+from tests.builders import DEFAULTS, METHODS, PAIRS, method, save_tiny, tiny, windows
 from tests.zoo import build
 
 CONTEXT = 20  # longer than any sliding window
@@ -69,6 +69,7 @@ def assert_predicted(model: PreTrainedModel, request: Request, seed: int = 1) ->
     each = [structure(one, CONTEXT) for one in rehearsed]
     assert [ledger.parameters(case) for case in predicted] == [one.parameters for one in each]
     memory = [one.weight_bytes + 3 * one.cache_bytes for one in each]
+    assert [ledger.active_parameters(case) for case in predicted] == [one.active_parameters for one in each]
     assert [ledger.memory(case, 3, CONTEXT) for case in predicted] == memory
     request.prune(model, [windows(seed=seed)])
     reached = structure(model, CONTEXT)
@@ -85,7 +86,7 @@ def assert_predicted(model: PreTrainedModel, request: Request, seed: int = 1) ->
 )
 def test_what_pruning_reaches_was_predicted(family: str, name: str) -> None:
     for sparsity in (0.1, 0.3):
-        assert_predicted(tiny(family), Request((METHODS | REPAIRED)[name](sparsity=sparsity)))
+        assert_predicted(tiny(family), Request(method(name, sparsity)))
 
 
 @pytest.mark.slow
@@ -386,6 +387,35 @@ def test_seventy_billion_parameters_take_seconds(
     out = capsys.readouterr().out
     assert "70.55B" in out
     assert "50B asked" in out
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "qwen2_moe", "deepseek_v3"])
+def test_what_a_token_reaches_of_a_mixture_is_counted_without_pruning_it(kind: str) -> None:
+    model = build(kind)
+    for part, number in (("expert_channel", 16), ("expert", 6), ("both", 0)):
+        counts = {
+            group.name: number or {"expert_channel": 16, "expert": 6}.get(group.kind, len(group))
+            for block in blocks_of(model)
+            for group in block.all_groups
+            if part in (group.kind, "both")
+        }
+        found, ledger = structure(pruned_skeleton(bare(model), counts), 16), Ledger(model)
+        assert ledger.parameters(counts) == found.parameters
+        assert ledger.active_parameters(counts) == found.active_parameters < found.parameters
+
+
+def test_a_target_of_active_parameters_is_met_from_below() -> None:
+    model = build("qwen2_moe")
+    before, asked = structure(model, 16), round(0.9 * structure(model, 16).active_parameters)
+    plan = prune(model, CFSP(), [windows()], target=Target(active_parameters=asked))
+    after = structure(model, 16)
+    assert 0.95 * asked <= after.active_parameters <= asked
+    assert after.parameters < before.parameters
+    assert plan.origin["targets"] == {"active_parameters": {"asked": asked, "reached": after.active_parameters}}
+    assert plan.settings["target_active_parameters"] == asked
+    assert f"K active parameters ({asked} asked)" in plan_summary(plan)
+    with pytest.raises(ValueError, match=r"target\.active_parameters 100K is out of reach of REAP"):
+        Request(REAP(), Target(active_parameters="100K")).resolve_target(bare(build("qwen2_moe")))
 
 
 def test_active_parameters_are_of_the_experts_that_run() -> None:
