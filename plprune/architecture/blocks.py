@@ -49,6 +49,7 @@ from plprune.architecture.modules import (
     matrix,
     on_device,
     own_parameter,
+    own_tensor,
     width,
     width_name,
 )
@@ -238,7 +239,8 @@ class Block:
         return path if held(self.module, path) is not None else ""
 
     def _stacked(self, path: str) -> Tensor:
-        return cast(Tensor, held(self.module, path))
+        owner, _, name = path.rpartition(".")
+        return cast(Tensor, own_tensor(innermost(self.part(owner)), name))
 
     @property
     def idle_parameters(self) -> int:

@@ -14,6 +14,9 @@ magnitudes start as the norms of the rows of W:
 
 .. math:: W' = m \odot \frac{W + s B A}{\lVert W + s B A \rVert}
 
+Stacked weights of experts have factors for each expert, of the rank of the block, by PEFT's `target_parameters`. Its
+wrappers add them to the whole stack before the experts run.
+
 Symbols: B blocks, r mean rank, :math:`u_l` weight of block l (importance or damage); for one layer, W weight
 [d_out, d_in], A and B factors, s scale, m magnitudes [d_out].
 """
@@ -22,17 +25,19 @@ import contextlib
 import functools
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from plprune.architecture.blocks import blocks_of
+from plprune.architecture.blocks import Block, blocks_of
 from plprune.architecture.modules import is_projection, is_transposed, saved_buffers
 from plprune.io.checks import check_sizes
 from plprune.pruning.allocation import largest_remainder
@@ -40,6 +45,7 @@ from plprune.pruning.plan import PruningPlan
 from plprune.recovery.masters import saved_dtype, weights_in_saved_dtype
 
 ADAPTER_PARTS = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.")  # in parameter names
+NESTED = ".base_layer"  # where an adapter keeps what it wraps
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,9 @@ class LoRA:
         dora: Whether to also train the magnitude of each output (DoRA). Steps are slower; the saved model has the same
             shapes. Not under ZeRO-3 and FSDP2.
         rslora: Whether to multiply adapters by alpha / sqrt(rank) instead (rank-stabilised LoRA).
+        experts: Whether to also adapt the stacked weights of experts, each with factors of its own; neither with
+            `dropout` nor with `dora`. `targets` may then be empty. The sum of weights and adapters is held of each
+            block, unless gradients are checkpointed.
     """
 
     rank: int = 16
@@ -65,6 +74,7 @@ class LoRA:
     targets: list[str] | None = None
     dora: bool = False
     rslora: bool = False
+    experts: bool = False
 
     def __post_init__(self) -> None:
         check_sizes(rank=self.rank)
@@ -72,8 +82,11 @@ class LoRA:
             raise ValueError(f"alpha is {self.alpha}, but scales the adapters: give a number above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, but must be a probability in [0, 1)")
-        if self.targets == []:
+        if self.targets == [] and not self.experts:
             raise ValueError("targets is empty: name linear layers, or leave targets out to adapt all")
+        if self.experts and (self.dropout or self.dora):
+            option = "dropout" if self.dropout else "dora"
+            raise ValueError(f"{option} is not possible on experts: leave out {option}, or experts")
 
 
 def rank_weights(lora: LoRA, plan: PruningPlan | None, blocks: int) -> Tensor:  # [blocks]
@@ -100,32 +113,40 @@ def inject(model: PreTrainedModel, lora: LoRA, plan: PruningPlan | None) -> list
         The rank of each block.
 
     Raises:
-        ValueError: No linear layer matches `lora.targets`, or DoRA meets a row of zeros.
+        ValueError: No linear layer matches `lora.targets`, there are no experts to adapt, or DoRA meets a row of zeros.
     """
     blocks = blocks_of(model)
     by_block = allocate_ranks(rank_weights(lora, plan, len(blocks)).tolist(), lora.rank)
-    rank_of = {
+    pairs = list(zip(blocks, by_block, strict=True))
+    linear = {
         f"{block.path}.{name}": rank
-        for block, rank in zip(blocks, by_block, strict=True)
+        for block, rank in pairs
         for name, module in block.module.named_modules()
         if is_projection(module)
         and (lora.targets is None or name.removesuffix(".linear").rpartition(".")[2] in lora.targets)
     }
-    if not rank_of:
+    if not linear and lora.targets != []:
         raise ValueError(f"no linear layer of the blocks is named {' or '.join(lora.targets or [])}: see lora.targets")
+    stacked = {f"{block.path}.{name}": rank for block, rank in pairs if lora.experts for name in stacked_weights(block)}
+    if lora.experts and not stacked:
+        raise ValueError("the model has no mixture of experts, so it has no experts to adapt: leave out lora.experts")
+    rank_of = linear | stacked
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=cast(int, lora.alpha),
         lora_dropout=lora.dropout,
-        target_modules=list(rank_of),
-        fan_in_fan_out=is_transposed(model.get_submodule(next(iter(rank_of)))),
+        target_modules=list(linear),
+        target_parameters=list(stacked) or None,
+        fan_in_fan_out=bool(linear) and is_transposed(model.get_submodule(next(iter(linear)))),
         use_dora=lora.dora,
         use_rslora=lora.rslora,
         # PEFT reads the keys as regular expressions. An alpha per layer keeps the scale independent of the rank.
         rank_pattern={re.escape(path): rank for path, rank in rank_of.items()},
         alpha_pattern={re.escape(path): _alpha(lora, rank) for path, rank in rank_of.items()},
     )
-    inject_adapter_in_model(config, model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")  # parameters do
+        inject_adapter_in_model(config, model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -138,8 +159,16 @@ def inject(model: PreTrainedModel, lora: LoRA, plan: PruningPlan | None) -> list
     return by_block
 
 
+def stacked_weights(block: Block) -> list[str]:
+    """Names of the stacked weights of the experts in a block: gate and up, or up alone, and down."""
+    if not block.expert_count:
+        return []
+    channels = block.experts.channels
+    return [channels.producers[0].path, channels.consumer.path]
+
+
 def adapters(model: nn.Module) -> list[tuple[str, LoraLayer]]:
-    """The adapted layers of a model, by name."""
+    """The adapters of a model, by name; those of several weights of one module are nested."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
 
 
@@ -157,18 +186,21 @@ def merged(model: nn.Module) -> Iterator[None]:
     """
     layers = adapters(model)
     originals = []
-    for name, layer in layers:
-        base = cast(nn.Linear, layer.get_base_layer())
-        originals.append(base.weight.detach().to("cpu", copy=True))
-        base.weight.data = _merged(layer, base.weight.detach(), lambda p: p.detach())
-        _set(model, name, base)
+    outermost = [(name, layer) for name, layer in layers if not name.endswith(NESTED)]
+    for _, layer in layers:
+        weight = _weight(layer)
+        originals.append(weight.detach().to("cpu", copy=True))
+        weight.data = _merged(layer, weight.detach(), lambda p: p.detach())
+    for name, layer in outermost:
+        _set(model, name, layer.get_base_layer())
     try:
         with weights_in_saved_dtype(model):
             yield
     finally:
-        for (name, layer), weight in zip(layers, originals, strict=True):
-            base = cast(nn.Linear, layer.get_base_layer())
-            base.weight.data = weight.to(base.weight.device)
+        for (_, layer), original in zip(layers, originals, strict=True):
+            weight = _weight(layer)
+            weight.data = original.to(weight.device)
+        for name, layer in outermost:
             _set(model, name, cast(nn.Module, layer))
 
 
@@ -179,16 +211,28 @@ def merged_state(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterato
         model: The model, with or without adapters; it is not changed.
         whole: Gathers the value of a parameter, which may be sharded. It is called for all parameters, in order.
     """
-    layers = dict(adapters(model))
+    layers = {f"{_plain(name)}.{_weight_name(layer)}": layer for name, layer in adapters(model)}
     for name, parameter in base_parameters(model):
-        path, _, kind = name.rpartition(".")
-        layer = layers.get(path.removesuffix(".base_layer"))
-        value = whole(parameter)
-        if layer is not None and kind == "weight":
+        path, value = name.rpartition(".")[0], whole(parameter)
+        if layer := layers.get(_plain(name)):
             value = _merged(layer, value, whole)
-        yield name.replace(".base_layer.", "."), value.to(saved_dtype(model.get_submodule(path), parameter))
+        yield _plain(name), value.to(saved_dtype(model.get_submodule(path), parameter))
     for name, buffer in saved_buffers(model).items():  # which no strategy shards
-        yield name.replace(".base_layer.", "."), buffer.cpu()
+        yield _plain(name), buffer.cpu()
+
+
+def _plain(name: str) -> str:
+    """A name in the model without adapters."""
+    return name.replace(NESTED, "")
+
+
+def _weight_name(layer: LoraLayer) -> str:
+    return layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+
+
+def _weight(layer: LoraLayer) -> nn.Parameter:
+    """The weight that an adapter changes."""
+    return cast(nn.Parameter, getattr(layer.get_base_layer(), _weight_name(layer)))
 
 
 def _initialize_magnitudes(model: nn.Module) -> None:
@@ -227,6 +271,11 @@ def _rows(layer: LoraLayer, weight: Tensor) -> Tensor:
 
 def _delta(layer: LoraLayer, adapter: str, whole: Callable[[Tensor], Tensor]) -> Tensor:
     a, b = (whole(cast(nn.Linear, factor[adapter]).weight) for factor in (layer.lora_A, layer.lora_B))
+    if isinstance(layer, ParamWrapper):  # A is [experts * r, d_in], and B is [d_out, r * experts]
+        rank, transposed = layer.r[adapter], bool(cast(Any, layer.get_base_layer()).is_transposed)
+        how = "ore,eri->eio" if transposed else "ore,eri->eoi"
+        a, b = a.float().unflatten(0, (-1, rank)), b.float().unflatten(1, (rank, -1))
+        return torch.einsum(how, b, a) * layer.scaling[adapter]
     return _rows(layer, b.float() @ a.float() * layer.scaling[adapter])
 
 

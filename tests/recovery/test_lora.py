@@ -13,11 +13,13 @@ from transformers.pytorch_utils import Conv1D
 
 from plprune import FASP, FLAP, LoRA, TwoSSP, prune
 from plprune.architecture.blocks import anatomy_of, blocks_of
+from plprune.architecture.modules import saved_buffers
 from plprune.checkpoint.weights import without_tied
 from plprune.pruning.plan import PruningPlan
 from plprune.pruning.surgery import plan_of
 from plprune.recovery.lora import adapters, allocate_ranks, base_parameters, inject, merged, merged_state, rank_weights
 from tests.builders import FAMILIES, logits, tiny, windows
+from tests.zoo import build
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -255,6 +257,84 @@ def test_gradients_reach_the_adapters_through_gathers_and_scatters(family: str) 
     cast(Any, model(input_ids=windows(2), labels=windows(2))).loss.backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None and bool(parameter.grad.any())) == (".lora_" in name), name
+
+
+STACKED = {  # gate and up joined; transposed, interleaved and with biases; without a gate
+    "mixtral": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    "gpt_oss": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    "nemotron_h": ["mixer.experts.up_proj", "mixer.experts.down_proj"],
+}
+
+
+def with_experts(family: str, lora: LoRA, implementation: str = "grouped_mm") -> PreTrainedModel:
+    """A mixture with adapters that are not zero."""
+    model = build(family)
+    model.set_experts_implementation(implementation)
+    inject(model, lora, None)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("family", STACKED)
+def test_experts_have_adapters_of_their_own(family: str, recwarn: pytest.WarningsRecorder) -> None:
+    model, plain = with_experts(family, LoRA(rank=3, alpha=6.0, experts=True, targets=[])), build(family)
+    assert not [str(warning.message) for warning in recwarn if "pattern" in str(warning.message)]
+    weights = [f"{b.path}.{name}" for b in blocks_of(plain) if b.expert_count for name in STACKED[family]]
+    expected = dict(plain.state_dict())
+    for name in weights:
+        module, _, last = name.rpartition(".")
+        (layer,) = [
+            each for path, each in adapters(model) if path.startswith(module) and cast(Any, each).parameter_name == last
+        ]
+        a, b = (cast(nn.Linear, factor["default"]).weight for factor in (layer.lora_A, layer.lora_B))
+        for e in range(8):  # rows of A by expert, columns of B by rank
+            change = 6.0 / 3 * b[:, e::8].detach() @ a[3 * e : 3 * e + 3].detach()
+            expected[name][e] += change.T if family == "gpt_oss" else change
+    assert len(adapters(model)) == len(weights)
+    state = dict(merged_state(model, lambda p: p.detach()))
+    assert state.keys() == {**dict(plain.named_parameters()), **saved_buffers(plain)}.keys()
+    for name, value in state.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0 if name not in weights else 1e-6)
+    before = logits(model)
+    with merged(model):
+        assert all(torch.equal(state[name], value) for name, value in model.named_parameters())
+        torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-4)
+    assert torch.equal(logits(model), before)
+
+
+def test_adapted_experts_compute_alike_in_every_way_and_all_are_trained() -> None:
+    gradients = []
+    for implementation, checkpointing in (("eager", False), ("grouped_mm", False), ("grouped_mm", True)):
+        model = with_experts("mixtral", LoRA(rank=2, experts=True), implementation).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(input_ids=windows(4), labels=windows(4), use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+        assert all(gradient is not None and gradient.any() for gradient in gradients[-1].values())
+    assert len(gradients[0]) == 2 * 4 * (4 + 2)  # A and B of attention's layers and of the experts'
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert all(torch.equal(gradient, gradients[2][name]) for name, gradient in gradients[1].items())
+
+
+def test_experts_have_the_rank_of_their_block() -> None:
+    model = build("mixtral")
+    by_block = inject(model, LoRA(rank=3, experts=True), plan([1.0, 2.0, 2.0, 1.0]))
+    assert by_block == [2, 4, 4, 2]
+    for block, rank in zip(blocks_of(model), by_block, strict=True):
+        assert [layer.r["default"] for _, layer in adapters(block.module)] == [rank] * 6
+        assert {layer.scaling["default"] for _, layer in adapters(block.module)} == {32 / 3}
+
+
+def test_experts_that_cannot_be_adapted_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^dropout is not possible on experts: leave out dropout, or experts$"):
+        LoRA(dropout=0.1, experts=True)
+    with pytest.raises(ValueError, match=r"^dora is not possible on experts"):
+        LoRA(dora=True, experts=True)
+    with pytest.raises(ValueError, match=r"no experts to adapt: leave out lora\.experts$"):
+        inject(tiny(), LoRA(experts=True), None)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ from plprune.io.text import IGNORED
 from plprune.pruning.losses import next_token_loss
 from plprune.pruning.plan import PruningPlan
 from plprune.pruning.surgery import apply, plan_of
-from plprune.recovery.lora import adapters
+from plprune.recovery.lora import adapters, merged
 from plprune.training.callbacks.order import ORDER, check_order
 from plprune.training.checkpoint_files import checkpoints
 from plprune.training.console import CloseBar
@@ -202,25 +202,34 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def test_routers_are_trained_saved_and_resumed_and_nothing_else(mixture: str, text: str, tmp_path: Path) -> None:
+OF_MIXTURES: dict[str, dict[str, Any]] = {  # ways to train
+    "routers": {"train": "routers", "dtype": "bfloat16"},
+    "experts": {"lora": LoRA(rank=2, targets=[], experts=True), "gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("way", OF_MIXTURES)
+def test_mixtures_are_recovered_saved_and_resumed(mixture: str, text: str, tmp_path: Path, way: str) -> None:
     ends = []
     for stop in (None, 2):
         pl.seed_everything(0)
-        module, evaluate = recovery(mixture, train="routers", dtype="bfloat16"), Evaluate()
+        module, evaluate = recovery(mixture, **OF_MIXTURES[way]), Evaluate()
         save = ModelCheckpoint(tmp_path / "kept", filename="{step}", every_n_train_steps=1, save_top_k=-1)
         callbacks = [evaluate, save, Prune(REAP(0.25, sparsity_of="experts"))]
         callbacks.append(Export(str(tmp_path / "out"), overwrite=True))
         run = trainer(tmp_path, *callbacks, steps=4, enable_checkpointing=True)
         run.fit(module, datamodule=data(text), ckpt_path=stop and tmp_path / "kept" / f"step={stop}.ckpt")
         ends.append(losses(module.model))
-    names = {f"model.layers.{i}.mlp.gate.weight" for i in range(2)}
+    factors = [f"mlp.experts.{nested}lora_{x}.default.weight" for nested in ("", "base_layer.") for x in "AB"]
+    names = {f"model.layers.{i}.{n}" for i in range(2) for n in (["mlp.gate.weight"] if way == "routers" else factors)}
     assert ends[0].keys() == names
     assert all(torch.equal(ends[1][name], value) for name, value in ends[0].items())
     assert torch.load(tmp_path / "kept" / "step=2.ckpt")["state_dict"].keys() == {f"model.{name}" for name in names}
     after, plain = load_pruned(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert torch.equal(logits(after), logits(plain))
-    assert torch.equal(logits(after), logits(module.model.eval()))
-    assert all(torch.equal(after.get_parameter(name), value.bfloat16()) for name, value in ends[0].items())
+    with merged(module.model.eval()):
+        assert torch.equal(logits(after), logits(module.model))
+        assert all(torch.equal(p, after.get_parameter(name)) for name, p in module.model.named_parameters())
     assert evaluate.rows["recovered"].perplexity < evaluate.rows["pruned"].perplexity
 
 
