@@ -17,7 +17,7 @@ from plprune.architecture.blocks import blocks_of
 from tests.builders import logits, windows
 from tests.zoo import build, decoders
 
-LAYOUTS = ("bloom", "codegen", "minicpm3", "persimmon")
+LAYOUTS = ("bert", "bloom", "codegen", "minicpm3", "openai-gpt", "persimmon")
 SLOW = (
     "apertus",
     "arcee",
@@ -36,8 +36,8 @@ SLOW = (
     "mpt",
     "qwen3_5_text",
 )
-SLOW += ("nemotron", "olmo3", "seed_oss", "stablelm", "starcoder2", "xglm")
-NO_DROPPING = ("bloom", "mpt")  # the residual is added within the attention
+SLOW += ("bart", "git", "nemotron", "olmo3", "seed_oss", "stablelm", "starcoder2", "whisper", "xglm")
+NO_DROPPING = ("bert", "bloom", "git", "mpt", "openai-gpt")  # the residual is added within the attention, or by a list
 
 
 def marked(kind: str) -> Any:
@@ -76,6 +76,10 @@ SLOW_MIXTURES = (
     "glm4_moe",
     "lfm2_moe",
     "granitemoe",
+    "granitemoehybrid",
+    "hy_v4",
+    "jamba",
+    "phimoe",
     "ernie4_5_moe",
     "qwen3_5_moe_text",
 )

@@ -1,7 +1,7 @@
 """A tiny random model of every causal language model that the installed transformers has, from its default config.
 
 A config is shrunk by the names of its sizes (:data:`SMALL`), nested configs too. Few types need more than that
-(:data:`SPECIAL`). Types that cannot be built so, and encoders that merely can decode, are listed with the reason.
+(:data:`SPECIAL`). Encoders that can decode are built as decoders.
 """
 
 import functools
@@ -91,7 +91,7 @@ ENCODERS = frozenset(
         "musicgen_melody",
         "moshi",
     ]
-)  # encoders, encoder-decoders and decoders of such, which merely can decode, and models of audio
+)  # encoders, encoder-decoders and models of audio, which can decode
 
 
 ROPE = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
@@ -111,7 +111,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 32},
     "hunyuan_v1_dense": {"head_dim": 16},
-    "hunyuan_v1_moe": {"head_dim": 16},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 8, "moe_topk": 2},
+    "hy_v4": {"indexer_types": ["full"] * LAYERS},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"]},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
     "ministral": {"head_dim": 16},
@@ -175,11 +178,12 @@ def config_of(model_type: str) -> dict[str, Any]:
 
 def build(model_type: str, seed: int = 0, **own: Any) -> PreTrainedModel:
     """A tiny random model of a type, float32, in evaluation mode."""
-    config = CONFIG_MAPPING[model_type].from_dict({**config_of(model_type), **own})
+    decoding = {"is_decoder": True} if model_type in ENCODERS else {}
+    config = CONFIG_MAPPING[model_type].from_dict({**config_of(model_type), **decoding, **own})
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 def decoders() -> list[str]:
-    """All types of causal language models but encoders."""
-    return [kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in ENCODERS]
+    """All types of causal language models."""
+    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

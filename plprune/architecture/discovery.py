@@ -28,6 +28,7 @@ from plprune.architecture.probing import (
     BlockProbes,
     Call,
     Probes,
+    ReadingNoWeights,
     differs,
     has_interface,
     is_experts,
@@ -54,13 +55,15 @@ class Assembly:
         self.probes.samples = SAMPLES
         with self.probes.standing_in():
             self.block = BlockProbes(self.probes, call)
-            self.called = list(self.block.run())
+            with ReadingNoWeights():
+                self.called = list(self.block.run())
             self.found, self.inseparable = found_in(Tracer(self.block))
             self._values = {id(f): self._value_rows(f) for f in self.found if not f.elementwise}
 
     def heads(self) -> Found | None:
         """The units of attention: those with value channels first, then those with most columns."""
         several = [f for f in self.found if not f.elementwise and f.columns.shape[1] > 1]
+        several = [f for f in several if len(f.columns) > 1 or not f.inner]
         return max(several, key=lambda f: (self._values[id(f)] is not None, f.columns.numel()), default=None)
 
     def attention(self, found: Found) -> tuple[Part, Part | None]:

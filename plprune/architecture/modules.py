@@ -3,6 +3,7 @@
 """
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, cast
@@ -11,7 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
@@ -119,6 +120,11 @@ def tied(model: PreTrainedModel) -> bool:
     return head is not None and cast(Any, head).weight is cast(Any, embedding).weight
 
 
+def says_tied(config: PreTrainedConfig) -> bool:
+    """Whether a config ties the head to the embedding; some have no word on it."""
+    return bool(getattr(config, "tie_word_embeddings", False))
+
+
 def tie(model: PreTrainedModel, to_embedding: bool) -> None:
     """Ties the head to the embedding, or gives it a separate parameter, and updates the config."""
     if tied(model) and not to_embedding:
@@ -137,8 +143,25 @@ def innermost(module: nn.Module) -> nn.Linear:
 
 
 def is_projection(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, `Conv1D` included."""
-    return isinstance(module, nn.Linear | Conv1D)
+    """Whether a module is a linear layer, `Conv1D` included, that returns its outputs and nothing else."""
+    return isinstance(module, nn.Linear | Conv1D) and (
+        type(module).forward in (nn.Linear.forward, Conv1D.forward) or _returns_rows(type(module), module)
+    )
+
+
+def _returns_rows(kind: type[nn.Module], module: nn.Module) -> bool:
+    """Whether linear layers of a class return a tensor; some routers are one, and return experts and weights."""
+    if kind not in _RETURNS:
+        tried = cast(nn.Linear, copy.deepcopy(module).to("meta").eval())
+        try:
+            out = tried(torch.zeros(1, tried.in_features, dtype=tried.weight.dtype, device="meta"))
+            _RETURNS[kind] = isinstance(out, Tensor)
+        except Exception:  # it wants inputs of another shape
+            _RETURNS[kind] = True
+    return _RETURNS[kind]
+
+
+_RETURNS: dict[type[nn.Module], bool] = {}
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -10,12 +10,14 @@ the first, which is not disturbed.
 import contextlib
 import copy
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from plprune.architecture.modules import is_projection, replaced_forwards, width, without_weights
@@ -31,9 +33,16 @@ Hits = dict[str, Tensor]  # path of a consumer -> [disturbances, columns] bool
 
 
 def empty(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of a class without weights, in float64: parameters are on the meta device, buffers on the CPU."""
+    """A model of a class without weights, in float64: parameters are on the meta device, buffers on the CPU.
+
+    Recurrences run in chunks of few tokens.
+    """
     with without_weights():
-        return kind._from_config(copy.deepcopy(config), dtype=torch.float64, attn_implementation="eager")
+        model = kind._from_config(copy.deepcopy(config), dtype=torch.float64, attn_implementation="eager")
+    for module in model.modules():
+        if isinstance(getattr(module, "chunk_size", None), int):  # recurrences pad sequences to it
+            module.chunk_size = TOKENS  # type: ignore[assignment]
+    return model
 
 
 def rebuilt(
@@ -52,6 +61,9 @@ def rebuilt(
 def weightless(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """A model whose projections have no weights, and all else has random values, in float64 on the CPU."""
     model = empty(kind, config)
+    if any(p.dtype != torch.float64 for p in model.parameters()):
+        _MIXED.add(model)
+    text_config(model.config)._is_quantized = True  # whose code calls projections where it may use their weights
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     for name, parameter in list(model.named_parameters()):
@@ -60,12 +72,9 @@ def weightless(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrai
         if isinstance(owner, nn.Embedding):  # all tokens are alike, as projections do not look at their inputs
             row = _normal(name, parameter.shape[1:]).expand(parameter.shape)
             setattr(owner, last, nn.Parameter(row, requires_grad=False))
-        elif not is_projection(owner) and parameter.numel() <= SMALL:
+        elif (not is_projection(owner) or last == "bias") and parameter.numel() <= SMALL:
             values = 1 + 0.3 * _normal(name, parameter.shape)
             setattr(owner, last, nn.Parameter(values, requires_grad=False))
-    for module in model.modules():
-        if isinstance(getattr(module, "chunk_size", None), int):  # recurrences pad sequences to it
-            module.chunk_size = TOKENS  # type: ignore[assignment]
     return model.eval()
 
 
@@ -115,7 +124,8 @@ class Probes:
                 replaced[module] = self._experts(path)
             elif self._norms and is_norm(module):
                 replaced[module] = _scaling(module)
-        with replaced_forwards(list(replaced), list(replaced.values())):
+        mode = _InFloat64() if self.model in _MIXED else contextlib.nullcontext()
+        with replaced_forwards(list(replaced), list(replaced.values())), mode:
             yield
 
     def disturb(self, path: str, masks: Tensor, first: bool = False) -> None:  # [n, rows] bool
@@ -168,6 +178,35 @@ class Probes:
         kept, rows = self.kept.get(path, (None, rows))
         y = self.normal(path, (tokens, rows))
         return y if kept is None else y[:, kept]
+
+
+_MIXED: WeakSet[nn.Module] = WeakSet()  # models with parameters that are float32 whatever the model's dtype is
+
+
+class _InFloat64(TorchFunctionMode):
+    """Computes in float64 what models compute in float32 whatever their dtype is."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        values = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        return func(*(torch.float64 if each is torch.float32 else each for each in args), **values)
+
+
+class ReadingNoWeights(TorchFunctionMode):
+    """Raises RuntimeError where a model computes with weights itself: without them, PyTorch may use any numbers."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.__name__ not in SIZES and any(isinstance(each, Tensor) and each.is_meta for each in args):
+            raise RuntimeError("it computes with weights itself")
+        return func(*args, **(kwargs or {}))
+
+
+SIZES = ("__get__", "dim", "is_floating_point", "numel", "size")  # functions that do not look at values
 
 
 @dataclass(frozen=True)
@@ -268,6 +307,18 @@ class BlockProbes:
             _merge(hits, {c: torch.cat(found) for c, found in rows.items()})
         self.probes.samples = SAMPLES
         return hits
+
+    def open_children(self, residual: Collection[str]) -> None:
+        """Runs children with the whole block from now on, where inputs other than `residual` ones depend on them."""
+        for child in list(self._children):
+            for name, rows in self.rows.items():
+                if name.startswith(f"{child}."):
+                    self.probes.disturb(f"{self.path}.{name}", torch.ones(1, rows, dtype=torch.bool))
+            seen = self.run()
+            self.probes.rest()
+            outside = {c: x for c, x in seen.items() if not c.startswith(f"{child}.") and c not in residual}
+            if any(differs(x[1:2], x[:1]).any() for x in outside.values()):
+                del self._children[child]
 
     def _around(self, path: str | None) -> Call | None:
         """The child that holds a part of the block."""

@@ -36,6 +36,7 @@ class Tracer:
         by_input = probes.reached(None, ones, draws=2)
         self.columns = {c: hits.shape[1] for c, hits in by_input.items()}
         self.residual = {c for c, hits in by_input.items() if hits.any()} | {OUTPUT}
+        probes.open_children(self.residual)
 
     def sources(self) -> Iterator[tuple[Source, int]]:
         """All producers that may hold rows of units, with their numbers of rows."""
@@ -197,6 +198,7 @@ class Found:
     columns: Tensor  # [units, columns per unit]
     wide: dict[Source, Tensor]  # [units, rows per unit]
     single: list[tuple[Source, Tensor, Tensor]]  # [units, rows per unit], and [columns] the row of each
+    inner: bool = False  # whether other consumers read what it computes of them
 
     @property
     def elementwise(self) -> bool:
@@ -224,6 +226,7 @@ def found_in(tracer: Tracer) -> tuple[list[Found], list[Inseparable]]:
             if isinstance(found, Found) and (why := _reaching_others(found, reach)):
                 found = Inseparable(c, found.elementwise, why)
             if isinstance(found, Found):
+                found.inner = bool(reach.get((c, None)))
                 everywhere.append(found)
             else:
                 others.append(found)

@@ -208,6 +208,12 @@ def _guesses(modules: dict[str, int], configs: dict[str, int]) -> Iterator[dict[
     """Which attributes may have to change, likely ones first; some have a value of the same size by chance."""
     every = modules | configs
     yield from ({}, modules, every)
+    alike: dict[str, dict[str, int]] = {}  # those of one name in several modules
+    for path, each in modules.items():
+        alike.setdefault(path.rpartition(".")[2], {})[path] = each
+    for count in (1, 2):
+        for some in itertools.combinations(alike.values(), count):
+            yield {path: each for own in some for path, each in own.items()}
     sizes = {path: each for path, each in modules.items() if each > 1}
     numbers = [pair for pair in every.items() if pair[0] not in sizes]
     for size in (1, 0, 2):

@@ -28,7 +28,7 @@ from transformers import (
 
 from plprune.architecture.discovery import check_supported
 from plprune.architecture.modeling_plprune import Gather, Scatter
-from plprune.architecture.modules import saved_buffers, set_parameter, tie, tied
+from plprune.architecture.modules import saved_buffers, says_tied, set_parameter, tie, tied
 from plprune.architecture.wrappers import auto_class
 from plprune.checkpoint.locate import cached_folder, check_no_adapter, download, resolve_path
 from plprune.checkpoint.stock_config import config_from, make_savable, pruned_skeleton, skeleton
@@ -111,7 +111,7 @@ def load_skeleton(name_or_path: str, dtype: Dtype | None = None) -> PreTrainedMo
         else:
             model = skeleton(_read_config(name_or_path), torch_dtype)
         folder = cached_folder(path)
-        tie(model, model.config.tie_word_embeddings and not (folder and has_untied_head(folder, model)))
+        tie(model, says_tied(model.config) and not (folder and has_untied_head(folder, model)))
         if plan_of(model):
             make_savable(model)
     model.config.name_or_path = name_or_path  # as load_model does
@@ -318,7 +318,7 @@ def _load_state(model: PreTrainedModel, state: dict[str, torch.Tensor], where: o
     pairs = model.get_expanded_tied_weights_keys(all_submodels=True)
     untied = any(are_untied(state.get(head), state.get(embedding)) for head, embedding in pairs.items())
     model.load_state_dict({name: _aligned(t) for name, t in state.items()}, strict=False, assign=True)
-    tie(model, model.config.tie_word_embeddings and not untied)
+    tie(model, says_tied(model.config) and not untied)
     absent = [name for name, p in model.named_parameters() if p.is_meta]
     absent += [name for name in saved_buffers(model) if name not in {**state, **indices}]
     if absent:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune.architecture.modules import lacks_weights, saved_buffers, set_parameter, tie, tied
+from plprune.architecture.modules import lacks_weights, saved_buffers, says_tied, set_parameter, tie, tied
 from plprune.io.distributed import ProcessGroup, broadcast, broadcast_object, check_agreement, gather_objects
 
 
@@ -27,7 +27,7 @@ def receive(model: PreTrainedModel, group: ProcessGroup) -> None:
     if group is None or not any(lacking):
         return
     heads = [each for each in gather_objects(None if lacks_weights(model) else tied(model), group) if each is not None]
-    to_embedding = heads[0] if heads else model.config.tie_word_embeddings
+    to_embedding = heads[0] if heads else says_tied(model.config)
     if lacked := lacks_weights(model):
         tie(model, to_embedding)  # the configuration may say otherwise than the weights
     parameters: dict[str, Tensor] = {**dict(model.named_parameters()), **saved_buffers(model)}

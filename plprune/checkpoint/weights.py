@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from plprune.architecture.modules import tie, tied
+from plprune.architecture.modules import says_tied, tie, tied
 from plprune.checkpoint.published import sources
 from plprune.checkpoint.stock_config import config_from, pruned_skeleton, skeleton
 from plprune.io.units import format_value
@@ -175,7 +175,7 @@ def check_saved(folder: Path, model: PreTrainedModel, tensors: Iterable[tuple[st
     _check_structure(folder, described, tied(model), "config.json")
     if (folder / FILE).exists():
         structure = pruned_skeleton(PruningPlan.load(folder))
-        tie(structure, structure.config.tie_word_embeddings and not has_untied_head(folder, structure))
+        tie(structure, says_tied(structure.config) and not has_untied_head(folder, structure))
         _check_structure(folder, structure, tied(model), FILE)
     check_values(folder, tensors, described)
 
@@ -232,7 +232,7 @@ def _skeleton_of_config(folder: Path) -> PreTrainedModel:
         model = skeleton(config_from(PreTrainedConfig.get_config_dict(folder)[0]))  # which holds infinities as words
     except (AttributeError, RuntimeError) as error:  # it names parts that the family does not have
         raise ValueError(f"config.json fits no model ({error}): nothing was saved; merge the adapters first") from error
-    tie(model, model.config.tie_word_embeddings)
+    tie(model, says_tied(model.config))
     return model
 
 

@@ -191,7 +191,7 @@ def logits_from(
 def run_block(block: Block, hidden: Tensor, call: Call) -> Tensor:  # [b, s, d] -> [b, s, d]
     """Calls one block as the model would."""
     output = block.module(hidden, *call.args, **call.kwargs)
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def checksums(module: nn.Module) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from plprune.architecture.blocks import Block, Decision, UnitGroup, anatomy_of, 
 from plprune.architecture.cutting import complement, cut, cut_values, cut_within, held, like, put, spread
 from plprune.architecture.depth import Shorter, renumber, shorter
 from plprune.architecture.modeling_plprune import Gather, NoAttention, Scatter, replace
-from plprune.architecture.modules import Side, innermost, is_transposed, matrix, tied, width
+from plprune.architecture.modules import Side, innermost, is_transposed, matrix, says_tied, tied, width
 from plprune.architecture.wrappers import text_configs, with_sizes
 from plprune.pruning.model_state import journal_of, model_state
 from plprune.pruning.plan import PruningPlan, block_name
@@ -176,7 +176,7 @@ def dense_config(model: PreTrainedModel) -> dict[str, Any]:
     if previous:
         return previous.config
     values = model.config.to_diff_dict() | {"model_type": model.config.model_type}
-    return values | ({} if model.config.tie_word_embeddings == tied(model) else {"tie_word_embeddings": tied(model)})
+    return values | ({} if says_tied(model.config) == tied(model) else {"tie_word_embeddings": tied(model)})
 
 
 def config_of_the_rest(model: PreTrainedModel) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def recorded_outputs(model: PreTrainedModel, blocks: Sequence[int]) -> Iterator[
     outputs: list[Tensor] = []
 
     def record(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        outputs.append(output[0] if isinstance(output, tuple) else output)
+        outputs.append(output[0] if isinstance(output, tuple | list) else output)
 
     every = blocks_of(model)
     handles = [every[i].module.register_forward_hook(record) for i in blocks]

@@ -25,7 +25,7 @@ from plprune import CFSP, FLAP, REAP, PruningMethod, TwoSSP
 from plprune.architecture.blocks import Block, blocks_of
 from plprune.io.atomic import staged
 from tests.test_zoo import check
-from tests.zoo import build, decoders
+from tests.zoo import ENCODERS, build, decoders
 
 RESULTS = Path(__file__).with_suffix(".json")
 PAGE = Path(__file__).parents[2] / "plprune" / "architecture" / "README.md"
@@ -96,7 +96,8 @@ def page(results: dict[str, Result]) -> str:
     good = [kind for kind, each in types.items() if each["methods"] and not failing[kind]]
     partly = [kind for kind, each in types.items() if failing[kind] and len(failing[kind]) < len(each["methods"])]
     experts = [kind for kind in good if "expert" in types[kind]["units"]]
-    dense = [kind for kind in good if kind not in experts]
+    encoders = [kind for kind in good if kind in ENCODERS]
+    dense = [kind for kind in good if kind not in (*experts, *encoders)]
     rows = [f"| {kind} | {name} | {why} |" for kind in partly for name, why in failing[kind].items()]
     rows += [
         f"| {k} | all | {each.get('why') or min(failing[k].values())} |"
@@ -104,11 +105,13 @@ def page(results: dict[str, Result]) -> str:
         if k not in good + partly
     ]
     lines = [
-        f"Of {len(types)} decoders of transformers {results['transformers']}, {len(good)} are pruned by CFSP, FLAP and",
-        "2SSP, saved, loaded bit for bit, and run with and without a cache, as tiny random models:",
+        f"Of {len(types)} types of causal language models of transformers {results['transformers']}, {len(good)} are",
+        "pruned by CFSP, FLAP and 2SSP, saved, loaded bit for bit, and run with and without a cache, as tiny random",
+        "models:",
         "",
         f"- {len(dense)} without experts: {', '.join(dense)}.",
         f"- {len(experts)} mixtures of experts, by REAP as well: {', '.join(experts)}.",
+        f"- {len(encoders)} encoders, and decoders of encoder-decoders, which decode: {', '.join(encoders)}.",
         "",
         f"By some of these methods: {', '.join(partly) or 'none'}. What fails:",
         "",
