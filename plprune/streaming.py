@@ -25,7 +25,7 @@ from plprune.architecture.attached import attach, attached
 from plprune.architecture.blocks import Block, Decision, Home, anatomy_of, blocks_of
 from plprune.architecture.modules import saved_buffers, set_parameter
 from plprune.checkpoint.load import load_skeleton, read_generation_config, resolve_dtype, stored_weights
-from plprune.checkpoint.save import write_model
+from plprune.checkpoint.save import is_mixture, write_blocks, write_model
 from plprune.checkpoint.stored import Dtype, ModelWeights
 from plprune.checkpoint.weights import SINGLE, check_saved, check_values, read_tensor, without_tied, write_index
 from plprune.io import distributed
@@ -61,7 +61,6 @@ def open_streamed(name_or_path: str, dtype: Dtype | None = None) -> PreTrainedMo
     _return_freed_memory()
     dtype = resolve_dtype(stored, dtype)
     model = load_skeleton(name_or_path, dtype)
-    check_streams(model, name_or_path)
     source = ModelWeights(stored, model, getattr(torch, dtype))
     weights = fingerprint((name, source.converted(name)) for name, _ in model.named_parameters())
     attach(model, replace(model_state(model), fingerprint=weights))
@@ -73,14 +72,6 @@ def open_streamed(name_or_path: str, dtype: Dtype | None = None) -> PreTrainedMo
     read_generation_config(model, stored.folder)
     model.config.dtype = model.dtype
     return model.eval()
-
-
-def check_streams(model: PreTrainedModel, name_or_path: str) -> None:
-    """Raises ValueError if a model cannot stream from disk."""
-    if any(block.expert_count for block in blocks_of(model)):
-        raise ValueError(
-            f"{name_or_path} is a mixture of experts, which cannot stream from disk yet: leave out --stream"
-        )
 
 
 def prune_streamed(
@@ -281,8 +272,12 @@ def _save(
         rest = {name: value for name, value in state.items() if not _in_blocks(model, name)}
         write_model(model, rest, room, tokenizer, max_shard_size="1000TB")
         os.replace(room / SINGLE, room / shards[0])
-        for block, shard in zip(blocks, shards[1:], strict=True):
-            _save_block(block, journal, room / shard)
+        files = [room / shard for shard in shards[1:]]
+        if is_mixture(model):
+            write_blocks(model, zip(files, map(_tensors, blocks), strict=True))
+        else:
+            for block, file in zip(blocks, files, strict=True):
+                _save_block(block, journal, file)
         write_index(room, shards)
         check_saved(room, model, itertools.chain(rest.items(), _of_blocks(blocks)))
         check_output(output, overwrite)
@@ -299,8 +294,12 @@ def _in_blocks(model: PreTrainedModel, name: str) -> bool:
 def _of_blocks(blocks: list[Block]) -> Iterator[tuple[str, Tensor]]:
     """The weights of all blocks; one block is in memory at a time."""
     for block in blocks:
-        with block.present():
-            yield from _home(block).tensors().items()
+        yield from _tensors(block).items()
+
+
+def _tensors(block: Block) -> dict[str, Tensor]:
+    with block.present():
+        return _home(block).tensors()
 
 
 def _home(block: Block) -> DiskHome:

@@ -585,7 +585,58 @@ def test_a_run_that_is_killed_at_many_moments(name: str, here: Path) -> None:
     killed_at_random(here, name, trials=max(1, KILLS // 3), seed=sum(map(ord, name)) + 1)
 
 
-def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
-    build("qwen2_moe").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a mixture of experts, which cannot stream from disk yet"):
-        open_streamed(str(tmp_path))
+# ---- mixtures of experts
+
+
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of two mixtures, by the names of published checkpoints; the router of the second has a buffer."""
+    folder = tmp_path_factory.mktemp("mixtures")
+    for kind in ("qwen2_moe", "deepseek_v3"):
+        build(kind).save_pretrained(folder / kind)
+    save_pruned(tiny("gpt_oss"), folder / "gpt_oss")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("qwen2_moe", "REAP"),
+        ("deepseek_v3", "REAP"),
+        pytest.param("deepseek_v3", "CFSP activation", marks=pytest.mark.slow),
+        pytest.param("qwen2_moe", "FLAP AL-AM", marks=pytest.mark.slow),
+        pytest.param("gpt_oss", "FASP kv_heads", marks=pytest.mark.slow),
+        ("gpt_oss", "FLAP restore"),
+    ],
+)
+def test_mixtures_stream(kind: str, name: str, mixtures: Path, tmp_path: Path) -> None:
+    model, plan = in_memory(mixtures / kind, method(name))
+    assert streamed(mixtures / kind, method(name), tmp_path / "out", offload="disk").digest == plan.digest
+    assert_same(tmp_path / "out", model, plan)
+    save_pruned(model, tmp_path / "saved")
+    names = [set().union(*map(load_file, (tmp_path / each).glob("model*.safetensors"))) for each in ("out", "saved")]
+    assert names[0] == names[1]
+    second = method("FASP none", 0.15)
+    streamed(tmp_path / "out", second, tmp_path / "again")
+    expected, plan = in_memory(tmp_path / "out", second)
+    assert_same(tmp_path / "again", expected, plan)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("deepseek_v3", "REAP"),
+        pytest.param("gpt_oss", "FASP none", marks=pytest.mark.slow),
+        pytest.param("gpt_oss", "FLAP restore", marks=pytest.mark.slow),
+        pytest.param("qwen2_moe", "CFSP activation", marks=pytest.mark.slow),
+    ],
+)
+def test_experts_go_on_wherever_a_run_was_stopped(kind: str, name: str, mixtures: Path, tmp_path: Path) -> None:
+    model, plan = in_memory(mixtures / kind, method(name))
+    for count in itertools.count(1, 3 if name == "REAP" else 5):
+        output = tmp_path / str(count)
+        if not stops(lambda to=output: streamed(mixtures / kind, method(name), to), count):
+            break
+        streamed(mixtures / kind, method(name), output, resume=True, overwrite=True)
+        assert_same(output, model, plan)
+    assert count > 8

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def write_model(
     """
     plan, (config, biases) = plan_of(model), saved_config(model)
     names: dict[str, Any] = {"save_original_format": False}  # not the names of older transformers
-    custom, mixture = isinstance(config, PrunedConfigMixin), any(block.expert_count for block in blocks_of(model))
+    custom, mixture = isinstance(config, PrunedConfigMixin), is_mixture(model)
     state = published(skeleton(config), state | biases) if mixture and not custom else state | biases
     model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size, **names)
     if mixture:
@@ -142,6 +143,21 @@ def write_model(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     _copy_processors(model.config.name_or_path or "", folder)
+
+
+def is_mixture(model: PreTrainedModel) -> bool:
+    """Whether some blocks have experts, whose weights are published one by one."""
+    return any(block.expert_count for block in blocks_of(model))
+
+
+def write_blocks(model: PreTrainedModel, blocks: Iterable[tuple[Path, dict[str, torch.Tensor]]]) -> None:
+    """Writes the weights of a mixture's blocks, each to a file, by the names that :func:`write_model` gives them."""
+    config, _ = saved_config(model)
+    structure = None if isinstance(config, PrunedConfigMixin) else skeleton(config)
+    for file, state in blocks:
+        state = published(structure, state) if structure is not None else state
+        save_file({name: value.contiguous() for name, value in state.items()}, file, metadata={"format": "pt"})
+        align(file)
 
 
 def _add_old_keys(file: Path, config: PreTrainedConfig, key: str) -> None:

@@ -25,7 +25,6 @@ from plprune.planning.hardware import Machine
 from plprune.planning.needs import Need
 from plprune.planning.serving import Runtime
 from plprune.planning.targets import Target
-from plprune.streaming import check_streams
 
 Record = dict[str, Any]
 
@@ -78,8 +77,6 @@ def plan(
         check_output_file(output, overwrite)
     dtype = resolve_dtype(stored_weights(model, fetch=False), dtype)
     network, where = load_skeleton(model, dtype), hardware.machine(device or default_device())
-    if stream:
-        check_streams(network, model)
     request = Request(method, target, serve_on, tensor_parallel)
     resolved = request.resolve_target(network)
     record, rehearsed = predicted(network, request, resolved, context or target.context)
@@ -289,7 +286,7 @@ def _needs(record: Record, stream: bool, checkpointing: bool) -> list[str]:
     windows = "{num_samples} windows of {seq_len} tokens, {batch_size} at once".format(**calibration)
     training = "{steps} steps of {batch_size} windows of {seq_len} tokens, rank {rank}".format(**recovery)
     needs = {f"calibration, {windows}": calibration["streamed" if stream else "in_memory"]}
-    if not stream and not any("expert" in kind["units"] for kind in record["anatomy"]):
+    if not stream:
         needs["  with --stream"] = calibration["streamed"]
     needs[f"recovery, {training}"] = recovery["checkpointed" if checkpointing else "plain"]
     if not checkpointing:

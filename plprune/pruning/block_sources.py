@@ -18,7 +18,7 @@ from plprune.pruning.forward import BlockInputs, Call, checksums, record_inputs,
 from plprune.pruning.hidden_states import HiddenStates, MemoryStates
 from plprune.pruning.journal import BlockRecord, Journal, PassLog
 from plprune.pruning.model_state import journal_of
-from plprune.pruning.statistics import BlockInfluence, Statistic
+from plprune.pruning.statistics import BlockInfluence, Stateful, Statistic
 from plprune.pruning.surgery import replay
 
 S = TypeVar("S", bound=Statistic)
@@ -190,13 +190,18 @@ class ReplayedInputs(BlockInputs):
             "cannot go on after a stop; start again by --overwrite without --resume"
         )
 
-    def known(self, groups: list[UnitGroup], statistic: Callable[[], S]) -> list[tuple[UnitGroup, S]] | None:
+    def known(
+        self, groups: list[UnitGroup], statistic: Callable[[], S], of_experts: Stateful | None = None
+    ) -> list[tuple[UnitGroup, S]] | None:
         """The recorded result of the next observation; empty if the earlier run pruned the block."""
         if self.pruned:
             return []
         kept, statistics = next(self._observed), {group.consumer.path: statistic() for group in groups}
+        every: dict[str, Stateful] = {**statistics}
+        if of_experts is not None:
+            every[self.block.experts.path] = of_experts
         for path, state in kept.items():
-            statistics[path].load_state_dict(state)
+            every[path].load_state_dict(state)
         return [(group, statistics[group.consumer.path]) for group in groups]
 
 
@@ -233,8 +238,12 @@ class RecalledInputs(BlockInputs):
         """Whether the block changed after it was observed."""
         return not same_values(checksums(self.block.module), self.before)
 
-    def known(self, groups: list[UnitGroup], statistic: Callable[[], S]) -> list[tuple[UnitGroup, S]] | None:
+    def known(
+        self, groups: list[UnitGroup], statistic: Callable[[], S], of_experts: Stateful | None = None
+    ) -> list[tuple[UnitGroup, S]] | None:
         """The saved statistics; None if their class was not observed or the block changed."""
+        if of_experts is not None:
+            return None
         name = getattr(statistic, "__name__", "")
         found = [self.seen.statistics.get(group.consumer.path, {}).get(name) for group in groups]
         if any(type(each) is not statistic for each in found) or self.changed:
@@ -256,7 +265,7 @@ def _record_of(block: Block, inputs: BlockInputs, version: int) -> BlockRecord:
     return BlockRecord(inputs.influence.state_dict(), observed, now)
 
 
-def _state(statistic: Statistic) -> dict[str, Any]:
-    if not isinstance(statistic, Statistic):
+def _state(statistic: Stateful) -> dict[str, Any]:
+    if not isinstance(statistic, Stateful):
         raise ValueError(f"{type(statistic).__name__} cannot be kept for --resume: derive it from Statistic")
     return statistic.state_dict()

@@ -5,7 +5,7 @@ and chosen by the config for the duration of a context. Experts with fewer than 
 """
 
 import contextlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from plprune.io.distributed import ProcessGroup, all_reduce_sum
-from plprune.pruning.statistics import HoldoutGram, Statistic
+from plprune.pruning.statistics import HoldoutGram, Stateful, Statistic
 
 FEW = 8  # tokens
 NAME = "plprune"
@@ -26,7 +26,7 @@ _WATCHERS: WeakKeyDictionary[nn.Module, Watcher] = WeakKeyDictionary()
 _GATES: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
 
-class ExpertStatistic(ABC):
+class ExpertStatistic(Stateful):
     """A running statistic of the experts of one block."""
 
     @abstractmethod
@@ -40,10 +40,6 @@ class ExpertStatistic(ABC):
             inner: The inputs of its last projection, [n, channels].
             outputs: What it computes, before the routing weights, [n, d].
         """
-
-    @abstractmethod
-    def merge(self, group: ProcessGroup) -> None:
-        """Adds the batches of all other processes."""
 
 
 class Saliency(ExpertStatistic):
@@ -60,6 +56,8 @@ class Saliency(ExpertStatistic):
         >>> s.tokens, s.mean
         (tensor([0, 2]), tensor([0.0000, 2.5000], dtype=torch.float64))
     """
+
+    state_fields = ("tokens", "_sum")
 
     def __init__(self, experts: int) -> None:
         self.tokens = torch.zeros(experts, dtype=torch.int64)
@@ -97,6 +95,14 @@ class PerExpert(ExpertStatistic):
         self.tokens = [0] * experts
         self.length = 1  # tokens of a sample
         self._sample = self._next = getattr(self.parts[0], "next", 0)  # the first sample of this batch and of the next
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": self.tokens, "parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tokens = state["tokens"]
+        for part, own in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(own)
 
     def begin(self, samples: int, length: int) -> None:
         """Announces a batch of some samples of some tokens."""

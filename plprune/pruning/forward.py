@@ -19,7 +19,7 @@ from plprune.architecture.wrappers import text_config
 from plprune.io import distributed
 from plprune.pruning.hidden_states import HiddenStates
 from plprune.pruning.journal import NotFinite
-from plprune.pruning.statistics import BlockInfluence, Statistic
+from plprune.pruning.statistics import BlockInfluence, Stateful, Statistic
 
 S = TypeVar("S", bound=Statistic)
 DOCUMENTS = ((3, 8), (8, 16))  # ranges of token ids: two documents of different lengths
@@ -62,12 +62,20 @@ class BlockInputs:
         self.block, self.hidden, self.calls = block, hidden, calls
         self.device, self.states, self.group = device, states, group
         self.influence = BlockInfluence()
-        self.observed: list[Mapping[str, Statistic]] = []  # statistics by consumer, for each observation
+        self.observed: list[Mapping[str, Stateful]] = []  # statistics by consumer, for each observation
         self._outputs: HiddenStates | None = None
         self._weights: dict[str, Tensor] = {}  # checksums of the weights that produced the outputs
 
-    def known(self, groups: list[UnitGroup], statistic: Callable[[], S]) -> list[tuple[UnitGroup, S]] | None:
-        """Returns the groups' statistics if they are known without running the block, else None."""
+    def known(
+        self, groups: list[UnitGroup], statistic: Callable[[], S], of_experts: Stateful | None = None
+    ) -> list[tuple[UnitGroup, S]] | None:
+        """Returns the groups' statistics if they are known without running the block, else None.
+
+        Args:
+            groups: The groups.
+            statistic: Makes an empty statistic.
+            of_experts: An empty statistic of the block's experts, which is filled too.
+        """
         return None
 
     @torch.no_grad()

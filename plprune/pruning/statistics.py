@@ -18,18 +18,14 @@ Distance = Literal["angular", "cosine", "mse", "mae", "uniform"]
 HALF = (torch.bfloat16, torch.float16)
 
 
-class Statistic(ABC):
-    """A running statistic of the inputs of one projection, with `state_dict` and `load_state_dict` like a module.
+class Stateful(ABC):
+    """What batches add to, with `state_dict` and `load_state_dict` like a module.
 
     A subclass lists all its attributes in `state_fields`. Each is a tensor, a number, a string, another statistic, or a
     list or dictionary of tensors, numbers and strings.
     """
 
     state_fields: ClassVar[Sequence[str]] = ()
-
-    @abstractmethod
-    def update(self, x: Tensor) -> None:  # [b, s, d]
-        """Adds one batch."""
 
     @abstractmethod
     def merge(self, group: ProcessGroup) -> None:
@@ -46,15 +42,23 @@ class Statistic(ABC):
                 f"{type(self).__name__} cannot be kept for --resume: add {', '.join(missing)} to its `state_fields`"
             )
         values = {name: getattr(self, name) for name in self.state_fields}
-        return {name: v.state_dict() if isinstance(v, Statistic) else v for name, v in values.items()}
+        return {name: v.state_dict() if isinstance(v, Stateful) else v for name, v in values.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self.state_fields:
             value = getattr(self, name)
-            if isinstance(value, Statistic):
+            if isinstance(value, Stateful):
                 value.load_state_dict(state[name])
             else:
                 setattr(self, name, state[name])
+
+
+class Statistic(Stateful):
+    """A running statistic of the inputs of one projection."""
+
+    @abstractmethod
+    def update(self, x: Tensor) -> None:  # [b, s, d]
+        """Adds one batch."""
 
 
 class StatisticGroup(Statistic):

@@ -21,7 +21,7 @@ from plprune.pruning.block_sources import BlockSource, Fresh, Recalled, Replayed
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.expert_inputs import FEW, ExpertStatistic, PerExpert, watched
 from plprune.pruning.forward import BlockInputs, evaluating, split_call
-from plprune.pruning.statistics import BlockInfluence, Statistic
+from plprune.pruning.statistics import BlockInfluence, Norms, Statistic
 
 log = logging.getLogger(__name__)
 S = TypeVar("S", bound=Statistic)
@@ -109,7 +109,7 @@ def observe(
     """
     groups = block.groups(attention, experts)
     channels = next((group for group in groups if group.experts), None)
-    if channels is None:
+    if channels is None or inputs.pruned:
         return observe_groups(block, inputs, statistic, groups)
     seen = PerExpert(channels.experts, len(channels), statistic, _expected(block, channels))
     others = [group for group in groups if group is not channels]
@@ -142,7 +142,7 @@ def observe_groups(
     channels: PerExpert | None = None,
 ) -> list[tuple[UnitGroup, S]]:
     """Like :func:`observe`, for some of the block's groups; `channels` sees those of experts."""
-    if channels is None and (known := inputs.known(groups, statistic)) is not None:
+    if (known := inputs.known(groups, statistic, channels)) is not None:
         return known
     statistics = {group.consumer.path: statistic() for group in groups}
     shape: tuple[int, ...] = ()  # some families flatten samples and tokens before the FFN
@@ -169,7 +169,7 @@ def observe_groups(
     if inputs.group is not None:
         for merging in (*statistics.values(), *([channels] if channels else []), inputs.influence):
             merging.merge(inputs.group)
-    inputs.observed.append(statistics)
+    inputs.observed.append({**statistics, **({block.experts.path: channels} if channels else {})})
     return [(group, statistics[group.consumer.path]) for group in groups]
 
 
@@ -178,13 +178,17 @@ def observe_experts(block: Block, inputs: BlockInputs, statistic: E) -> E:
 
     The same run measures how far the block moves its hidden states (`inputs.influence`) and keeps its outputs.
     """
+    own = {block.experts.path: statistic} if block.expert_count else {}
+    if inputs.known([], Norms, statistic if own else None) is not None:
+        return statistic
     inputs.influence = BlockInfluence()
-    watching = watched(block.part(block.experts.path), statistic.update) if block.expert_count else None
+    watching = watched(block.part(block.experts.path), statistic.update) if own else None
     with watching or contextlib.nullcontext():
         inputs.run(inputs.influence)
     if inputs.group is not None:
         for merging in (statistic, inputs.influence):
             merging.merge(inputs.group)
+    inputs.observed.append(own)
     return statistic
 
 
