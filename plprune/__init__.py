@@ -17,6 +17,7 @@ from transformers import AutoConfig
 
 from plprune.architecture.modeling_plprune import PrunedConfig
 from plprune.checkpoint.load import load_pruned
+from plprune.checkpoint.remote_code import allow_remote_code
 from plprune.checkpoint.save import save_pruned
 from plprune.evaluation.perplexity import perplexity
 from plprune.methods import CFSP, FASP, FLAP, REAP, LearnedGates, PruningMethod, TwoSSP, prune
@@ -57,6 +58,7 @@ __all__ = [
     "Report",
     "Target",
     "TwoSSP",
+    "allow_remote_code",
     "load_pruned",
     "perplexity",
     "prune",

@@ -51,6 +51,7 @@ ORDER = {
     "checkpoint": [
         ["save"],
         ["load"],
+        ["remote_code"],
         ["locate"],
         ["stored"],
         ["weights"],

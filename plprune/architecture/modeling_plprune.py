@@ -19,12 +19,14 @@ built from the config before pruning; then its parameters are cut to their new s
 import functools
 import logging
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -32,6 +34,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
@@ -47,7 +50,9 @@ WHOLE = (  # classes that load a text decoder with the towers beside it
     (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
     (AutoModelForMultimodalLM, MODEL_FOR_MULTIMODAL_LM_MAPPING),
 )
-
+NEEDED = (AutoConfig.__name__, AutoModelForCausalLM.__name__)  # what a model with code of its own must have
+REMOTE = "transformers_modules."  # the modules of code that comes with models
+FAMILY = "\n\n# The family's code lies beside this file.\n"
 
 # It warns about the sizes before pruning, with which the family's class is built.
 logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").setLevel(logging.ERROR)
@@ -62,7 +67,13 @@ class PrunedConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         values = dict(config_dict)
         del values["model_type"]
-        return config_class(CONFIG_MAPPING[values["base_model_type"]]).from_dict(values, **kwargs)
+        family = values["base_model_type"]
+        if family not in CONFIG_MAPPING:
+            raise ValueError(
+                f"{family!r} models come with code of their own, which runs only if you allow it: call "
+                "plprune.allow_remote_code(FOLDER) first"
+            )
+        return config_class(CONFIG_MAPPING[family]).from_dict(values, **kwargs)
 
 
 class PrunedForCausalLM:
@@ -99,13 +110,15 @@ class PrunedModel(PrunedForCausalLM):
 class PrunedModelMixin(Mixin):
     """Cuts a model to its pruned shapes when it is built, and copies this file when it is saved."""
 
+    _auto_class = None
+
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         cut(self, config.pruned)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, *args, **kwargs)
-        shutil.copyfile(__file__, Path(save_directory) / Path(__file__).name)
+        write_code(type(self).__mro__[2], Path(save_directory))
 
     def _get_static_cache_init_shape(self) -> None:
         """Disables allocation in advance: blocks have different numbers of heads, so each allocates its own cache."""
@@ -113,6 +126,8 @@ class PrunedModelMixin(Mixin):
 
 class PrunedConfigMixin(Mixin):
     """Writes the classes of this file to `config.json`, in addition to the family's config."""
+
+    _auto_class = None
 
     def to_dict(self) -> dict[str, Any]:
         classes = {"AutoConfig": PrunedConfig}
@@ -160,6 +175,43 @@ def model_class(loader: type[PrunedForCausalLM], config: type[PreTrainedConfig])
     base: Any = next(mapping[dense] for mapping in loader.mappings if dense in mapping)
     values = {"__module__": __name__, "config_class": config}
     return type(f"Pruned{base.__name__}", (PrunedModelMixin, base), values)
+
+
+def register(config: type[PreTrainedConfig], model: type[PreTrainedModel]) -> None:
+    """Makes a family known to transformers, unless it is."""
+    if config.model_type not in CONFIG_MAPPING:
+        AutoConfig.register(config.model_type, config)
+        AutoModelForCausalLM.register(config, model)
+        config.register_for_auto_class()  # their files are saved with models
+        model.register_for_auto_class(AutoModelForCausalLM.__name__)
+
+
+def remote_classes(family: Any) -> list[type]:
+    """The config class and the class of a family whose code came with a model; none if transformers has it."""
+    return [family.config_class, family] if family.__module__.startswith(REMOTE) else []
+
+
+def write_code(family: type[PreTrainedModel], folder: Path, pruned: bool = True) -> dict[str, str]:
+    """Writes the Python files that load a model of a family.
+
+    Args:
+        family: The family's class.
+        folder: Where to.
+        pruned: Whether this file is needed.
+
+    Returns:
+        What `auto_map` in `config.json` must name, if this file is not needed; empty if transformers has the family.
+    """
+    found = [(sys.modules[each.__module__].__file__ or "", each) for each in remote_classes(family)]
+    for file in {name for own, _ in found for name in (own, *get_relative_import_files(own))}:
+        shutil.copyfile(file, folder / Path(file).name)
+    if pruned:
+        text = Path(__file__).read_text().partition(FAMILY)[0]
+        if found:
+            imports = "".join(f"from .{Path(own).stem} import {each.__name__}  # noqa: E402\n" for own, each in found)
+            text += f"{FAMILY}{imports}\nregister({', '.join(each.__name__ for _, each in found)})\n"
+        (folder / Path(__file__).name).write_text(text)
+    return {auto: f"{Path(own).stem}.{each.__name__}" for auto, (own, each) in zip(NEEDED, found, strict=False)}
 
 
 def cut(model: PreTrainedModel, pruned: dict[str, Any]) -> None:

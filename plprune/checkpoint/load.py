@@ -31,6 +31,7 @@ from plprune.architecture.modeling_plprune import Gather, Scatter
 from plprune.architecture.modules import saved_buffers, says_tied, set_parameter, tie, tied
 from plprune.architecture.wrappers import auto_class
 from plprune.checkpoint.locate import cached_folder, check_no_adapter, download, resolve_path
+from plprune.checkpoint.remote_code import check_allowed, is_allowed
 from plprune.checkpoint.stock_config import config_from, make_savable, pruned_skeleton, skeleton
 from plprune.checkpoint.stored import Dtype, ModelWeights, StoredWeights
 from plprune.checkpoint.weights import SINGLE, are_untied, has_untied_head, open_safetensors
@@ -107,7 +108,7 @@ def load_skeleton(name_or_path: str, dtype: Dtype | None = None) -> PreTrainedMo
     torch_dtype = getattr(torch, dtype or stored_weights(name_or_path).dtype)
     with _one_line_errors(f"a model from {name_or_path}"):
         if path.is_dir() and (path / FILE).exists():
-            model = pruned_skeleton(PruningPlan.load(path), torch_dtype)
+            model = pruned_skeleton(_load_plan(path), torch_dtype)
         else:
             model = skeleton(_read_config(name_or_path), torch_dtype)
         folder = cached_folder(path)
@@ -125,8 +126,9 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         if path.suffix == ".gguf":
             return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
         # transformers reads the family from config.json, and refuses the config.json of many pruned models.
-        config = config_from(PruningPlan.load(path).config) if (path / FILE).exists() else None
-        return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name_or_path, config=config)
+        config = config_from(_load_plan(path).config) if (path / FILE).exists() else None
+        name = str(path) if path.is_dir() else name_or_path
+        return AutoTokenizer.from_pretrained(name, config=config, trust_remote_code=is_allowed(name_or_path))
     except Exception as error:  # damaged files raise errors of any type
         remedy = (
             "save the base model's there, by AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)"
@@ -150,8 +152,7 @@ def load_pruned(folder: str | os.PathLike[str], dtype: Dtype | None = None) -> P
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder with a pruned model")
     check_no_adapter(folder)
-    plan = PruningPlan.load(folder)
-    model = pruned_skeleton(plan)
+    model = pruned_skeleton(_load_plan(folder))
     with _one_line_errors(f"a model from {folder}"):
         stored = stored_weights(str(folder))
     if not stored.entries:
@@ -223,6 +224,7 @@ def _load_dense(stored: StoredWeights, dtype: Dtype) -> PreTrainedModel:
         dtype=getattr(torch, dtype),
         output_loading_info=True,
         ignore_mismatched_sizes=True,
+        trust_remote_code=False,  # classes are registered
     )
     model, info = loading
     # transformers would leave these weights random.
@@ -293,10 +295,17 @@ def _read_config(name_or_path: str) -> PreTrainedConfig:
         if path.suffix == ".gguf":
             config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
         else:
-            config = AutoConfig.from_pretrained(name_or_path)
+            check_allowed(name_or_path, PreTrainedConfig.get_config_dict(name_or_path)[0])
+            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     config.__dict__.pop("quantization_config", None)  # weights are dequantised when they are loaded
     check_supported(config)
     return config
+
+
+def _load_plan(folder: Path) -> PruningPlan:
+    plan = PruningPlan.load(folder)
+    check_allowed(str(folder), plan.config)
+    return plan
 
 
 def _load_state(model: PreTrainedModel, state: dict[str, torch.Tensor], where: object) -> None:

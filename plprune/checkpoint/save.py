@@ -18,7 +18,12 @@ from transformers.utils import CONFIG_NAME
 from plprune.architecture import modeling_plprune
 from plprune.architecture.blocks import blocks_of, dense_class
 from plprune.architecture.config_keys import size_keys
-from plprune.architecture.modeling_plprune import PrunedConfigMixin, PrunedForMultimodalLM, is_wrapper
+from plprune.architecture.modeling_plprune import (
+    PrunedConfigMixin,
+    PrunedForMultimodalLM,
+    is_wrapper,
+    write_code,
+)
 from plprune.architecture.modules import tied
 from plprune.architecture.wrappers import text_config, with_sizes
 from plprune.checkpoint.load import REPAIRED
@@ -127,14 +132,13 @@ def write_model(
     config.tie_word_embeddings = tied(model)
     if theta := (getattr(config, "rope_parameters", None) or {}).get("rope_theta"):
         config.rope_theta = theta  # where mlx-lm and programs of transformers' older releases look
+    code = folder / Path(modeling_plprune.__file__).name
+    code.unlink(missing_ok=True)
+    if own_code := write_code(dense, folder, custom):
+        config.auto_map = own_code
     config.save_pretrained(folder)
     if mixture and not custom:
         _add_old_keys(folder / CONFIG_NAME, config, size_keys(model)["experts"])
-    code = folder / Path(modeling_plprune.__file__).name
-    if custom:
-        shutil.copyfile(modeling_plprune.__file__, code)
-    else:
-        code.unlink(missing_ok=True)
     if plan is not None and with_plan:
         plan.save(folder / FILE)
         if not (folder / INDEX).exists():

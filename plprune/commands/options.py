@@ -28,6 +28,8 @@ HELP = {
     "task_data": "Folder with the data sets of tasks as ORG/NAME, and with your own tasks as YAML files. If not given, "
     "data sets come from the hub.",
     "limit": "Number of examples of each task; all if not given.",
+    "trust_remote_code": "Run the Python files that come with the model, for a family that transformers lacks. Read "
+    "them first.",
     "overwrite": "Replace the output if it exists.",
 }
 

@@ -18,6 +18,7 @@ from lightning_utilities.core.enums import StrEnum
 
 from plprune import report
 from plprune.checkpoint.load import load_skeleton
+from plprune.checkpoint.remote_code import allow_remote_code
 from plprune.io.atomic import check_output, remove_leftovers, resolve_path
 from plprune.io.checks import check_sizes
 from plprune.methods import Request, preflight
@@ -99,6 +100,8 @@ class RecoveryCLI(OpenCLI):
         if self.subcommand == "fit" and unlimited:
             raise ValueError(ENDLESS)
         _check_callbacks(trainer)
+        if config.model.trust_remote_code:
+            allow_remote_code(config.model.name_or_path)
         for each in trainer.callbacks or []:
             if each.class_path.endswith("Prune"):
                 preflight(_request(each), lambda: load_skeleton(config.model.name_or_path, config.model.dtype))

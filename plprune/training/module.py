@@ -20,6 +20,7 @@ from plprune.architecture import modules
 from plprune.architecture.blocks import blocks_of
 from plprune.checkpoint import sharing
 from plprune.checkpoint.load import load_model, load_skeleton, load_tokenizer
+from plprune.checkpoint.remote_code import allow_remote_code
 from plprune.checkpoint.stored import Dtype
 from plprune.io import distributed
 from plprune.io.checks import check_non_negative
@@ -76,6 +77,8 @@ class Recovery(pl.LightningModule):
             inputs were pruned (consumers: `o_proj` and `down_proj` of llama), of all blocks if nothing was pruned, or
             those of the routers of mixtures of experts (routers).
         distill: How to learn from the dense model; if not given, only the text is learnt.
+        trust_remote_code: Whether to run the Python files that come with the model, for families that transformers
+            lacks. Read them first.
     """
 
     def __init__(
@@ -90,9 +93,12 @@ class Recovery(pl.LightningModule):
         compile: bool = False,
         train: Literal["lora", "consumers", "routers"] = "lora",
         distill: Distillation | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         check_non_negative(learning_rate=learning_rate, weight_decay=weight_decay, warmup=warmup)
+        if trust_remote_code:
+            allow_remote_code(name_or_path)
         self.tokenizer = load_tokenizer(name_or_path)
         load = load_skeleton if distributed.local_rank() else load_model
         self.model = load(name_or_path, dtype)

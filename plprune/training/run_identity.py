@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 Run = dict[str, Any]  # values by option name; for texts and models, their place and a hash of their content
 
 FREE = {  # options that may change when a run is resumed; texts and models are compared by their content
-    "model": {"name_or_path", "dtype", "gradient_checkpointing", "compile"},
+    "model": {"name_or_path", "dtype", "gradient_checkpointing", "compile", "trust_remote_code"},
     "data": {"train", "validation", "test", "calibration", "tokenizer", "num_workers"}
     | {"num_samples", "calibration_seq_len", "calibration_batch_size"},  # the plan depends on these, and is compared
     "trainer": {"accelerator", "strategy", "devices", "num_nodes", "plugins", "sync_batchnorm"}
