@@ -16,7 +16,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
 import plprune
+from plprune.checkpoint.remote_code import allow_remote_code
 from plprune.commands import COMMANDS
+from plprune.commands.options import HELP
 from plprune.io.distributed import local_rank
 from plprune.methods import CFSP, FASP, FLAP, REAP, LearnedGates, TwoSSP
 from plprune.planning.targets import Target
@@ -34,6 +36,7 @@ from plprune.training.preemption import preemptible
 BUILT_IN = [CFSP, FASP, FLAP, LearnedGates, REAP, TwoSSP]
 CLASSES = [*BUILT_IN, Prune, Evaluate, Report, Export, Checkpoint]
 METHODS = "known methods: " + ", ".join(method.__name__ for method in BUILT_IN)
+TRUST, MODELS = "trust_remote_code", ("model", "models")  # an option, and parameters that name models
 PARSER_ERRORS = {  # patterns in jsonargparse's messages, and better messages
     r"(?s)Does not validate .*?Errors:\s*- (Problem with given class_path.*?)\n\s*- .*": r"\1",
     r"(?s)Does not validate .*?Errors:(.*)Given value type:.*?Given value:": r"\1 but got",
@@ -120,6 +123,8 @@ def command_parser(name: str) -> LightningArgumentParser:
     parser.add_function_arguments(command, skip={*positional, *switches}, as_group=False, as_positional=False)
     for switch in switches:
         parser.add_argument(f"--{switch}", action="store_true", help=helps[switch])
+    if {each.name for each in parameters} & {*MODELS}:
+        parser.add_argument(f"--{TRUST}", action="store_true", help=HELP[TRUST])
     return parser
 
 
@@ -169,6 +174,9 @@ def _run(given: list[str], args: list[str] | None) -> None:
         parsed = parser.parse_args(rest)
         check_values_given(COMMANDS[name], vars(parsed))
         options = vars(parser.instantiate_classes(parsed))
+        if options.pop(TRUST, False):
+            given = [options[name] for name in MODELS if name in options]
+            allow_remote_code(*(name for each in given for name in (each if isinstance(each, list) else [each])))
         COMMANDS[name](**{option: value for option, value in options.items() if option != "config"})
     elif name in STAGES or name.startswith("-"):
         with preemptible() if name == "fit" else contextlib.nullcontext():

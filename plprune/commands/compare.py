@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from plprune.checkpoint.remote_code import allow_remote_code
 from plprune.checkpoint.stored import Dtype
 from plprune.commands.options import shared_help
 from plprune.comparison import engine
@@ -43,7 +42,6 @@ def compare(
     max_batch: int | None = None,
     dtype: Dtype | None = None,
     device: str | None = None,
-    trust_remote_code: bool = False,
 ) -> None:
     """Compares methods, sparsities, models, texts, recoveries and seeds under one protocol.
 
@@ -95,8 +93,6 @@ def compare(
         dtype=dtype,
         device=resolve_device(device),
     )
-    if trust_remote_code:
-        allow_remote_code(*models)
     record = engine.compare(study, output)
     if not launched_rank():
         print(f"{comparison_table(record)}\n\nreport: {output}/report.html")

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plprune.checkpoint.load import load_model, load_skeleton, load_tokenizer
 from plprune.checkpoint.locate import locate
-from plprune.checkpoint.remote_code import allow_remote_code
 from plprune.checkpoint.stored import Dtype
 from plprune.commands.options import shared_help
 from plprune.evaluation import lm_eval, measurement, task_results
@@ -53,7 +52,6 @@ def evaluate(
     dtype: Dtype | None = None,
     device: str | None = None,
     output: str | None = None,
-    trust_remote_code: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Compares a model with its dense original: perplexity, size, speed, tasks.
@@ -83,8 +81,6 @@ def evaluate(
     if output is not None:
         check_output_file(output, overwrite)
     names = lm_eval.named(tasks)
-    if trust_remote_code:
-        allow_remote_code(model, *([] if dense in (AUTO, NONE) else [dense]))
     found = _models(model, dense)
     for stage, name in found.models.items():
         found.passages[stage] = passage(text, load_tokenizer(name), protocol, join, max_dropped)

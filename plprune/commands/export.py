@@ -3,7 +3,6 @@
 import functools
 
 from plprune.checkpoint.load import load_model, load_skeleton, load_tokenizer
-from plprune.checkpoint.remote_code import allow_remote_code
 from plprune.checkpoint.stored import Dtype
 from plprune.commands.options import shared_help
 from plprune.export import formats, parity
@@ -28,7 +27,6 @@ def export(
     max_windows: int = 2,
     bos: bool | None = None,
     max_dropped: float = MAX_DROPPED,
-    trust_remote_code: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Writes a model in other programs' formats, loads it there, and compares the outputs.
@@ -50,8 +48,6 @@ def export(
     check_output(output, overwrite)
     check_text(text)
     check_max_dropped(max_dropped)
-    if trust_remote_code:
-        allow_remote_code(model)
     tokenizer = load_tokenizer(model)
     stream = tokenised(text, tokenizer, max_dropped=max_dropped)
     windows = pack(stream, seq_len, "comparison", bos_token(tokenizer, bos)).tensors[0][:max_windows].clone()

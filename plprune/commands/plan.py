@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import UNITS, blocks_of
 from plprune.checkpoint.load import load_skeleton, resolve_dtype, stored_weights
-from plprune.checkpoint.remote_code import allow_remote_code
 from plprune.checkpoint.stock_config import stock_config
 from plprune.checkpoint.stored import Dtype
 from plprune.commands.options import shared_help
@@ -50,7 +49,6 @@ def plan(
     gradient_checkpointing: bool = False,
     stream: bool = False,
     output: str | None = None,
-    trust_remote_code: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Predicts, without weights, the sizes, memory, time and export formats of a pruning.
@@ -77,8 +75,6 @@ def plan(
     check_sizes(train_seq_len=train_seq_len, train_batch_size=train_batch_size, rank=rank)
     if output is not None:
         check_output_file(output, overwrite)
-    if trust_remote_code:
-        allow_remote_code(model)
     dtype = resolve_dtype(stored_weights(model, fetch=False), dtype)
     network, where = load_skeleton(model, dtype), hardware.machine(device or default_device())
     request = Request(method, target, serve_on, tensor_parallel)

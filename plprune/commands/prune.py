@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 from plprune import methods, streaming
 from plprune.checkpoint import sharing
 from plprune.checkpoint.load import load_model, load_skeleton, load_tokenizer
-from plprune.checkpoint.remote_code import allow_remote_code
 from plprune.checkpoint.save import save_pruned
 from plprune.checkpoint.stored import Dtype
 from plprune.commands.options import shared_help
@@ -50,7 +49,6 @@ def prune(
     max_dropped: float = MAX_DROPPED,
     stream: bool = False,
     resume: bool = False,
-    trust_remote_code: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Prunes a model without training, and saves it in a folder that loads again.
@@ -74,8 +72,6 @@ def prune(
     check_sizes(num_samples=num_samples, seq_len=seq_len, batch_size=batch_size)
     streaming.check_run_output(output, stream, resume, overwrite)
     _check_text(text, seed, max_dropped)
-    if trust_remote_code:
-        allow_remote_code(model)
     where, tokenizer = resolve_device(device), load_tokenizer(model)
     ids, _ = tokenised(text, tokenizer, join, seed=seed, max_dropped=max_dropped)
     windows = draw(ids, num_samples, seq_len, seed, bos_token(tokenizer, bos))

@@ -4,7 +4,6 @@ import torch
 
 from plprune import report
 from plprune.checkpoint.load import load_model, load_tokenizer
-from plprune.checkpoint.remote_code import allow_remote_code
 from plprune.checkpoint.stored import Dtype
 from plprune.commands.options import shared_help
 from plprune.evaluation.sensitivity import as_record, check_fractions, sensitivity_table
@@ -34,7 +33,6 @@ def sensitivity(
     seed: int = 0,
     bos: bool | None = None,
     max_dropped: float = MAX_DROPPED,
-    trust_remote_code: bool = False,
 ) -> None:
     """Measures how much each block's FFN and attention matter, by pruning it alone.
 
@@ -59,8 +57,6 @@ def sensitivity(
     check_max_dropped(max_dropped)
     place, page = resolve_device(device), resolve_path(output) / "sensitivity.html"
     report.check_replaceable(page)
-    if trust_remote_code:
-        allow_remote_code(model)
     tokenizer = load_tokenizer(model)
     ids, first = tokenised(text, tokenizer, join, max_dropped=max_dropped)[0], bos_token(tokenizer, bos)
     read, rest = ids[: max_windows * seq_len], ids[max_windows * seq_len :]
