@@ -86,6 +86,7 @@ class Experts:
         groups: Groups of neighbouring experts, of which a router may choose first; all keep as many.
         key: The config's key for the number of experts.
         least: The least number of experts with which the router runs.
+        outside: Attributes outside of the blocks that hold the number of experts, for the loss of unequal loads.
     """
 
     path: str
@@ -95,6 +96,7 @@ class Experts:
     groups: int = 1
     key: str = ""
     least: int = 1
+    outside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,8 @@ class Search:
         if call is None or active is None:
             raise Unlike(f"{path}, as its router does not say which experts each token has")
         channels = _channels(block, path)
-        units, key = self._units(index, block, path)
-        found = Experts(path, units, channels, active, _groups(self.model.config), key)
+        units, key, outside = self._units(index, block, path)
+        found = Experts(path, units, channels, active, _groups(self.model.config), key, outside=outside)
         check_channels(block.get_submodule(path), found)
         return dataclasses.replace(found, least=self._least(call, found))
 
@@ -82,7 +82,7 @@ class Search:
             return count
         raise Unlike(f"{found.path}, as its router fails with fewer experts{why}")
 
-    def _units(self, index: int, block: nn.Module, path: str) -> tuple[Part, str]:
+    def _units(self, index: int, block: nn.Module, path: str) -> tuple[Part, str, tuple[str, ...]]:
         consumer = f"{path}.down_proj"
         count = len(cast(Tensor, block.get_submodule(path).down_proj))
         fewer, reasons = count // 2, []
@@ -99,8 +99,23 @@ class Search:
             if consumer in tensors:
                 every = torch.arange(count)[:, None]
                 producers = tuple(Slice(name, every, axis) for name, axis in tensors.items() if name != consumer)
-                return Part(producers, Slice(consumer, every, tensors[consumer]), counts), key
+                return (
+                    Part(producers, Slice(consumer, every, tensors[consumer]), counts),
+                    key,
+                    self._outside(smaller, count, fewer),
+                )
         raise Unlike(f"{path}, as {reasons[0] if reasons else f'no key of the config sets the {count} experts'}")
+
+    def _outside(self, smaller: PreTrainedModel, count: int, fewer: int) -> tuple[str, ...]:
+        """The attributes of modules outside of the blocks that hold the number of experts."""
+        prefix, theirs = f"{self.path}.", dict(smaller.named_modules())
+        rest = [(name, module) for name, module in self.model.named_modules() if not name.startswith(prefix)]
+        return tuple(
+            f"{name}.{key}".removeprefix(".")
+            for name, module in rest
+            for key, value in _numbers(module).items()
+            if (value, _numbers(theirs[name]).get(key)) == (count, fewer)
+        )
 
     def _built(self, key: str, value: int) -> PreTrainedModel | None:
         if (key, value) not in self._smaller:

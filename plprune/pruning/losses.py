@@ -89,6 +89,7 @@ class HeadInputs:
     head: Callable[[Tensor], Tensor]  # [r, d] -> [r, v], by the model's own code, which may scale or cap logits
     trained: list[nn.Parameter]  # the trainable parameters of the head
     rows: int  # per chunk
+    unequal_loads: Tensor | None = None  # [], the loss of a mixture's routers, if the config asks for it
 
     def logits(self) -> Iterator[tuple[Tensor, slice]]:
         """Yields the logits chunk by chunk, each with its slice of the positions."""
@@ -132,18 +133,26 @@ def head_inputs(model: PreTrainedModel, given: dict[str, Tensor], positions: Ten
     """
     rows = rows_per_chunk(text_config(model.config).vocab_size, positions.device.type == "cpu")
     if not whole:
-        logits = model(**given, use_cache=False).logits
-        return HeadInputs(logits.flatten(0, 1).index_select(0, positions), lambda values: values, [], rows)
+        result = model(**given, use_cache=False)
+        logits, loads = result.logits.flatten(0, 1).index_select(0, positions), getattr(result, "aux_loss", None)
+        return HeadInputs(logits, lambda values: values, [], rows, loads)
     base = model.get_decoder()  # the part of the model before its head
     output = base(**given, use_cache=False)
+    states = output.last_hidden_state.flatten(0, 1)
+
+    def after_base(values: Tensor, **others: Any) -> Any:
+        replaced = type(output)(last_hidden_state=values[None], **others)
+        with replaced_forwards([base], [lambda *_, **__: replaced]):
+            return model(**given, use_cache=False)
 
     def head(values: Tensor) -> Tensor:
-        replaced = type(output)(last_hidden_state=values[None])
-        with replaced_forwards([base], [lambda *_, **__: replaced]):
-            return model(**given, use_cache=False).logits[0]
+        return after_base(values).logits[0]
 
     trained = [p for p in cast(nn.Module, model.get_output_embeddings()).parameters() if p.requires_grad]
-    return HeadInputs(output.last_hidden_state.flatten(0, 1).index_select(0, positions), head, trained, rows)
+    loads, routed = None, getattr(output, "router_logits", None)
+    if routed:
+        loads = getattr(after_base(states[:1].detach(), router_logits=routed), "aux_loss", None)
+    return HeadInputs(states.index_select(0, positions), head, trained, rows, loads)
 
 
 def weighted_loss(

@@ -19,7 +19,7 @@ from plprune.architecture.attached import attach
 from plprune.architecture.blocks import Block, Decision, UnitGroup, anatomy_of, blocks_of, dense_class, set_anatomy
 from plprune.architecture.cutting import complement, cut, cut_values, cut_within, held, like, put, spread
 from plprune.architecture.depth import Shorter, renumber, shorter
-from plprune.architecture.modeling_plprune import Gather, NoAttention, Scatter, replace
+from plprune.architecture.modeling_plprune import Gather, NoAttention, Scatter, replace, set_count
 from plprune.architecture.modules import Side, innermost, is_transposed, matrix, says_tied, tied, width
 from plprune.architecture.wrappers import text_configs, with_sizes
 from plprune.pruning.model_state import journal_of, model_state
@@ -191,8 +191,11 @@ def config_of_the_rest(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def set_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
-    """Attaches a plan to a model."""
+    """Attaches a plan to a model, and tells the model how many experts its blocks have left."""
     attach(model, dataclasses.replace(model_state(model), plan=plan))
+    for block in blocks_of(model):
+        for path in block.experts.outside if block.expert_count else ():
+            set_count(model, path, block.expert_count)
 
 
 def apply(model: PreTrainedModel, plan: PruningPlan) -> None:

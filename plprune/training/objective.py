@@ -1,4 +1,9 @@
-"""The loss of recovery: cross-entropy of the next token and, with a teacher, the distance from its answers."""
+"""The loss of recovery: cross-entropy of the next token and, with a teacher, the distance from its answers.
+
+Where the model's config has `output_router_logits`, the family's loss of unequal loads of experts is added, times
+`router_aux_loss_coef`, as the model's own forward pass does. Of a step it is the mean over its batches, weighted by
+their counted tokens.
+"""
 
 import contextlib
 
@@ -6,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import blocks_of
+from plprune.architecture.wrappers import text_config
 from plprune.pruning.losses import (
     HeadInputs,
     counted_positions,
@@ -49,18 +55,26 @@ class Objective:
         cross_entropy = next_token_criterion(labels, positions)
         if self.teacher is None:
             with self._compiled():
-                loss, _ = weighted_loss(self.head_inputs(batch, positions), [cross_entropy], [1.0])
-            return {"train_loss": loss / tokens}
+                states = self.head_inputs(batch, positions)
+                loss, _ = weighted_loss(states, [cross_entropy], [1.0])
+            return {"train_loss": (loss + self._unequal_loads(states)) / tokens}
         settings, answers = self.teacher.settings, self.teacher.answers(model_inputs(batch))
         parts = [cross_entropy, settings.criterion(answers, positions)] if settings.uses_logits else [cross_entropy]
         weights = [1 - settings.weight, settings.weight][: len(parts)]
         with self._compiled(), recorded_outputs(self.model, settings.blocks(len(blocks_of(self.model)))) as hidden:
-            loss, sums = weighted_loss(self.head_inputs(batch, positions), parts, weights)
-        loss, distilled = loss / tokens, sums[1:].sum() / tokens
+            states = self.head_inputs(batch, positions)
+            loss, sums = weighted_loss(states, parts, weights)
+        loss, distilled = (loss + self._unequal_loads(states)) / tokens, sums[1:].sum() / tokens
         if hidden:
             distance = (hidden_distances(hidden, labels, answers["hidden"]) / denominators[1:]).mean()
             loss, distilled = loss + settings.weight * distance, distilled + distance
         return {"train_loss": loss, "next_token_loss": sums[0] / tokens, "distillation_loss": distilled}
+
+    def _unequal_loads(self, states: HeadInputs) -> Tensor | float:
+        """What a batch loses by unequal loads of experts, times its counted tokens."""
+        if states.unequal_loads is None:
+            return 0.0
+        return text_config(self.model.config).router_aux_loss_coef * len(states.values) * states.unequal_loads
 
     def head_inputs(self, batch: dict[str, Tensor], positions: Tensor) -> HeadInputs:
         """The hidden states that enter the model's head, at some positions of a batch."""
