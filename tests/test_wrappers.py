@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 
-from plprune import FASP, FLAP, LoRA, TwoSSP, load_pruned, prune, save_pruned
+from plprune import FASP, FLAP, REAP, LoRA, PruningMethod, TwoSSP, load_pruned, prune, save_pruned
 from plprune.architecture.blocks import blocks_of
-from plprune.architecture.discovery import check_supported
 from plprune.checkpoint.load import load_model, load_tokenizer, rebuild
 from plprune.cli import main
 from plprune.planning.sizes import structure
@@ -31,7 +30,7 @@ SLOW = (
     "qwen3_5",
     "qwen3_vl",
 )
-SLOW += ("smolvlm",)
+SLOW += ("smolvlm", "gemma4", "got_ocr2", "paligemma", "qwen3_5_moe", "qwen3_vl_moe")
 FILES = {"preprocessor_config.json": '{"do_resize": false }\n', "chat_template.jinja": "{{ messages }}"}
 
 
@@ -62,13 +61,16 @@ def test_a_text_decoder_is_pruned_and_the_model_still_sees(kind: str, tmp_path: 
     dense = load_model(str(folder_of(kind, tmp_path / "dense")))
     towers, whole = outside(dense), sum(p.numel() for p in dense.parameters())
     in_blocks = whole - sum(p.numel() for n, p in dense.named_parameters() if n in towers)
-    uniform = FASP(sparsity=0.25, attention="none", bias=False)
+    mixture = any(block.expert_count for block in blocks_of(dense))
+    alike = REAP(0.25, sparsity_of="experts") if mixture else FASP(sparsity=0.25, attention="none", bias=False)
+    uniform: PruningMethod = alike
     for method in (FLAP(sparsity=0.25), TwoSSP(sparsity=0.25, drop_attentions=1), uniform):
         model, out = load_model(str(tmp_path / "dense")), tmp_path / type(method).__name__
         plan = prune(model, method, list(windows(4, 12).split(2)))
         left = in_blocks - whole + sum(p.numel() for p in model.parameters())
         assert sum(plan.before) == in_blocks
-        assert plan.reached == pytest.approx(1 - left / in_blocks) == pytest.approx(0.25, abs=0.03)
+        assert plan.reached == pytest.approx(1 - left / in_blocks)
+        assert isinstance(method, REAP) or plan.reached == pytest.approx(0.25, abs=0.03)
         assert all(torch.equal(value, towers[name]) for name, value in outside(model).items())
         assert not torch.allclose(seen(model), seen(dense))
         save_pruned(model, out, load_tokenizer(str(tmp_path / "dense")))
@@ -78,6 +80,8 @@ def test_a_text_decoder_is_pruned_and_the_model_still_sees(kind: str, tmp_path: 
         for folder in (out, tmp_path / f"{out.name} again"):
             loaded.append(AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True))
         for again in loaded:
+            for parameter in again.parameters():  # kernels of experts round otherwise where weights lie otherwise
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
             assert torch.equal(logits(again), logits(model))
             assert torch.equal(seen(again), seen(model))
         for given in (image_and_text(model), {"input_ids": windows(2, 5)}):
@@ -124,11 +128,6 @@ def test_commands_prune_plan_and_export_it(
     assert all(len(rows[name]["refused"]) == 1 and kind in rows[name]["refused"][0] for name in ("gguf", "decilm"))
     assert not main(["plan", "dense", "--method=FLAP"])
     assert "4 blocks of: 4 kv heads" in capsys.readouterr().out
-
-
-def test_a_mixture_that_sees_is_refused() -> None:
-    with pytest.raises(ValueError, match="experts beside towers"):
-        check_supported(CONFIG_MAPPING["qwen3_vl_moe"]())
 
 
 def test_towers_take_no_operations_of_a_text() -> None:

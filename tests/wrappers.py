@@ -29,17 +29,27 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "aya_vision": SIZES,
     "exaone4_5": {"vision_config": GRID["vision_config"] | {"window_size": SIZE, "fullatt_block_indexes": [1]}},
+    "gemma4": {
+        "vision_config": {
+            **{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
+            **{"num_key_value_heads": 4, "head_dim": 16, "patch_size": PATCH, "pooling_kernel_size": 2},
+            "position_embedding_size": PATCHES,
+        }
+    },
+    "got_ocr2": {"vision_config": SIZES["vision_config"] | {"window_size": 2, "global_attn_indexes": [1]}},
     "idefics3": {"scale_factor": 2, **SIZES},
     "internvl": {"vision_config": {"image_size": [SIZE, SIZE], "patch_size": [PATCH, PATCH]}},
     "llava_onevision": {"image_grid_pinpoints": [[SIZE, SIZE]], **SIZES},
     "mistral3": {"spatial_merge_size": 1, **SIZES},
     "ovis2": SIZES,
+    "paligemma": {"projection_dim": 64, "vision_config": SIZES["vision_config"] | {"projection_dim": 64}},
     "qwen3_5": {
         "vision_config": GRID["vision_config"] | {"num_position_embeddings": 16},
         "text_config": {"rope_parameters": {**SECTIONS["rope_parameters"], "partial_rotary_factor": 1.0}},
     },
 }
-OWN["smolvlm"] = OWN["idefics3"]
+OWN |= {"smolvlm": OWN["idefics3"], "qwen3_5_moe": OWN["qwen3_5"]}
+OWN["qwen3_vl_moe"] = OWN["qwen3_vl"] | {"text_config": OWN["qwen3_vl"]["text_config"] | {"moe_intermediate_size": 128}}
 
 
 def build(kind: str) -> PreTrainedModel:
@@ -61,6 +71,9 @@ def image_and_text(model: PreTrainedModel) -> dict[str, Tensor]:
         seen = {"image_grid_thw": torch.tensor([[1, SIZE // PATCH, SIZE // PATCH]])}
     elif kind in ("llava_onevision", "mistral3"):
         seen = {"image_sizes": torch.tensor([[SIZE, SIZE]])}
+    elif "image_position_ids" in taken:
+        shape, side = (1, PATCHES, 3 * PATCH**2), torch.arange(SIZE // PATCH)
+        seen = {"image_position_ids": torch.cartesian_prod(side, side)[None]}
     seen["pixel_values"] = torch.randn(shape, generator=torch.Generator().manual_seed(5))
     found: Any = model.get_image_features(**seen).pooler_output  # type: ignore[operator]
     parts = found if isinstance(found, list | tuple) else [found]
@@ -71,5 +84,5 @@ def image_and_text(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def _merged(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     return dict(values) | {
-        key: _merged(values[key], value) if key.endswith("_config") else value for key, value in own.items()
+        key: _merged(values[key] or {}, value) if key.endswith("_config") else value for key, value in own.items()
     }

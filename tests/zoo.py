@@ -114,6 +114,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 8, "moe_topk": 2},
     "hy_v4": {"indexer_types": ["full"] * LAYERS},
+    "inkling2_loop_text": {"n_layers_per_attn_res_block": 2},
+    "inkling2_text": {"n_layers_per_attn_res_block": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"]},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},

@@ -19,7 +19,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from plprune.architecture import experts
 from plprune.architecture.anatomy import Anatomy, ModelAnatomy, Part, Slice
-from plprune.architecture.modeling_plprune import is_wrapper
 from plprune.architecture.modules import is_projection
 from plprune.architecture.probing import (
     SAMPLES,
@@ -34,7 +33,7 @@ from plprune.architecture.probing import (
     is_experts,
     weightless,
 )
-from plprune.architecture.proof import Proof
+from plprune.architecture.proof import Proof, reads_others
 from plprune.architecture.tracing import Found, Source, Tracer, bit_code, found_in
 from plprune.architecture.trials import Fault, Trial, failure, projection_rows
 from plprune.architecture.wrappers import in_text_decoder, text_config
@@ -141,11 +140,6 @@ EXPERTS = (
 def check_supported(config: PreTrainedConfig) -> None:
     """Raises ValueError if plprune cannot prune models with a config, as far as that shows without building one."""
     kind = config.model_type
-    if is_wrapper(type(config)) and _says_experts(config):
-        raise ValueError(
-            f"{kind!r} has a text decoder with experts beside towers, which plprune does not prune; use a mixture that "
-            "reads text alone, or a dense model that sees"
-        )
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{kind!r} is an encoder-decoder, which plprune does not prune; use a decoder-only model")
 
@@ -187,10 +181,18 @@ def _discover(kind: type[PreTrainedModel], config: PreTrainedConfig) -> ModelAna
     with _running_without_weights(config.model_type):
         calls = _calls(model, path, {kinds.index(each) for each in kinds})
         tried = {i: anatomy(model, call) for i, call in calls.items()}
+        read = reads_others(
+            model, path, {i: tried[n].returned for i, n in enumerate(map(kinds.index, kinds)) if n in tried}
+        )
         proven = Proof(model, path).proven(tried, [kinds.index(each) for each in kinds])
         anatomies = {kinds[i]: each for i, each in proven.items()}
         found = [anatomies.get(each, Anatomy()) for each in kinds]
         shared = _heads_reach_other_blocks(model, path, found)
+    if read:
+        raise ValueError(
+            f"the blocks of a {config.model_type!r} model read more of each other than hidden states ({read}), so they "
+            "cannot run one by one: use a model of another family"
+        )
     search, called = experts.Search(model, path), {kinds[i]: call for i, call in calls.items()}
     anatomies = {
         each: _with_experts(anatomies.get(each, Anatomy()), search, kinds.index(each), called.get(each))

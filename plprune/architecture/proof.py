@@ -11,17 +11,19 @@ zero, from one projection to the next. In float64, rounding is far below any tru
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from plprune.architecture.anatomy import Anatomy, Part
 from plprune.architecture.cutting import complement
 from plprune.architecture.modeling_plprune import NoAttention, replace
 from plprune.architecture.modules import passing, replaced_forwards
-from plprune.architecture.probing import TOKENS, Probes
+from plprune.architecture.probing import SAMPLES, TOKENS, BlockProbes, Call, Probes
 from plprune.architecture.trials import (
     FAILURES,
     choices,
@@ -133,3 +135,72 @@ class Proof:
 
 
 WHERE = " at "
+
+
+def reads_others(model: PreTrainedModel, blocks: str, returned: Mapping[int, int]) -> str:
+    """An argument by which a block reads what earlier ones compute, in words; "" if all read hidden states alone.
+
+    Methods run blocks one by one, with the arguments that they get in a model whose blocks do nothing.
+
+    Args:
+        model: From :func:`plprune.architecture.probing.weightless`.
+        blocks: The path of its list of blocks.
+        returned: The length of the tuple that each block returns, by its index.
+    """
+    doing, idle = _arguments(model, blocks, {}), _arguments(model, blocks, returned)
+    probes = Probes(model)
+    probes.samples = SAMPLES
+    for path, (hidden, given) in doing.items():
+        others = idle.get(path, (hidden, {}))[1]
+        if not (names := [name for name, value in given.items() if not _equal(value, others.get(name))]):
+            continue
+        seen: list[dict[str, Tensor]] = []
+        with probes.standing_in(), contextlib.suppress(*FAILURES):
+            for values in (given, others):
+                seen.append(BlockProbes(probes, Call(path, (hidden,), values), children=False).run())
+        if len(seen) < 2 or gap(*seen):
+            return f"`{names[0]}` of {path}"
+    return ""
+
+
+def _arguments(
+    model: PreTrainedModel, blocks: str, idle: Mapping[int, int]
+) -> dict[str, tuple[Tensor, dict[str, Any]]]:
+    """The hidden states and the other arguments of each block, by its path; the blocks in `idle` do nothing."""
+    found: dict[str, tuple[Tensor, dict[str, Any]]] = {}
+    modules = {f"{blocks}.{i}": module for i, module in enumerate(model.get_submodule(blocks).children())}
+
+    def note(path: str, names: Sequence[str]) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = {**dict(zip(names, args, strict=False)), **{k: _held(v) for k, v in kwargs.items()}}
+            found[path] = given.pop(names[0]), given
+
+        return hook
+
+    handles = []
+    for path, module in modules.items():
+        names = list(inspect.signature(module.forward).parameters)
+        handles.append(module.register_forward_pre_hook(note(path, names), with_kwargs=True))
+    still = [module for index, module in enumerate(modules.values()) if index in idle]
+    probes = Probes(model)
+    probes.samples = SAMPLES
+    with probes.standing_in(), replaced_forwards(still, [passing(idle[i]) for i in sorted(idle)]):
+        model(input_ids=torch.ones(SAMPLES, TOKENS, dtype=torch.long), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _held(value: Any) -> Any:
+    """What a collection holds now, as blocks may add to it."""
+    return dict(value) if type(value) is dict else value
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if type(one) is dict and type(other) is dict:
+        return one.keys() == other.keys() and all(_equal(value, other[name]) for name, value in one.items())
+    return one is other or (isinstance(one, int | float | str) and one == other)

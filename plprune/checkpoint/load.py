@@ -234,6 +234,8 @@ def _load_dense(stored: StoredWeights, dtype: Dtype) -> PreTrainedModel:
             f"{stored.name} does not hold the model of its config.json: {min(wrong)} is absent or of another shape; "
             f"get it again, a pruned one together with its {FILE}"
         )
+    for parameter in model.parameters():  # transformers may have turned it around without moving its values
+        parameter.data = parameter.data.contiguous()
     tie(model, tied(model))  # transformers keeps an untied head, and a config that says it is tied
     model.config.name_or_path = stored.name
     return model

@@ -77,6 +77,19 @@ def test_a_model_that_reads_weights_itself_is_refused_with_the_place() -> None:
         blocks_of(build("mamba"))
 
 
+def test_a_model_whose_blocks_share_more_than_hidden_states_is_refused() -> None:
+    two: dict[str, Any] = {
+        "num_hidden_layers": 2,
+        "mlp_layer_types": ["dense"] * 2,
+        "layer_types": ["indexed_attention"] * 2,
+    }
+    assert len(blocks_of(build("hy_v4", indexer_types=["full"] * 2, **two))) == 2
+    with pytest.raises(
+        ValueError, match=r"more of each other than hidden states \(`prev_topk_indices` of model.layers.1\)"
+    ):
+        blocks_of(build("hy_v4", indexer_types=["full", "shared"], **two))
+
+
 def test_cached_states_of_all_kinds_are_proven() -> None:
     for kind in ("xglm", "qwen3_5_text"):
         assert all(each.attention and not each.refused for each in anatomy_of(build(kind)).anatomies)
