@@ -93,6 +93,27 @@ def test_a_text_decoder_is_pruned_and_the_model_still_sees(kind: str, tmp_path: 
         assert "image-text-to-text" in (out / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "kind", ["gemma3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llava", "qwen3_5"))]
+)
+def test_a_text_decoder_with_fewer_blocks_still_sees(kind: str, tmp_path: Path) -> None:
+    model = load_model(str(folder_of(kind, tmp_path / "dense")))
+    towers, depth = outside(model), len(blocks_of(model))
+    plan = prune(model, TwoSSP(sparsity=0.4, drop_blocks=1), list(windows(4, 12).split(2)))
+    assert len(plan.remaining) == len(blocks_of(model)) == depth - 1
+    assert all(torch.equal(value, towers[name]) for name, value in outside(model).items())
+    save_pruned(model, tmp_path / "out", load_tokenizer(str(tmp_path / "dense")))
+    assert not (tmp_path / "out" / "modeling_plprune.py").exists()
+    stock: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert stock.config.text_config.num_hidden_layers == depth - 1
+    for again in (stock, load_pruned(tmp_path / "out")):
+        assert torch.equal(logits(again), logits(model))
+        assert torch.equal(seen(again), seen(model))
+    how = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [IMAGE]}
+    texts = [stock.generate(**image_and_text(model), **how, use_cache=cached) for cached in (True, False)]
+    assert torch.equal(*texts)
+
+
 @pytest.mark.parametrize("kind", QUICK[:1])
 def test_a_decoder_is_recovered_and_saved_with_its_towers(kind: str, tmp_path: Path) -> None:
     model = load_model(str(folder_of(kind, tmp_path / "dense")))

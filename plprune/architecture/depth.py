@@ -96,30 +96,39 @@ def _indices(dense: nn.Module, short: nn.Module, blocks: str, kept: Sequence[int
             if old not in new_index:
                 continue
             name, numbers = f"{prefix}{new_index[old]}{dot}{path}", (int(old), int(new_index[old]))
-        other = ours.pop(name, None)
-        changed = _changed(module, other, numbers) if other is not None and _same_tensors(module, other) else None
+        other, whole = ours.pop(name, None), numbers is not rest
+        same = other is not None and _same_tensors(module, other, whole)
+        changed = _changed(module, other, numbers, whole) if other is not None and same else None
         if changed is None:
             return None
-        found |= changed if numbers is not rest else set()
+        found |= changed if whole else set()
     return None if ours else found
 
 
-def _same_tensors(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules are of one type, with parameters of the same shapes, and equal buffers."""
+def _same_tensors(one: nn.Module, other: nn.Module, whole: bool) -> bool:
+    """Whether two modules are of one type, with parameters of the same shapes, and equal buffers.
+
+    Args:
+        one: Of the deeper model.
+        other: Of the shorter model.
+        whole: Whether the latter needs all buffers of the former. Outside of the blocks it may lack some, as those of a
+            kind of attention that no block has any more.
+    """
     shapes = [{name: p.shape for name, p in module.named_parameters(recurse=False)} for module in (one, other)]
     buffers = [dict(module.named_buffers(recurse=False)) for module in (one, other)]
     return (
         type(one) is type(other)
         and shapes[0] == shapes[1]
-        and buffers[0].keys() == buffers[1].keys()
-        and all(torch.equal(value, buffers[1][name]) for name, value in buffers[0].items())
+        and (buffers[0].keys() == buffers[1].keys() if whole else buffers[0].keys() >= buffers[1].keys())
+        and all(torch.equal(value, buffers[0][name]) for name, value in buffers[1].items())
     )
 
 
-def _changed(before: nn.Module, after: nn.Module, numbers: tuple[int, int]) -> set[str] | None:
-    """The attributes that changed from the first number to the second; None if others changed."""
+def _changed(before: nn.Module, after: nn.Module, numbers: tuple[int, int], whole: bool) -> set[str] | None:
+    """The attributes that changed from the first number to the second; None if others changed, or left a whole one."""
     old, new = _constants(before), _constants(after)
-    changed = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
+    names = old.keys() | new.keys() if whole else new.keys()
+    changed = {name for name in names if old.get(name) != new.get(name)}
     return changed if all((old.get(name), new.get(name)) == numbers for name in changed) else None
 
 

@@ -34,6 +34,12 @@ def test_lists_of_layers_are_numbered_anew() -> None:
     assert found(model, [0, 1, 3]).config["attn_layer_indices"] == [1, 2]
 
 
+def test_the_last_block_of_a_kind_may_leave() -> None:
+    """Gemma 3 has rotary embeddings for each kind of attention."""
+    model = tiny("gemma3_text", layer_types=["sliding_attention", "sliding_attention", "full_attention"])
+    assert found(model, [0, 1]).config == {"num_hidden_layers": 2, "layer_types": ["sliding_attention"] * 2}
+
+
 def test_a_block_that_depends_on_its_place_stays_where_it_is() -> None:
     """DiffLlama's weight of the second attention grows with the index of the block."""
     with pytest.raises(ValueError, match="cannot express that blocks 1 leave: leave out `drop_blocks`"):
