@@ -94,7 +94,7 @@ REPAIRED: dict[str, Any] = {  # not as the papers have it: restored in a walk of
     "CFSP restore": functools.partial(CFSP, repair="restore"),
     "TwoSSP restore": functools.partial(TwoSSP, repair="restore", bias=False),
 }
-OF_EXPERTS: dict[str, Any] = {"REAP": REAP}
+OF_EXPERTS: dict[str, Any] = {"REAP": REAP, "FLAP experts": functools.partial(FLAP, experts=True)}
 REPAIRED_ON = ("llama", "opt", "phi3")  # plain, with biases, and fused
 DEFAULTS = ("FLAP AL-AM", "FASP value_channels", "CFSP activation", "TwoSSP", "LearnedGates")
 UNLIKE = ("llama", "opt", "gpt2", "phi3", "gemma2")  # gated; with biases; transposed; fused; windows and norms behind
@@ -111,8 +111,8 @@ def _judged(index: int, family: str) -> Iterable[str]:
 PAIRS = [(family, name) for i, family in enumerate(FAMILIES) for name in _judged(i, family)]
 PAIRS += [(each, DEFAULTS[i % len(DEFAULTS)]) for start in (len(FAMILIES), 1) for i, each in enumerate(VARIANTS, start)]
 PAIRS += itertools.product(REPAIRED_ON, REPAIRED)
-PAIRS += [("qwen2_moe", name) for name in (*DEFAULTS, "REAP")]
-PAIRS += [("gpt_oss", name) for name in ("REAP", "FLAP UL-UM", "FLAP restore", "FASP kv_heads", "CFSP relative")]
+PAIRS += [("qwen2_moe", name) for name in (*DEFAULTS, *OF_EXPERTS)]
+PAIRS += [("gpt_oss", name) for name in ("REAP", "FLAP experts", "FLAP restore", "FASP kv_heads", "CFSP relative")]
 OWN: list[str] = []  # of the option --method: the contract battery then judges these and no others
 
 

@@ -57,7 +57,7 @@ ORDER = {
         ["weights"],
         ["model_card", "published", "sharing", "stock_config"],
     ],
-    "planning": [["structures"], ["extremes", "needs", "targets"], ["hardware", "serving", "sizes"]],
+    "planning": [["whole_experts"], ["structures"], ["extremes", "needs", "targets"], ["hardware", "serving", "sizes"]],
     "pruning": [
         ["attention_search", "observations", "plan_summary", "repair"],
         ["stream"],

@@ -605,6 +605,7 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("deepseek_v3", "REAP"),
         pytest.param("deepseek_v3", "CFSP activation", marks=pytest.mark.slow),
         pytest.param("qwen2_moe", "FLAP AL-AM", marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", "FLAP experts", marks=pytest.mark.slow),
         pytest.param("gpt_oss", "FASP kv_heads", marks=pytest.mark.slow),
         ("gpt_oss", "FLAP restore"),
     ],

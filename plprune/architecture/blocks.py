@@ -156,9 +156,10 @@ class Block:
         return [rows[:, own.to(rows.device)] for own in part.index.T]
 
     def cost(self, group: UnitGroup) -> int:
-        """Parameters of one unit."""
+        """Parameters of one unit; of a channel of experts those in as many experts as the group has."""
         rows = sum(s.index.shape[1] * self._per_row(s) for s in group.producers)
-        return rows + group.consumer.index.shape[1] * self._per_column(group.consumer)
+        every = rows + group.consumer.index.shape[1] * self._per_column(group.consumer)
+        return every * group.experts // self.expert_count if group.experts else every
 
     def _per_row(self, part: Slice) -> int:
         tensor = held(self.module, part.path)
@@ -299,8 +300,9 @@ class Block:
     def all_groups(self) -> list[UnitGroup]:
         """The groups of all units: value channels, heads, FFN channels and experts, as far as the block has them."""
         values = self._value_channels() if self.has_attention else None
-        experts = [self.expert_units()] if self.anatomy.experts else []
-        return [*([values] if values else []), *self._groups(), *experts]
+        channels = self._expert_channels()
+        experts = [] if channels is None else [self.expert_units(), channels]  # in the order in which both can leave
+        return [*([values] if values else []), *self._groups(experts=False), *experts]
 
     def _expert_channels(self) -> UnitGroup | None:
         if self.anatomy.experts is None:

@@ -15,6 +15,8 @@ Deviations from the authors' code:
 - A block never loses its last head or channel; in the authors' code it can.
 - `AL-AM` keeps the number of units whose cost is nearest to the target; the authors' code keeps one fewer.
 - `repair: restore` also changes the kept weights, in a second pass. The paper only compensates, by dense means.
+- `experts` ranks whole experts of a mixture with the other units, by REAP's saliency. What an expert gave on average is
+  not compensated. Heads and channels then leave until the sparsity is met.
 - Attention scores are squared before they are standardised, as in the code but not the paper: `square_attention`.
 """
 
@@ -29,11 +31,13 @@ from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.methods.base import Repairing
+from plprune.planning import whole_experts
 from plprune.planning.extremes import attention_by_span
 from plprune.planning.needs import Work
-from plprune.planning.structures import Competition, Structure
+from plprune.planning.structures import Competition, Structure, standardised
 from plprune.pruning.allocation import (
     Budget,
+    best_experts,
     fraction_to_remove,
     importance,
     ranked,
@@ -68,6 +72,8 @@ class FLAP(Repairing):
         square_attention: Whether the scores of attention channels are squared first, as in the authors' code.
         sparsity_of: Whether `sparsity` is a fraction of all parameters of the decoder blocks, or of their linear layers
             only, as in the paper.
+        experts: Whether whole experts of a mixture are ranked with the other units, for AL-AM only; every block keeps
+            as many.
     """
 
     sparsity: float = 0.2
@@ -77,17 +83,24 @@ class FLAP(Repairing):
     remove_heads: int = 0
     square_attention: bool = True
     sparsity_of: Literal["blocks", "linears"] = "blocks"
+    experts: bool = False
     repair: Repair = dataclasses.field(default="compensate", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.experts and self.structure != "AL-AM":
+            raise ValueError("`experts` ranks experts with all other units: set `structure` to AL-AM")
 
     def prune(
         self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor], constraint: Constraint = FREE
     ) -> PruningPlan:
         calibration, blocks = Calibration.of(batches), blocks_of(model)
-        p = self._fraction(blocks, constraint)
-        budget, repairer = self._budget(blocks, p, constraint), self.repairer(calibration)
+        p, budget = self._settled(blocks, constraint)
+        repairer = self.repairer(calibration)
         means: dict[str, Tensor] = {}
         scores: list[tuple[Block, UnitGroup, Tensor]] = []
         of_experts: dict[str, Tensor] = {}  # [experts, channels] each
+        saliencies: list[Tensor] = []
         distances = []
         for block, inputs in stream(model, calibration, "FLAP"):
             for group, moments in observe(block, inputs, Moments, budget.attention):
@@ -96,8 +109,18 @@ class FLAP(Repairing):
                 if isinstance(moments, PerExpert):
                     means[group.name][moments.few] = 0  # these are not compensated
                     of_experts[group.name], score = score, ranked(score)
+                    saliencies.append(moments.saliency.mean)
                 scores.append((block, group, score))
             distances.append(inputs.influence.distance("angular"))
+        leaving: dict[int, tuple[Block, UnitGroup, Tensor]] = {}
+        if self.experts:
+            p, budget, leaving = self._experts(blocks, constraint, scores, saliencies)
+            for name, (*_, keep) in [(g.name, leaving[b.index]) for b, g, _ in scores if g.experts and leaving]:
+                of_experts[name], means[name] = of_experts[name][keep], means[name][keep]
+            scores = [
+                (block, group, ranked(of_experts[group.name]) if group.experts else score)
+                for (block, group), (*_, score) in zip(budget.rows, scores, strict=True)
+            ]
         surgery, chosen = Surgery(model), self._competition.choose(scores, p)
         if budget.restricted:  # the best units of each group, in the allowed number nearest to the chosen one
             counts = self._competition.counts(budget, [len(keep) for keep in chosen])
@@ -107,6 +130,8 @@ class FLAP(Repairing):
             (b, group, top_k(of_experts[group.name], len(keep)) if group.experts else keep)
             for b, group, keep in decided
         ]
+        if leaving:  # experts, before the channels of the others
+            decided = [each for row in decided for each in ([leaving[row[0].index]] if row[1].experts else []) + [row]]
         if self.repair == "compensate":
             _compensate(surgery, decided, means)
         else:
@@ -122,10 +147,13 @@ class FLAP(Repairing):
         return reasons + super().conflicts(constraint, blocks)
 
     def predict_sizes(self, model: PreTrainedModel, constraint: Constraint = FREE) -> list[dict[str, int]]:
-        blocks = blocks_of(model)
-        p = self._fraction(blocks, constraint)
-        budget = self._budget(blocks, p, constraint)
-        return self._competition.predict(budget, attention_by_span(model, budget.rows), p, self.biased)
+        blocks, cases = blocks_of(model), []
+        for wanted in self._wanted(blocks):
+            p, budget = self._settled(blocks, constraint, wanted)
+            own = {b.expert_units().name: budget.left for b in blocks if b.expert_count and budget.left is not None}
+            found = self._competition.predict(budget, attention_by_span(model, budget.rows), p, self.biased)
+            cases += [case | own for case in found]
+        return [case for i, case in enumerate(cases) if case not in cases[:i]]
 
     def work(self, model: PreTrainedModel, count: int, length: int, constraint: Constraint = FREE) -> Work:
         """The cost of the second pass, which only restoration needs."""
@@ -143,21 +171,75 @@ class FLAP(Repairing):
             return sum(len(group) * block.cost(group) for block in blocks for group in block.groups())
         return sum(block.parameters() for block in blocks)
 
-    def _fraction(self, blocks: list[Block], constraint: Constraint) -> float:
+    def _wanted(self, blocks: list[Block]) -> list[int | None]:
+        """Numbers of experts that blocks may keep: a typical one, the least and the most; None without `experts`."""
+        if not self.experts:
+            return [None]
+        own = whole_experts.mixtures(blocks, "FLAP")
+        each, count = whole_experts.step(own), own[0].expert_count
+        usual = each * round(count * (1 - self.sparsity) / each)
+        return [usual, whole_experts.least(own), count] if self.sparsity else [count]
+
+    def _settled(self, blocks: list[Block], constraint: Constraint, wanted: int | None = None) -> tuple[float, Budget]:
+        """The fraction to remove of what is ranked, and the budget, with the number of experts nearest to `wanted`.
+
+        Raises:
+            ValueError: The sparsity is out of reach with any number of experts.
+        """
+        if not self.experts:
+            p = self._fraction(blocks, constraint)
+            return p, self._budget(blocks, p, constraint)
+        own = whole_experts.mixtures(blocks, "FLAP")
+        each, count = whole_experts.step(own), own[0].expert_count
+        wanted, fault = count if wanted is None else wanted, ValueError()
+        for left in sorted(range(whole_experts.least(own), count + 1, each), key=lambda left: abs(left - wanted)):
+            try:
+                if (p := self._fraction(blocks, constraint, left)) >= 0:
+                    return p, self._budget(blocks, p, constraint, left)
+            except ValueError as error:
+                fault = error
+        raise fault
+
+    def _experts(
+        self,
+        blocks: list[Block],
+        constraint: Constraint,
+        scores: list[tuple[Block, UnitGroup, Tensor]],
+        saliencies: list[Tensor],
+    ) -> tuple[float, Budget, dict[int, tuple[Block, UnitGroup, Tensor]]]:
+        """Like `_settled`, with as many experts as the ranking keeps, and which these are by index of their block."""
+        own, rows = whole_experts.mixtures(blocks, "FLAP"), [(block, group) for block, group, _ in scores]
+        biases = sum(block.absent_bias(group) for block, group in rows) if self.biased and self.sparsity else 0
+        remove = round(self.sparsity * self._whole(blocks)) + biases
+        others = [standardised(score) for *_, score in scores]
+        p, budget = self._settled(
+            blocks, constraint, whole_experts.experts_to_keep(rows, others, own, saliencies, remove)
+        )
+        if budget.left == own[0].expert_count:
+            return p, budget, {}
+        assert budget.left is not None
+        kept = [best_experts(s, budget.left, b.experts.groups) for b, s in zip(own, saliencies, strict=True)]
+        return p, budget, {b.index: (b, b.expert_units(), keep) for b, keep in zip(own, kept, strict=True)}
+
+    def _fraction(self, blocks: list[Block], constraint: Constraint, left: int | None = None) -> float:
         """The fraction of prunable parameters to remove (p)."""
         attention, what = unit(constraint), "what FLAP prunes"
-        if self.sparsity_of == "linears":
-            return rescale(self.sparsity, self._whole(blocks), Budget(blocks, 1.0, attention=attention).whole, what)
+        if left is not None or self.sparsity_of == "linears":
+            budget = Budget(blocks, 1.0, attention=attention, left=left)
+            added = sum(b.absent_bias(g) for b, g in budget.rows) if self.biased and self.sparsity_of == "blocks" else 0
+            if left is not None:
+                added -= sum((b.expert_count - left) * b.cost(b.expert_units()) for b in blocks if b.expert_count)
+            return rescale(self.sparsity, self._whole(blocks), budget.whole, what, added)
         return fraction_to_remove(self.sparsity, blocks, attention, what, biased=self.biased)
 
-    def _budget(self, blocks: list[Block], p: float, constraint: Constraint) -> Budget:
+    def _budget(self, blocks: list[Block], p: float, constraint: Constraint, left: int | None = None) -> Budget:
         each_block = self.structure.startswith("UL")
         if self.structure.endswith("MM") and any(block.expert_count for block in blocks):
             raise ValueError(
                 f"{self.structure} counts all channels alike, and one of experts weighs more: set `structure` to AL-AM "
                 "or UL-UM"
             )
-        budget = Budget(blocks, 1 - p, constraint, unit(constraint), each_block)
+        budget = Budget(blocks, 1 - p, constraint, unit(constraint), each_block, left)
         if budget.restricted:
             budget.check(
                 self.sparsity,
@@ -229,6 +311,9 @@ def _compensate(surgery: Surgery, decided: list[tuple[Block, UnitGroup, Tensor]]
     for block, own in itertools.groupby(decided, lambda row: row[0]):
         with block.present():
             for _, group, keep in own:
+                if group.kind == "expert":
+                    surgery.keep(block, group, keep)
+                    continue
                 if group.experts:
                     rows = zip(block.weight(group).unbind(1), means[group.name], keep, strict=True)
                     gains = torch.stack([compensation(*row) for row in rows]) if block.expert_bias else None

@@ -16,7 +16,6 @@ Deviations from the authors' code:
 
 import dataclasses
 import logging
-import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -26,7 +25,8 @@ from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import Block, blocks_of
 from plprune.methods.base import PruningMethod
-from plprune.pruning.allocation import importance, rescale, top_k
+from plprune.planning import whole_experts
+from plprune.pruning.allocation import best_experts, importance, rescale
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.expert_inputs import FEW, Saliency
 from plprune.pruning.plan import PruningPlan
@@ -88,22 +88,14 @@ class REAP(PruningMethod):
         Raises:
             ValueError: There are no experts, or too few would stay.
         """
-        mixtures = [block for block in blocks if block.expert_count]
-        if not mixtures:
-            why = next((f" ({w})" for b in blocks if (w := b.anatomy.whole.get("expert"))), "")
-            raise ValueError(f"REAP prunes experts, and the model has none that can leave{why}: use another method")
-        sizes = {block.expert_count for block in mixtures}
-        if len(sizes) > 1:
-            raise ValueError(
-                f"REAP needs as many experts in each block, and the model has {min(sizes)} to {max(sizes)}"
-            )
-        size, group = sizes.pop(), math.lcm(*(block.experts.groups for block in mixtures))
+        mixtures = whole_experts.mixtures(blocks, "REAP")
+        size, group = mixtures[0].expert_count, whole_experts.step(mixtures)
         p = self.sparsity
         if self.sparsity_of == "blocks":
             prunable = sum(size * block.cost(block.expert_units()) for block in mixtures)
             p = rescale(p, sum(block.parameters() for block in blocks), prunable, "the experts")
         count = group * round(size * (1 - p) / group)
-        least = group * math.ceil(max(block.experts.least for block in mixtures) / group)
+        least = whole_experts.least(mixtures)
         if count < least:
             raise ValueError(
                 f"sparsity {self.sparsity} is out of reach: {count} of {size} experts would stay, and the router needs "
@@ -139,5 +131,4 @@ class REAP(PruningMethod):
         score = found.mean if self.score == "saliency" else found.tokens.double()
         if self.few_tokens == "keep":
             score = score.masked_fill(found.tokens < self.min_tokens, torch.inf)
-        size = len(score) // groups
-        return torch.cat([g * size + top_k(own, count // groups) for g, own in enumerate(score.split(size))])
+        return best_experts(score, count, groups)

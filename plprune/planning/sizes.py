@@ -167,7 +167,8 @@ def pruned_skeleton(
     surgery = Surgery(pruned)
     gone = [block.index for block in surgery.blocks if not counts.get(block_name(block.index), 1)]
     for block in surgery.blocks:
-        for group in block.all_groups if block.index not in gone else []:
+        for name in [group.name for group in block.all_groups] if block.index not in gone else []:
+            group = next(group for group in block.all_groups if group.name == name)  # as those before it have left
             count = counts.get(group.name, len(group))
             gains = biased and count and not group.kind.startswith("expert")
             gain = torch.zeros(len(matrix(block.part(group.consumer.path)))) if gains else None

@@ -61,7 +61,6 @@ def fraction_to_remove(
     attention: AttentionUnit,
     what: str,
     biased: bool = False,
-    experts: bool = True,
 ) -> float:
     """The fraction of the blocks' prunable parameters to remove, so that `sparsity` of all their parameters is removed.
 
@@ -71,12 +70,11 @@ def fraction_to_remove(
         attention: The attention units that are prunable besides the FFN channels.
         what: Names the prunable parameters in the error message.
         biased: Whether pruning adds a bias to every consumer without one; more parameters are removed to offset it.
-        experts: Whether channels of experts are prunable.
 
     Raises:
         ValueError: Removing all prunable parameters would not be enough, or nothing is prunable.
     """
-    groups = [(block, group) for block in blocks for group in block.groups(attention, experts)]
+    groups = [(block, group) for block in blocks for group in block.groups(attention)]
     if not groups:
         raise ValueError(f"the model has nothing of {what}, so this method cannot prune it: use another")
     prunable = sum(len(group) * block.cost(group) for block, group in groups)
@@ -92,6 +90,17 @@ def top_k(score: Tensor, k: int) -> Tensor:  # [..., units] -> [..., k]
         tensor([1, 3])
     """
     return score.argsort(descending=True, stable=True)[..., :k].sort().values.cpu()
+
+
+def best_experts(score: Tensor, count: int, groups: int = 1) -> Tensor:  # [experts] -> [count]
+    """Indices of the experts with the highest scores, ascending; of each group of neighbours as many.
+
+    Example:
+        >>> best_experts(torch.tensor([4.0, 3.0, 1.0, 2.0]), 2, groups=2)
+        tensor([0, 3])
+    """
+    size = len(score) // groups
+    return torch.cat([g * size + top_k(own, count // groups) for g, own in enumerate(score.split(size))])
 
 
 def ranked(score: Tensor) -> Tensor:  # [experts, channels] -> [channels, experts]
@@ -216,7 +225,7 @@ class Budget:
         constraint: The numbers of units that are allowed.
         attention: The attention units that are prunable besides the FFN channels.
         each_block: Whether, under a constraint, each block must meet the budget, and not only all together.
-        experts: Whether channels of experts are prunable.
+        left: The number of experts that stay in each block; all by default.
     """
 
     blocks: Sequence[Block]
@@ -224,12 +233,15 @@ class Budget:
     constraint: Constraint = FREE
     attention: AttentionUnit = "none"
     each_block: bool = False
-    experts: bool = True
+    left: int | None = None
 
     @functools.cached_property
     def rows(self) -> Rows:
         """Each group with its block."""
-        return [(block, group) for block in self.blocks for group in block.groups(self.attention, self.experts)]
+        rows = [(block, group) for block in self.blocks for group in block.groups(self.attention)]
+        if self.left is None:
+            return rows
+        return [(b, dataclasses.replace(g, experts=self.left) if g.experts else g) for b, g in rows]
 
     @functools.cached_property
     def sizes(self) -> list[int]:

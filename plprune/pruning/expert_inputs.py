@@ -92,15 +92,15 @@ class PerExpert(ExpertStatistic):
     ) -> None:
         self.parts = [statistic() for _ in range(experts)]
         self.expected = torch.ones(experts, channels, dtype=torch.float64) if expected is None else expected
-        self.tokens = [0] * experts
+        self.saliency = Saliency(experts)
         self.length = 1  # tokens of a sample
         self._sample = self._next = getattr(self.parts[0], "next", 0)  # the first sample of this batch and of the next
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tokens": self.tokens, "parts": [part.state_dict() for part in self.parts]}
+        return {"saliency": self.saliency.state_dict(), "parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.tokens = state["tokens"]
+        self.saliency.load_state_dict(state["saliency"])
         for part, own in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(own)
 
@@ -109,7 +109,7 @@ class PerExpert(ExpertStatistic):
         self.length, self._sample, self._next = length, self._next, self._next + samples
 
     def update(self, expert: int, tokens: Tensor, weights: Tensor, inner: Tensor, outputs: Tensor) -> None:
-        self.tokens[expert] += len(tokens)
+        self.saliency.update(expert, tokens, weights, inner, outputs)
         counts, part = torch.bincount(tokens // self.length).tolist(), self.parts[expert]
         samples = [i for i, n in enumerate(counts) if n]
         for i, own in zip(samples, inner.split([counts[i] for i in samples]), strict=True):
@@ -118,10 +118,15 @@ class PerExpert(ExpertStatistic):
             part.update(own[None])  # samples stay apart, so that batches do not matter
 
     def merge(self, group: ProcessGroup) -> None:
-        self.tokens = all_reduce_sum(torch.tensor(self.tokens), group).tolist()
+        self.saliency.merge(group)
         for part, tokens in zip(self.parts, self.tokens, strict=True):
             if tokens:
                 part.merge(group)
+
+    @property
+    def tokens(self) -> list[int]:
+        """How many tokens each expert has seen."""
+        return self.saliency.tokens.tolist()
 
     @property
     def few(self) -> list[int]:

@@ -115,6 +115,8 @@ class Repairer:
         surgery.keep(block, group, keep, *self._values(weight, columns, seen, self.bias))
 
     def _repairs(self, block: Block, group: UnitGroup, keep: Tensor) -> bool:
+        if group.kind == "expert":
+            return False
         able = not group.experts or self.repair == "restore" or bool(block.expert_bias)
         return self.repair != "none" and keep.shape[-1] < len(group) and able
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.multi_process
 SEVEN = list(range(7))
 RUNS = [("llama", name) for name in (*METHODS, *REPAIRED)]
 RUNS += [(family, "FASP kv_heads") for family in FAMILIES if family != "llama"]
-RUNS += [("gpt_oss", name) for name in ("FLAP AL-AM", "FASP none", "FLAP restore", "REAP")]
+RUNS += [("gpt_oss", name) for name in ("FLAP experts", "FASP none", "FLAP restore", "REAP")]
 ONE = [windows(1, 64)]
 SHORT = [torch.arange(3, 3 + length)[None] for length in (5, 5, 9)]  # windows of unlike lengths
 

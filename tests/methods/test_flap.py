@@ -17,6 +17,7 @@ from plprune.planning.structures import standardised
 from plprune.pruning.allocation import global_ranking
 from tests.builders import tiny, windows
 from tests.methods import best, inside_experts, traced, weight
+from tests.methods.test_reap import judged
 from tests.zoo import build
 
 D, G, HD, N = 32, 2, 4, 48  # of the tiny Llama: width, query heads per kv head, head dimension, FFN width
@@ -236,3 +237,22 @@ def test_channels_of_experts_compete_with_heads() -> None:
 def test_structures_that_count_channels_alike_are_refused_for_experts() -> None:
     with pytest.raises(ValueError, match="set `structure` to AL-AM or UL-UM"):
         prune(build("mixtral"), FLAP(0.25, structure="AL-MM"), [windows()])
+
+
+def test_whole_experts_leave_by_saliency_beside_the_channels_of_the_others() -> None:
+    model, ids = build("mixtral"), windows(4, 64)
+    expected = judged(build("mixtral"), ids)
+    plan = prune(model, FLAP(0.4, experts=True), list(ids.split(2)))
+    assert plan.reached == pytest.approx(0.4, abs=0.02)
+    (count,) = {len(keep) for name, keep in plan.keep.items() if name.endswith("expert")}
+    assert 2 <= count < 8
+    for name, (saliency, _) in expected.items():
+        assert plan.keep[name].tolist() == saliency.topk(count).indices.sort().values.tolist()
+        assert plan.keep[f"{name}_channel"].shape == (count, blocks_of(model)[int(name.split(".")[1])].expert_width)
+
+
+def test_experts_are_ranked_with_all_units_or_not_at_all() -> None:
+    with pytest.raises(ValueError, match="`experts` ranks experts with all other units: set `structure` to AL-AM"):
+        FLAP(0.3, structure="UL-UM", experts=True)
+    with pytest.raises(ValueError, match="FLAP prunes experts, and the model has none that can leave"):
+        prune(tiny(), FLAP(0.3, experts=True), [windows()])

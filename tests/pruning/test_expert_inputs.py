@@ -76,7 +76,7 @@ def test_statistics_of_experts_are_of_their_own_tokens_and_samples() -> None:
     assert torch.equal(variance[0], variance[1].mean().expand(3))
     assert torch.equal(variance[2], variance[0])
     weighed = PerExpert(3, 3, Moments, torch.tensor([[1.0, 2.0, 3.0]] * 3).double())
-    weighed.parts, weighed.tokens = seen.parts, seen.tokens
+    weighed.parts, weighed.saliency = seen.parts, seen.saliency
     torch.testing.assert_close(
         weighed.stacked(lambda m: m.variance)[0], variance[0] * torch.tensor([1.0, 2.0, 3.0]).double()
     )
