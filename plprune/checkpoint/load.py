@@ -53,7 +53,7 @@ def load_model(name_or_path: str, dtype: Dtype | None = None) -> PreTrainedModel
 
     Raises:
         ValueError: The model does not exist, its family is not supported, its files are damaged, or its weights are
-            stored in a format other than one of these dtypes or FP8.
+            stored in a format other than one of these dtypes, FP8 or MXFP4.
     """
     path = resolve_path(name_or_path)
     if path.is_dir() and not any((path / file).exists() for file in ("config.json", FILE)):
@@ -91,10 +91,11 @@ def stored_weights(name_or_path: str, fetch: bool = True) -> StoredWeights:
 
 
 def resolve_dtype(stored: StoredWeights, dtype: Dtype | None) -> Dtype:
-    """The dtype to load weights in; it is logged if the caller gave none, or the weights are stored in FP8."""
+    """The dtype to load weights in; it is logged if the caller gave none, or the weights are dequantised."""
     resolved = dtype or stored.dtype
-    if dtype is None or stored.fp8:
-        log.info("%s: weights in %s, %s", stored.name, resolved, "dequantised from FP8" if stored.fp8 else "as stored")
+    if dtype is None or stored.format:
+        origin = f"dequantised from {stored.format}" if stored.format else "as stored"
+        log.info("%s: weights in %s, %s", stored.name, resolved, origin)
     return resolved
 
 
@@ -215,8 +216,8 @@ def load_stage(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Prunin
 
 
 def _load_dense(stored: StoredWeights, dtype: Dtype) -> PreTrainedModel:
-    if stored.fp8:  # transformers dequantises on some machines only, and wrongly where blocks do not divide the weight
-        return _load_fp8(stored, dtype)
+    if stored.format:  # transformers dequantises on some machines only, and FP8 wrongly where blocks do not fit
+        return _load_dequantised(stored, dtype)
     config = _read_config(stored.name)
     loading: Any = auto_class(type(config)).from_pretrained(
         str(stored.folder),
@@ -241,7 +242,7 @@ def _load_dense(stored: StoredWeights, dtype: Dtype) -> PreTrainedModel:
     return model
 
 
-def _load_fp8(stored: StoredWeights, dtype: Dtype) -> PreTrainedModel:
+def _load_dequantised(stored: StoredWeights, dtype: Dtype) -> PreTrainedModel:
     model = load_skeleton(stored.name, dtype)
     weights = ModelWeights(stored, model, getattr(torch, dtype))
     for name in [*dict(model.named_parameters()), *saved_buffers(model)]:

@@ -1,4 +1,4 @@
-"""Reads the weights of a model's files, in safetensors or pickled as plain tensors, and dequantises FP8.
+"""Reads the weights of a model's files, in safetensors or pickled as plain tensors, and dequantises FP8 and MXFP4.
 
 Other quantised formats are refused: their stored numbers are not the weights, so pruning cannot judge them.
 """
@@ -15,6 +15,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from plprune.architecture.modules import saved_buffers
 from plprune.checkpoint.published import Source, sources
@@ -23,6 +24,8 @@ from plprune.checkpoint.weights import FLOATS, FP8, TensorEntry, listed_files, r
 Dtype = Literal["float32", "bfloat16", "float16"]
 PICKLES = "pytorch_model.bin"
 SCALES = "_scale_inv", "_scale"  # weights are multiplied by both
+PACKED = "_blocks", "_scales"  # of MXFP4: [experts, rows, groups, 16] bytes of two numbers each, and a scale per group
+GROUP = 32  # numbers
 
 
 class StoredWeights:
@@ -34,22 +37,25 @@ class StoredWeights:
         config: Content of `config.json`.
 
     Raises:
-        ValueError: The files are damaged, or of a quantised format other than FP8.
+        ValueError: The files are damaged, or of a quantised format other than FP8 and MXFP4.
     """
 
     def __init__(self, name: str, folder: Path | None, config: Mapping[str, Any]) -> None:
         self.name, self.folder, quantization = name, folder, config.get("quantization_config")
-        if quantization and not _is_fp8(quantization):
+        packed = isinstance(quantization, Mapping) and quantization.get("quant_method") == "mxfp4"
+        if quantization and not packed and not _is_fp8(quantization):
             raise self._refusal(_format_name(quantization))
         self._block, self._config = _block_shape(quantization or {}), config
         self.entries = _entries(weight_files(folder)) if folder else {}
+        self._packed = self._unpack() if packed else {}
         self._scales: dict[str, str] = {}
         for name, entry in self.entries.items():
             if entry.dtype in FP8.values():
                 self._scales[name] = self._scale_of(name)
             elif entry.dtype is None and name.endswith("weight"):
                 raise self._refusal(f"integers, {name} for one,")
-        self.fp8 = bool(self._scales if self.entries else quantization)
+        quantised = bool(self._scales or self._packed if self.entries else quantization)
+        self.format = ("MXFP4" if packed else "FP8") if quantised else None  # that is dequantised
 
     @property
     def in_safetensors(self) -> bool:
@@ -68,7 +74,10 @@ class StoredWeights:
         return cast(Dtype, name) if name in get_args(Dtype) else "float32"
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor: memory-mapped, or dequantised to float32 if it is stored in FP8."""
+        """A tensor: memory-mapped, or dequantised to float32 if it is stored in FP8 or MXFP4."""
+        if name in self._packed:
+            both = (_read(entry.file, name + end) for entry, end in zip(self._packed[name], PACKED, strict=True))
+            return convert_moe_packed_tensors(*both, dtype=torch.float32)
         value = _read(self.entries[name].file, name)
         if name not in self._scales:
             return value
@@ -78,6 +87,23 @@ class StoredWeights:
     def sources(self, model: PreTrainedModel) -> dict[str, Source]:
         """What the tensors of a model are made from, by their names in the model."""
         return sources(model, {name: entry.shape for name, entry in self.entries.items()})
+
+    def _unpack(self) -> dict[str, tuple[TensorEntry, TensorEntry]]:
+        """Puts weights in the place of their packed numbers and scales; returns these, by the name of the weight."""
+        found = {}
+        for name in [name.removesuffix(PACKED[0]) for name in self.entries if name.endswith(PACKED[0])]:
+            blocks, scales = (self.entries.pop(name + end, None) for end in PACKED)
+            if (
+                blocks is None
+                or scales is None
+                or blocks.shape != (*scales.shape, GROUP // 2)
+                or len(scales.shape) != 3
+            ):
+                raise self._refusal(f"MXFP4 with scales that do not fit {name}")
+            experts, rows, groups = scales.shape
+            found[name] = blocks, scales
+            self.entries[name] = TensorEntry(blocks.file, torch.uint8, (experts, GROUP * groups, rows))
+        return found
 
     def _scale_of(self, name: str) -> str:
         """The name of the scale of an FP8 tensor, which must be the only tensor that belongs to it."""
@@ -122,7 +148,7 @@ class ModelWeights:
             self._sources[name] = found[name]
 
     def stored(self, name: str) -> Tensor:
-        """A weight as stored, memory-mapped if it is one tensor there; dequantised to float32 if it is FP8."""
+        """A weight as stored, memory-mapped if it is one tensor there; in float32 if it was dequantised."""
         return self._sources[name].make(self._stored.tensor)
 
     def converted(self, name: str) -> Tensor:

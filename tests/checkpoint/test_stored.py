@@ -1,4 +1,4 @@
-"""What the files of a model hold: dtypes, FP8, formats that are refused, pickles, damage; the same for all readers."""
+"""What the files of a model hold: dtypes, FP8, MXFP4, refused formats, pickles, damage; the same for all readers."""
 
 import json
 import logging
@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+from transformers.utils.quantization_config import Mxfp4Config
 
-from plprune import FASP, FLAP, load_pruned, prune, save_pruned
+from plprune import CFSP, FASP, FLAP, load_pruned, prune, save_pruned
 from plprune.architecture.blocks import blocks_of
 from plprune.checkpoint.load import load_model, load_skeleton, load_tokenizer, stored_weights
 from plprune.cli import main
@@ -98,6 +99,58 @@ def test_fp8_is_what_transformers_makes_of_it_where_blocks_fit(tmp_path: Path) -
     assert all(torch.equal(value, ours[name]) for name, value in theirs.state_dict().items())
 
 
+FP4 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]  # numbers of two bits of exponent and one of mantissa; the fourth bit is the sign
+
+
+def in_mxfp4(folder: Path) -> dict[str, Tensor]:
+    """A mixture whose experts are random numbers in MXFP4; the weights."""
+    wanted = {}
+
+    def pack(state: dict[str, Tensor]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for name in [name for name in state if name.endswith(("gate_up_proj", "down_proj"))]:
+            experts, columns, rows = state.pop(name).shape
+            codes = torch.randint(16, (experts, rows, columns), generator=generator)
+            scales = torch.randint(118, 124, (experts, rows, columns // 32), generator=generator)
+            signs = 1 - 2 * (codes // 8)
+            values = torch.tensor(FP4)[codes % 8] * signs * (2.0 ** (scales - 127)).repeat_interleave(32, 2)
+            wanted[name] = values.mT
+            pairs = codes.view(experts, rows, columns // 32, 16, 2)
+            state[f"{name}_blocks"] = (pairs[..., 0] + 16 * pairs[..., 1]).to(torch.uint8)
+            state[f"{name}_scales"] = scales.to(torch.uint8)
+
+    tiny("gpt_oss", hidden_size=64, intermediate_size=32).save_pretrained(folder)
+    rewrite(folder, pack)
+    configure(folder, quantization_config={"quant_method": "mxfp4"})
+    return wanted
+
+
+def test_mxfp4_is_multiplied_out_the_same_in_memory_and_streamed(tmp_path: Path) -> None:
+    wanted = in_mxfp4(tmp_path)
+    model, streamed = load_model(str(tmp_path)), open_streamed(str(tmp_path))
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.float32
+    )
+    state, own = model.state_dict(), theirs.state_dict()
+    assert len(wanted) == 2 * model.config.num_hidden_layers
+    assert all(torch.equal(state[name], value) for name, value in wanted.items())
+    assert all(torch.equal(value, own[name]) for name, value in state.items())
+    for index, block in enumerate(blocks_of(streamed)):
+        with block.present():
+            for name, parameter in block.module.named_parameters():
+                assert torch.equal(parameter, state[f"model.layers.{index}.{name}"]), name
+    prune(model, CFSP(0.2), [windows()])
+    save_pruned(model, tmp_path / "out")
+    assert torch.equal(load_pruned(tmp_path / "out")(windows()).logits, model(windows()).logits)
+
+
+def test_mxfp4_without_scales_is_refused(tmp_path: Path) -> None:
+    in_mxfp4(tmp_path)
+    rewrite(tmp_path, lambda state: state.pop("model.layers.0.mlp.experts.down_proj_scales"))
+    with pytest.raises(ValueError, match=r"MXFP4 with scales that do not fit .*layers.0.mlp.experts.down_proj"):
+        load_model(str(tmp_path))
+
+
 @pytest.mark.parametrize("more", [(), ("--stream",)])
 def test_a_model_in_fp8_is_saved_as_plain_numbers(more: tuple[str, ...], tmp_path: Path) -> None:
     fp8_folder(tmp_path / "in", 20, 20)
@@ -140,7 +193,7 @@ def called(**quantization: Any) -> Callable[[Path], None]:
         (in_int8, f"integers, {UP} for one"),
         (called(quant_method="gptq", bits=4), "stored as gptq, which cannot be pruned: take the repository"),
         (called(quant_method="awq", bits=4), "stored as awq,"),
-        (called(quant_method="mxfp4"), "stored as mxfp4,"),
+        (called(quant_method="nvfp4"), "stored as nvfp4,"),
         (called(load_in_4bit=True, quant_method="bitsandbytes"), "stored as bitsandbytes,"),
         (called(quant_method="compressed-tensors", format="pack-quantized"), "compressed-tensors pack-quantized,"),
         (called(quant_method="fp8", transform_config={"config_groups": {}}), "stored as fp8,"),
