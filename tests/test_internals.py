@@ -32,6 +32,7 @@ INSIDE = {  # where private parts may be used, and of which library
     "deepspeed_internals": "deepspeed",
     "compilation": "torch",
     "probing": "transformers",
+    "stored": "transformers",
     "expert_inputs": "transformers",
     "modeling_plprune": "transformers",  # which stands beside models, and imports nothing of plprune
 }

@@ -4,6 +4,7 @@ The quick suite has one family of each layout that :data:`tests.builders.FAMILIE
 are tried by `PLPRUNE_ZOO=1 pytest tests/test_zoo.py`, which takes an hour.
 """
 
+import ast
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import plprune
 from plprune import CFSP, FLAP, REAP, PruningMethod, TwoSSP, load_pruned, prune, save_pruned
 from plprune.architecture.blocks import blocks_of
 from tests.builders import logits, windows
@@ -66,6 +68,14 @@ def check(kind: str, method: PruningMethod, folder: Path) -> None:
     assert torch.equal(*texts)
     save_pruned(model, folder)
     assert torch.equal(logits(load_pruned(folder)), logits(model))
+
+
+def test_no_code_that_prunes_or_saves_names_a_family() -> None:
+    package = Path(plprune.__file__).parent
+    named = {"export", "serving.py"}  # what other programs read and run is listed
+    for path in [path for path in package.rglob("*.py") if not named & set(path.relative_to(package).parts)]:
+        strings = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert not strings & set(decoders()), path
 
 
 MIXTURES = ("qwen2_moe", "deepseek_v3")

@@ -33,7 +33,7 @@ from plprune.architecture.wrappers import auto_class
 from plprune.checkpoint.locate import cached_folder, check_no_adapter, download, resolve_path
 from plprune.checkpoint.remote_code import check_allowed, is_allowed
 from plprune.checkpoint.stock_config import config_from, make_savable, pruned_skeleton, skeleton
-from plprune.checkpoint.stored import Dtype, ModelWeights, StoredWeights
+from plprune.checkpoint.stored import Dtype, ModelWeights, StoredWeights, own_dtypes
 from plprune.checkpoint.weights import SINGLE, are_untied, has_untied_head, open_safetensors
 from plprune.pruning import surgery
 from plprune.pruning.plan import FILE, PruningPlan
@@ -153,7 +153,8 @@ def load_pruned(folder: str | os.PathLike[str], dtype: Dtype | None = None) -> P
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder with a pruned model")
     check_no_adapter(folder)
-    model = pruned_skeleton(_load_plan(folder))
+    plan = _load_plan(folder)
+    model = pruned_skeleton(plan)
     with _one_line_errors(f"a model from {folder}"):
         stored = stored_weights(str(folder))
     if not stored.entries:
@@ -163,7 +164,8 @@ def load_pruned(folder: str | os.PathLike[str], dtype: Dtype | None = None) -> P
     used = {key for source in found.values() for key in source.keys}
     state |= {key: stored.tensor(key) for key in stored.entries if key not in used}
     if dtype:  # only of stored tensors: buffers such as the rotary frequencies stay in float32
-        state = {name: t.to(getattr(torch, dtype)) if t.is_floating_point() else t for name, t in state.items()}
+        own = own_dtypes(pruned_skeleton(plan, getattr(torch, dtype)), getattr(torch, dtype))
+        state = {name: t.to(own.get(name, t.dtype)) if t.is_floating_point() else t for name, t in state.items()}
     _load_state(model, state, folder)
     read_generation_config(model, folder)
     model.config.name_or_path = str(folder)

@@ -6,6 +6,7 @@ Other quantised formats are refused: their stored numbers are not the weights, s
 import itertools
 import math
 import pickle
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
@@ -122,20 +123,37 @@ class StoredWeights:
         )
 
 
+def own_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtypes of a model's parameters and saved buffers where transformers loads it in some dtype.
+
+    Some stay in float32, by lists of the model's class, or as the class makes them so.
+
+    Args:
+        model: Built in that dtype; its weights are not read.
+        dtype: The dtype.
+    """
+    plan = model._get_dtype_plan(dtype)
+    own = {}
+    for name, tensor in itertools.chain(model.named_parameters(), saved_buffers(model).items()):
+        kept = [kind for part, kind in plan.items() if re.search(part.replace("*", ".*"), name)]
+        own[name] = kept[0] if kept else tensor.dtype
+    return own
+
+
 class ModelWeights:
     """The weights of a model in its files, by the names of its parameters.
 
     Args:
         stored: The tensors in the files.
         model: The model, whose parameters and saved buffers must all be in the files, with their shapes.
-        dtype: The dtype that :meth:`converted` returns.
+        dtype: The dtype that :meth:`converted` returns, unless a tensor has one of its own.
 
     Raises:
         ValueError: The files do not hold the model.
     """
 
     def __init__(self, stored: StoredWeights, model: PreTrainedModel, dtype: torch.dtype) -> None:
-        self.dtype, self._stored, self._sources = dtype, stored, dict[str, Source]()
+        self._own, self._stored, self._sources = own_dtypes(model, dtype), stored, dict[str, Source]()
         found = stored.sources(model)
         for name, parameter in itertools.chain(model.named_parameters(), saved_buffers(model).items()):
             shape = found[name].shape if name in found else None
@@ -152,9 +170,13 @@ class ModelWeights:
         return self._sources[name].make(self._stored.tensor)
 
     def converted(self, name: str) -> Tensor:
-        """A weight in `dtype`, but integers as they are; memory-mapped if it is stored so."""
+        """A weight in its dtype, but integers as they are; memory-mapped if it is stored so."""
         value = self.stored(name)
-        return value.to(self.dtype) if value.is_floating_point() else value
+        return value.to(self.dtype(name)) if value.is_floating_point() else value
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that a weight has in memory."""
+        return self._own[name]
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from plprune.evaluation.measurement import saved_bytes
 from plprune.pruning.model_state import model_state
 from plprune.streaming import open_streamed
 from tests.builders import save_tiny, tiny, tokenizer, windows
+from tests.zoo import build
 
 WEIGHTS, FP8 = "model.safetensors", torch.float8_e4m3fn
 UP = "model.layers.1.mlp.up_proj.weight"  # [48, 32]
@@ -331,3 +332,20 @@ def test_a_configuration_of_wrong_types_is_one_line(
     configure(tmp_path, **change)
     with pytest.raises(ValueError, match=r"."):
         read(str(tmp_path))
+
+
+def test_what_a_family_keeps_in_float32_stays_so_for_all_readers(tmp_path: Path) -> None:
+    dense: Any = build("olmo_hybrid")
+    dense.to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    expected = {name: p.dtype for name, p in load_model(str(tmp_path / "dense")).named_parameters()}
+    assert set(expected.values()) == {torch.bfloat16, torch.float32}
+    streamed = open_streamed(str(tmp_path / "dense"))
+    for block in blocks_of(streamed):
+        with block.present():
+            found = {f"{block.path}.{name}": p.dtype for name, p in block.module.named_parameters()}
+        assert found.items() <= expected.items()
+    model = load_model(str(tmp_path / "dense"), "float32")
+    prune(model, CFSP(0.2), [windows(2)])
+    save_pruned(model, tmp_path / "out")
+    again = load_pruned(tmp_path / "out", "bfloat16")
+    assert {name: p.dtype for name, p in again.named_parameters()} == expected
