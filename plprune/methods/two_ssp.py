@@ -40,7 +40,7 @@ from plprune.pruning.plan import PruningPlan, block_name
 from plprune.pruning.repair import Repair
 from plprune.pruning.statistics import Norms
 from plprune.pruning.stream import observe, stream, values
-from plprune.pruning.surgery import Surgery, check_depth
+from plprune.pruning.surgery import Surgery, check_depth, first_to_leave
 
 Choice = Literal["perplexity", "influence"]
 
@@ -80,7 +80,8 @@ class TwoSSP(Repairing):
     ) -> PruningPlan:
         calibration, blocks = Calibration.of(batches), blocks_of(model)
         drop, widths = self._sizes(blocks, constraint)
-        self._check_depth(model)
+        first = int(constraint.first_attention)
+        self._check_depth(model, first)
         repairer, scores, influences = self.repairer(calibration), [], []
         for block, inputs in stream(model, calibration, "2SSP stage 1"):
             for group, norms in observe(block, inputs, Norms, attention="none"):
@@ -89,7 +90,7 @@ class TwoSSP(Repairing):
         surgery = Surgery(model)
         chosen = [(block, group, top_k(score, widths[group.name])) for block, group, score in scores]
         repairer.carry_out(surgery, chosen, "2SSP repair")
-        first, by_influence = int(constraint.first_attention), self.blocks_by == "influence"
+        by_influence = self.blocks_by == "influence"
         if drop or (self.drop_blocks and not by_influence):
             windows = calibration.windows(self.stage2_samples)
             with evaluating(model):
@@ -99,8 +100,8 @@ class TwoSSP(Repairing):
                 if self.drop_blocks and not by_influence:
                     search.drop_blocks(self.drop_blocks, first)
         if self.drop_blocks and by_influence:
-            changes = torch.tensor([each.distance("cosine") for each in influences[first:]])
-            surgery.drop_blocks((first + changes.argsort(stable=True)[: self.drop_blocks].sort().values).tolist())
+            order = sorted(blocks[first:], key=lambda block: influences[block.index].distance("cosine"))
+            surgery.drop_blocks([block.index for block in first_to_leave(blocks, order, self.drop_blocks)])
         distances = importance([each.distance("angular") for each in influences])
         return surgery.plan("TwoSSP", dataclasses.asdict(self), distances)
 
@@ -112,11 +113,11 @@ class TwoSSP(Repairing):
     def predict_sizes(self, model: PreTrainedModel, constraint: Constraint = FREE) -> list[dict[str, int]]:
         blocks = blocks_of(model)
         drop, widths = self._sizes(blocks, constraint)
-        self._check_depth(model)
-        some = blocks[int(constraint.first_attention) :]
-        candidates = [b for b in some if b.can_drop_attention]
+        first = int(constraint.first_attention)
+        self._check_depth(model, first)
+        candidates = [b for b in blocks[first:] if b.can_drop_attention]
         spread = [candidates[i * len(candidates) // drop] for i in range(drop)]
-        attentions, whole = [spread, *_ends(model, candidates, drop)], self._leaving(some)
+        attentions, whole = [spread, *_ends(model, candidates, drop)], self._leaving(blocks, first)
         cases = [
             widths | {b.groups()[0].name: 0 for b in gone} | {block_name(b.index): 0 for b in left}
             for gone, left in itertools.product(attentions, whole)
@@ -173,19 +174,21 @@ class TwoSSP(Repairing):
         )
         return drop, keep / width
 
-    def _leaving(self, blocks: Sequence[Block]) -> list[list[Block]]:
-        """Choices of whole blocks that leave: evenly spread, the smallest, and the largest."""
-        n, count = len(blocks), self.drop_blocks
-        ranked = sorted(blocks, key=Block.parameters)
-        return [[blocks[i * n // count] for i in range(count)], ranked[:count], ranked[n - count :]]
+    def _leaving(self, blocks: Sequence[Block], first: int) -> list[list[Block]]:
+        """Choices of whole blocks that leave, from the first on: evenly spread, the smallest, and the largest."""
+        n, count = len(blocks) - first, self.drop_blocks
+        even = [first + i * n // count for i in range(count)]
+        spread = [blocks[i] for i in [*even, *(i for i in range(first, len(blocks)) if i not in even)]]
+        ranked = sorted(blocks[first:], key=Block.parameters)
+        return [first_to_leave(blocks, order, count) for order in (spread, ranked, ranked[::-1])]
 
-    def _check_depth(self, model: PreTrainedModel) -> None:
+    def _check_depth(self, model: PreTrainedModel, first: int) -> None:
         """Raises ValueError if blocks cannot leave the model."""
         if not self.drop_blocks:
             return
         if model_state(model).journal is not None:
             raise ValueError("`drop_blocks` needs the whole model in memory: leave out --stream, or set it to 0")
-        for gone in self._leaving(blocks_of(model)):
+        for gone in self._leaving(blocks_of(model), first):
             check_depth(model, sorted(block.index for block in gone))
 
 

@@ -21,7 +21,7 @@ from plprune.io.progress import Progress
 from plprune.pruning.forward import logits_from, record_inputs, run_block
 from plprune.pruning.hidden_states import HiddenStates
 from plprune.pruning.losses import next_token_loss
-from plprune.pruning.surgery import Surgery, without_attention
+from plprune.pruning.surgery import Surgery, may_leave, without_attention
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class AttentionSearch:
         """
 
         def candidates() -> list[Block]:
-            return [block for block in self.blocks[first:] if block.index not in self.gone]
+            return [block for block in may_leave(self.blocks, self.gone) if block.index >= first]
 
         self._greedy(count, "block", candidates, self._without_block, lambda block: self.gone.add(block.index))
         self.surgery.drop_blocks(sorted(self.gone))

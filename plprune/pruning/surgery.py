@@ -7,7 +7,7 @@ rebuild the structure of a pruned model before its weights are read.
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -239,6 +239,31 @@ def shrink(block: Block, group: UnitGroup, keep: Tensor) -> None:
         cut_values(block.module, group.producers[0], group.consumer, keep)
     else:
         cut(block.module, group.producers, group.consumer, group.counts, keep)
+
+
+def may_leave(blocks: Sequence[Block], gone: Collection[int]) -> list[Block]:
+    """The blocks that may leave after others: one that caches keys and values stays, by which tokens are counted."""
+    rest = [block for block in blocks if block.index not in gone]
+    caching = [block.index for block in rest if block.has_kv_cache]
+    return [block for block in rest if caching != [block.index]]
+
+
+def first_to_leave(blocks: Sequence[Block], order: Sequence[Block], count: int) -> list[Block]:
+    """The first of some blocks in order, without those that may not leave.
+
+    Raises:
+        ValueError: There are fewer.
+    """
+    gone: list[Block] = []
+    for block in order:
+        before = {each.index for each in gone}
+        if len(gone) < count and block.index in {each.index for each in may_leave(blocks, before)}:
+            gone.append(block)
+    if len(gone) < count:
+        raise ValueError(
+            f"{count} blocks cannot leave, but {len(gone)}, as one with a cache stays: lower `drop_blocks`"
+        )
+    return gone
 
 
 def check_depth(model: PreTrainedModel, gone: Sequence[int]) -> None:

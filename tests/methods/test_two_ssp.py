@@ -231,6 +231,17 @@ def test_sizes_without_blocks_are_predicted(by: Any) -> None:
     assert sum(p.numel() for p in model.parameters()) in sizes
 
 
+@pytest.mark.parametrize("by", ["perplexity", "influence"])
+def test_the_last_block_with_a_cache_of_keys_stays(by: Any) -> None:
+    """Of this hybrid only the third block attends to all earlier tokens; generation counts tokens by its cache."""
+    model: Any = build("lfm2_moe")
+    assert [block.has_kv_cache for block in blocks_of(model)] == [False, False, True, False]
+    plan = prune(model, TwoSSP(0.8, drop_blocks=3, blocks_by=by), [windows(2)])
+    assert plan.remaining == [2]
+    texts = [model.generate(windows(2, 5), max_new_tokens=5, do_sample=False, use_cache=c) for c in (True, False)]
+    assert torch.equal(*texts)
+
+
 def test_blocks_that_cannot_leave_are_said() -> None:
     with pytest.raises(ValueError, match="2SSP would drop 5 blocks, but the model has 5"):
         prune(deep(), TwoSSP(sparsity=0.5, drop_blocks=5), [windows()])

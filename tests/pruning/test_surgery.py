@@ -14,7 +14,17 @@ from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.architecture.cutting import complement
 from plprune.architecture.modeling_plprune import BlockConfig, Gather, NoAttention, Scatter
 from plprune.architecture.modules import innermost, matrix
-from plprune.pruning.surgery import Surgery, apply, drop_attention, plan_of, replay, shrink, without_attention
+from plprune.pruning.surgery import (
+    Surgery,
+    apply,
+    drop_attention,
+    first_to_leave,
+    may_leave,
+    plan_of,
+    replay,
+    shrink,
+    without_attention,
+)
 from tests.builders import FAMILIES, VARIANTS, logits, tiny, windows
 from tests.zoo import build
 
@@ -357,3 +367,13 @@ def test_parameters_of_experts_leave_as_they_cost(kind: str) -> None:
     before, expert = block.parameters(), block.cost(block.expert_units())
     surgery.keep(block, block.expert_units(), torch.tensor([1, 2, 7]))
     assert before - block.parameters() == 5 * expert
+
+
+def test_one_block_that_caches_keys_stays() -> None:
+    blocks = blocks_of(build("lfm2_moe"))  # the third alone does
+    assert [block.index for block in may_leave(blocks, {0})] == [1, 3]
+    assert [block.index for block in first_to_leave(blocks, blocks[::-1], 2)] == [3, 1]
+    with pytest.raises(
+        ValueError, match="3 blocks cannot leave, but 2, as one with a cache stays: lower `drop_blocks`"
+    ):
+        first_to_leave(blocks, blocks[1:], 3)
