@@ -244,7 +244,7 @@ def shrink(block: Block, group: UnitGroup, keep: Tensor) -> None:
 def may_leave(blocks: Sequence[Block], gone: Collection[int]) -> list[Block]:
     """The blocks that may leave after others: one that caches keys and values stays, by which tokens are counted."""
     rest = [block for block in blocks if block.index not in gone]
-    caching = [block.index for block in rest if block.has_kv_cache]
+    caching = [block.index for block in rest if block.anatomy.values is not None]  # without its attention too
     return [block for block in rest if caching != [block.index]]
 
 

@@ -372,6 +372,8 @@ def test_parameters_of_experts_leave_as_they_cost(kind: str) -> None:
 def test_one_block_that_caches_keys_stays() -> None:
     blocks = blocks_of(build("lfm2_moe"))  # the third alone does
     assert [block.index for block in may_leave(blocks, {0})] == [1, 3]
+    drop_attention(blocks[2])  # what stands in for it still counts tokens
+    assert [block.index for block in may_leave(blocks, {0})] == [1, 3]
     assert [block.index for block in first_to_leave(blocks, blocks[::-1], 2)] == [3, 1]
     with pytest.raises(
         ValueError, match="3 blocks cannot leave, but 2, as one with a cache stays: lower `drop_blocks`"
