@@ -602,7 +602,7 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("kind", "name"),
     [
         ("qwen2_moe", "REAP"),
-        ("deepseek_v3", "REAP"),
+        pytest.param("deepseek_v3", "REAP", marks=pytest.mark.slow),
         pytest.param("deepseek_v3", "CFSP activation", marks=pytest.mark.slow),
         pytest.param("qwen2_moe", "FLAP AL-AM", marks=pytest.mark.slow),
         pytest.param("deepseek_v3", "FLAP experts", marks=pytest.mark.slow),
@@ -629,7 +629,6 @@ def test_mixtures_stream(kind: str, name: str, mixtures: Path, tmp_path: Path) -
         ("deepseek_v3", "REAP"),
         pytest.param("gpt_oss", "FASP none", marks=pytest.mark.slow),
         pytest.param("gpt_oss", "FLAP restore", marks=pytest.mark.slow),
-        pytest.param("qwen2_moe", "CFSP activation", marks=pytest.mark.slow),
     ],
 )
 def test_experts_go_on_wherever_a_run_was_stopped(kind: str, name: str, mixtures: Path, tmp_path: Path) -> None:
