@@ -226,7 +226,8 @@ class DiskHome(Home):
         _move_buffers(self.block.module, device)
         for name, _ in list(self.block.module.named_parameters()):
             stored = self._stored(self.prefix + name)
-            value = torch.empty(stored.shape, dtype=self.source.dtype(self.prefix + name), device=device)
+            dtype = stored.dtype if self.version else self.source.dtype(self.prefix + name)  # biases may be added
+            value = torch.empty(stored.shape, dtype=dtype, device=device)
             value.copy_(stored)  # a copy is aligned as other tensors are, a map may not be
             set_parameter(self.block.module, name, value)
 
