@@ -111,6 +111,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 32},
     "hunyuan_v1_dense": {"head_dim": 16},
+    "gemma3n_text": {"activation_sparsity_pattern": [0.0] * LAYERS},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 8, "moe_topk": 2},
     "hy_v4": {"indexer_types": ["full"] * LAYERS},

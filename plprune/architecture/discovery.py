@@ -184,10 +184,10 @@ def _discover(kind: type[PreTrainedModel], config: PreTrainedConfig) -> ModelAna
         read = reads_others(
             model, path, {i: tried[n].returned for i, n in enumerate(map(kinds.index, kinds)) if n in tried}
         )
+        if _heads_reach_other_blocks(model, path, [tried.get(kinds.index(each), Anatomy()) for each in kinds]):
+            tried = {i: _with_shared_heads(each) for i, each in tried.items()}
         proven = Proof(model, path).proven(tried, [kinds.index(each) for each in kinds])
         anatomies = {kinds[i]: each for i, each in proven.items()}
-        found = [anatomies.get(each, Anatomy()) for each in kinds]
-        shared = _heads_reach_other_blocks(model, path, found)
     if read:
         raise ValueError(
             f"the blocks of a {config.model_type!r} model read more of each other than hidden states ({read}), so they "
@@ -205,8 +205,6 @@ def _discover(kind: type[PreTrainedModel], config: PreTrainedConfig) -> ModelAna
             f"the blocks of a {config.model_type!r} model have no heads or FFN channels that can leave one by one"
             f"{''.join(f' ({each})' for each in dict.fromkeys(reasons))}: use a model of another family"
         )
-    if shared:
-        found = [_with_shared_heads(each) for each in found]
     return ModelAnatomy(path, tuple(found))
 
 

@@ -135,8 +135,12 @@ def write_index(folder: Path, names: Sequence[str]) -> None:
 
 
 def without_tied(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with one name for each parameter: the second names of tied ones are left out."""
-    second = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    """A state dict with one name for each parameter: of tied ones, that of the embedding, wherever the head stands."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    heads = model.get_expanded_tied_weights_keys(all_submodels=True)
+    second = {name for each in names.values() for name in sorted(each, key=lambda name: name in heads)[1:]}
     return {name: value for name, value in state.items() if name not in second}
 
 

@@ -152,7 +152,7 @@ def observe_groups(
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal shape
-        shape = split_call(args, kwargs)[0].shape[:2]
+        shape = split_call(args, kwargs)[0].shape[-3:-1]  # some have several hidden states
         if channels is not None:
             channels.begin(*shape)
 

@@ -21,15 +21,36 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from plprune import CFSP, FLAP, REAP, PruningMethod, TwoSSP
 from plprune.architecture.blocks import Block, blocks_of
 from plprune.io.atomic import staged
-from tests.test_zoo import check
+from tests.test_zoo import check, continuations
 from tests.zoo import ENCODERS, build, decoders
 
 RESULTS = Path(__file__).with_suffix(".json")
 PAGE = Path(__file__).parents[2] / "plprune" / "architecture" / "README.md"
 START, END = "<!-- families: written by tests/benchmarks/families.py -->", "<!-- end of families -->"
+WHY = {  # in words, where an error says little
+    "dbrx": "transformers cannot build it from its default config, which lacks `rope_theta`",
+    "dory": "no FFN channels were found in it, and its heads are tied together",
+    "dots3_note": "its adapters must be as wide as the decoder, and the tiny config does not make them so",
+    "emu3": "transformers has no class that loads its text decoder alone",
+    "gemma3n": "its tower that sees is in the library timm, which is not installed",
+    "gemma4_assistant": "it drafts for another model, whose cache it reads",
+    "gemma4_unified_assistant": "it drafts for another model, whose cache it reads",
+    "hrm_text": "it runs two stacks of blocks several times",
+    "inkling_text": "its router scores shared experts beside the others",
+    "longcat_flash": "its experts are not on transformers' interface, and its blocks have two attentions each",
+    "minimax": "steps of 8 channels miss the sparsity, and decays of its linear attention are buffers over heads",
+    "mllama": "some of its blocks run with images only",
+    "musicgen": "it is built of parts that have configs of their own",
+    "musicgen_melody": "it is built of parts that have configs of their own",
+    "prophetnet": "its attention reads several streams of hidden states at once",
+    "zamba": "its blocks share one transformer block",
+    "zamba2": "its blocks share one transformer block",
+}
 Result = dict[str, Any]
 FORKING = multiprocessing.get_context("forkserver")  # from a process that has imported all
 FORKING.set_forkserver_preload(["tests.test_zoo"])
@@ -45,10 +66,13 @@ def methods_for(blocks: Sequence[Block]) -> list[PruningMethod]:
 def tried(kind: str) -> Result:
     """The kinds of units that a type's blocks have, and for each method why it fails; empty if it does not."""
     try:
-        blocks = blocks_of(build(kind))
+        model = build(kind)
+        blocks = blocks_of(model)
     except Exception as error:
         return {"units": [], "methods": {}, "why": reason(error)}
     found: Result = {"units": sorted({group.kind for block in blocks for group in block.all_groups}), "methods": {}}
+    if not torch.equal(*continuations(model)):
+        found["cache"] = "differs before pruning"
     for method in methods_for(blocks):
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -98,9 +122,9 @@ def page(results: dict[str, Result]) -> str:
     experts = [kind for kind in good if "expert" in types[kind]["units"]]
     encoders = [kind for kind in good if kind in ENCODERS]
     dense = [kind for kind in good if kind not in (*experts, *encoders)]
-    rows = [f"| {kind} | {name} | {why} |" for kind in partly for name, why in failing[kind].items()]
+    rows = [f"| {kind} | {name} | {WHY.get(kind, why)} |" for kind in partly for name, why in failing[kind].items()]
     rows += [
-        f"| {k} | all | {each.get('why') or min(failing[k].values())} |"
+        f"| {k} | all | {WHY.get(k) or each.get('why') or min(failing[k].values())} |"
         for k, each in types.items()
         if k not in good + partly
     ]
@@ -112,6 +136,9 @@ def page(results: dict[str, Result]) -> str:
         f"- {len(dense)} without experts: {', '.join(dense)}.",
         f"- {len(experts)} mixtures of experts, by REAP as well: {', '.join(experts)}.",
         f"- {len(encoders)} encoders, and decoders of encoder-decoders, which decode: {', '.join(encoders)}.",
+        "",
+        f"With a cache, {', '.join(kind for kind in good if 'cache' in types[kind])} go on otherwise than without one,",
+        "as they do before they are pruned.",
         "",
         f"By some of these methods: {', '.join(partly) or 'none'}. What fails:",
         "",
