@@ -153,7 +153,8 @@ class ModelWeights:
     """
 
     def __init__(self, stored: StoredWeights, model: PreTrainedModel, dtype: torch.dtype) -> None:
-        self._own, self._stored, self._sources = own_dtypes(model, dtype), stored, dict[str, Source]()
+        self._dtype, self._own = dtype, own_dtypes(model, dtype)
+        self._stored, self._sources = stored, dict[str, Source]()
         found = stored.sources(model)
         for name, parameter in itertools.chain(model.named_parameters(), saved_buffers(model).items()):
             shape = found[name].shape if name in found else None
@@ -175,8 +176,8 @@ class ModelWeights:
         return value.to(self.dtype(name)) if value.is_floating_point() else value
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype that a weight has in memory."""
-        return self._own[name]
+        """The dtype that a weight has in memory, such as a bias that pruning has added."""
+        return self._own.get(name, self._dtype)
 
 
 def weight_files(folder: Path) -> list[Path]:
