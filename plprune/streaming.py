@@ -37,7 +37,8 @@ from plprune.pruning.journal import ASKED, SHARD, Journal
 from plprune.pruning.model_state import model_state
 from plprune.pruning.plan import FILE, PruningPlan, fingerprint
 
-MMAP_THRESHOLD, INITIAL = -3, 1 << 17  # the parameter of mallopt, as in malloc.h, and its initial value
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # parameters of mallopt, as in malloc.h
+INITIAL = 1 << 17  # their value at first
 
 
 def open_streamed(name_or_path: str, dtype: Dtype | None = None) -> PreTrainedModel:
@@ -58,7 +59,7 @@ def open_streamed(name_or_path: str, dtype: Dtype | None = None) -> PreTrainedMo
             "whole model, by python -c 'from plprune.checkpoint import *; save_pruned(load_model(NAME), FOLDER, "
             f"load_tokenizer(NAME))', with {name_or_path!r} for NAME"
         )
-    _return_freed_memory()
+    return_freed_memory()
     dtype = resolve_dtype(stored, dtype)
     model = load_skeleton(name_or_path, dtype)
     source = ModelWeights(stored, model, getattr(torch, dtype))
@@ -256,10 +257,17 @@ class DiskHome(Home):
         _move_buffers(self.block.module, torch.device("cpu"))
 
 
-def _return_freed_memory() -> None:
-    """Makes the C library return freed tensors to the system; by default it keeps several blocks' worth for reuse."""
+def return_freed_memory(size: int = INITIAL, reserve: int = INITIAL) -> None:
+    """Makes the C library return freed tensors to the system; by default it keeps several blocks' worth for reuse.
+
+    Args:
+        size: Bytes from which a tensor is returned at once.
+        reserve: Bytes that are kept for smaller ones; many small ones are made faster from a reserve.
+    """
     with contextlib.suppress(OSError, AttributeError):  # not every C library has mallopt
-        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, INITIAL)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(MMAP_THRESHOLD, size)
+        libc.mallopt(TRIM_THRESHOLD, reserve)
 
 
 def _save(

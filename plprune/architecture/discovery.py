@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import json
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,11 @@ from plprune.architecture.probing import (
     differs,
     has_interface,
     is_experts,
+    kind_of,
     weightless,
 )
 from plprune.architecture.proof import Proof, reads_others
-from plprune.architecture.tracing import Found, Source, Tracer, bit_code, found_in
+from plprune.architecture.tracing import Found, Reach, Source, Tracer, bit_code, found_in
 from plprune.architecture.trials import Fault, Trial, failure, projection_rows
 from plprune.architecture.wrappers import in_text_decoder, text_config
 
@@ -46,9 +47,10 @@ class Assembly:
         model: From :func:`weightless`.
         call: Of the block.
         norms: Whether norms multiply by their weights only.
+        known: See :class:`Tracer`.
     """
 
-    def __init__(self, model: nn.Module, call: Call, norms: bool) -> None:
+    def __init__(self, model: nn.Module, call: Call, norms: bool, known: dict[Hashable, dict[str, Reach]]) -> None:
         self.model, self.call, self.norms = model, call, norms
         self.probes = Probes(model, norms)
         self.probes.samples = SAMPLES
@@ -56,7 +58,7 @@ class Assembly:
             self.block = BlockProbes(self.probes, call)
             with ReadingNoWeights():
                 self.called = list(self.block.run())
-            self.found, self.inseparable = found_in(Tracer(self.block))
+            self.found, self.inseparable = found_in(Tracer(self.block, known))
             self._values = {id(f): self._value_rows(f) for f in self.found if not f.elementwise}
 
     def heads(self) -> Found | None:
@@ -177,10 +179,10 @@ def _discover(kind: type[PreTrainedModel], config: PreTrainedConfig) -> ModelAna
     path, blocks = decoder_blocks(model)
     if _other_experts(config, blocks):
         raise ValueError(EXPERTS.format(config.model_type))
-    kinds = [_kind(block) for block in blocks]
+    kinds, known = [kind_of(block) for block in blocks], dict[Hashable, dict[str, Reach]]()
     with _running_without_weights(config.model_type):
         calls = _calls(model, path, {kinds.index(each) for each in kinds})
-        tried = {i: anatomy(model, call) for i, call in calls.items()}
+        tried = {i: anatomy(model, call, known) for i, call in calls.items()}
         read = reads_others(
             model, path, {i: tried[n].returned for i, n in enumerate(map(kinds.index, kinds)) if n in tried}
         )
@@ -321,11 +323,11 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
 
 
-def anatomy(model: nn.Module, call: Call) -> Anatomy:
-    """The units of one block."""
+def anatomy(model: nn.Module, call: Call, known: dict[Hashable, dict[str, Reach]]) -> Anatomy:
+    """The units of one block; for `known` see :class:`Tracer`."""
     attention, values, mixer, ffn = None, None, "", None
     for norms in (False, True):
-        assembly = Assembly(model, call, norms)
+        assembly = Assembly(model, call, norms, known)
         heads = assembly.heads()
         if heads is not None and (attention is None or len(heads.columns) > len(attention)):
             attention, values = assembly.attention(heads)
@@ -363,15 +365,6 @@ def _whole(assembly: Assembly, attention: Part | None, ffn: Part | None) -> dict
         if (ffn if each.elementwise else attention) is None:
             reasons.setdefault("ffn" if each.elementwise else "attention", f"{each.consumer}, as {each.why}")
     return reasons
-
-
-def _kind(block: nn.Module) -> str:
-    """What blocks of one kind have in common: their modules, shapes, and numbers other than their index."""
-    modules = [
-        (name, type(m).__name__, sorted((k, v) for k, v in vars(m).items() if type(v) is int and "layer" not in k))
-        for name, m in block.named_modules()
-    ]
-    return str((modules, [(name, tuple(p.shape)) for name, p in block.named_parameters()]))
 
 
 def _calls(model: PreTrainedModel, path: str, indices: set[int]) -> dict[int, Call]:

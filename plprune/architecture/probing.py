@@ -9,6 +9,8 @@ the first, which is not disturbed.
 
 import contextlib
 import copy
+import functools
+import re
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ SAMPLES = 16  # of a batch: one is left as it is, the others are disturbed
 TOKENS = 4
 SCALES = (1.0, 0.3, 1.0, 0.1)  # of random outputs, by draw: large ones saturate gates
 SMALL = 1 << 22  # a parameter outside projections gets random values if it has at most so many
+LARGE = 1 << 16  # one that is larger, as a router, has the same values in all blocks
 OUTPUT = ""  # stands for the output of a block among the paths of consumers
 
 Hits = dict[str, Tensor]  # path of a consumer -> [disturbances, columns] bool
@@ -66,6 +69,7 @@ def weightless(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrai
     text_config(model.config)._is_quantized = True  # whose code calls projections where it may use their weights
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
+    values: dict[str, Tensor] = {}
     for name, parameter in list(model.named_parameters()):
         path, _, last = name.rpartition(".")
         owner = model.get_submodule(path)
@@ -73,8 +77,10 @@ def weightless(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrai
             row = _normal(name, parameter.shape[1:]).expand(parameter.shape)
             setattr(owner, last, nn.Parameter(row, requires_grad=False))
         elif (not is_projection(owner) or last == "bias") and parameter.numel() <= SMALL:
-            values = 1 + 0.3 * _normal(name, parameter.shape)
-            setattr(owner, last, nn.Parameter(values, requires_grad=False))
+            key = re.sub(r"\.\d+\.", ".", name, count=1) if parameter.numel() > LARGE else name
+            if key not in values:
+                values[key] = 1 + 0.3 * _normal(name, parameter.shape)
+            setattr(owner, last, nn.Parameter(values[key], requires_grad=False))
     return model.eval()
 
 
@@ -87,6 +93,15 @@ def is_experts(module: nn.Module) -> bool:
 def has_interface(module: nn.Module) -> bool:
     """Whether `transformers.integrations.moe` runs a module's experts."""
     return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")
+
+
+def kind_of(module: nn.Module) -> str:
+    """What modules of one kind have in common: their parts, shapes, and numbers other than an index."""
+    parts = [
+        (name, type(m).__name__, sorted((k, v) for k, v in vars(m).items() if type(v) is int and "layer" not in k))
+        for name, m in module.named_modules()
+    ]
+    return str((parts, [(name, tuple(p.shape)) for name, p in module.named_parameters()]))
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -111,7 +126,7 @@ class Probes:
         self.seen: dict[str, Tensor] = {}
         self.routed: dict[str, int] = {}  # experts per token, by the path of the experts
         self._delta: dict[str, tuple[Tensor, str, bool]] = {}
-        self._norms = norms
+        self.norms = norms
 
     @contextlib.contextmanager
     def standing_in(self) -> Iterator[None]:
@@ -122,7 +137,7 @@ class Probes:
                 replaced[module] = self._projection(path, module)
             elif is_experts(module):
                 replaced[module] = self._experts(path)
-            elif self._norms and is_norm(module):
+            elif self.norms and is_norm(module):
                 replaced[module] = _scaling(module)
         mode = _InFloat64() if self.model in _MIXED else contextlib.nullcontext()
         with replaced_forwards(list(replaced), list(replaced.values())), mode:
@@ -130,8 +145,7 @@ class Probes:
 
     def disturb(self, path: str, masks: Tensor, first: bool = False) -> None:  # [n, rows] bool
         """Sample i + 1 differs from sample 0 in the rows of mask i, of all tokens or of the first."""
-        factor = torch.cat([torch.zeros_like(masks[:1]), masks]).double()
-        self._delta[path] = factor, f"{path} disturbed", first
+        self._delta[path] = torch.cat([torch.zeros_like(masks[:1]), masks]), f"{path} disturbed", first
 
     def double(self, path: str, rows: Tensor, size: int) -> None:
         """Sample 1 has twice the values of sample 0 in some rows."""
@@ -145,7 +159,7 @@ class Probes:
 
     def normal(self, name: str, shape: Sequence[int]) -> Tensor:
         """Random values that depend on the name and the draw."""
-        return SCALES[self.draw % len(SCALES)] * _normal(f"{self.draw} {name}", shape)
+        return SCALES[self.draw % len(SCALES)] * _remembered(f"{self.draw} {name}", tuple(shape))
 
     def _experts(self, path: str) -> Callable[..., Tensor]:
         def forward(x: Tensor, *routing: Any, **more: Any) -> Tensor:
@@ -170,7 +184,9 @@ class Probes:
                     change[1:] = 0
                 y = y.clone()
                 y[: len(factor)] += factor[:, None] * change
-            return torch.zeros_like(y).reshape(shape) if path in self.silent else y.reshape(shape).clone()
+            if path in self.silent:
+                return torch.zeros_like(y).reshape(shape)
+            return y.reshape(shape) if path in self._delta else y.reshape(shape).clone()
 
         return forward
 
@@ -320,6 +336,11 @@ class BlockProbes:
             if any(differs(x[1:2], x[:1]).any() for x in outside.values()):
                 del self._children[child]
 
+    def part(self, path: str) -> str | None:
+        """What the child is that runs by itself around a part of the block; None if the whole block does."""
+        call = self._around(path)
+        return None if call is None else f"{self.probes.norms} {kind_of(self.probes.model.get_submodule(call.path))}"
+
     def _around(self, path: str | None) -> Call | None:
         """The child that holds a part of the block."""
         return self._children.get(path.partition(".")[0]) if path else None
@@ -361,6 +382,12 @@ def differs(
     """The columns that are not what they are in the undisturbed sample."""
     gap, scale = (x - like).abs().amax(1), like.abs().amax(1)
     return gap > rounding * scale.clamp(min=1e-30)
+
+
+@functools.lru_cache(maxsize=64)
+def _remembered(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Random values of which a block's probes ask again and again; not to be changed."""
+    return _normal(name, shape)
 
 
 def _normal(name: str, shape: Sequence[int]) -> Tensor:

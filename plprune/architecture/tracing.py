@@ -5,7 +5,7 @@ columns are shared by the units, and stay. A consumer whose inputs depend on the
 residual stream and has no units.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,14 +24,20 @@ class Reach:
 
 
 INSIDE = 3  # rows of a segment that are looked at by themselves
+FEW = 8  # segments that are all looked at
 Source = tuple[str, int | None]  # path of a projection, or name of another parameter and its axis
 
 
 class Tracer:
-    """Traces rows to columns within one block."""
+    """Traces rows to columns within one block.
 
-    def __init__(self, probes: BlockProbes) -> None:
-        self.probes = probes
+    Args:
+        probes: Of the block.
+        known: What was traced within parts of other blocks, by what these parts are; more is added to it.
+    """
+
+    def __init__(self, probes: BlockProbes, known: dict[Hashable, dict[str, Reach]]) -> None:
+        self.probes, self.known = probes, known
         ones = torch.ones(1, 1, dtype=torch.bool)
         by_input = probes.reached(None, ones, draws=2)
         self.columns = {c: hits.shape[1] for c, hits in by_input.items()}
@@ -54,7 +60,15 @@ class Tracer:
         return self.probes.reached_by_parameter(name, axis, masks, draws)
 
     def reach(self, source: Source, n: int) -> dict[str, Reach]:
-        """How a producer's rows reach each consumer's columns."""
+        """How a producer's rows reach each consumer's columns; the same in parts that are alike."""
+        if (part := self.probes.part(source[0])) is None:
+            return self._traced(source, n)
+        key = part, source, frozenset(self.residual)
+        if key not in self.known:
+            self.known[key] = self._traced(source, n)
+        return self.known[key]
+
+    def _traced(self, source: Source, n: int) -> dict[str, Reach]:
         some = torch.arange(INSIDE) * (n - 1) // (INSIDE - 1)
         masks = torch.ones(1 + INSIDE, n, dtype=torch.bool)
         masks[1:] = torch.arange(n) == some[:, None]
@@ -97,26 +111,33 @@ class Tracer:
         found: dict[str, Reach] = {}
         pending, loose = [(0, n)], []
         while pending:
-            masks = torch.zeros(len(pending), 1 + INSIDE, n, dtype=torch.bool)
-            for mask, (a, b) in zip(masks, pending, strict=True):
-                mask[0, a:b] = True
-                mask[torch.arange(INSIDE) + 1, a + (b - a - 1) * torch.arange(INSIDE) // (INSIDE - 1)] = True
-            split = []
-            hits = {c: h.unflatten(0, (-1, 1 + INSIDE)) for c, h in self.hits(source, masks.flatten(0, 1)).items()}
-            for i, (a, b) in enumerate(pending):
-                mine = {c: h[i] for c, h in hits.items() if h[i, 0].any()}
-                if b - a == 1 or (b - a >= INSIDE and all(_disjoint(h, b - a) for h in mine.values())):
+            split, some = [], pending[:: (len(pending) - 1) // 2] if len(pending) > FEW else []
+            tried = zip(self._within(source, n, some), some, strict=True)
+            if some and not any(_acts_alike(mine, b - a) for mine, (a, b) in tried):
+                pending = [part for each in pending for part in _divided(*each)]
+                continue  # three that lie far apart are to be divided, so all are
+            for mine, (a, b) in zip(self._within(source, n, pending), pending, strict=True):
+                if _single(mine, b - a):
                     loose.append(torch.arange(a, b))
-                elif all((h == h[:1]).all() for h in mine.values()):
+                elif _acts_alike(mine, b - a):
                     for c, h in mine.items():
                         found.setdefault(c, Reach()).wide.append((torch.arange(a, b), h[0]))
                 else:
-                    step = (b - a) // _largest_factor(b - a)
-                    split += [(s, s + step) for s in range(a, b, step)]
+                    split += _divided(a, b)
             pending = split
         if loose:
             self._loose(source, n, torch.cat(loose), found)
         return found
+
+    def _within(self, source: Source, n: int, segments: Sequence[tuple[int, int]]) -> Iterator[Hits]:
+        """For each segment the columns that depend on all of its rows, and on some of them, [1 + INSIDE, columns]."""
+        masks = torch.zeros(len(segments), 1 + INSIDE, n, dtype=torch.bool)
+        for mask, (a, b) in zip(masks, segments, strict=True):
+            mask[0, a:b] = True
+            mask[torch.arange(INSIDE) + 1, a + (b - a - 1) * torch.arange(INSIDE) // (INSIDE - 1)] = True
+        hits = {c: h.unflatten(0, (-1, 1 + INSIDE)) for c, h in self.hits(source, masks.flatten(0, 1)).items()}
+        for i in range(len(segments)):
+            yield {c: h[i] for c, h in hits.items() if h[i, 0].any()}
 
     def _loose(self, source: Source, n: int, rows: Tensor, found: dict[str, Reach]) -> None:
         """Adds the reach of single rows: elementwise for those that reach fewest columns."""
@@ -148,6 +169,21 @@ def _add_singles(decoded: dict[str, tuple[Tensor, Tensor]], found: dict[str, Rea
         if reached.any():
             found.setdefault(c, Reach()).single.append(torch.where(reached, row, -1))
     return True
+
+
+def _single(hits: Hits, rows: int) -> bool:
+    """Whether the rows of a segment probably act one by one."""
+    return rows == 1 or (rows >= INSIDE and all(_disjoint(h, rows) for h in hits.values()))
+
+
+def _acts_alike(hits: Hits, rows: int) -> bool:
+    """Whether a segment is not to be divided: its rows act one by one, or reach the same columns."""
+    return _single(hits, rows) or all((h == h[:1]).all() for h in hits.values())
+
+
+def _divided(a: int, b: int) -> list[tuple[int, int]]:
+    step = (b - a) // _largest_factor(b - a)
+    return [(s, s + step) for s in range(a, b, step)]
 
 
 def _disjoint(hits: Tensor, rows: int) -> bool:  # [1 + INSIDE, columns]: of all rows, and of some of them

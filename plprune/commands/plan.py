@@ -25,6 +25,7 @@ from plprune.planning.hardware import Machine
 from plprune.planning.needs import Need
 from plprune.planning.serving import Runtime
 from plprune.planning.targets import Target
+from plprune.streaming import return_freed_memory
 
 Record = dict[str, Any]
 
@@ -75,6 +76,7 @@ def plan(
     check_sizes(train_seq_len=train_seq_len, train_batch_size=train_batch_size, rank=rank)
     if output is not None:
         check_output_file(output, overwrite)
+    return_freed_memory(size=1 << 24, reserve=1 << 26)
     dtype = resolve_dtype(stored_weights(model, fetch=False), dtype)
     network, where = load_skeleton(model, dtype), hardware.machine(device or default_device())
     request = Request(method, target, serve_on, tensor_parallel)

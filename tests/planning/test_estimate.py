@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -416,6 +418,38 @@ def test_a_target_of_active_parameters_is_met_from_below() -> None:
     assert f"K active parameters ({asked} asked)" in plan_summary(plan)
     with pytest.raises(ValueError, match=r"target\.active_parameters 100K is out of reach of REAP"):
         Request(REAP(), Target(active_parameters="100K")).resolve_target(bare(build("qwen2_moe")))
+
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"n_routed_experts": 256},
+    "qwen3_moe": {
+        "hidden_size": 4096,
+        "moe_intermediate_size": 1536,
+        "num_hidden_layers": 94,
+        "num_attention_heads": 64,
+        "num_local_experts": 128,
+        "head_dim": 128,
+        "vocab_size": 151936,
+    },
+}
+MEASURED = """
+import resource, sys
+from plprune.cli import main
+main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "size"), [("deepseek_v3", "671"), ("qwen3_moe", "235")])
+def test_mixtures_of_hundreds_of_billions_fit_in_little_memory(kind: str, size: str, tmp_path: Path) -> None:
+    CONFIG_MAPPING[kind](**MIXTURES[kind]).save_pretrained(tmp_path)
+    command = ["plan", str(tmp_path), "--method=REAP", "--dtype=bfloat16", "--device=h200"]
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURED, *command], capture_output=True, text=True, timeout=180, check=True
+    )
+    assert re.search(rf"parameters +{size}", run.stdout)
+    assert int(run.stdout.splitlines()[-1]) < 3.5e6  # kilobytes
 
 
 def test_active_parameters_are_of_the_experts_that_run() -> None:
