@@ -18,7 +18,7 @@ KINDS: dict[str, type[Statistic]] = {kind.__name__: kind for kind in (Moments, N
 
 
 def survey(model: PreTrainedModel, calibration: Calibration) -> Observations:
-    """Computes all statistics in :data:`KINDS` of every consumer's inputs, in one pass.
+    """Computes all statistics in :data:`KINDS` of the inputs of every consumer but experts, in one pass.
 
     Args:
         model: The model, with the same weights as at pruning.
@@ -26,7 +26,8 @@ def survey(model: PreTrainedModel, calibration: Calibration) -> Observations:
     """
     blocks = []
     for block, inputs in stream(model, calibration, "calibrating"):
-        rows = observe(block, inputs, lambda: StatisticGroup({name: kind() for name, kind in KINDS.items()}))
+        group = lambda: StatisticGroup({name: kind() for name, kind in KINDS.items()})  # noqa: E731
+        rows = observe(block, inputs, group, experts=False)  # each method observes these itself
         blocks.append(Observed(inputs.influence, {group.consumer.path: seen.parts for group, seen in rows}))
     return Observations(fingerprint(model.named_parameters()), calibration.fingerprint, blocks)
 

@@ -357,7 +357,7 @@ def surveyed(family: str = "llama") -> tuple[PreTrainedModel, Calibration, Obser
     return model, calibration, survey(model, calibration)
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "qwen2_moe"])
 @pytest.mark.parametrize("name", [*METHODS, *REPAIRED])
 def test_what_is_known_decides_as_what_is_observed(name: str, family: str, tmp_path: Path) -> None:
     _, calibration, known = surveyed(family)
