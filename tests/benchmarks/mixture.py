@@ -1,14 +1,11 @@
 """Trains a small mixture of experts on stories, so that pruning has experts that have learned.
 
-    python -m tests.benchmarks.mixture FOLDER --teacher STORIES260K --text STORIES.jsonl [--steps 1600] [--threads 2]
+    python -m tests.benchmarks.mixture runs/mixture --teacher STORIES260K --text STORIES.jsonl [--steps 1600]
 
 The teacher is a small model that was trained on TinyStories. Stories are drawn from it, and the mixture (four blocks of
-16 experts, 4 for a token) learns the teacher's distributions on these and on the text. A stopped run goes on. FOLDER
-gets the trained model in `model`, and what a comparison needs: `calibration.jsonl`, the stories that were trained on,
-and `held-out.jsonl`, the others. This takes about half an hour on two cores; then
-
-    plprune compare --config configs/compare/mixtures.yaml --models '[FOLDER/model]' --text FOLDER/held-out.jsonl \\
-        --calibration FOLDER/calibration.jsonl --recover.text FOLDER/calibration.jsonl
+16 experts, 4 for a token) learns the teacher's distributions on these and on the text. A stopped run goes on. The
+folder gets the trained model in `model`, and what `configs/compare/mixtures.yaml` reads: `calibration.jsonl`, the
+stories that were trained on, and `held-out.jsonl`, the others. This takes about half an hour on two cores.
 """
 
 import argparse
