@@ -13,8 +13,8 @@ HELP = {
     "`--method.help NAME` lists its settings.",
     "target": "Upper limits for the pruned model. If given, the sparsity is computed from them, and "
     "`method.sparsity` is ignored.",
-    "serve_on": "Programs that must load the result: llama.cpp, vllm, transformers. Widths and heads are rounded to "
-    "sizes that they accept; a model that they cannot load is refused.",
+    "serve_on": "Programs that must load the result: llama.cpp, vllm, decilm (mlx-lm, SGLang), transformers. "
+    "Widths and heads are rounded to sizes that they accept; a model that they cannot load is refused.",
     "tensor_parallel": "Number of devices that will share the result: widths and heads become multiples of it.",
     "text": "Text to read: a `.txt`, `.jsonl`, `.json` or `.parquet` file, `ORG/NAME[:CONFIG[:SPLIT]]` on the hub, or "
     "`pydoc_data.topics`, which is part of Python.",

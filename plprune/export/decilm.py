@@ -38,7 +38,7 @@ def refusals(model: PreTrainedModel) -> list[str]:
     heads, kv_heads = config.num_attention_heads, {b.kv_heads for b in blocks if b.has_attention}
     reasons = []
     if not blocks[0].has_attention:
-        reasons.append("block 0 has no attention: prune with serve_on [vllm], which keeps it")
+        reasons.append("block 0 has no attention: prune with serve_on [decilm], which keeps it")
     if any(b.has_attention and b.kv_heads * b.queries_per_head != heads for b in blocks) or len(kv_heads) > 1:
         reasons.append("query heads were removed: leave attention alone (FASP: attention none; FLAP: structure UL-MM)")
     if any(isinstance(m, Gather | Scatter) for m in model.modules()):
@@ -50,7 +50,7 @@ def refusals(model: PreTrainedModel) -> list[str]:
         named = ", ".join(map(str, odd[:3])) + (" and more" if odd[3:] else "")
         reasons.append(
             f"FFN widths {named} are not multiples of {MULTIPLE}: "
-            f"prune with serve_on [vllm], or export with --pad_to {MULTIPLE}"
+            f"prune with serve_on [decilm], or export with --pad_to {MULTIPLE}"
         )
     return reasons
 

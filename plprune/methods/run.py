@@ -41,7 +41,7 @@ class Request:
     Args:
         method: The pruning method.
         target: The maximum size of the result.
-        serve_on: Programs that must load the result: llama.cpp, vllm, transformers. Only sizes that these programs
+        serve_on: Programs that must load the result: llama.cpp, vllm, decilm, transformers. Only sizes that these
             support are chosen, with the sparsity nearest to the requested one. Impossible requests raise ValueError.
         tensor_parallel: Number of devices that will share the result; it divides widths and numbers of heads.
     """

@@ -7,8 +7,9 @@ architecture with sizes per block. Which of these load paths applies depends on 
   `openelm` does the same for Qwen3, with attention in every block, no biases and a tied head. Other architectures read
   sizes from the first block, and most compute the head dimension from the model's width. q8_0 needs rows of whole
   blocks of 32 values.
-- DeciLM (vLLM, SGLang, TensorRT-LLM, mlx-lm) stores widths as a factor, rounded up to a multiple of 256. All blocks
-  have the same query heads and no biases.
+- vLLM 0.32 loads any folder of a family whose attention transformers can replace, by its backend for transformers.
+- DeciLM (SGLang, TensorRT-LLM, mlx-lm, older vLLM) stores widths as a factor, rounded up to a multiple of 256. All
+  blocks have the same query heads and no biases. These programs load stock checkpoints too.
 - Under tensor parallelism, all devices get the same number of channels and query heads, and the same number of kv heads
   or a copy of one.
 
@@ -20,11 +21,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from plprune.architecture.blocks import Block
+from plprune.architecture.modeling_plprune import WHOLE, PrunedConfigMixin
 from plprune.pruning.constraints import FREE, Constraint
 
-Runtime = Literal["llama.cpp", "vllm", "transformers"]
+Runtime = Literal["llama.cpp", "vllm", "decilm", "transformers"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,15 @@ class LoadPath:
         """Whether the family and the settings of a model match."""
         settings = all(getattr(config, key, value) == value for key, value in self.settings.items())
         return config.model_type in self.families and settings
+
+
+class _Backend(LoadPath):
+    """vLLM's own attention in the place of that of transformers."""
+
+    def takes(self, config: PreTrainedConfig) -> bool:
+        family = next(kind for kind in type(config).__mro__ if not issubclass(kind, PrunedConfigMixin))
+        mappings: Any = (MODEL_FOR_CAUSAL_LM_MAPPING, *(mapping for _, mapping in WHOLE))
+        return any(mapping[family].is_backend_compatible() for mapping in mappings if family in mapping)
 
 
 def _path(name: str, families: str, asks: Constraint, **settings: Any) -> LoadPath:
@@ -69,7 +81,7 @@ LOAD_PATHS: dict[Runtime, tuple[LoadPath, ...]] = {  # per runtime, the first pa
         _path(_OWN, "qwen3 gemma2 gemma3_text smollm3", _Q8_0 & _PLAIN),
         _path(_OWN, "phi3 gpt_neox gpt2 phi olmo2 cohere2", _Q8_0 & _DENSE),
     ),
-    "vllm": (
+    "decilm": (
         _path(_STOCK, "llama", _ALIKE & _DIVIDING),
         _path(_STOCK, "granite", _ALIKE),
         _path(_STOCK, "gemma2 gemma3_text", _PLAIN & _DIVIDING),
@@ -77,6 +89,7 @@ LOAD_PATHS: dict[Runtime, tuple[LoadPath, ...]] = {  # per runtime, the first pa
         _path(_STOCK, "qwen2 opt gpt_neox gpt2 phi olmo2 smollm3 cohere2", _DENSE),
         _path("DeciLM", "llama", _DECILM & _HELD, attention_bias=False, mlp_bias=False),
     ),
+    "vllm": (_Backend("its backend for transformers", frozenset(), FREE),),
     "transformers": (),
 }
 

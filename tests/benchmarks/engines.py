@@ -77,7 +77,7 @@ def pruned(method: PruningMethod, family: str, served: bool) -> PreTrainedModel:
     model = (tiny if dense else build)(family, intermediate_size=1024, rope_parameters=theta, **sizes)
     for parameter in [] if dense else model.parameters():  # as `tiny` does
         parameter.data *= 1 if parameter.ndim == 1 else 6
-    prune(model, method, list(windows(8, 32).split(2)), serve_on=["vllm"] if served and dense else [])
+    prune(model, method, list(windows(8, 32).split(2)), serve_on=["decilm"] if served and dense else [])
     return model
 
 

@@ -25,14 +25,14 @@ from plprune.methods import Request
 from tests.shared import SMOLLM2
 
 SPARSITY, SEED = 0.25, 0
-PLACES: dict[str, list[Any]] = {"anywhere": [], "llama.cpp": ["llama.cpp"], "vllm": ["vllm"]}
+PLACES: dict[str, list[Any]] = {"anywhere": [], "llama.cpp": ["llama.cpp"], "decilm": ["decilm"]}
 METHODS: dict[str, tuple[type[PruningMethod], dict[str, Any], tuple[str, ...]]] = {  # and where each can be served
     "FLAP": (FLAP, {}, ("anywhere", "llama.cpp")),
-    "FLAP, `repair: none`": (FLAP, {"repair": "none"}, ("anywhere", "vllm")),
+    "FLAP, `repair: none`": (FLAP, {"repair": "none"}, ("anywhere", "decilm")),
     "FASP": (FASP, {}, ("anywhere",)),
-    "FASP, `attention: kv_heads`": (FASP, {"attention": "kv_heads"}, ("anywhere", "llama.cpp", "vllm")),
-    "CFSP": (CFSP, {}, ("anywhere", "llama.cpp", "vllm")),
-    "TwoSSP": (TwoSSP, {}, ("anywhere", "llama.cpp", "vllm")),
+    "FASP, `attention: kv_heads`": (FASP, {"attention": "kv_heads"}, ("anywhere", "llama.cpp", "decilm")),
+    "CFSP": (CFSP, {}, ("anywhere", "llama.cpp", "decilm")),
+    "TwoSSP": (TwoSSP, {}, ("anywhere", "llama.cpp", "decilm")),
 }
 
 

@@ -296,7 +296,7 @@ def test_a_method_is_another_once_its_source_is(tmp_path: Path, monkeypatch: pyt
     assert identity(Request(own)) != before
     same = identity(Request(CFSP()))
     assert identity(Request(CFSP())) == same
-    for other in (Request(CFSP(a=2.0)), Request(CFSP(), Target(35_000)), Request(CFSP(), serve_on=["vllm"])):
+    for other in (Request(CFSP(a=2.0)), Request(CFSP(), Target(35_000)), Request(CFSP(), serve_on=["decilm"])):
         assert identity(other) != same
 
 

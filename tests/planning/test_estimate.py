@@ -346,7 +346,7 @@ def test_a_bare_configuration_is_enough(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_the_formats_are_those_that_export_would_write(tmp_path: Path) -> None:
     skeleton = bare(tiny("llama", intermediate_size=512))
-    for request in (Request(CFSP(0.2), serve_on=["vllm"]), Request(CFSP(0.2)), Request(FASP(0.2))):
+    for request in (Request(CFSP(0.2), serve_on=["decilm"]), Request(CFSP(0.2)), Request(FASP(0.2))):
         model, biased = tiny("llama", intermediate_size=512), request.method.biased
         predicted = [
             format_refusals(pruned_skeleton(skeleton, case, biased)) for case in request.predict_sizes(skeleton)

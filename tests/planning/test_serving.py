@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedModel
 
 from plprune import CFSP, FASP, FLAP, Calibration, PruningMethod, PruningPlan, Target, TwoSSP, load_pruned, prune
 from plprune.architecture.blocks import Block, blocks_of
@@ -101,7 +101,7 @@ def test_what_llama_cpp_holds_by_block(which: str, family: str) -> None:
     assert gguf.refusals(model) == []
 
 
-@pytest.mark.parametrize("place", ["llama.cpp", "vllm"])
+@pytest.mark.parametrize("place", ["llama.cpp", "decilm"])
 @pytest.mark.parametrize("family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
 @pytest.mark.parametrize("which", ALIKE)
 def test_what_has_one_size_for_all_blocks(which: str, family: str, place: Runtime) -> None:
@@ -128,7 +128,7 @@ def test_what_has_one_size_for_all_blocks(which: str, family: str, place: Runtim
 )  # fmt: skip
 def test_what_decilm_holds(which: Any) -> None:
     model = wide(width=4096)
-    plan = pruned(model, which, "vllm")
+    plan = pruned(model, which, "decilm")
     found = sizes(model)
     assert all(width and width % (768 if "multiple_of" in which[1] else 256) == 0 for width, _ in found)
     assert found[0][1] == 4
@@ -153,7 +153,7 @@ def test_a_family_with_norms_of_queries_has_sizes_by_block_too(which: Any) -> No
 def test_heads_of_a_stock_checkpoint_are_as_its_config_allows(which: Any) -> None:
     for family, allowed in {"llama": {8, 4, 2}, "granite": {8, 6, 4, 2}}.items():
         model = wide(family, width=64, hidden_size=64)
-        prune(model, which[0](0.45, **which[1]), [windows()], serve_on=["vllm"])
+        prune(model, which[0](0.45, **which[1]), [windows()], serve_on=["decilm"])
         ((_, kv),) = set(sizes(model))
         assert 2 * kv in allowed - {8}
         assert stock_config.stock_config(model) is not None  # with biases, for which these families have flags
@@ -172,7 +172,7 @@ def test_devices_share_widths_and_heads(which: Any, devices: int) -> None:
 
 def test_several_places_ask_together() -> None:
     model = wide(width=4096)
-    pruned(model, RAGGED["TwoSSP"], "llama.cpp", "vllm", tensor_parallel=2)
+    pruned(model, RAGGED["TwoSSP"], "llama.cpp", "decilm", tensor_parallel=2)
     assert all(width % 256 == 0 for width, _ in sizes(model))
     both = Constraint(width_multiple=32, uniform=True) & Constraint(width_multiple=48, first_attention=True)
     assert both == Constraint(width_multiple=96, uniform=True, first_attention=True)
@@ -194,12 +194,12 @@ def test_transformers_asks_nothing(which: Any) -> None:
     ("method", "place", "said"),
     [
         (FASP(), {"serve_on": ["llama.cpp"]}, "as deci, heads must stay whole: set `attention` to kv_heads$"),
-        (FASP(), {"serve_on": ["vllm"]}, "as a stock checkpoint, heads must stay whole: set `attention` to kv_heads"),
+        (FASP(), {"serve_on": ["decilm"]}, "as a stock checkpoint, heads must stay whole: set `attention` to kv_heads"),
         (FASP(), {"tensor_parallel": 2}, "2 devices could not share the result: heads must stay whole: set"),
-        (FLAP(), {"serve_on": ["vllm"]}, "set `structure` to UL-UM; as DeciLM, no bias may be added: set `repair`"),
-        (FLAP(structure="AL-MM", remove_heads=3, repair="none"), {"serve_on": ["vllm"]},
+        (FLAP(), {"serve_on": ["decilm"]}, "set `structure` to UL-UM; as DeciLM, no bias may be added: set `repair`"),
+        (FLAP(structure="AL-MM", remove_heads=3, repair="none"), {"serve_on": ["decilm"]},
          "set `structure` to UL-UM; as DeciLM, no head may leave: set `remove_heads` to 0"),
-        (CFSP(), {"serve_on": ["ollama"]}, "unknown runtime 'ollama' in `serve_on`: use llama.cpp, vllm"),
+        (CFSP(), {"serve_on": ["ollama"]}, "unknown runtime 'ollama' in `serve_on`: use llama.cpp, vllm, decilm"),
         (CFSP(), {"tensor_parallel": 0}, "tensor_parallel is 0, but must be a number of devices"),
     ],
 )  # fmt: skip
@@ -213,7 +213,7 @@ def test_settings_that_cannot_be_served(method: PruningMethod, place: dict[str, 
     [
         ("gemma2", FLAP(structure="UL-UM"), "llama.cpp", "no bias may be added: set `repair` to none"),
         ("qwen3", TwoSSP(drop_attentions=1), "llama.cpp", "no attention may leave: set `drop_attentions`"),
-        ("mistral", CFSP(), "vllm", "all blocks must have one width: set `distance` to uniform"),
+        ("mistral", CFSP(), "decilm", "all blocks must have one width: set `distance` to uniform"),
         ("phi3", FASP(attention="kv_heads", bias=False), "llama.cpp", "set `attention` to none"),
         ("llama", CFSP(), 3, "block 0 has 4 kv heads, but 3 devices can share only 3: change"),
         ("llama", FLAP(), 5, "no number of kv heads of block 0.* suits 5 devices: change `tensor"),
@@ -243,11 +243,26 @@ def test_models_that_cannot_be_served_are_refused_without_weights(
 def test_multiples_that_are_too_coarse(
     method: Any, width: int, sparsity: float, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(serving.LOAD_PATHS, "vllm", (serving.LoadPath("it", frozenset({"llama"}), Constraint(256)),))
+    monkeypatch.setitem(serving.LOAD_PATHS, "decilm", (serving.LoadPath("it", frozenset({"llama"}), Constraint(256)),))
     settings: dict[Any, Any] = {TwoSSP: {"drop_attentions": 0}, FASP: {"attention": "none"}}
     how = method(sparsity, **settings.get(method, {}))
     with pytest.raises(ValueError, match=said):
-        Request(how, serve_on=["vllm"]).predict_sizes(wide(width=width, num_hidden_layers=1))
+        Request(how, serve_on=["decilm"]).predict_sizes(wide(width=width, num_hidden_layers=1))
+
+
+@pytest.mark.parametrize("method", [FASP(0.25), FLAP(0.25)])
+def test_vllm_takes_every_size(method: PruningMethod) -> None:
+    free, served = wide(), wide()
+    prune(free, method, [windows()])
+    prune(served, method, [windows()], serve_on=["vllm"])
+    assert torch.equal(free(windows()).logits, served(windows()).logits)
+
+
+def test_vllm_needs_a_family_whose_attention_can_be_replaced() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4))
+    with pytest.raises(ValueError, match="vllm has no architecture for 'bloom': remove vllm from `serve_on`"):
+        Request(CFSP(0.2), serve_on=["vllm"]).constraint(model)
 
 
 def test_a_model_that_was_pruned_for_elsewhere_is_refused() -> None:
@@ -266,11 +281,11 @@ def test_a_model_that_was_pruned_for_elsewhere_is_refused() -> None:
         model = wide()
         prune(model, before, [windows()])
         with pytest.raises(ValueError, match=f"as {said}: prune the dense model"):
-            Request(CFSP(0.2), serve_on=["vllm"]).constraint(model)
+            Request(CFSP(0.2), serve_on=["decilm"]).constraint(model)
     model = wide("gemma2")
     prune(model, CFSP(0.2, a=40.0), [windows()])
     with pytest.raises(ValueError, match="as its blocks have different sizes: prune the dense model"):
-        Request(CFSP(0.2, distance="uniform"), serve_on=["vllm"]).constraint(model)
+        Request(CFSP(0.2, distance="uniform"), serve_on=["decilm"]).constraint(model)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,7 +307,7 @@ class Free(Nothing):
 
 def test_a_method_that_has_not_heard_of_places_refuses_them() -> None:
     assert Request(Nothing(), serve_on=["transformers"]).constraint(wide()) == Constraint()
-    cases: list[dict[str, Any]] = [{"serve_on": ["vllm"]}, {"tensor_parallel": 2}]
+    cases: list[dict[str, Any]] = [{"serve_on": ["decilm"]}, {"tensor_parallel": 2}]
     for place in cases:
         with pytest.raises(ValueError, match="Nothing does not know how: leave out `serve_on`"):
             Request(Nothing(), **place)
@@ -306,8 +321,8 @@ def test_what_was_asked_is_the_same_after_a_plan_was_read(tmp_path: Path) -> Non
 
 def test_settings_are_kept_in_the_form_of_all_plans_so_far() -> None:
     asked = {"target_parameters": None, "target_memory": "8GiB", "target_batch": 1, "target_context": 64}
-    asked |= {"sparsity": 0.0, "serve_on": ["vllm"], "tensor_parallel": 1}
-    request = Request(Free(), Target(memory="8GiB", context=64), ["vllm"])
+    asked |= {"sparsity": 0.0, "serve_on": ["decilm"], "tensor_parallel": 1}
+    request = Request(Free(), Target(memory="8GiB", context=64), ["decilm"])
     assert json.dumps(request.settings, sort_keys=True) == json.dumps(asked, sort_keys=True)
 
 
@@ -319,16 +334,16 @@ def test_the_command_line_and_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     wide().save_pretrained("model")
     load_tokenizer(save_tiny(tmp_path / "tiny")).save_pretrained("model")
     text = numbers(tmp_path / "text.txt")
-    options = ["--serve_on=[llama.cpp,vllm]", "--tensor_parallel=2", "--num_samples=4", "--seq_len=16"]
+    options = ["--serve_on=[llama.cpp,decilm]", "--tensor_parallel=2", "--num_samples=4", "--seq_len=16"]
     main(["prune", "model", "--method=TwoSSP", "--output=out", f"--text={text}", *options])
     method = {"class_path": "TwoSSP"}
-    config = {"method": method, "serve_on": ["llama.cpp", "vllm"], "tensor_parallel": 2}
+    config = {"method": method, "serve_on": ["llama.cpp", "decilm"], "tensor_parallel": 2}
     Path("prune.yaml").write_text(yaml.safe_dump(config))
     main(["prune", "model", "--config=prune.yaml", "--output=yaml", f"--text={text}", *options[2:]])
     for folder in ("out", "yaml"):
         plan = plan_of(load_pruned(folder))
         assert plan is not None
-        assert (plan.settings["serve_on"], plan.settings["tensor_parallel"]) == (["llama.cpp", "vllm"], 2)
+        assert (plan.settings["serve_on"], plan.settings["tensor_parallel"]) == (["llama.cpp", "decilm"], 2)
         assert all(len(keep) % 2 == 0 for keep in plan.keep.values())
 
 
@@ -339,7 +354,7 @@ def test_the_help_tells_of_it(command: str, capsys: pytest.CaptureFixture[str]) 
     said = " ".join(capsys.readouterr().out.split())
     for option in ("--target.parameters", "--target.memory", "--serve_on", "--tensor_parallel"):
         assert option in said
-    assert "Programs that must load the result: llama.cpp, vllm, transformers." in said
+    assert "Programs that must load the result: llama.cpp, vllm, decilm (mlx-lm," in said
     assert "Number of devices that will share the result" in said
 
 

@@ -55,7 +55,7 @@ class Prune(pl.Callback):
         offload: `cpu` moves the hidden states of calibration off the accelerator to save memory.
         again: Whether to prune a model again that was pruned by this method with these settings.
         target: The maximum size of the result. The sparsity is then solved for, and the method's is ignored.
-        serve_on: Where the result must load: llama.cpp, vllm, transformers. Sizes are restricted to what these can
+        serve_on: Where it must load: llama.cpp, vllm, decilm, transformers. Sizes are restricted to what they can
             serve, and the sparsity is as near to the requested one as that allows.
         tensor_parallel: The number of devices that will share the result; widths and heads are divisible by it.
     """
