@@ -17,11 +17,12 @@ from plprune.pruning.forward import check_ids
 def export(
     model: str,
     output: str,
-    to: str = ",".join(formats.FORMATS),
+    to: str = "hf,gguf,decilm",
     dtype: Dtype | None = None,
     gguf: formats.GgufDtype | None = None,
     widen: bool = False,
     pad_to: int = 1,
+    vllm: str | None = None,
     text: str = PYDOC,
     seq_len: int = 128,
     max_windows: int = 2,
@@ -33,17 +34,18 @@ def export(
 
     Args:
         output: Folder to write: the formats, `parity.json`, and a model card with the printed table.
-        to: Formats, separated by commas: hf, for transformers; gguf, for llama.cpp; decilm, for vLLM, SGLang,
-            TensorRT-LLM and mlx-lm.
+        to: Formats, separated by commas: hf, for transformers; vllm, the same folder, read by vLLM too; gguf, for
+            llama.cpp; decilm, for mlx-lm, SGLang, TensorRT-LLM and older vLLM.
         gguf: Data type of the matrices in a GGUF file. If not given, `dtype`.
         widen: Restore value channels that FASP removed, as zeros, where a format needs them. The model is larger, and
             computes the same.
         pad_to: Pad FFN widths with zeros to a multiple of this. The model is larger, and computes the same.
+        vllm: Python of an environment with vLLM, to read the folder there. If not given, this one.
         seq_len: Tokens per window of the comparison.
         max_windows: Number of windows of the comparison.
     """
     check_sizes(seq_len=seq_len, max_windows=max_windows)
-    wanted, how = [each.strip() for each in to.split(",")], formats.Options(gguf, widen, pad_to)
+    wanted, how = [each.strip() for each in to.split(",")], formats.Options(gguf, widen, pad_to, vllm)
     formats.check_formats(wanted)
     check_output(output, overwrite)
     check_text(text)

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from plprune.architecture.blocks import dense_class
 from plprune.checkpoint.model_card import record_of, write_card
 from plprune.checkpoint.save import write_model
 from plprune.checkpoint.weights import check_saved, without_tied
@@ -21,8 +23,9 @@ from plprune.export.parity import Reading, Row
 from plprune.io.atomic import staged
 from plprune.pruning import surgery
 
-FORMATS = ("hf", "gguf", "decilm")
+FORMATS = ("hf", "gguf", "decilm", "vllm")
 GgufDtype = Literal["f32", "f16", "bf16", "q8_0"]
+HF = FORMATS[0]
 SAME_AS: dict[torch.dtype, GgufDtype] = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
@@ -34,11 +37,13 @@ class Options:
         gguf: Dtype of the matrices in a GGUF file; the model's if not given.
         widen: Whether ragged value channels are widened with zeros, so that more programs can load the model.
         pad_to: FFN widths are padded with zeros to a multiple of this.
+        vllm: The Python of an environment with vLLM; this one if not given.
     """
 
     gguf: GgufDtype | None = None
     widen: bool = False
     pad_to: int = 1
+    vllm: str | None = None
 
     def __post_init__(self) -> None:
         if self.pad_to < 1:
@@ -97,9 +102,9 @@ def export(
         del model
         if all(row.refused for row in rows):
             raise ValueError("; ".join(f"{row.format}: {reason}" for row in rows for reason in row.refused))
-        rows = [_check_format(row, room, windows, own) for row in rows]
+        rows = [_check_format(row, room, windows, own, options) for row in rows]
         (room / "parity.json").write_text(json.dumps(_parity_record(rows, windows, own), indent=2) + "\n")
-        for folder in [room, *(room / row.file for row in rows if row.format == "hf" and row.file)]:
+        for folder in [room, *{room / row.file for row in rows if row.file == HF}]:
             if plan is not None:
                 write_card(folder, plan, record, parity.parity_table(rows))
     return rows
@@ -122,8 +127,11 @@ def unknown_formats() -> list[str]:
 
 
 def _refusals(kind: str, model: PreTrainedModel) -> list[str]:
-    if kind == "hf":
+    if kind == HF:
         return []
+    if kind == "vllm":
+        takes = dense_class(model)[0].is_backend_compatible()
+        return [] if takes else ["its backend for transformers does not take this family"]
     if kind in unknown_formats():
         return ["it needs the package gguf: pip install 'plprune[export]'"]
     return decilm.refusals(model) if kind == "decilm" else _gguf().refusals(model)
@@ -133,12 +141,16 @@ def _write_format(
     kind: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, room: Path, name: str, options: Options
 ) -> Row:
     """Writes one format; the row has the reasons if it is refused."""
-    if kind == "hf":
-        (room / kind).mkdir()
-        state = without_tied(model, model.state_dict())
-        write_model(model, state, room / kind, tokenizer, with_plan=not options.reshape)
-        check_saved(room / kind, model, state.items())
-        return Row(kind, kind, bytes=_size(room / kind))
+    if kind in (HF, "vllm"):  # vLLM reads what transformers does
+        if reasons := _refusals(kind, model):
+            return Row(kind, refused=reasons)
+        folder = room / HF
+        if not folder.exists():
+            folder.mkdir()
+            state = without_tied(model, model.state_dict())
+            write_model(model, state, folder, tokenizer, with_plan=not options.reshape)
+            check_saved(folder, model, state.items())
+        return Row(kind, HF, bytes=_size(folder))
     dtype = options.gguf or SAME_AS[model.dtype]
     file, format = (kind, kind) if kind == "decilm" else (f"{name}-{dtype}.gguf", f"{kind} {dtype}")
     if reasons := _refusals(kind, model):
@@ -153,7 +165,7 @@ def _write_format(
     return Row(format, file, bytes=_size(room / file))
 
 
-def _check_format(row: Row, room: Path, windows: Tensor, own: Reading) -> Row:
+def _check_format(row: Row, room: Path, windows: Tensor, own: Reading, options: Options) -> Row:
     """Loads a written format in the program that reads it, and compares."""
     if row.file is None:
         return row
@@ -163,8 +175,15 @@ def _check_format(row: Row, room: Path, windows: Tensor, own: Reading) -> Row:
         return dataclasses.replace(
             row, note="shapes fit the format's rule; not run, as no program that reads it is installed"
         )
-    if row.format == "hf":
+    if row.format == HF:
         return parity.compare(row, functools.partial(parity.by_transformers, path, windows), own)
+    if row.format == "vllm":
+        if options.vllm is None and importlib.util.find_spec("vllm") is None:
+            note = "not run, as vLLM is not here: name the Python of an environment that has it by --vllm"
+            return dataclasses.replace(row, note=note)
+        return parity.compare(
+            row, functools.partial(parity.by_vllm, path, options.vllm or sys.executable, windows), own
+        )
     if importlib.util.find_spec("xllamacpp") is None:
         return dataclasses.replace(row, note="not loaded, as llama.cpp is not on this machine: pip install xllamacpp")
     return parity.compare(row, functools.partial(parity.by_llama_cpp, path, windows), own)

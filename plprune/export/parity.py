@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plprune.evaluation import standalone
-from plprune.export import llama_cpp
+from plprune.export import llama_cpp, vllm_reading
 from plprune.io.tables import markdown_table
 from plprune.io.units import format_value
 from plprune.pruning.forward import evaluating
@@ -82,14 +82,39 @@ def by_transformers(folder: Path, windows: Tensor) -> Reading:  # [n, s]
     Raises:
         ValueError: The folder does not load there.
     """
+    return _by_program([sys.executable, "-I", standalone.__file__], folder, windows, {})
+
+
+def by_vllm(folder: Path, python: str, windows: Tensor) -> Reading:  # [n, s]
+    """The output of vLLM on a folder.
+
+    Args:
+        folder: The folder.
+        python: The Python of an environment with vLLM.
+        windows: Token ids.
+
+    Raises:
+        ValueError: vLLM is not there, or does not load the folder.
+    """
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ
+    return _by_program([python, "-I", vllm_reading.__file__], folder, windows, settings)
+
+
+def _by_program(command: list[str], folder: Path, windows: Tensor, settings: Mapping[str, str]) -> Reading:
+    """The output of a program that answers as :mod:`plprune.evaluation.standalone` does."""
     with tempfile.TemporaryDirectory() as room:
         request, answer = Path(room, "request.safetensors"), Path(room, "answer.safetensors")
-        save_file({"windows": windows.contiguous()}, request)
-        command = [sys.executable, "-I", standalone.__file__, str(folder), str(request), str(answer)]
-        own = os.environ | {"HF_MODULES_CACHE": room, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, env=own, capture_output=True, text=True)
+        prompt = standalone.prompt_of(windows)
+        save_file({"windows": windows.contiguous(), "prompt": prompt.clone()}, request)
+        command = [*command, str(folder), str(request), str(answer)]
+        own = {**os.environ, **settings, "HF_MODULES_CACHE": room, "HF_HUB_OFFLINE": "1"}
+        try:
+            done = subprocess.run(command, env=own, capture_output=True, text=True)
+        except OSError as error:
+            raise ValueError(f"{command[0]} does not run: {error.strerror}") from error
         if done.returncode:
-            raise ValueError((done.stderr.strip() or f"it ended with code {done.returncode}").splitlines()[-1])
+            lines = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
+            raise ValueError(next((line for line in reversed(lines) if "Error: " in line), lines[-1]))
         with safe_open(answer, framework="pt") as file:
             told = file.metadata()
             found = file.get_tensor("logprobs"), file.get_tensor("greedy")
