@@ -66,7 +66,9 @@ def weightless(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrai
     model = empty(kind, config)
     if any(p.dtype != torch.float64 for p in model.parameters()):
         _MIXED.add(model)
-    text_config(model.config)._is_quantized = True  # whose code calls projections where it may use their weights
+    own: Any = text_config(model.config)
+    own._is_quantized = True  # whose code calls projections where it may use their weights
+    own.output_router_logits = False  # routers that stand in have none
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     values: dict[str, Tensor] = {}
