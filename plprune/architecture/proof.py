@@ -167,6 +167,8 @@ def _arguments(
     model: PreTrainedModel, blocks: str, idle: Mapping[int, int]
 ) -> dict[str, tuple[Tensor, dict[str, Any]]]:
     """The hidden states and the other arguments of each block, by its path; the blocks in `idle` do nothing."""
+    probes = Probes(model)
+    probes.samples = SAMPLES
     found: dict[str, tuple[Tensor, dict[str, Any]]] = {}
     modules = {f"{blocks}.{i}": module for i, module in enumerate(model.get_submodule(blocks).children())}
 
@@ -174,6 +176,7 @@ def _arguments(
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = {**dict(zip(names, args, strict=False)), **{k: _held(v) for k, v in kwargs.items()}}
             found[path] = given.pop(names[0]), given
+            probes.seen.clear()  # that of all blocks takes gigabytes
 
         return hook
 
@@ -182,8 +185,6 @@ def _arguments(
         names = list(inspect.signature(module.forward).parameters)
         handles.append(module.register_forward_pre_hook(note(path, names), with_kwargs=True))
     still = [module for index, module in enumerate(modules.values()) if index in idle]
-    probes = Probes(model)
-    probes.samples = SAMPLES
     with probes.standing_in(), replaced_forwards(still, [passing(idle[i]) for i in sorted(idle)]):
         model(input_ids=torch.ones(SAMPLES, TOKENS, dtype=torch.long), use_cache=False)
     for handle in handles:
