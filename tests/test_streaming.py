@@ -11,7 +11,7 @@ import resource
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +271,21 @@ def stopping(count: int) -> Iterator[None]:
         yield
 
 
+def goes_on(
+    folder: Path, how: Callable[[], PruningMethod], counts: Iterable[int], room: Path, offload: Any = None
+) -> None:
+    """Runs that stop at each of these renamings, and again soon after they were resumed, end as one in memory."""
+    model, plan = in_memory(folder, how())
+    for count in counts:
+        output = room / str(count)
+        if not stops(lambda to=output: streamed(folder, how(), to, offload=offload), count):
+            break
+        stops(lambda to=output: streamed(folder, how(), to, offload=offload, resume=True, overwrite=True), 2)
+        streamed(folder, how(), output, offload=offload, resume=True, overwrite=True)
+        assert_same(output, model, plan)
+    assert count > 8
+
+
 def stops(run: Callable[..., Any], count: int) -> bool:
     try:
         with stopping(count):
@@ -294,15 +309,7 @@ def stops(run: Callable[..., Any], count: int) -> bool:
     ],
 )
 def test_a_run_goes_on_wherever_it_was_stopped(name: str, offload: Any, llama: Path, tmp_path: Path) -> None:
-    model, plan = in_memory(llama, called(name))
-    for count in itertools.count(1):
-        output = tmp_path / str(count)
-        if not stops(lambda to=output: streamed(llama, called(name), to, offload=offload), count):
-            break
-        stops(lambda to=output: streamed(llama, called(name), to, offload=offload, resume=True, overwrite=True), 2)
-        streamed(llama, called(name), output, offload=offload, resume=True, overwrite=True)
-        assert_same(output, model, plan)
-    assert count > 8
+    goes_on(llama, lambda: called(name), itertools.count(1), tmp_path, offload)
 
 
 def test_a_resumed_run_runs_no_block_again(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -632,11 +639,4 @@ def test_mixtures_stream(kind: str, name: str, mixtures: Path, tmp_path: Path) -
     ],
 )
 def test_experts_go_on_wherever_a_run_was_stopped(kind: str, name: str, mixtures: Path, tmp_path: Path) -> None:
-    model, plan = in_memory(mixtures / kind, method(name))
-    for count in itertools.count(1, 3 if name == "REAP" else 5):
-        output = tmp_path / str(count)
-        if not stops(lambda to=output: streamed(mixtures / kind, method(name), to), count):
-            break
-        streamed(mixtures / kind, method(name), output, resume=True, overwrite=True)
-        assert_same(output, model, plan)
-    assert count > 8
+    goes_on(mixtures / kind, lambda: method(name), itertools.count(1, 3 if name == "REAP" else 5), tmp_path)

@@ -186,12 +186,7 @@ def register(config: type[PreTrainedConfig], model: type[PreTrainedModel]) -> No
         model.register_for_auto_class(AutoModelForCausalLM.__name__)
 
 
-def remote_classes(family: Any) -> list[type]:
-    """The config class and the class of a family whose code came with a model; none if transformers has it."""
-    return [family.config_class, family] if family.__module__.startswith(REMOTE) else []
-
-
-def write_code(family: type[PreTrainedModel], folder: Path, pruned: bool = True) -> dict[str, str]:
+def write_code(family: Any, folder: Path, pruned: bool = True) -> dict[str, str]:
     """Writes the Python files that load a model of a family.
 
     Args:
@@ -202,7 +197,9 @@ def write_code(family: type[PreTrainedModel], folder: Path, pruned: bool = True)
     Returns:
         What `auto_map` in `config.json` must name, if this file is not needed; empty if transformers has the family.
     """
-    found = [(sys.modules[each.__module__].__file__ or "", each) for each in remote_classes(family)]
+    remote = family.__module__.startswith(REMOTE)
+    classes = [family.config_class, family] if remote else []
+    found = [(sys.modules[each.__module__].__file__ or "", each) for each in classes]
     for file in {name for own, _ in found for name in (own, *get_relative_import_files(own))}:
         shutil.copyfile(file, folder / Path(file).name)
     if pruned:

@@ -31,8 +31,7 @@ def allow_remote_code(*names: str) -> None:
         ValueError: There are no such files, or they have no causal language model.
     """
     for name in names:
-        _ALLOWED.add(name)
-        if resolve_path(name).suffix == ".gguf":
+        if name in _ALLOWED or resolve_path(name).suffix == ".gguf":
             continue
         values = PreTrainedConfig.get_config_dict(name)[0]
         kind, auto = values.get("model_type", ""), values.get("auto_map") or {}
@@ -44,6 +43,7 @@ def allow_remote_code(*names: str) -> None:
             raise ValueError(f"{name} has no code of its own for {missing[0]}: leave trust_remote_code out")
         else:
             register(*(get_class_from_dynamic_module(auto[each], name) for each in NEEDED))
+        _ALLOWED.add(name)
 
 
 def is_allowed(name: str) -> bool:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plprune.architecture.blocks import dense_class
 from plprune.checkpoint.model_card import record_of, write_card
 from plprune.checkpoint.save import write_model
 from plprune.checkpoint.weights import check_saved, without_tied
 from plprune.export import decilm, parity
 from plprune.export.parity import Reading, Row
 from plprune.io.atomic import staged
+from plprune.planning.serving import LOAD_PATHS
 from plprune.pruning import surgery
 
 FORMATS = ("hf", "gguf", "decilm", "vllm")
@@ -130,7 +130,7 @@ def _refusals(kind: str, model: PreTrainedModel) -> list[str]:
     if kind == HF:
         return []
     if kind == "vllm":
-        takes = dense_class(model)[0].is_backend_compatible()
+        takes = any(path.takes(model.config) for path in LOAD_PATHS["vllm"])
         return [] if takes else ["its backend for transformers does not take this family"]
     if kind in unknown_formats():
         return ["it needs the package gguf: pip install 'plprune[export]'"]

@@ -25,7 +25,8 @@ def main(folder: str, request: str, answer: str) -> None:
     length = max(len(windows[0]) + 1, len(prompt) + CONTINUE)
     dtype = json.loads(Path(folder, "config.json").read_text())["dtype"]  # by itself it would round float32
     sizes = {"max_model_len": length, "max_num_seqs": 4}
-    llm = LLM(folder, dtype=dtype, trust_remote_code=True, enforce_eager=True, **sizes)
+    custom = any(Path(folder).glob("*.py"))
+    llm = LLM(folder, dtype=dtype, trust_remote_code=custom, enforce_eager=True, **sizes)
     reading = SamplingParams(max_tokens=1, prompt_logprobs=1, temperature=0)
     read = llm.generate([{"prompt_token_ids": ids} for ids in windows], reading, use_tqdm=False)
     pairs = [zip(each.prompt_logprobs[1:], ids[1:], strict=True) for each, ids in zip(read, windows, strict=True)]

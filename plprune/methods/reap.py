@@ -127,8 +127,11 @@ class REAP(PruningMethod):
             raise ValueError(f"{said}: use more text, or set `few_tokens` to judge or keep")
         log.warning("%s: they are %s", said, "kept first" if self.few_tokens == "keep" else "scored by these alone")
 
+    def _score(self, found: Saliency) -> Tensor:  # [experts]
+        return found.mean if self.score == "saliency" else found.tokens.double()
+
     def _choose(self, found: Saliency, count: int, groups: int) -> Tensor:  # [count]
-        score = found.mean if self.score == "saliency" else found.tokens.double()
+        score = self._score(found)
         if self.few_tokens == "keep":
             score = score.masked_fill(found.tokens < self.min_tokens, torch.inf)
         return best_experts(score, count, groups)

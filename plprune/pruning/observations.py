@@ -26,10 +26,13 @@ def survey(model: PreTrainedModel, calibration: Calibration) -> Observations:
     """
     blocks = []
     for block, inputs in stream(model, calibration, "calibrating"):
-        group = lambda: StatisticGroup({name: kind() for name, kind in KINDS.items()})  # noqa: E731
-        rows = observe(block, inputs, group, experts=False)  # each method observes these itself
+        rows = observe(block, inputs, _every_kind, experts=False)  # each method observes these itself
         blocks.append(Observed(inputs.influence, {group.consumer.path: seen.parts for group, seen in rows}))
     return Observations(fingerprint(model.named_parameters()), calibration.fingerprint, blocks)
+
+
+def _every_kind() -> StatisticGroup:
+    return StatisticGroup({name: kind() for name, kind in KINDS.items()})
 
 
 def save(known: Observations, file: Path) -> None:

@@ -16,22 +16,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from plprune import CFSP, FASP, FLAP, REAP, PruningMethod, TwoSSP, prune, save_pruned
-from plprune.export import decilm
+from plprune.export import decilm, parity
 from tests.builders import FAMILIES, tiny, tokenizer, windows
 from tests.zoo import build
 
 SIZES = {"hidden_size": 256, "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
-VLLM = """
-import json, sys
-from vllm import LLM, SamplingParams
-folder, ids, custom = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3] == "True"
-llm = LLM(folder, dtype="float32", trust_remote_code=custom, enforce_eager=True, max_model_len=128, max_num_seqs=4)
-out = llm.generate({"prompt_token_ids": ids}, SamplingParams(max_tokens=1, prompt_logprobs=1, temperature=0))[0]
-print("\\nLOGPROBS", json.dumps([each[i].logprob for each, i in zip(out.prompt_logprobs[1:], ids[1:])]))
-"""
+Read = Callable[[Path, str, Tensor], Tensor]  # a folder, the Python of an environment, token ids
 MLX = """
 import json, sys
 from pathlib import Path
@@ -81,23 +75,29 @@ def pruned(method: PruningMethod, family: str, served: bool) -> PreTrainedModel:
     return model
 
 
-def difference(model: PreTrainedModel, folder: Path, python: str, program: str, custom: bool) -> float:
-    """The largest difference between a program's and transformers' log-probabilities of a text."""
-    ids = windows(1, 40, seed=3)
-    with torch.no_grad():
-        expected = torch.log_softmax(model(input_ids=ids).logits.double(), -1)[0]
+def by_vllm(folder: Path, python: str, ids: Tensor) -> Tensor:  # [1, s] -> [1, s - 1]
+    return parity.by_vllm(folder, python, ids).logprobs
+
+
+def by_mlx(folder: Path, python: str, ids: Tensor) -> Tensor:  # [1, s] -> [1, s - 1]
     run = subprocess.run(
-        [python, "-c", program, str(folder), json.dumps(ids[0].tolist()), str(custom)],
+        [python, "-c", MLX, str(folder), json.dumps(ids[0].tolist())],
         capture_output=True,
         text=True,
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
     )
     lines = [line for line in run.stdout.splitlines() if line.startswith("LOGPROBS")]
     if not lines:
         raise RuntimeError(f"it does not load {folder.name}:\n{run.stdout[-3000:]}{run.stderr[-3000:]}")
-    found = torch.tensor(json.loads(lines[0].removeprefix("LOGPROBS")), dtype=torch.float64)
-    return float((found - expected[torch.arange(39), ids[0, 1:]]).abs().max())
+    return torch.tensor([json.loads(lines[0].removeprefix("LOGPROBS"))], dtype=torch.float64)
+
+
+def difference(model: PreTrainedModel, folder: Path, python: str, read: Read) -> float:
+    """The largest difference between a program's and transformers' log-probabilities of a text."""
+    ids = windows(1, 40, seed=3)
+    with torch.no_grad():
+        expected = torch.log_softmax(model(input_ids=ids).logits.double(), -1)[0]
+    return float((read(folder, python, ids)[0] - expected[torch.arange(39), ids[0, 1:]]).abs().max())
 
 
 def main() -> None:
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--mlx", help="Python of an environment with mlx-lm")
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS), help="some of the models")
     options = parser.parse_args()
-    programs = {"vLLM": (options.vllm, VLLM), "mlx-lm": (options.mlx, MLX)}
+    programs = {"vLLM": (options.vllm, by_vllm), "mlx-lm": (options.mlx, by_mlx)}
     programs = {name: each for name, each in programs.items() if each[0]}
     print(f"| model | {' | '.join(programs)} |\n|---|{'---|' * len(programs)}")
     with tempfile.TemporaryDirectory() as room:
@@ -118,8 +118,8 @@ def main() -> None:
             cells = [
                 "runs no code of a folder"
                 if which == "mlx-lm" and custom and write is hf
-                else f"{difference(model, folder, python, code, custom):.1e}"
-                for which, (python, code) in programs.items()
+                else f"{difference(model, folder, python, read):.1e}"
+                for which, (python, read) in programs.items()
             ]
             print(f"| {name} | {' | '.join(cells)} |", flush=True)
 

@@ -41,21 +41,19 @@ class AtRandom(REAP):
 
     seed: int = 0
 
-    def _choose(self, found: Saliency, count: int, groups: int) -> Tensor:
+    def _score(self, found: Saliency) -> Tensor:  # [experts]
         generator = torch.Generator().manual_seed(self.seed + int(found.tokens.sum()) + int(found.tokens[0]))
-        scores, size = torch.rand(len(found.tokens), generator=generator), len(found.tokens) // groups
-        kept = [own.topk(count // groups).indices.sort().values for own in scores.split(size)]
-        return torch.cat([g * size + own for g, own in enumerate(kept)])
+        return torch.rand(len(found.tokens), generator=generator)
 
 
 def config(vocabulary: int) -> Qwen3MoeConfig:
+    sizes: dict[str, Any] = {"head_dim": 16}
     return Qwen3MoeConfig(
         vocab_size=vocabulary,
         hidden_size=96,
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,
-        head_dim=16,
         num_experts=16,
         num_experts_per_tok=4,
         moe_intermediate_size=64,
@@ -64,11 +62,12 @@ def config(vocabulary: int) -> Qwen3MoeConfig:
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,
+        **sizes,
     )
 
 
 @torch.no_grad()
-def drawn(teacher: PreTrainedModel, folder: Path) -> Tensor:  # [DRAWN, LENGTH]
+def drawn(teacher: Any, folder: Path) -> Tensor:  # [DRAWN, LENGTH]
     """Windows of stories from the teacher; kept in a file."""
     file = folder / "drawn.pt"
     if not file.exists():
