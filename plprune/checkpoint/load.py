@@ -154,7 +154,7 @@ def load_pruned(folder: str | os.PathLike[str], dtype: Dtype | None = None) -> P
         raise ValueError(f"{folder} is not a folder with a pruned model")
     check_no_adapter(folder)
     plan = _load_plan(folder)
-    model = pruned_skeleton(plan)
+    model = pruned_skeleton(plan, getattr(torch, dtype) if dtype else None)
     with _one_line_errors(f"a model from {folder}"):
         stored = stored_weights(str(folder))
     if not stored.entries:
@@ -164,7 +164,7 @@ def load_pruned(folder: str | os.PathLike[str], dtype: Dtype | None = None) -> P
     used = {key for source in found.values() for key in source.keys}
     state |= {key: stored.tensor(key) for key in stored.entries if key not in used}
     if dtype:  # only of stored tensors: buffers such as the rotary frequencies stay in float32
-        own = own_dtypes(pruned_skeleton(plan, getattr(torch, dtype)), getattr(torch, dtype))
+        own = own_dtypes(model, getattr(torch, dtype))
         state = {name: t.to(own.get(name, t.dtype)) if t.is_floating_point() else t for name, t in state.items()}
     _load_state(model, state, folder)
     read_generation_config(model, folder)

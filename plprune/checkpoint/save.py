@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
-from plprune.architecture import modeling_plprune
 from plprune.architecture.blocks import blocks_of, dense_class
 from plprune.architecture.config_keys import size_keys
 from plprune.architecture.modeling_plprune import (
@@ -117,14 +116,14 @@ def write_model(
         with_plan: Whether the plan is written; it must still describe the structure.
     """
     plan, (config, biases) = plan_of(model), saved_config(model)
+    dense, own = dense_class(model)
     names: dict[str, Any] = {"save_original_format": False}  # not the names of older transformers
     custom, mixture = isinstance(config, PrunedConfigMixin), is_mixture(model)
     state = published(skeleton(config), state | biases) if mixture and not custom else state | biases
-    model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size, **names)
+    dense.save_pretrained(model, folder, state_dict=state, max_shard_size=max_shard_size, **names)
     if mixture:
         for file in Path(folder).glob("*.safetensors"):
             align(file)
-    dense, own = dense_class(model)
     # vLLM runs the models of a folder's own code under this name.
     name = PrunedForMultimodalLM.__name__ if is_wrapper(type(own)) else "TransformersForCausalLM"
     config.architectures = [name if custom else dense.__name__]
@@ -132,8 +131,6 @@ def write_model(
     config.tie_word_embeddings = tied(model)
     if theta := (getattr(config, "rope_parameters", None) or {}).get("rope_theta"):
         config.rope_theta = theta  # where mlx-lm and programs of transformers' older releases look
-    code = folder / Path(modeling_plprune.__file__).name
-    code.unlink(missing_ok=True)
     if own_code := write_code(dense, folder, custom):
         config.auto_map = own_code
     config.save_pretrained(folder)

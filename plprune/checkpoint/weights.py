@@ -7,8 +7,9 @@ and the plan describe have exactly these tensors.
 import contextlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from plprune.architecture.modules import says_tied, tie, tied
-from plprune.checkpoint.published import sources
+from plprune.checkpoint.published import Source, sources
 from plprune.checkpoint.stock_config import config_from, pruned_skeleton, skeleton
 from plprune.io.units import format_value
 from plprune.pruning.journal import NotFinite
@@ -38,6 +39,9 @@ class TensorEntry(NamedTuple):
     file: Path
     dtype: torch.dtype | None
     shape: tuple[int, ...]
+
+
+Entries = Mapping[str, TensorEntry]  # tensors by their stored names
 
 
 def listed_files(folder: Path, single: str = SINGLE) -> list[Path]:
@@ -146,16 +150,23 @@ def without_tied(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, 
 
 def has_untied_head(folder: Path, model: PreTrainedModel) -> bool:
     """Whether a folder's output head differs from its embedding, though its configuration ties them."""
-    pairs, files = model.get_expanded_tied_weights_keys(all_submodels=True), listed_files(folder)
-    if not pairs or not all(file.exists() for file in files):
+    files = listed_files(folder)
+    if not model.get_expanded_tied_weights_keys(all_submodels=True) or not all(file.exists() for file in files):
         return False
     entries = tensor_entries(files)
-    found = sources(model, {name: entry.shape for name, entry in entries.items()})
+    return _head_differs(model, entries, sources(model, _shapes(entries)))
 
+
+def _head_differs(model: PreTrainedModel, entries: Entries, found: Mapping[str, Source]) -> bool:
     def stored(name: str) -> Tensor | None:
         return found[name].make(lambda key: read_tensor(entries[key].file, key)) if name in found else None
 
+    pairs = model.get_expanded_tied_weights_keys(all_submodels=True)
     return any(are_untied(stored(head), stored(embedding)) for head, embedding in pairs.items())
+
+
+def _shapes(entries: Entries) -> dict[str, tuple[int, ...]]:
+    return {name: entry.shape for name, entry in entries.items()}
 
 
 def are_untied(head: Tensor | None, embedding: Tensor | None) -> bool:
@@ -175,22 +186,26 @@ def check_saved(folder: Path, model: PreTrainedModel, tensors: Iterable[tuple[st
         ValueError: A value is not finite, or `config.json` or the plan describe another structure.
         OSError: The files differ from memory.
     """
-    described = _skeleton_of_config(folder)
-    _check_structure(folder, described, tied(model), "config.json")
+    entries, described = tensor_entries(listed_files(folder)), _skeleton_of_config(folder)
+    found = sources(described, _shapes(entries))
+    _check_structure(entries, found, described, tied(model), "config.json")
     if (folder / FILE).exists():
         structure = pruned_skeleton(PruningPlan.load(folder))
-        tie(structure, says_tied(structure.config) and not has_untied_head(folder, structure))
-        _check_structure(folder, structure, tied(model), FILE)
-    check_values(folder, tensors, described)
+        own = sources(structure, _shapes(entries))
+        tie(structure, says_tied(structure.config) and not _head_differs(structure, entries, own))
+        _check_structure(entries, own, structure, tied(model), FILE)
+    check_values(folder, tensors, found)
 
 
-def check_values(folder: Path, tensors: Iterable[tuple[str, Tensor]], model: PreTrainedModel | None = None) -> None:
+def check_values(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], found: Mapping[str, Source] = MappingProxyType({})
+) -> None:
     """Checks that a folder holds these tensors, byte for byte, all finite, and no others except zero biases.
 
     Args:
         folder: The folder.
-        tensors: By their names in the model, or in the folder if no model is given.
-        model: The model, of which only the structure is used.
+        tensors: By their names in the model.
+        found: What these are made from, where names or tensors differ in the folder.
 
     Raises:
         ValueError: A value is not finite, or there is another tensor.
@@ -198,7 +213,6 @@ def check_values(folder: Path, tensors: Iterable[tuple[str, Tensor]], model: Pre
     """
     files = listed_files(folder)
     entries, size = tensor_entries(files), sum(file.stat().st_size for file in files)
-    found = sources(model, {name: entry.shape for name, entry in entries.items()}) if model else {}
     left = dict(entries)
 
     def read(name: str) -> Tensor:
@@ -240,16 +254,17 @@ def _skeleton_of_config(folder: Path) -> PreTrainedModel:
     return model
 
 
-def _check_structure(folder: Path, structure: PreTrainedModel, tied_head: bool, by: str) -> None:
+def _check_structure(
+    entries: Entries, found: Mapping[str, Source], structure: PreTrainedModel, tied_head: bool, by: str
+) -> None:
     """Checks that the structure, as described `by` a file of the folder, has exactly the tensors in the folder."""
-    shapes = {name: entry.shape for name, entry in tensor_entries(listed_files(folder)).items()}
-    found, expected = sources(structure, shapes), without_tied(structure, structure.state_dict())
+    expected = without_tied(structure, structure.state_dict())
     for name, value in expected.items():
         shape = found[name].shape if name in found else "absent"
         if shape != tuple(value.shape):
             raise ValueError(f"{name} is {tuple(value.shape)} by {by} and {shape} in the weights: nothing was saved")
     used = {key for name in expected for key in found[name].keys}
-    surplus = [name for name in shapes if name not in used and not (by == FILE and name.endswith(".bias"))]
+    surplus = [name for name in entries if name not in used and not (by == FILE and name.endswith(".bias"))]
     if surplus:
         raise ValueError(f"{by} has no place for {surplus[0]}: nothing was saved; merge the adapters first")
     if tied(structure) != tied_head:
