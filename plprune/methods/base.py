@@ -65,6 +65,11 @@ class PruningMethod(ABC):
         """Whether pruning adds a bias to each consumer that loses units."""
         return False
 
+    @property
+    def ranks_experts(self) -> bool:
+        """Whether the text decides how many experts of a mixture stay."""
+        return False
+
     def predict_sizes(self, model: PreTrainedModel) -> list[dict[str, int]]:
         """Predicts the number of units that each group keeps, without weights or text; a guess unless overridden.
 

@@ -138,6 +138,10 @@ class FLAP(Repairing):
             repairer.carry_out(surgery, decided, "FLAP repair")
         return surgery.plan("FLAP", dataclasses.asdict(self), importance(distances))
 
+    @property
+    def ranks_experts(self) -> bool:
+        return self.experts
+
     def conflicts(self, constraint: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
         reasons = []
         if constraint.uniform and self.structure.startswith("AL"):

@@ -53,6 +53,11 @@ class Request:
 
     def __post_init__(self) -> None:
         check_required(self)
+        if self.method.ranks_experts and self.target.active_parameters is not None:
+            raise ValueError(
+                "target.active_parameters cannot be planned with `experts` true, as a token runs as many experts "
+                "however many stay: set `experts` to false, or give target.parameters"
+            )
         serving.constraint(self.serve_on, self.tensor_parallel, self.method.conflicts)
 
     @property

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedModel
 
-from plprune import CFSP, FASP, FLAP, REAP, LearnedGates, Target, TwoSSP, prune
+from plprune import CFSP, FASP, FLAP, REAP, LearnedGates, PruningMethod, Target, TwoSSP, prune
 from plprune.architecture.blocks import blocks_of
 from plprune.checkpoint import stock_config
 from plprune.checkpoint.load import load_skeleton
@@ -418,6 +418,15 @@ def test_a_target_of_active_parameters_is_met_from_below() -> None:
     assert f"K active parameters ({asked} asked)" in plan_summary(plan)
     with pytest.raises(ValueError, match=r"target\.active_parameters 100K is out of reach of REAP"):
         Request(REAP(), Target(active_parameters="100K")).resolve_target(bare(build("qwen2_moe")))
+
+
+@pytest.mark.parametrize("method", [FLAP(experts=True)])
+def test_what_a_token_reaches_is_no_target_where_experts_are_ranked(method: PruningMethod) -> None:
+    with pytest.raises(ValueError, match=r"set `experts` to false, or give target\.parameters"):
+        Request(method, Target(active_parameters="1M"))
+    asked, model = 350_000, build("qwen2_moe")
+    prune(model, method, [windows()], target=Target(parameters=asked))
+    assert 0.95 * asked <= structure(model, 16).parameters <= asked
 
 
 MIXTURES: dict[str, dict[str, Any]] = {
