@@ -43,7 +43,7 @@ ORDER = {
     "export": [
         ["formats"],
         ["gguf", "parity"],
-        ["decilm", "llama_cpp", "mixtures", "vllm_reading", "vocabulary"],
+        ["decilm", "llama_cpp", "mixtures", "quantiser", "vllm_reading", "vocabulary"],
         ["configuration_decilm"],
     ],
     "evaluation": [["lm_eval", "measurement", "sensitivity"], ["perplexity", "speed", "task_results"], ["standalone"]],

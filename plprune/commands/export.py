@@ -1,6 +1,7 @@
 """`plprune export`: writes a model in other programs' formats, and compares their output with the model's."""
 
 import functools
+from typing import Any
 
 from plprune.checkpoint.load import load_model, load_skeleton, load_tokenizer
 from plprune.checkpoint.stored import Dtype
@@ -20,8 +21,10 @@ def export(
     to: str = "hf,gguf,decilm",
     dtype: Dtype | None = None,
     gguf: formats.GgufDtype | None = None,
+    quantize: str | None = None,
+    quantizer: str | None = None,
     widen: bool = False,
-    pad_to: int = 1,
+    pad_to: int | None = None,
     vllm: str | None = None,
     text: str = PYDOC,
     seq_len: int = 128,
@@ -37,16 +40,23 @@ def export(
         to: Formats, separated by commas: hf, for transformers; vllm, the same folder, read by vLLM too; gguf, for
             llama.cpp; decilm, for mlx-lm, SGLang, TensorRT-LLM and older vLLM.
         gguf: Data type of the matrices in a GGUF file. If not given, `dtype`.
+        quantize: Types of further GGUF files, separated by commas, which llama.cpp's own quantiser makes of the first:
+            q8_0, q6_k, q5_k_m, q4_k_m.
+        quantizer: Path of the program `llama-quantize`. If not given, it is looked for on the PATH, and then in the
+            package llama-cpp-python.
         widen: Restore value channels that FASP removed, as zeros, where a format needs them. The model is larger, and
             computes the same.
-        pad_to: Pad FFN widths with zeros to a multiple of this. The model is larger, and computes the same.
+        pad_to: Pad FFN widths with zeros to a multiple of this. The model is larger, and computes the same. If not
+            given, GGUF files that are quantised are padded to the blocks of their types, 32 or 256.
         vllm: Python of an environment with vLLM, to read the folder there. If not given, this one.
         seq_len: Tokens per window of the comparison.
         max_windows: Number of windows of the comparison.
     """
     check_sizes(seq_len=seq_len, max_windows=max_windows)
-    wanted, how = [each.strip() for each in to.split(",")], formats.Options(gguf, widen, pad_to, vllm)
-    formats.check_formats(wanted)
+    kinds: Any = tuple(each.strip() for each in quantize.split(",")) if quantize else ()
+    how = formats.Options(gguf, kinds, quantizer, widen, pad_to, vllm)
+    wanted = [each.strip() for each in to.split(",")]
+    formats.check_formats(wanted, how)
     check_output(output, overwrite)
     check_text(text)
     check_max_dropped(max_dropped)

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from plprune.checkpoint.model_card import record_of, write_card
 from plprune.checkpoint.save import write_model
 from plprune.checkpoint.weights import check_saved, without_tied
-from plprune.export import decilm, parity
+from plprune.export import decilm, parity, quantiser
 from plprune.export.parity import Reading, Row
 from plprune.io.atomic import staged
 from plprune.planning.serving import LOAD_PATHS
@@ -35,24 +35,33 @@ class Options:
 
     Args:
         gguf: Dtype of the matrices in a GGUF file; the model's if not given.
+        quantize: Types of further GGUF files, which llama.cpp quantises from the first.
+        quantizer: Path of llama.cpp's `llama-quantize`; if not given, it is looked for.
         widen: Whether ragged value channels are widened with zeros, so that more programs can load the model.
-        pad_to: FFN widths are padded with zeros to a multiple of this.
+        pad_to: FFN widths are padded with zeros to a multiple of this. If not given, those of GGUF files that are
+            quantised are padded to the blocks of their types.
         vllm: The Python of an environment with vLLM; this one if not given.
     """
 
     gguf: GgufDtype | None = None
+    quantize: tuple[quantiser.Kind, ...] = ()
+    quantizer: str | None = None
     widen: bool = False
-    pad_to: int = 1
+    pad_to: int | None = None
     vllm: str | None = None
 
     def __post_init__(self) -> None:
-        if self.pad_to < 1:
+        if self.pad_to is not None and self.pad_to < 1:
             raise ValueError(f"pad_to is {self.pad_to}, but widths are padded to a multiple of at least 1")
+        if unknown := [each for each in self.quantize if each not in get_args(quantiser.Kind)]:
+            raise ValueError(f"unknown type {unknown[0]!r} to quantise to: give some of {', '.join(quantiser.BLOCKS)}")
+        if self.quantize and self.gguf == "q8_0":
+            raise ValueError("a file in q8_0 is not quantised again: leave out --gguf q8_0, or --quantize")
 
     @property
     def reshape(self) -> bool:
-        """Whether zeros are added to the model."""
-        return self.widen or self.pad_to > 1
+        """Whether zeros are added to the model for all formats."""
+        return self.widen or (self.pad_to or 1) > 1
 
 
 def export(
@@ -80,11 +89,11 @@ def export(
         overwrite: Whether to replace the content of the folder.
 
     Raises:
-        ValueError: A format is unknown, no format can hold the model (the message gives every reason), or the model is
-            dense and `options` reshape it.
+        ValueError: A format is unknown, no format can hold the model (the message gives every reason), the model is
+            dense and `options` reshape it, or no quantiser is here.
         FileExistsError: The folder is not empty.
     """
-    check_formats(formats)
+    check_formats(formats, options)
     with staged(output, overwrite) as room:
         room.mkdir()
         model = load()
@@ -96,10 +105,12 @@ def export(
         own = parity.read_model(model, windows)
         if options.widen:
             surgery.widen(model)
-        if options.pad_to > 1:
+        if options.pad_to is not None:
             surgery.pad(model, options.pad_to)
-        rows = [_write_format(kind, model, tokenizer, room, short, options) for kind in formats]
+        last = sorted(dict.fromkeys(formats), key="gguf".__eq__)  # the model is padded for it alone
+        written = {kind: _write_format(kind, model, tokenizer, room, short, options) for kind in last}
         del model
+        rows = [row for kind in formats for row in (written[kind], *_quantised(written[kind], room, short, options))]
         if all(row.refused for row in rows):
             raise ValueError("; ".join(f"{row.format}: {reason}" for row in rows for reason in row.refused))
         rows = [_check_format(row, room, windows, own, options) for row in rows]
@@ -110,10 +121,14 @@ def export(
     return rows
 
 
-def check_formats(formats: list[str]) -> None:
-    """Raises ValueError if a format is unknown, or none is given."""
+def check_formats(formats: list[str], options: Options = Options()) -> None:
+    """Raises ValueError if a format is unknown, none is given, or a quantiser is asked for and is not here."""
     if unknown := [each for each in formats if each not in FORMATS] or not formats:
         raise ValueError(f"unknown format {unknown or formats}: give some of {', '.join(FORMATS)}")
+    if options.quantize and "gguf" not in formats:
+        raise ValueError("GGUF files are quantised, and gguf is not among the formats: add it to --to")
+    if options.quantize:
+        quantiser.command(options.quantizer)
 
 
 def format_refusals(model: PreTrainedModel) -> dict[str, list[str]]:
@@ -155,14 +170,43 @@ def _write_format(
     file, format = (kind, kind) if kind == "decilm" else (f"{name}-{dtype}.gguf", f"{kind} {dtype}")
     if reasons := _refusals(kind, model):
         return Row(format, refused=reasons)
+    note = ""
     try:
         if kind == "decilm":
             decilm.write(model, tokenizer, room / file)
         else:
+            note = _pad_for_blocks(model, options)
             _gguf().write(model, tokenizer, room / file, dtype)
     except ValueError as error:  # llama.cpp lacks the tokenizer
         return Row(format, refused=[str(error)])
-    return Row(format, file, bytes=_size(room / file))
+    return Row(format, file, bytes=_size(room / file), note=note)
+
+
+def _pad_for_blocks(model: PreTrainedModel, options: Options) -> str:
+    """Pads a pruned model for the types that it is quantised to, unless told not to; returns a remark."""
+    if not options.quantize or options.pad_to is not None or surgery.plan_of(model) is None:
+        return ""
+    multiple, before = max(quantiser.BLOCKS[kind] for kind in options.quantize), model.num_parameters()
+    surgery.pad(model, multiple)
+    added = model.num_parameters() - before
+    told = f"FFN widths were padded with zeros to multiples of {multiple}, {added / before:+.1%} of parameters"
+    return f"{told}; --pad_to sets another multiple, 1 none" if added else ""
+
+
+def _quantised(row: Row, room: Path, name: str, options: Options) -> list[Row]:
+    """Quantises a GGUF file, if the row is of one."""
+    if row.file is None or not row.format.startswith("gguf "):
+        return []
+    program, rows = quantiser.command(options.quantizer) if options.quantize else [], []
+    for kind in options.quantize:
+        format, file = f"gguf {kind}", f"{name}-{kind}.gguf"
+        try:
+            note = quantiser.quantise(program, room / row.file, room / file, kind)
+        except ValueError as error:
+            rows.append(Row(format, refused=[str(error)]))
+        else:
+            rows.append(Row(format, file, bytes=_size(room / file), note=note))
+    return rows
 
 
 def _check_format(row: Row, room: Path, windows: Tensor, own: Reading, options: Options) -> Row:
@@ -172,20 +216,17 @@ def _check_format(row: Row, room: Path, windows: Tensor, own: Reading, options: 
     path = room / row.file
     if row.format == "decilm":
         decilm.check(path)
-        return dataclasses.replace(
-            row, note="shapes fit the format's rule; not run, as no program that reads it is installed"
-        )
+        return row.noted("shapes fit the format's rule; not run, as no program that reads it is installed")
     if row.format == HF:
         return parity.compare(row, functools.partial(parity.by_transformers, path, windows), own)
     if row.format == "vllm":
         if options.vllm is None and importlib.util.find_spec("vllm") is None:
-            note = "not run, as vLLM is not here: name the Python of an environment that has it by --vllm"
-            return dataclasses.replace(row, note=note)
+            return row.noted("not run, as vLLM is not here: name the Python of an environment that has it by --vllm")
         return parity.compare(
             row, functools.partial(parity.by_vllm, path, options.vllm or sys.executable, windows), own
         )
     if importlib.util.find_spec("xllamacpp") is None:
-        return dataclasses.replace(row, note="not loaded, as llama.cpp is not on this machine: pip install xllamacpp")
+        return row.noted("not loaded, as llama.cpp is not on this machine: pip install xllamacpp")
     return parity.compare(row, functools.partial(parity.by_llama_cpp, path, windows), own)
 
 
@@ -200,7 +241,11 @@ def _parity_record(rows: list[Row], windows: Tensor, own: Reading) -> dict[str, 
     return {
         "rows": [dataclasses.asdict(row) for row in rows],
         "text": {"windows": len(windows), "tokens": windows.numel()},
-        "reference": {"program": own.program, "tokens_per_second": own.tokens_per_second},
+        "reference": {
+            "program": own.program,
+            "tokens_per_second": own.tokens_per_second,
+            "perplexity": own.logprobs.double().mean().neg().exp().item(),
+        },
     }
 
 

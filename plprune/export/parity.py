@@ -51,6 +51,7 @@ class Row:
         refused: Reasons why it was not written, with the settings to change.
         program: Name and version of the program that loaded it; None if none did.
         difference: Largest difference of log-probabilities over the text.
+        perplexity_ratio: Perplexity of the text over the model's own.
         same_text: Whether the greedy continuations are equal.
         bytes: Size of the file or folder.
         tokens_per_second: Speed of generation, one token at a time.
@@ -62,10 +63,15 @@ class Row:
     refused: list[str] = dataclasses.field(default_factory=list)
     program: str | None = None
     difference: float | None = None
+    perplexity_ratio: float | None = None
     same_text: bool | None = None
     bytes: int | None = None
     tokens_per_second: float | None = None
     note: str = ""
+
+    def noted(self, remark: str) -> "Row":
+        """The row with a further remark."""
+        return dataclasses.replace(self, note="; ".join(filter(None, (self.note, remark))))
 
 
 @torch.no_grad()
@@ -138,12 +144,14 @@ def compare(row: Row, read: Callable[[], Reading], own: Reading) -> Row:
     try:
         other = read()
     except ValueError as error:
-        return dataclasses.replace(row, note=f"not loaded: {error}")
+        return row.noted(f"not loaded: {error}")
     length = min(len(own.greedy), len(other.greedy))  # one program may go on after the end of the text
+    change = own.logprobs - other.logprobs
     return dataclasses.replace(
         row,
         program=other.program,
-        difference=(own.logprobs - other.logprobs).abs().max().item(),
+        difference=change.abs().max().item(),
+        perplexity_ratio=change.double().mean().exp().item(),
         same_text=torch.equal(own.greedy[:length], other.greedy[:length]),
         tokens_per_second=other.tokens_per_second,
     )
@@ -153,6 +161,7 @@ HEADER = (
     "format",
     "loaded again by",
     "largest difference of log-probabilities",
+    "perplexity ratio",
     "same text",
     "size",
     "tokens/s, generating",
@@ -160,13 +169,12 @@ HEADER = (
 
 
 def parity_table(rows: list[Row]) -> str:
-    """The rows as a Markdown table, followed by the reasons of refusals and other remarks.
+    r"""The rows as a Markdown table, followed by the reasons of refusals and other remarks.
 
     Example:
-        >>> print(parity_table([Row("decilm", refused=["block 0 has no attention"])]))
-        | format | loaded again by | largest difference of log-probabilities | same text | size | tokens/s, generating |
-        |---|---|---|---|---|---|
-        | decilm | refused |  |  |  |  |
+        >>> print(parity_table([Row("decilm", refused=["block 0 has no attention"])]).partition("\n")[2])
+        |---|---|---|---|---|---|---|
+        | decilm | refused |  |  |  |  |  |
         <BLANKLINE>
         - decilm: block 0 has no attention
     """
@@ -180,6 +188,7 @@ def _cells(row: Row) -> list[str]:
         row.format,
         "refused" if row.refused else row.program or "not checked",
         "" if row.difference is None else f"{row.difference:.2g}",
+        "" if row.perplexity_ratio is None else f"{row.perplexity_ratio:.4f}",
         same,
         "" if row.bytes is None else format_value(row.bytes, "bytes"),
         "" if row.tokens_per_second is None else f"{row.tokens_per_second:.0f}",

@@ -36,6 +36,7 @@ PARITY = {  # columns in their order, with their headings
     "format": "format",
     "program": "loaded again by",
     "difference": "largest difference of log-probabilities",
+    "perplexity_ratio": "perplexity ratio",
     "same_text": "same text",
     "bytes": "size",
     "tokens_per_second": "tokens/s, generating",
