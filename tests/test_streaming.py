@@ -312,6 +312,11 @@ def test_a_run_goes_on_wherever_it_was_stopped(name: str, offload: Any, llama: P
     goes_on(llama, lambda: called(name), itertools.count(1), tmp_path, offload)
 
 
+@pytest.mark.slow
+def test_a_run_that_drops_ffns_goes_on(llama: Path, tmp_path: Path) -> None:
+    goes_on(llama, lambda: TwoSSP(0.5, drop_attentions=1, drop_ffns=1), itertools.count(1), tmp_path, "disk")
+
+
 def test_a_resumed_run_runs_no_block_again(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
     monkeypatch.setattr("plprune.pruning.forward.run_block", lambda b, *a: runs.append(b.index) or run_block(b, *a))
@@ -341,6 +346,16 @@ def test_what_the_second_stage_has_found_is_not_searched_again(
     streamed(llama, how, tmp_path / "out", resume=True)
     assert searched == [3, 2]
     assert_same(tmp_path / "out", model, plan)
+
+
+def test_whole_ffns_leave_a_streamed_model(llama: Path, tmp_path: Path) -> None:
+    how = TwoSSP(0.5, drop_attentions=1, drop_ffns=1)
+    model, plan = in_memory(llama, how)
+    streamed(llama, how, tmp_path / "out", offload="disk")
+    assert_same(tmp_path / "out", model, plan)
+    again, more = in_memory(tmp_path / "out", method("FLAP AL-AM"))
+    streamed(tmp_path / "out", method("FLAP AL-AM"), tmp_path / "more")
+    assert_same(tmp_path / "more", again, more)
 
 
 def test_blocks_do_not_leave_a_streamed_model(llama: Path, tmp_path: Path) -> None:

@@ -100,6 +100,19 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class SubBlock:
+    """A sub-block in whose place zeros do what zeros from its last projections do.
+
+    Args:
+        path: Of its module in the block.
+        returned: Length of the tuple that it returns; 0 if it returns hidden states alone.
+    """
+
+    path: str
+    returned: int
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """The units of one kind of block."""
 
@@ -112,6 +125,7 @@ class Anatomy:
     whole: Mapping[str, str] = field(default_factory=dict)  # kind of units that the block has none of -> why
     refused: Mapping[str, str] = field(default_factory=dict)  # kind of units that failed their proof -> how
     experts: Experts | None = None
+    whole_ffn: SubBlock | None = None  # with the FFN, or with the experts and what is beside them, if it can leave
 
     @property
     def head_dim(self) -> int:

@@ -18,6 +18,8 @@ kind           unit                     producers                    consumer
 ``expert``     expert                   entries of gate, up, router  entries of down
 ``expert_      channel of every expert  rows of gate and up          columns of down
 channel``
+``whole_ffn``  the FFN, or all experts  the sub-block, for which zeros stand in
+               with what is beside
 =============  =======================  ===========================  ==================================
 
 Weights of experts are stacked, so all experts of a block keep as many channels, but each its own: indices to keep are
@@ -41,7 +43,7 @@ from plprune.architecture.anatomy import Anatomy, Experts, ModelAnatomy, Part, S
 from plprune.architecture.attached import attached
 from plprune.architecture.cutting import held
 from plprune.architecture.discovery import discover
-from plprune.architecture.modeling_plprune import NoAttention, PrunedConfigMixin, PrunedModelMixin
+from plprune.architecture.modeling_plprune import NoAttention, NoFFN, PrunedConfigMixin, PrunedModelMixin
 from plprune.architecture.modules import (
     dense_weight,
     innermost,
@@ -71,13 +73,14 @@ class Decision:
         return asdict(self) | {"keep": self.keep.tolist()}
 
 
-Kind = Literal["attention", "value", "ffn", "expert", "expert_channel"]
+Kind = Literal["attention", "value", "ffn", "expert", "expert_channel", "whole_ffn"]
 UNITS = {
     "attention": "kv heads",
     "value": "value channels",
     "ffn": "FFN channels",
     "expert": "experts",
     "expert_channel": "channels of each expert",
+    "whole_ffn": "whole FFNs",
 }
 STEP = 8  # channels of an expert
 AttentionUnit = Literal["kv_heads", "value_channels", "none"]  # what a method removes from attention
@@ -192,6 +195,20 @@ class Block:
         return self.has_attention and self.anatomy.droppable
 
     @property
+    def has_ffn(self) -> bool:
+        """Whether the block's FFN, or its mixture of experts, was not dropped."""
+        found = self.anatomy.whole_ffn
+        return found is None or not isinstance(self.part(found.path), NoFFN)
+
+    @property
+    def whole_ffn(self) -> UnitGroup | None:
+        """The FFN, or all experts with what is beside them, as a single unit; None if it cannot leave alone."""
+        found = self.anatomy.whole_ffn
+        if found is None or not self.has_ffn:
+            return None
+        return UnitGroup(self.index, "whole_ffn", (), Slice(found.path, torch.zeros(1, 1, dtype=torch.long)))
+
+    @property
     def attention(self) -> Part:
         """The heads of the dense block."""
         assert self.anatomy.attention is not None
@@ -204,15 +221,17 @@ class Block:
         return self.anatomy.ffn
 
     @property
-    def d_model(self) -> int:
-        """Width of the hidden states."""
-        part = self.anatomy.ffn or self.attention
-        return len(matrix(self.part(part.consumer.path)))
+    def _present_ffn(self) -> Part | None:
+        return self.anatomy.ffn if self.has_ffn else None
+
+    @property
+    def _present_experts(self) -> Experts | None:
+        return self.anatomy.experts if self.has_ffn else None
 
     @property
     def channels(self) -> int:
         """Width of the FFN; 0 if the block has none."""
-        ffn = self.anatomy.ffn
+        ffn = self._present_ffn
         return 0 if ffn is None else width(self.part(ffn.consumer.path), "in_features")
 
     @property
@@ -224,7 +243,7 @@ class Block:
     @property
     def expert_count(self) -> int:
         """The number of experts; 0 if the block is no mixture."""
-        found = self.anatomy.experts
+        found = self._present_experts
         return 0 if found is None else len(self._stacked(found.units.consumer.path))
 
     @property
@@ -259,7 +278,7 @@ class Block:
     @property
     def projections(self) -> list[str]:
         """Paths of the projections of all units, without duplicates."""
-        return list(dict.fromkeys((*self.attention_paths, *self._projections(self.anatomy.ffn))))
+        return list(dict.fromkeys((*self.attention_paths, *self._projections(self._present_ffn))))
 
     def _projections(self, part: Part | None) -> list[str]:
         if part is None:
@@ -304,8 +323,13 @@ class Block:
         experts = [] if channels is None else [self.expert_units(), channels]  # in the order in which both can leave
         return [*([values] if values else []), *self._groups(experts=False), *experts]
 
+    @property
+    def recorded_groups(self) -> list[UnitGroup]:
+        """All groups, and the whole FFN as the last of them, as plans record them."""
+        return [*self.all_groups, *([self.whole_ffn] if self.whole_ffn else [])]
+
     def _expert_channels(self) -> UnitGroup | None:
-        if self.anatomy.experts is None:
+        if self._present_experts is None:
             return None
         channels = self.experts.channels
         parts = channels.of_size(self.expert_width)
@@ -351,7 +375,7 @@ class Block:
         return UnitGroup(self.index, "value", (Slice(values.path, rows),), Slice(consumer.path, columns))
 
     def _channels(self) -> UnitGroup | None:
-        ffn = self.anatomy.ffn
+        ffn = self._present_ffn
         if ffn is None:
             return None
         producers, consumer = ffn.of_size(self.channels)

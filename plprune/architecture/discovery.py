@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from plprune.architecture import experts
-from plprune.architecture.anatomy import Anatomy, ModelAnatomy, Part, Slice
+from plprune.architecture.anatomy import Anatomy, ModelAnatomy, Part, Slice, SubBlock
+from plprune.architecture.modeling_plprune import NoFFN
 from plprune.architecture.modules import is_projection
 from plprune.architecture.probing import (
     SAMPLES,
@@ -126,9 +127,9 @@ class Assembly:
         return None
 
 
-def _mixer(part: Part) -> str:
-    """The path of the smallest module with all projections of a part."""
-    paths = [s.path.split(".")[:-1] for s in (*part.producers, part.consumer)]
+def _mixer(*parts: Part) -> str:
+    """The path of the smallest module with all projections of some parts."""
+    paths = [s.path.split(".")[:-1] for part in parts for s in (*part.producers, part.consumer)]
     shared = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
     return ".".join(names[0] for names in shared)
 
@@ -188,7 +189,8 @@ def _discover(kind: type[PreTrainedModel], config: PreTrainedConfig) -> ModelAna
         )
         if _heads_reach_other_blocks(model, path, [tried.get(kinds.index(each), Anatomy()) for each in kinds]):
             tried = {i: _with_shared_heads(each) for i, each in tried.items()}
-        proven = Proof(model, path).proven(tried, [kinds.index(each) for each in kinds])
+        proof = Proof(model, path)
+        proven = proof.proven(tried, [kinds.index(each) for each in kinds])
         anatomies = {kinds[i]: each for i, each in proven.items()}
     if read:
         raise ValueError(
@@ -200,6 +202,9 @@ def _discover(kind: type[PreTrainedModel], config: PreTrainedConfig) -> ModelAna
         each: _with_experts(anatomies.get(each, Anatomy()), search, kinds.index(each), called.get(each))
         for each in dict.fromkeys(kinds)
     }
+    with _running_without_weights(config.model_type):
+        whole = {i: _with_whole_ffn(model, call, anatomies[kinds[i]]) for i, call in calls.items()}
+        anatomies |= {kinds[i]: each for i, each in proof.whole_ffns(whole).items()}
     found = [anatomies[each] for each in kinds]
     if not any(each.attention or each.ffn or each.experts for each in anatomies.values()):
         reasons = [why for each in anatomies.values() for why in (*each.whole.values(), *each.refused.values())]
@@ -228,6 +233,17 @@ def _with_experts(each: Anatomy, search: experts.Search, index: int, call: Call 
         return dataclasses.replace(each, experts=search.experts(index, call))
     except experts.Unlike as why:
         return dataclasses.replace(each, whole={**each.whole, "expert": str(why)})
+
+
+def _with_whole_ffn(model: nn.Module, call: Call, each: Anatomy) -> Anatomy:
+    """The anatomy with the sub-block of the FFN, or of the experts, if zeros can stand in for it."""
+    parts = [part for part in (each.ffn, each.experts and each.experts.units) if part]
+    consumers = [each.ffn.consumer.path] if each.ffn else []  # experts stand in as zeros anyhow
+    if not parts or not (path := _mixer(*parts)):
+        return each
+    trial = Trial(model, call, norms=False)
+    lengths = [n for n in (0, 2) if trial.removable(path, NoFFN(n), consumers)]
+    return dataclasses.replace(each, whole_ffn=SubBlock(path, lengths[0])) if lengths else each
 
 
 def _with_shared_heads(each: Anatomy) -> Anatomy:

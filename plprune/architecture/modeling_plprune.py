@@ -11,8 +11,10 @@ built from the config before pruning; then its parameters are cut to their new s
 `counts`       attributes from which the forward pass reads numbers of heads, and their values
 `gather`       projections that read only some inputs, and the full input width; `index` is in the weights
 `scatter`      projections that compute only some outputs, and the full output width; `index` likewise
-`skip`         `["attention"]` if the attention was removed
+`skip`         names `attention` or `mlp` if that was removed
 `attention`    path of the attention that was removed, if it is another in this block
+`mlp`          path of the FFN, or of the mixture of experts, that was removed
+`returned`     length of the tuple that it returned; 0 if it returned hidden states alone
 =============  ==========================================================================================
 """
 
@@ -219,6 +221,8 @@ def cut(model: PreTrainedModel, pruned: dict[str, Any]) -> None:
         block = blocks[int(index)]
         if "attention" in layer.get("skip", ()):
             replace(block, layer.get("attention", pruned["attention"]), NoAttention(int(index), model.config))
+        if "mlp" in layer.get("skip", ()):
+            replace(block, layer["mlp"], NoFFN(layer.get("returned", 0)))
         for path, width in layer.get("gather", {}).items():
             replace(block, path, Gather(block.get_submodule(path), torch.arange(width), width))
         for path, width in layer.get("scatter", {}).items():
@@ -334,6 +338,22 @@ class NoAttention(nn.Module):
             attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
             attend(self, hidden_states, hidden_states, hidden_states, None)
         return torch.zeros_like(hidden_states), None
+
+
+class NoFFN(nn.Module):
+    """Replaces a dropped FFN, or a mixture of experts, and returns zeros.
+
+    Args:
+        returned: Length of the tuple to return, whose first is the zeros; 0 for these alone.
+    """
+
+    def __init__(self, returned: int = 0) -> None:
+        super().__init__()
+        self.returned = returned
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        zeros = torch.zeros_like(hidden_states)
+        return (zeros, *[None] * (self.returned - 1)) if self.returned else zeros
 
 
 class BlockConfig:

@@ -21,7 +21,7 @@ from transformers import Cache, PreTrainedModel
 
 from plprune.architecture.anatomy import Anatomy, Part
 from plprune.architecture.cutting import complement
-from plprune.architecture.modeling_plprune import NoAttention, replace
+from plprune.architecture.modeling_plprune import NoAttention, NoFFN, replace
 from plprune.architecture.modules import passing, replaced_forwards
 from plprune.architecture.probing import SAMPLES, TOKENS, BlockProbes, Call, Probes
 from plprune.architecture.trials import (
@@ -51,6 +51,7 @@ class Proof:
         self.model, self.blocks = model, blocks
         self._passing: dict[str, int] = {}  # paths of blocks that do nothing, and the length of the tuple they return
         self._whole: dict[bool, dict[str, Tensor]] = {}
+        self._runs = False  # with a cache
 
     def proven(self, anatomies: Mapping[int, Anatomy], kinds: Sequence[int]) -> dict[int, Anatomy]:
         """The anatomies, by index of a block, without what fails; `kinds` has each block's first of its kind."""
@@ -59,6 +60,7 @@ class Proof:
             self._passing = {f"{self.blocks}.{i}": found[kinds[i]].returned for i in others if kinds[i] in found}
             with contextlib.suppress(*FAILURES):
                 self._seen(norms=False)
+                self._runs = True
                 break
         else:
             return found  # the whole model does not run with a cache either
@@ -72,6 +74,16 @@ class Proof:
         if droppable and not self._droppable(found, droppable):
             for index in droppable:
                 found[index] = dataclasses.replace(found[index], droppable=self._droppable(found, [index]))
+        return found
+
+    def whole_ffns(self, anatomies: Mapping[int, Anatomy]) -> dict[int, Anatomy]:
+        """The anatomies, by index of a block, without the FFNs that cannot leave as a whole; after :meth:`proven`."""
+        found = dict(anatomies)
+        some = [i for i, each in found.items() if each.whole_ffn]
+        if self._runs and some and not self._whole_ffns(found, some):
+            for index in some:
+                if not self._whole_ffns(found, [index]):
+                    found[index] = dataclasses.replace(found[index], whole_ffn=None)
         return found
 
     def _fault(self, parts: Mapping[int, Part]) -> str:
@@ -95,18 +107,30 @@ class Proof:
         return f"{without(gone, units)} {differing(*found)}" if found else ""
 
     def _droppable(self, anatomies: Mapping[int, Anatomy], indices: Iterable[int]) -> bool:
-        mixers = {index: f"{self.blocks}.{index}.{anatomies[index].mixer}" for index in indices}
-        consumers = {f"{self.blocks}.{i}.{a.consumer.path}" for i in mixers if (a := anatomies[i].attention)}
+        own = {i: anatomies[i] for i in indices}
+        consumers = {f"{self.blocks}.{i}.{each.attention.consumer.path}" for i, each in own.items() if each.attention}
+        stand_ins = {f"{self.blocks}.{i}.{each.mixer}": NoAttention(i) for i, each in own.items()}
+        return self._removable(stand_ins, consumers)
+
+    def _whole_ffns(self, anatomies: Mapping[int, Anatomy], indices: Iterable[int]) -> bool:
+        own = {i: anatomies[i] for i in indices}
+        consumers = {f"{self.blocks}.{i}.{each.ffn.consumer.path}" for i, each in own.items() if each.ffn}
+        found = {f"{self.blocks}.{i}": each.whole_ffn for i, each in own.items() if each.whole_ffn}
+        stand_ins = {f"{block}.{each.path}": NoFFN(each.returned) for block, each in found.items()}
+        return self._removable(stand_ins, consumers)
+
+    def _removable(self, stand_ins: Mapping[str, nn.Module], consumers: Iterable[str]) -> bool:
+        """Whether stand-ins for the modules at some paths do what zeros from their last projections do."""
         masked = self._run({}, False, consumers)
         try:
             with contextlib.ExitStack() as copies:
-                for index, path in mixers.items():
+                for path, stand_in in stand_ins.items():
                     copies.enter_context(copied(self.model, path))
-                    replace(self.model, path, NoAttention(index))
+                    replace(self.model, path, stand_in)
                 dropped = self._run({}, False)
         except FAILURES:
             return False
-        inside = tuple(f"{path}." for path in mixers.values())
+        inside = tuple(f"{path}." for path in stand_ins)
         outside = {name: x for name, x in masked.items() if not name.partition(WHERE)[2].startswith(inside)}
         return not gap(outside, dropped)
 

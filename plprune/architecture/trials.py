@@ -11,7 +11,7 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -81,12 +81,14 @@ class Trial:
 
     def droppable(self, part: Part, mixer: str) -> bool:
         """Whether zeros in the place of the mixer's output do what zeros from its last projection do."""
-        if not mixer:
-            return False
-        before = self._seen(silent={f"{self.call.path}.{part.consumer.path}"})
+        return bool(mixer) and self.removable(mixer, NoAttention(0), [part.consumer.path])
+
+    def removable(self, path: str, stand_in: nn.Module, consumers: Iterable[str]) -> bool:
+        """Whether a stand-in for the module at a path does what zeros from its last projections do."""
+        before = self._seen(silent={f"{self.call.path}.{consumer}" for consumer in consumers})
         with copied(self.model, self.call.path) as block, contextlib.suppress(*FAILURES):
-            replace(block, mixer, NoAttention(0))
-            inside = f"{mixer}."
+            replace(block, path, stand_in)
+            inside = f"{path}."
             return not gap({c: x for c, x in before.items() if not c.startswith(inside)}, self._seen())
         return False
 

@@ -139,7 +139,7 @@ def config_sizes(model: PreTrainedModel) -> dict[str, Any]:
     head_dim = {keys["head_dim"]: dims.pop()} if len(dims) == 1 and "head_dim" in keys else {}
     found = {key: {size[key] for size in sizes if key in size} for key in keys.values()}
     common = {key: values.pop() for key, values in found.items() if len(values) == 1}
-    dropped = any(block.anatomy.attention is not None and not block.has_attention for block in blocks)
+    dropped = any((b.anatomy.attention is not None and not b.has_attention) or not b.has_ffn for b in blocks)
     # Where blocks are of several kinds, what is not common may be as the dense model's config has it.
     if not dropped and (len({id(block.anatomy) for block in blocks}) > 1 or all(size == sizes[0] for size in sizes)):
         return common | head_dim
@@ -151,11 +151,16 @@ def _block_sizes(block: Block, blocks: Sequence[Block], keys: Mapping[Any, str])
     if any(each.anatomy.experts for each in blocks):  # FFNs and shared experts have widths of their own
         first = next((len(each.ffn) for each in blocks if each.anatomy.ffn), 0)
         sizes = sizes if block.anatomy.ffn and len(block.ffn) == first else {}
-        if block.anatomy.experts:
+        if block.expert_count:
             own = {"experts": block.expert_count, "expert_width": block.expert_width}
             sizes |= {keys[what]: count for what, count in own.items() if what in keys}
+    gone = [*(["attention"] * (not block.has_attention)), *(["mlp"] * (not block.has_ffn))]
+    if not block.has_ffn:
+        sizes = {}
+    if gone:
+        sizes["skip"] = gone
     if not block.has_attention:
-        return sizes | {"skip": ["attention"]}
+        return sizes
     heads = {"heads": block.kv_heads * block.queries_per_head, "kv_heads": block.kv_heads}
     return sizes | {keys[what]: count for what, count in heads.items() if what in keys}
 
@@ -166,7 +171,7 @@ def _difference(block: Block, dense: Block, usual: str) -> dict[str, Any]:
     now = {name: list(value.shape) for name, value in block.module.state_dict().items()}
     own: dict[str, Any] = {"shapes": {name: shape for name, shape in now.items() if before.get(name) != shape}}
     counts = [*(block.attention.counts if block.has_attention else ())]
-    if block.anatomy.experts:
+    if block.expert_count:
         counts += [*block.experts.units.counts, *block.experts.channels.counts]
     own["counts"] = {path: n for path in counts if (n := _count(block, path)) != _count(dense, path)}
     if block.has_attention:
@@ -176,6 +181,9 @@ def _difference(block: Block, dense: Block, usual: str) -> dict[str, Any]:
     elif dense.has_attention:
         own["skip"] = ["attention"]
         own["attention"] = "" if dense.anatomy.mixer == usual else dense.anatomy.mixer
+    if not block.has_ffn and dense.anatomy.whole_ffn:
+        own["skip"] = [*own.get("skip", []), "mlp"]
+        own |= {"mlp": dense.anatomy.whole_ffn.path, "returned": dense.anatomy.whole_ffn.returned}
     return {key: value for key, value in own.items() if value}
 
 

@@ -137,6 +137,7 @@ def predicted(
         "anatomy": _anatomy(network),
         "blocks": _blocks(network, cases),
         "dropped": _range([len(blocks_of(network)) - len(blocks_of(m)) for m in models]),
+        "without_ffn": _range([sum(not block.has_ffn for block in blocks_of(m)) for m in models]),
         "export": _exports(models),
     }
     return record, models
@@ -268,6 +269,8 @@ def _kept(record: Record) -> list[str]:
     if record["dropped"]["most"]:
         before = len(record["blocks"])
         lines.append(f"{'blocks':<28}{before:>12}   {_between(record['dropped'], lambda x: f'{before - x:.0f}')}")
+    if record["without_ffn"]["most"]:
+        lines.append(f"{'blocks without their FFN':<28}{0:>12}   {_between(record['without_ffn'], '{:.0f}'.format)}")
     for kind, name in UNITS.items():
         blocks = [block[kind] for block in record["blocks"] if kind in block]
         if blocks:

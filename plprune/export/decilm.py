@@ -1,6 +1,6 @@
 r"""DeciLM folders (`block_configs`), read by vLLM, SGLang, TensorRT-LLM, mlx-lm and llama.cpp's converter.
 
-Blocks may differ in FFN width, and may lack attention. The format stores the FFN width W as a factor m,
+Blocks may differ in FFN width, and may lack attention or FFN. The format stores the FFN width W as a factor m,
 and programs compute W from m:
 
 .. math:: m = \frac{3 W}{2 d}, \qquad W = \lceil \lfloor 2 m d / 3 \rfloor \rceil_{256}
@@ -113,7 +113,11 @@ def block_config(block: Block, hidden_size: int) -> dict[str, dict[str, Any]]:
             "replace_with_linear": False,
             "n_heads_in_group": block.queries_per_head if attention else None,
         },
-        "ffn": {"no_op": False, "replace_with_linear": False, "ffn_mult": 3 * block.channels / (2 * hidden_size)},
+        "ffn": {
+            "no_op": not block.has_ffn,
+            "replace_with_linear": False,
+            "ffn_mult": 3 * block.channels / (2 * hidden_size) if block.has_ffn else None,
+        },
     }
 
 
@@ -147,9 +151,11 @@ def _expected(config: dict[str, Any]) -> dict[str, list[int]]:
     d, heads = config["hidden_size"], config["num_attention_heads"]
     hd, shapes = config.get("head_dim") or d // heads, {}
     for i, block in enumerate(config["block_configs"]):
-        prefix, width = f"model.layers.{i}.", width_of(block["ffn"]["ffn_mult"], d)
-        own = {f"mlp.{name}_proj.weight": [width, d] for name in ("gate", "up")}
-        own |= {"mlp.down_proj.weight": [d, width], "post_attention_layernorm.weight": [d]}
+        prefix, own = f"model.layers.{i}.", dict[str, list[int]]()
+        if not block["ffn"]["no_op"]:
+            width = width_of(block["ffn"]["ffn_mult"], d)
+            own |= {f"mlp.{name}_proj.weight": [width, d] for name in ("gate", "up")}
+            own |= {"mlp.down_proj.weight": [d, width], "post_attention_layernorm.weight": [d]}
         if not block["attention"]["no_op"]:
             kv = heads // block["attention"]["n_heads_in_group"] * hd
             own |= {f"self_attn.{n}_proj.weight": [rows, d] for n, rows in (("q", heads * hd), ("k", kv), ("v", kv))}
@@ -159,7 +165,9 @@ def _expected(config: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The weights, with one name for tied ones, without the norms of removed attentions."""
-    gone = [f"{b.path}.input_layernorm" for b in blocks_of(model) if not b.has_attention]
+    """The weights, with one name for tied ones, without the norms of removed attentions and FFNs."""
+    blocks = blocks_of(model)
+    gone = [f"{b.path}.input_layernorm" for b in blocks if not b.has_attention]
+    gone += [f"{b.path}.post_attention_layernorm" for b in blocks if not b.has_ffn]
     own = {name: p.detach().contiguous() for name, p in model.named_parameters()}
     return {name: value for name, value in own.items() if not name.startswith(tuple(gone))} if gone else own

@@ -392,7 +392,10 @@ def _family_refusals(model: PreTrainedModel, layout: Layout) -> Iterator[str]:
         )
     for block in blocks:
         if not block.channels and not block.expert_count:
-            yield f"block {block.index} has no FFN channels, which llama.cpp computes wrongly: keep some in every block"
+            yield (
+                f"block {block.index} has no FFN channels, which llama.cpp computes wrongly: keep some in every block, "
+                "as `drop_ffns` 0 does"
+            )
     for key, allowed in layout.fixed.items():
         if getattr(model.config, key, allowed[0]) not in allowed:
             yield f"{key} is {getattr(model.config, key)!r}, and llama.cpp computes {allowed[0]!r} only"

@@ -54,7 +54,8 @@ def calibration_need(
     tokens, size = count * length, dtype.itemsize
     block = max(block.parameters() for block in blocks) * size
     states = 2 * tokens * text_config(model.config).hidden_size * size  # inputs and outputs of a block
-    running = block + states + batch * length * size * max(map(_live, blocks)) + work.bytes
+    d = text_config(model.config).hidden_size
+    running = block + states + batch * length * size * max(_live(each, d) for each in blocks) + work.bytes
     every = sum(p.numel() for p in model.parameters()) * size
     inside = sum(block.parameters() for block in blocks) * size
     waiting = every - inside + block if stream else every
@@ -83,7 +84,7 @@ def recovery_need(
     trained = sum(
         rank * (m.weight.numel() // len(m.weight) + len(m.weight)) for b in blocks for m in linear_layers(b.module)
     )
-    activations = [_kept_for_backward(block, size) for block in blocks]
+    activations = [_kept_for_backward(block, size, text.hidden_size) for block in blocks]
     kept = len(blocks) * text.hidden_size * size + max(activations) if checkpointing else sum(activations)
     vocabulary = text.vocab_size
     rows = min(tokens, rows_per_chunk(vocabulary, on_cpu=not machine.separate))
@@ -102,15 +103,14 @@ def _flops_of_blocks(model: PreTrainedModel, length: int) -> float:
     return sum(block_flops(block, length, span) for block, span in zip(blocks_of(model), spans, strict=True))
 
 
-def _live(block: Block) -> int:
+def _live(block: Block, d: int) -> int:
     """Values per token in memory while a block runs, estimated by its widest part."""
-    d = block.d_model
     return 3 * d + max(3 * block.channels, 4 * d)
 
 
-def _kept_for_backward(block: Block, size: int) -> int:
+def _kept_for_backward(block: Block, size: int, d: int) -> int:
     """Bytes per token that a block with adapters keeps for its backward pass."""
-    d, n = block.d_model, block.channels
+    n = block.channels
     attention = block.kv_heads * block.queries_per_head * block.head_dim if block.has_kv_cache else 0
     keys = 2 * block.kv_heads * block.head_dim if block.has_kv_cache else 0
     inputs = sum(innermost(m).weight.numel() // len(matrix(m)) for m in linear_layers(block.module))

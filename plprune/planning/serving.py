@@ -3,9 +3,9 @@
 A runtime loads a pruned model either as a stock checkpoint, whose config has one size for all blocks, or by an
 architecture with sizes per block. Which of these load paths applies depends on the family and on the method:
 
-- llama.cpp's `deci` architecture allows any sizes and biases per block, but the first block needs attention. Its
-  `openelm` does the same for Qwen3, with attention in every block, no biases and a tied head. Other architectures read
-  sizes from the first block, and most compute the head dimension from the model's width. q8_0 needs rows of whole
+- llama.cpp's `deci` architecture allows any sizes and biases per block, but the first block needs attention, and all
+  need an FFN. Its `openelm` does the same for Qwen3, with attention in every block, no biases and a tied head. Others
+  read sizes from the first block, and most compute the head dimension from the model's width. q8_0 needs rows of whole
   blocks of 32 values.
 - vLLM 0.32 loads any folder of a family whose attention transformers can replace, by its backend for transformers.
 - DeciLM (SGLang, TensorRT-LLM, mlx-lm, older vLLM) stores widths as a factor, rounded up to a multiple of 256. All
@@ -59,7 +59,7 @@ def _path(name: str, families: str, asks: Constraint, **settings: Any) -> LoadPa
 
 
 _HELD = Constraint(whole_heads=True, first_attention=True)
-_ALIKE = Constraint(whole_heads=True, uniform=True, every_attention=True)
+_ALIKE = Constraint(whole_heads=True, uniform=True, every_attention=True, every_ffn=True)
 _PLAIN = dataclasses.replace(_ALIKE, dense_biases=True)
 _DENSE = dataclasses.replace(_PLAIN, dense_heads=True)
 _DIVIDING = Constraint(heads_divide=True)  # required by the config class of the family
@@ -70,11 +70,11 @@ _STOCK, _OWN = "a stock checkpoint", "the family's own architecture"
 
 LOAD_PATHS: dict[Runtime, tuple[LoadPath, ...]] = {  # per runtime, the first path that the method can honour is used
     "llama.cpp": (
-        _path("deci", "llama mistral qwen2 granite", _Q8_0 & _HELD),
+        _path("deci", "llama mistral qwen2 granite", _Q8_0 & _HELD & Constraint(every_ffn=True)),
         _path(
             "openelm",
             "qwen3",
-            _Q8_0 & Constraint(whole_heads=True, dense_biases=True, every_attention=True),
+            _Q8_0 & Constraint(whole_heads=True, dense_biases=True, every_attention=True, every_ffn=True),
             tie_word_embeddings=True,
             attention_bias=False,
         ),

@@ -59,6 +59,9 @@ class Ledger:
         self.biases = {g.name: b.absent_bias(g) if biased else 0 for b, g in rows}
         self.blocks = {block_name(b.index): b.parameters() for b in blocks}
         self.attention = {f"blocks.{b.index}.attention": b.parameters(b.anatomy.mixer) for b in blocks}
+        wholes = [(b, group) for b in blocks if (group := b.whole_ffn)]
+        self._wholes = {group.name: b.parameters(group.consumer.path) for b, group in wholes}
+        self.sizes |= dict.fromkeys(self._wholes, 1)
         self.dense = sum(p.numel() for p in model.parameters())
         self.width = model.dtype.itemsize
         self._heads = {
@@ -72,13 +75,17 @@ class Ledger:
         """The number of parameters."""
         whole = {name for name in counts if name in self.blocks and not counts[name]}
         cut = {name: count for name, count in counts.items() if block_of(name) not in whole}
+        bare = {name.rpartition(".")[0] for name, count in cut.items() if name in self._wholes and not count}
+        cut = {name: count for name, count in cut.items() if not (_in_ffn(name) and name.rpartition(".")[0] in bare)}
         removed = sum(map(self.blocks.__getitem__, whole)) + sum(self._removed(*each) for each in cut.items())
         return self.dense - removed + sum(mixture.counted_twice(cut) for mixture in self._mixtures)
 
     def active_parameters(self, counts: Counts) -> int:
         """The parameters that one token reaches."""
         return self.parameters(counts) - sum(
-            own.idle(counts) for own in self._mixtures if counts.get(block_of(own.experts), 1)
+            own.idle(counts)
+            for own in self._mixtures
+            if counts.get(block_of(own.experts), 1) and counts.get(own.experts.replace(".expert", ".whole_ffn"), 1)
         )
 
     def memory(self, counts: Counts, batch: int, context: int) -> int:
@@ -93,9 +100,13 @@ class Ledger:
     def _removed(self, name: str, count: int) -> int:
         if count == self.sizes[name]:
             return 0
-        if not count and name in self.attention:
-            return self.attention[name]
+        if not count and name in (whole := self.attention | self._wholes):
+            return whole[name]
         return (self.sizes[name] - count) * self.costs[name] - self.biases[name]
+
+
+def _in_ffn(name: str) -> bool:
+    return name.rpartition(".")[2] in ("ffn", "expert", "expert_channel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,10 +178,10 @@ def pruned_skeleton(
     surgery = Surgery(pruned)
     gone = [block.index for block in surgery.blocks if not counts.get(block_name(block.index), 1)]
     for block in surgery.blocks:
-        for name in [group.name for group in block.all_groups] if block.index not in gone else []:
-            group = next(group for group in block.all_groups if group.name == name)  # as those before it have left
+        for name in [group.name for group in block.recorded_groups] if block.index not in gone else []:
+            group = next(group for group in block.recorded_groups if group.name == name)  # as those before have left
             count = counts.get(group.name, len(group))
-            gains = biased and count and not group.kind.startswith("expert")
+            gains = biased and count and not group.kind.startswith(("expert", "whole"))
             gain = torch.zeros(len(matrix(block.part(group.consumer.path)))) if gains else None
             if count < len(group):
                 surgery.keep(block, group, _first_units(group, count), bias_gain=gain)

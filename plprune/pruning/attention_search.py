@@ -1,7 +1,7 @@
-"""Drops attention sub-blocks, or whole blocks, by greedy search: each step drops what is missed least, by the loss.
+"""Drops attentions, FFNs, or whole blocks by greedy search: each step drops what is missed least, by the loss.
 
-Dropping the attention of block l changes nothing before block l. The search stores the hidden states that enter each
-block, and starts each trial at its block: the same losses as full forward passes, for about half the work.
+Dropping the attention or the FFN of block l changes nothing before block l. The search stores the hidden states that
+enter each block, and starts each trial at its block: the same losses as full forward passes, for about half the work.
 """
 
 import contextlib
@@ -9,28 +9,29 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from datetime import timedelta
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from plprune.architecture.blocks import Block
+from plprune.architecture.blocks import Block, UnitGroup
 from plprune.io import distributed
 from plprune.io.progress import Progress
 from plprune.pruning.forward import logits_from, record_inputs, run_block
 from plprune.pruning.hidden_states import HiddenStates
 from plprune.pruning.losses import next_token_loss
-from plprune.pruning.surgery import Surgery, may_leave, without_attention
+from plprune.pruning.surgery import Surgery, may_leave, without
 
 log = logging.getLogger(__name__)
 
 
 class AttentionSearch:
-    """Drops attention sub-blocks or whole blocks one at a time, each time the one whose absence gives the lowest loss.
+    """Drops sub-blocks or whole blocks one at a time, each time the one whose absence gives the lowest loss.
 
     Args:
-        surgery: Drops the attentions; its model is in evaluation mode.
+        surgery: Drops them; its model is in evaluation mode.
         windows: Token ids, [1, s] each.
         device: The device that runs the blocks.
         group: Processes that share the trials.
@@ -51,22 +52,37 @@ class AttentionSearch:
         self._update(0)
         self._seconds = (time.monotonic() - start) / len(self.blocks)  # per block
 
-    def drop(self, count: int, first: int = 0) -> None:
+    def drop(self, count: int, first: int = 0, spared: Collection[int] = ()) -> None:
         """Drops attentions, and logs the number of block evaluations.
 
         Args:
             count: The number of attentions to drop.
             first: Index of the first block that may lose its attention.
+            spared: Indices of other blocks that may not.
         """
-        self._log_duration(count, first)
-
-        def drop(block: Block) -> None:
-            self.surgery.keep(block, block.groups()[0], torch.zeros(0, dtype=torch.long))
 
         def candidates() -> list[Block]:
-            return [block for block in self.blocks[first:] if block.can_drop_attention]
+            return [b for b in self.blocks[first:] if b.can_drop_attention and b.index not in spared]
 
-        self._greedy(count, "attention", candidates, without_attention, drop)
+        self._drop_parts(count, "attention", candidates, lambda block: block.groups()[0])
+
+    def drop_ffns(self, count: int, spared: Collection[int] = ()) -> None:
+        """Drops whole FFNs, like :meth:`drop`."""
+
+        def candidates() -> list[Block]:
+            return [block for block in self.blocks if block.whole_ffn and block.index not in spared]
+
+        self._drop_parts(count, "FFN", candidates, lambda block: cast(UnitGroup, block.whole_ffn))
+
+    def _drop_parts(
+        self, count: int, unit: str, candidates: Callable[[], list[Block]], group: Callable[[Block], UnitGroup]
+    ) -> None:
+        self._log_duration(count, candidates())
+
+        def drop(block: Block) -> None:
+            self.surgery.keep(block, group(block), torch.zeros(0, dtype=torch.long))
+
+        self._greedy(count, unit, candidates, lambda block: without(block, group(block).kind), drop)
 
     def drop_blocks(self, count: int, first: int = 0) -> None:
         """Drops whole blocks from the model, which has new indices for the others then.
@@ -106,11 +122,10 @@ class AttentionSearch:
             *(evaluations, 100 * evaluations / plain, plain),
         )
 
-    def _log_duration(self, count: int, first: int) -> None:
+    def _log_duration(self, count: int, candidates: list[Block]) -> None:
         """Logs an estimate of the duration if the blocks are on disk, as each trial loads them."""
         if self.blocks[0].home is None:
             return
-        candidates = [b for b in self.blocks[first:] if b.can_drop_attention]
         loads = count * sum(len(self.blocks) - b.index for b in candidates)
         start = time.monotonic()
         self._loss(self.entering[-1])

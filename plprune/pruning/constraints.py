@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 from plprune.architecture.blocks import STEP, Block, UnitGroup
-from plprune.architecture.modules import innermost
+from plprune.architecture.modules import innermost, matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Constraint:
         dense_biases: No projection gains a bias.
         first_attention: The first block keeps its attention.
         every_attention: All blocks keep their attention.
+        every_ffn: All blocks keep some channels of their FFN.
         heads_divide: The number of query heads divides the model's width.
     """
 
@@ -33,6 +34,7 @@ class Constraint:
     dense_biases: bool = False
     first_attention: bool = False
     every_attention: bool = False
+    every_ffn: bool = False
     heads_divide: bool = False
 
     def __and__(self, other: "Constraint") -> "Constraint":
@@ -67,6 +69,7 @@ class Constraint:
         faults = {
             "its first block has no attention": self.first_attention and not blocks[0].has_attention,
             "a block has no attention": self.every_attention and len(attentions) < len(blocks),
+            "a block has no FFN": self.every_ffn and not all(block.has_ffn for block in blocks),
             "it lacks single value channels": self.whole_heads
             and any(hasattr(block.part(block.attention.consumer.path), "index") for block in attentions),
             "its blocks have different sizes": self.uniform
@@ -100,7 +103,8 @@ class Constraint:
         return range(multiple, dense + 1, multiple)
 
     def _kv_heads(self, block: Block) -> Sequence[int]:
-        width, each, share = block.d_model, block.queries_per_head, self.tensor_parallel
+        width, each = len(matrix(block.part(block.attention.consumer.path))), block.queries_per_head
+        share = self.tensor_parallel
         counts = [
             kv
             for kv in range(1, block.kv_heads + 1)
@@ -127,7 +131,7 @@ FREE = Constraint()
 def _gains_bias(block: Block) -> bool:
     """Whether only the FFN's output has a bias, which is so in no family."""
     ffn = block.anatomy.ffn
-    if ffn is None:
+    if ffn is None or not block.has_ffn:
         return False
     before, after = (innermost(block.part(path)) for path in (ffn.producers[0].path, ffn.consumer.path))
     return before.bias is None and after.bias is not None

@@ -14,12 +14,21 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from plprune.architecture.anatomy import ModelAnatomy
+from plprune.architecture.anatomy import ModelAnatomy, SubBlock
 from plprune.architecture.attached import attach
-from plprune.architecture.blocks import Block, Decision, UnitGroup, anatomy_of, blocks_of, dense_class, set_anatomy
+from plprune.architecture.blocks import (
+    Block,
+    Decision,
+    Kind,
+    UnitGroup,
+    anatomy_of,
+    blocks_of,
+    dense_class,
+    set_anatomy,
+)
 from plprune.architecture.cutting import complement, cut, cut_values, cut_within, held, like, put, spread
 from plprune.architecture.depth import Shorter, renumber, shorter
-from plprune.architecture.modeling_plprune import Gather, NoAttention, Scatter, replace, set_count
+from plprune.architecture.modeling_plprune import Gather, NoAttention, NoFFN, Scatter, replace, set_count
 from plprune.architecture.modules import Side, innermost, is_transposed, matrix, says_tied, tied, width
 from plprune.architecture.wrappers import text_configs, with_sizes
 from plprune.pruning.model_state import journal_of, model_state
@@ -223,7 +232,7 @@ def apply(model: PreTrainedModel, plan: PruningPlan) -> None:
 def replay(block: Block, decisions: list[Decision], model: PreTrainedModel) -> None:
     """Prunes a block again by recorded decisions; its weights may be on the meta device."""
     for decision in decisions:
-        shrink(block, next(group for group in block.all_groups if group.name == decision.group), decision.keep)
+        shrink(block, next(group for group in block.recorded_groups if group.name == decision.group), decision.keep)
         _add_biases(model, decision.repaired)
 
 
@@ -233,7 +242,9 @@ def shrink(block: Block, group: UnitGroup, keep: Tensor) -> None:
         return drop_attention(block)
     if keep.shape[-1] == len(group):
         return
-    if group.kind == "expert_channel":
+    if group.kind == "whole_ffn":
+        drop_ffn(block)
+    elif group.kind == "expert_channel":
         cut_within(block.module, group.producers, group.consumer, group.counts, keep)
     elif group.kind == "value":
         cut_values(block.module, group.producers[0], group.consumer, keep)
@@ -300,15 +311,22 @@ def drop_attention(block: Block) -> None:
     replace(block.module, block.anatomy.mixer, NoAttention(block.index, config))
 
 
+def drop_ffn(block: Block) -> None:
+    """Replaces a block's FFN, or its mixture of experts, by a module that outputs zero."""
+    found = cast(SubBlock, block.anatomy.whole_ffn)
+    replace(block.module, found.path, NoFFN(found.returned))
+
+
 @contextlib.contextmanager
-def without_attention(block: Block) -> Iterator[None]:
-    """Drops a block's attention within the context."""
-    attention = block.part(block.anatomy.mixer)
-    drop_attention(block)
+def without(block: Block, kind: Kind) -> Iterator[None]:
+    """Drops a block's attention, or its whole FFN, within the context."""
+    path = block.anatomy.mixer if kind == "attention" else cast(SubBlock, block.anatomy.whole_ffn).path
+    own = block.part(path)
+    (drop_attention if kind == "attention" else drop_ffn)(block)
     try:
         yield
     finally:
-        replace(block.module, block.anatomy.mixer, attention)
+        replace(block.module, path, own)
 
 
 def widen(model: PreTrainedModel) -> None:
@@ -324,7 +342,7 @@ def widen(model: PreTrainedModel) -> None:
 def pad(model: PreTrainedModel, multiple: int) -> None:
     """Pads every FFN with zero channels to a multiple; outputs stay the same."""
     for block in blocks_of(model):
-        if (ffn := block.anatomy.ffn) is None:
+        if (ffn := block.anatomy.ffn) is None or not block.has_ffn:
             continue
         if any(not torch.equal(a.index, b.index) for a, b in zip(ffn.producers, ffn.stacked(len(ffn)), strict=True)):
             raise ValueError("the channels of gate and up take turns in one projection, and cannot be padded")
@@ -364,4 +382,4 @@ def _check_fit(blocks: list[Block], plan: PruningPlan) -> None:
 
 def _planned(block: Block, plan: PruningPlan) -> list[UnitGroup]:
     """The block's groups that a plan contains."""
-    return [group for group in block.all_groups if group.name in plan.keep]
+    return [group for group in block.recorded_groups if group.name in plan.keep]

@@ -52,6 +52,7 @@ MODELS: dict[str, tuple[PruningMethod, str, Callable[[PreTrainedModel, Path], No
     "FLAP": (FLAP(0.25), "llama", hf, True),
     "FASP": (FASP(0.25), "llama", hf, True),
     "TwoSSP": (TwoSSP(0.4, drop_attentions=2), "llama", hf, True),
+    "TwoSSP, no FFN": (TwoSSP(0.4, drop_attentions=1, drop_ffns=1), "llama", hf, True),
     "FLAP, Qwen3": (FLAP(0.25), "qwen3", hf, True),
     "REAP, Mixtral": (REAP(0.25, sparsity_of="experts"), "mixtral", hf, False),
     "REAP, Qwen3-MoE": (REAP(0.25, sparsity_of="experts"), "qwen3_moe", hf, False),
@@ -60,7 +61,9 @@ MODELS: dict[str, tuple[PruningMethod, str, Callable[[PreTrainedModel, Path], No
     "CFSP, Qwen3-MoE": (CFSP(0.25), "qwen3_moe", hf, True),
     "FLAP, Mixtral": (FLAP(0.25), "mixtral", hf, True),
     "CFSP, DeciLM": (CFSP(0.4, multiple_of=256), "llama", deci, True),
+    "TwoSSP, no FFN, Qwen3-MoE": (TwoSSP(0.35, drop_ffns=1), "qwen3_moe", hf, True),
     "TwoSSP, DeciLM": (TwoSSP(0.4, drop_attentions=1), "llama", deci, True),
+    "TwoSSP, no FFN, DeciLM": (TwoSSP(0.45, drop_attentions=1, drop_ffns=1), "llama", deci, True),
 }
 
 

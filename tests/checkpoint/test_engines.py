@@ -21,6 +21,7 @@ METHODS = {
     "heads and biases": (FLAP(0.25), "TransformersForCausalLM"),
     "gathered": (FASP(0.25), "TransformersForCausalLM"),
     "no attention": (TwoSSP(0.4, drop_attentions=1), "TransformersForCausalLM"),
+    "no FFN": (TwoSSP(0.4, drop_ffns=1), "TransformersForCausalLM"),
     "uniform": (TwoSSP(0.2, drop_attentions=0), "LlamaForCausalLM"),
 }
 

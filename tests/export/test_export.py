@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFWriter
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from plprune import CFSP, FASP, FLAP, TwoSSP, load_pruned, prune, save_pruned
@@ -230,15 +231,21 @@ def test_the_width_comes_back_from_the_multiple(hidden: int) -> None:
         assert decilm.width_of(3 * width / (2 * hidden), hidden) == width
 
 
-def test_decilm_with_attentions_removed(tmp_path: Path) -> None:
+def test_decilm_with_attention_and_ffn_removed(tmp_path: Path) -> None:
     model, dropped = wide(CFSP(0.4, multiple_of=256)), tiny("llama", **WIDE)
     plan = plan_of(model)
     assert plan is not None
-    plan.keep["blocks.1.attention"], plan.sizes["blocks.1.attention"] = torch.zeros(0, dtype=torch.long), 2
+    for name, size in (("blocks.1.attention", 2), ("blocks.2.whole_ffn", 1)):
+        plan.keep[name], plan.sizes[name] = torch.zeros(0, dtype=torch.long), size
     apply(dropped, plan)
     decilm.write(dropped, tokenizer(), tmp_path / "out")
     decilm.check(tmp_path / "out")
-    assert json.loads((tmp_path / "out/config.json").read_text())["block_configs"][1]["attention"]["no_op"]
+    blocks = json.loads((tmp_path / "out/config.json").read_text())["block_configs"]
+    assert [block["attention"]["no_op"] for block in blocks] == [False, True, False]
+    assert [block["ffn"]["no_op"] for block in blocks] == [False, False, True]
+    assert blocks[2]["ffn"]["ffn_mult"] is None
+    names = load_file(tmp_path / "out/model.safetensors")
+    assert not any(name.startswith(("model.layers.2.mlp", "model.layers.2.post_attention")) for name in names)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from plprune.architecture.modules import innermost
 from plprune.checkpoint.load import load_model, load_tokenizer
 from plprune.export import gguf, llama_cpp, vocabulary
 from plprune.export.vocabulary import PRE_TOKENIZERS
-from plprune.pruning.surgery import drop_attention, shrink
+from plprune.pruning.surgery import drop_attention, drop_ffn, shrink
 from plprune.streaming import open_streamed
 from tests.builders import FAMILIES, PAIRS, method, save_tiny, tiny, tokenizer, windows
 from tests.shared import SMOLLM2, gemma, needs_smollm2, shared
@@ -298,6 +298,8 @@ def refused(model: PreTrainedModel) -> str:
         ("opt", None, "no architecture for 'opt'"),
         ("llama", functools.partial(without_attention, index=0), "block 0 keeps its attention"),
         ("llama", functools.partial(widths, counts=(3, 0, 5)), "block 1 has no FFN channels"),
+        ("llama", lambda model: drop_ffn(blocks_of(model)[2]), "block 2 has no FFN channels"),
+        ("qwen3", lambda model: drop_ffn(blocks_of(model)[0]), "block 0 has no FFN channels"),
         ("gemma2", widths, "prune every block to the same width"),
         ("smollm3", heads, "prune as many in every block"),
         ("olmo2", functools.partial(heads, counts=(2, 2, 2)), "prune no heads"),

@@ -11,12 +11,14 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from plprune import FLAP, TwoSSP, load_pruned, prune, save_pruned
 from plprune.architecture.blocks import blocks_of
 from plprune.architecture.modules import innermost, passing, replaced_forwards
+from plprune.commands.plan import predicted
+from plprune.methods import Request
 from plprune.methods.two_ssp import attentions_to_drop, channels_to_keep
-from plprune.planning.sizes import Ledger, pruned_skeleton
+from plprune.planning.sizes import Ledger, pruned_skeleton, structure
 from plprune.pruning.surgery import drop_attention, shrink
 from plprune.recovery.consumers import consumers
 from plprune.report.records import of_plan
-from tests.builders import FAMILIES, logits, tiny, windows
+from tests.builders import FAMILIES, MIXTURES, logits, tiny, windows
 from tests.methods import best, inside_experts, plain_loop, traced
 from tests.zoo import build
 
@@ -245,10 +247,87 @@ def test_the_last_block_with_a_cache_of_keys_stays(by: Any) -> None:
 def test_blocks_that_cannot_leave_are_said() -> None:
     with pytest.raises(ValueError, match="2SSP would drop 5 blocks, but the model has 5"):
         prune(deep(), TwoSSP(sparsity=0.5, drop_blocks=5), [windows()])
-    with pytest.raises(ValueError, match="change `sparsity` or `drop_blocks`"):
+    with pytest.raises(ValueError, match="change `sparsity`, `drop_blocks` or `drop_ffns`"):
         prune(deep(), TwoSSP(sparsity=0.2, drop_blocks=2), [windows()])
     with pytest.raises(ValueError, match="`blocks_by` is perplexity or influence"):
         TwoSSP(blocks_by="magnitude")  # type: ignore[arg-type]
+
+
+def loss_without_ffns(model: Any, gone: list[int], ids: torch.Tensor) -> float:
+    """The loss of a model whose FFNs `gone` end in zeros."""
+    silent = [block.part("mlp.down_proj") for block in blocks_of(model) if block.index in gone]
+    zeros = [lambda x: x.new_zeros(*x.shape[:-1], 32)] * len(silent)
+    with replaced_forwards(silent, zeros), torch.no_grad():
+        return float(model(input_ids=ids, labels=ids).loss)
+
+
+def test_whole_ffns_are_dropped_as_a_plain_loop_would() -> None:
+    ids, model, expected = windows(1, 24), deep(), deep()
+    plan = prune(model, TwoSSP(sparsity=0.45, drop_ffns=2), [ids])
+    for block in blocks_of(expected):
+        shrink(block, block.groups("none")[0], plan.keep[f"blocks.{block.index}.ffn"])
+    gone: list[int] = []
+    for _ in range(2):
+        rest = [i for i in range(5) if i not in gone]
+        gone.append(min(rest, key=lambda i: loss_without_ffns(expected, [*gone, i], ids)))
+    assert [name for name, keep in plan.keep.items() if not len(keep)] == [f"blocks.{i}.whole_ffn" for i in gone]
+    assert float(model(input_ids=ids, labels=ids).loss) == pytest.approx(loss_without_ffns(expected, gone, ids))
+    assert plan.reached == pytest.approx(0.45, abs=0.01)
+    assert [block.channels for block in blocks_of(model)].count(0) == 2
+
+
+UNLIKE = ["llama", "gpt2", "phi", "gemma2", "qwen2_moe", "gpt_oss"]  # parallel; norms behind; shared; returns a tuple
+
+
+@pytest.mark.parametrize("family", UNLIKE)
+def test_a_model_without_some_ffns_is_the_same_everywhere(family: str, tmp_path: Path) -> None:
+    model, ids = tiny(family), list(windows(4, 24).split(2))
+    plan = prune(model, TwoSSP(sparsity=0.4, drop_attentions=1, drop_ffns=1), ids)
+    assert plan.reached == pytest.approx(0.4, abs=0.05 if family in MIXTURES else 0.01)  # in steps of 8 channels
+    (bare,) = [block.index for block in blocks_of(model) if not block.has_ffn]
+    assert plan.after[bare] == sum(p.numel() for p in blocks_of(model)[bare].module.parameters())
+    save_pruned(model, tmp_path / "model")
+    stock: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True).eval()
+    for again in (load_pruned(tmp_path / "model"), stock):
+        assert torch.equal(logits(again), logits(model))
+    texts = [
+        stock.generate(windows(2, 5), max_new_tokens=6, do_sample=False, use_cache=cached, pad_token_id=0)
+        for cached in (True, False)
+    ]
+    assert torch.equal(*texts)
+    assert "0 of 1 whole FFNs" in (tmp_path / "model" / "README.md").read_text()
+    assert of_plan(plan)["blocks"][bare]["kept"]["whole_ffn"] == [0, 1]
+    again = load_pruned(tmp_path / "model")
+    second = prune(again, TwoSSP(sparsity=0.2, drop_attentions=0), ids)
+    assert not any(name.startswith(f"blocks.{bare}.") for name in second.keep)
+    save_pruned(again, tmp_path / "second")
+    assert torch.equal(logits(load_pruned(tmp_path / "second")), logits(again))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
+def test_sizes_without_ffns_are_predicted(family: str) -> None:
+    model, method = tiny(family), TwoSSP(sparsity=0.4, drop_ffns=1, drop_attentions=1, repair="compensate")
+    ledger, cases = Ledger(model, biased=True), method.predict_sizes(model)
+    skeletons = [pruned_skeleton(model, case, biased=True) for case in cases]
+    sizes = [ledger.parameters(case) for case in cases]
+    assert sizes == [sum(p.numel() for p in each.parameters()) for each in skeletons]
+    active = [structure(each, 16).active_parameters for each in skeletons]
+    assert [ledger.active_parameters(case) for case in cases] == active
+    request = Request(method)
+    assert predicted(model, request, request, 16)[0]["without_ffn"] == {"typical": 1, "least": 1, "most": 1}
+    prune(model, method, list(windows(4, 24).split(2)))
+    assert sum(p.numel() for p in model.parameters()) in sizes
+
+
+def test_ffns_that_cannot_leave_are_said() -> None:
+    with pytest.raises(ValueError, match="2SSP would drop 3 FFNs, but of the 3 that can leave one must stay"):
+        prune(tiny(), TwoSSP(sparsity=0.9, drop_ffns=3), [windows()])
+    with pytest.raises(ValueError, match="no FFN of this model is a module of its own"):
+        prune(tiny("opt"), TwoSSP(sparsity=0.4, drop_ffns=1), [windows()])
+    with pytest.raises(ValueError, match="`drop_ffns` is -1"):
+        TwoSSP(drop_ffns=-1)
+    with pytest.raises(ValueError, match="no FFN may leave: set `drop_ffns` to 0"):
+        prune(tiny(), TwoSSP(sparsity=0.4, drop_ffns=1, drop_attentions=0), [windows()], serve_on=["llama.cpp"])
 
 
 def test_all_experts_of_a_model_keep_as_many_channels() -> None:

@@ -168,7 +168,7 @@ def test_a_dropped_attention_has_no_cache_and_takes_no_time() -> None:
 def test_what_training_keeps_is_about_what_is_estimated() -> None:
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
         model = tiny(hidden_size=64, intermediate_size=192).to(dtype)  # type: ignore[arg-type]
-        expected = sum(needs._kept_for_backward(block, size) for block in blocks_of(model))
+        expected = sum(needs._kept_for_backward(block, size, 64) for block in blocks_of(model))
         own = {p.data_ptr() for p in model.parameters()}
         inject(model, LoRA(rank=2), None)
         own |= {p.data_ptr() for p in model.parameters()}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from plprune import FASP, FLAP, TwoSSP, prune
-from plprune.architecture.blocks import Block, UnitGroup, blocks_of
+from plprune.architecture.blocks import Block, Kind, UnitGroup, blocks_of
 from plprune.architecture.cutting import complement
 from plprune.architecture.modeling_plprune import BlockConfig, Gather, NoAttention, Scatter
 from plprune.architecture.modules import innermost, matrix
@@ -23,7 +23,7 @@ from plprune.pruning.surgery import (
     plan_of,
     replay,
     shrink,
-    without_attention,
+    without,
 )
 from tests.builders import FAMILIES, VARIANTS, logits, tiny, windows
 from tests.zoo import build
@@ -96,15 +96,18 @@ def test_a_dropped_attention_is_one_that_gives_zero(family: str) -> None:
 
 
 @every_family
-def test_without_attention_is_for_the_time_of_the_context(family: str) -> None:
+def test_a_sub_block_is_gone_for_the_time_of_the_context(family: str) -> None:
     model = tiny(family)
     before, block = logits(model), blocks_of(model)[0]
-    with without_attention(block):
-        assert not torch.allclose(logits(model), before)
-    assert torch.equal(logits(model), before)
-    with pytest.raises(RuntimeError), without_attention(block):
-        raise RuntimeError
-    assert torch.equal(logits(model), before)
+    kinds: list[Kind] = ["attention", "whole_ffn"] if block.whole_ffn else ["attention"]
+    assert (len(kinds) == 1) == (family == "opt" or family.startswith("opt/"))
+    for kind in kinds:
+        with without(block, kind):
+            assert not torch.allclose(logits(model), before)
+        assert torch.equal(logits(model), before)
+        with pytest.raises(RuntimeError), without(block, kind):
+            raise RuntimeError
+        assert torch.equal(logits(model), before)
 
 
 def test_gather_and_scatter_are_linear_with_the_other_channels_at_zero() -> None:
