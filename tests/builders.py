@@ -94,7 +94,12 @@ REPAIRED: dict[str, Any] = {  # not as the papers have it: restored in a walk of
     "CFSP restore": functools.partial(CFSP, repair="restore"),
     "TwoSSP restore": functools.partial(TwoSSP, repair="restore", bias=False),
 }
-OF_EXPERTS: dict[str, Any] = {"REAP": REAP, "FLAP experts": functools.partial(FLAP, experts=True)}
+OF_EXPERTS: dict[str, Any] = {
+    "REAP": REAP,
+    "FLAP experts": functools.partial(FLAP, experts=True),
+    "LearnedGates experts": functools.partial(LearnedGates, experts=True),
+}
+NOT_OF_MIXTURES = ("FLAP AL-MM", "FLAP UL-MM")  # count all channels alike, and are refused
 REPAIRED_ON = ("llama", "opt", "phi3")  # plain, with biases, and fused
 DEFAULTS = ("FLAP AL-AM", "FASP value_channels", "CFSP activation", "TwoSSP", "LearnedGates")
 UNLIKE = ("llama", "opt", "gpt2", "phi3", "gemma2")  # gated; with biases; transposed; fused; windows and norms behind
@@ -113,6 +118,8 @@ PAIRS += [(each, DEFAULTS[i % len(DEFAULTS)]) for start in (len(FAMILIES), 1) fo
 PAIRS += itertools.product(REPAIRED_ON, REPAIRED)
 PAIRS += [("qwen2_moe", name) for name in (*DEFAULTS, *OF_EXPERTS)]
 PAIRS += [("gpt_oss", name) for name in ("REAP", "FLAP experts", "FLAP restore", "FASP kv_heads", "CFSP relative")]
+EVERY = {**METHODS, **REPAIRED, **OF_EXPERTS}
+REST = [pair for pair in itertools.product(MIXTURES, EVERY) if pair not in PAIRS and pair[1] not in NOT_OF_MIXTURES]
 OWN: list[str] = []  # of the option --method: the contract battery then judges these and no others
 
 
@@ -151,7 +158,7 @@ def logits(model: PreTrainedModel, ids: Tensor | None = None) -> Tensor:
 
 
 def method(name: str, sparsity: float = 0.2) -> PruningMethod:
-    return (METHODS | REPAIRED | OF_EXPERTS)[name](sparsity=sparsity)
+    return EVERY[name](sparsity=sparsity)
 
 
 def judge_only(path: str) -> None:

@@ -1,7 +1,8 @@
 """What every method promises on every family, and on two mixtures of experts.
 
 In the quick suite: every method on llama, one of them on every other family, and, where caches and checkpoints are
-concerned, on every variant of a family. All else is slow.
+concerned, on every variant of a family. All else is slow. Every method runs on both mixtures or is refused there; some
+promises are tried with a part of these only.
 
 A method of your own is judged, on every family and variant, by `pytest tests/test_contract.py --method MODULE.CLASS`.
 """
@@ -20,14 +21,28 @@ from plprune.architecture.blocks import STEP, Block, UnitGroup, blocks_of
 from plprune.architecture.cutting import held
 from plprune.architecture.modules import innermost, matrix
 from plprune.pruning import surgery
-from tests.builders import DEFAULTS, FAMILIES, MIXTURES, OWN, PAIRS, VARIANTS, logits, method, tiny, windows
+from tests.builders import (
+    DEFAULTS,
+    FAMILIES,
+    MIXTURES,
+    NOT_OF_MIXTURES,
+    OWN,
+    PAIRS,
+    REST,
+    VARIANTS,
+    logits,
+    method,
+    tiny,
+    windows,
+)
 
 ALL = [*FAMILIES, *VARIANTS, *MIXTURES]
 EVERY = [*itertools.product([*FAMILIES, *VARIANTS], OWN)] if OWN else PAIRS
+SPARSITY = 0.25
 
 
-def pairs(quick_variants: bool) -> pytest.MarkDecorator:
-    """Parametrises a test over families and methods."""
+def pairs(quick_variants: bool, rest: bool = False) -> pytest.MarkDecorator:
+    """Parametrises a test over families and methods, and over the rest of the methods on mixtures if asked to."""
 
     def quick(family: str, name: str) -> bool:
         if family == "llama" or (family in VARIANTS and not quick_variants):
@@ -38,22 +53,25 @@ def pairs(quick_variants: bool) -> pytest.MarkDecorator:
         return name == turns[ALL.index(family) % len(turns)]
 
     marked = [pytest.param(*pair, marks=[] if quick(*pair) else pytest.mark.slow) for pair in EVERY]
+    marked += [pytest.param(*pair, marks=pytest.mark.slow) for pair in (REST if rest and not OWN else [])]
     return pytest.mark.parametrize(("family", "name"), marked)
 
 
 every_method = pairs(quick_variants=False)
+every_method_and_the_rest = pairs(quick_variants=False, rest=True)
 every_method_and_variant = pairs(quick_variants=True)
+every_method_variant_and_the_rest = pairs(quick_variants=True, rest=True)
 every_family = pytest.mark.parametrize("family", ALL)
 
 
 @functools.cache
-def pruned(family: str, name: str, sparsity: float = 0.25, **settings: Any) -> tuple[PreTrainedModel, PruningPlan]:
+def pruned(family: str, name: str, sparsity: float = SPARSITY, **settings: Any) -> tuple[PreTrainedModel, PruningPlan]:
     """A pruned model, which other tests look at too: none changes it."""
     model = tiny(family, **settings)
     return model, prune(model, method(name, sparsity), list(windows().split(2)))
 
 
-@every_method
+@every_method_and_the_rest
 def test_pruning_changes_the_function_and_keeps_it_finite(family: str, name: str) -> None:
     model, plan = pruned(family, name)
     assert plan.reached > 0
@@ -61,7 +79,7 @@ def test_pruning_changes_the_function_and_keeps_it_finite(family: str, name: str
     assert not torch.allclose(logits(model), logits(tiny(family)))
 
 
-@every_method_and_variant
+@every_method_variant_and_the_rest
 def test_cached_decoding_equals_the_full_forward_pass(family: str, name: str) -> None:
     model, _ = pruned(family, name)
     ids = windows(2, 12, seed=7)  # longer than any sliding window
@@ -91,7 +109,7 @@ def test_an_attention_dropped_anywhere_leaves_every_cache_right(family: str, blo
         torch.testing.assert_close(together, logits(model, ids), rtol=1e-4, atol=2e-5)
 
 
-@every_method_and_variant
+@every_method_variant_and_the_rest
 def test_saving_and_loading_is_bit_exact(family: str, name: str, tmp_path) -> None:
     model, plan = pruned(family, name)
     save_pruned(model, tmp_path / "out")
@@ -115,7 +133,7 @@ def test_embeddings_may_be_tied_or_not(family: str, tied: bool, tmp_path) -> Non
     assert (inputs.weight is outputs.weight) == tied
 
 
-@every_method
+@every_method_and_the_rest
 def test_the_plan_alone_rebuilds_the_shapes(family: str, name: str, tmp_path) -> None:
     model, plan = pruned(family, name)
     plan.save(tmp_path / "plan.safetensors")
@@ -147,13 +165,19 @@ def test_value_channels_can_leave_twice_and_heads_after_them(family: str, tmp_pa
     assert torch.equal(logits(load_pruned(tmp_path / "out")), logits(model))
 
 
-@every_method
+@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("name", NOT_OF_MIXTURES)
+def test_methods_that_count_channels_alike_are_refused_for_mixtures(family: str, name: str) -> None:
+    with pytest.raises(ValueError, match="counts all channels alike, and one of experts weighs more: set `structure`"):
+        prune(tiny(family), method(name), [windows()])
+
+
+@every_method_and_the_rest
 def test_the_budget_is_met_within_one_unit(family: str, name: str) -> None:
-    sparsity = 0.25
     unit = {group.kind: cost for group, cost in units(tiny(family))}
     unit["ffn"] = max(unit.get("ffn", 0), STEP * unit.get("expert_channel", 0))
-    model, plan = pruned(family, name, sparsity)
-    off = sum(plan.before) - sum(plan.after) - sparsity * sum(plan.before)
+    model, plan = pruned(family, name)
+    off = sum(plan.before) - sum(plan.after) - SPARSITY * sum(plan.before)
     blocks = len(plan.before)
     if "UL-UM" in name and family not in MIXTURES:  # rounds down by up to a head and a channel in every block
         assert -blocks * (unit["attention"] + unit["ffn"]) <= off <= 0

@@ -37,11 +37,9 @@ from plprune.planning.needs import Work
 from plprune.planning.structures import Competition, Structure, standardised
 from plprune.pruning.allocation import (
     Budget,
-    best_experts,
     fraction_to_remove,
     importance,
     ranked,
-    rescale,
     top_k,
 )
 from plprune.pruning.calibration import Calibration
@@ -112,10 +110,10 @@ class FLAP(Repairing):
                     saliencies.append(moments.saliency.mean)
                 scores.append((block, group, score))
             distances.append(inputs.influence.distance("angular"))
-        leaving: dict[int, tuple[Block, UnitGroup, Tensor]] = {}
+        leaving: dict[int, Tensor] = {}
         if self.experts:
             p, budget, leaving = self._experts(blocks, constraint, scores, saliencies)
-            for name, (*_, keep) in [(g.name, leaving[b.index]) for b, g, _ in scores if g.experts and leaving]:
+            for name, keep in [(g.name, leaving[b.index]) for b, g, _ in scores if g.experts and leaving]:
                 of_experts[name], means[name] = of_experts[name][keep], means[name][keep]
             scores = [
                 (block, group, ranked(of_experts[group.name]) if group.experts else score)
@@ -130,8 +128,7 @@ class FLAP(Repairing):
             (b, group, top_k(of_experts[group.name], len(keep)) if group.experts else keep)
             for b, group, keep in decided
         ]
-        if leaving:  # experts, before the channels of the others
-            decided = [each for row in decided for each in ([leaving[row[0].index]] if row[1].experts else []) + [row]]
+        decided = whole_experts.with_leaving(decided, leaving)
         if self.repair == "compensate":
             _compensate(surgery, decided, means)
         else:
@@ -152,11 +149,10 @@ class FLAP(Repairing):
 
     def predict_sizes(self, model: PreTrainedModel, constraint: Constraint = FREE) -> list[dict[str, int]]:
         blocks, cases = blocks_of(model), []
-        for wanted in self._wanted(blocks):
+        for wanted in whole_experts.possible(blocks, self.sparsity, "FLAP") if self.experts else [None]:
             p, budget = self._settled(blocks, constraint, wanted)
-            own = {b.expert_units().name: budget.left for b in blocks if b.expert_count and budget.left is not None}
             found = self._competition.predict(budget, attention_by_span(model, budget.rows), p, self.biased)
-            cases += [case | own for case in found]
+            cases += [case | whole_experts.sizes(budget) for case in found]
         return [case for i, case in enumerate(cases) if case not in cases[:i]]
 
     def work(self, model: PreTrainedModel, count: int, length: int, constraint: Constraint = FREE) -> Work:
@@ -175,34 +171,14 @@ class FLAP(Repairing):
             return sum(len(group) * block.cost(group) for block in blocks for group in block.groups())
         return sum(block.parameters() for block in blocks)
 
-    def _wanted(self, blocks: list[Block]) -> list[int | None]:
-        """Numbers of experts that blocks may keep: a typical one, the least and the most; None without `experts`."""
-        if not self.experts:
-            return [None]
-        own = whole_experts.mixtures(blocks, "FLAP")
-        each, count = whole_experts.step(own), own[0].expert_count
-        usual = each * round(count * (1 - self.sparsity) / each)
-        return [usual, whole_experts.least(own), count] if self.sparsity else [count]
-
     def _settled(self, blocks: list[Block], constraint: Constraint, wanted: int | None = None) -> tuple[float, Budget]:
-        """The fraction to remove of what is ranked, and the budget, with the number of experts nearest to `wanted`.
+        """The fraction to remove of what is ranked, and the budget, with the number of experts nearest to `wanted`."""
 
-        Raises:
-            ValueError: The sparsity is out of reach with any number of experts.
-        """
-        if not self.experts:
-            p = self._fraction(blocks, constraint)
-            return p, self._budget(blocks, p, constraint)
-        own = whole_experts.mixtures(blocks, "FLAP")
-        each, count = whole_experts.step(own), own[0].expert_count
-        wanted, fault = count if wanted is None else wanted, ValueError()
-        for left in sorted(range(whole_experts.least(own), count + 1, each), key=lambda left: abs(left - wanted)):
-            try:
-                if (p := self._fraction(blocks, constraint, left)) >= 0:
-                    return p, self._budget(blocks, p, constraint, left)
-            except ValueError as error:
-                fault = error
-        raise fault
+        def settle(left: int | None) -> tuple[float, Budget]:
+            p = self._fraction(blocks, constraint, left)
+            return p, self._budget(blocks, p, constraint, left)
+
+        return whole_experts.nearest(blocks, wanted, settle, "FLAP") if self.experts else settle(None)
 
     def _experts(
         self,
@@ -210,7 +186,7 @@ class FLAP(Repairing):
         constraint: Constraint,
         scores: list[tuple[Block, UnitGroup, Tensor]],
         saliencies: list[Tensor],
-    ) -> tuple[float, Budget, dict[int, tuple[Block, UnitGroup, Tensor]]]:
+    ) -> tuple[float, Budget, dict[int, Tensor]]:
         """Like `_settled`, with as many experts as the ranking keeps, and which these are by index of their block."""
         own, rows = whole_experts.mixtures(blocks, "FLAP"), [(block, group) for block, group, _ in scores]
         biases = sum(block.absent_bias(group) for block, group in rows) if self.biased and self.sparsity else 0
@@ -219,22 +195,12 @@ class FLAP(Repairing):
         p, budget = self._settled(
             blocks, constraint, whole_experts.experts_to_keep(rows, others, own, saliencies, remove)
         )
-        if budget.left == own[0].expert_count:
-            return p, budget, {}
-        assert budget.left is not None
-        kept = [best_experts(s, budget.left, b.experts.groups) for b, s in zip(own, saliencies, strict=True)]
-        return p, budget, {b.index: (b, b.expert_units(), keep) for b, keep in zip(own, kept, strict=True)}
+        return p, budget, whole_experts.to_keep(own, saliencies, budget)
 
     def _fraction(self, blocks: list[Block], constraint: Constraint, left: int | None = None) -> float:
         """The fraction of prunable parameters to remove (p)."""
-        attention, what = unit(constraint), "what FLAP prunes"
-        if left is not None or self.sparsity_of == "linears":
-            budget = Budget(blocks, 1.0, attention=attention, left=left)
-            added = sum(b.absent_bias(g) for b, g in budget.rows) if self.biased and self.sparsity_of == "blocks" else 0
-            if left is not None:
-                added -= sum((b.expert_count - left) * b.cost(b.expert_units()) for b in blocks if b.expert_count)
-            return rescale(self.sparsity, self._whole(blocks), budget.whole, what, added)
-        return fraction_to_remove(self.sparsity, blocks, attention, what, biased=self.biased)
+        biased, of = self.biased and self.sparsity_of == "blocks", self._whole(blocks)
+        return fraction_to_remove(self.sparsity, blocks, unit(constraint), "what FLAP prunes", biased, left, of)
 
     def _budget(self, blocks: list[Block], p: float, constraint: Constraint, left: int | None = None) -> Budget:
         each_block = self.structure.startswith("UL")

@@ -14,7 +14,9 @@ divergence and half the loss on next tokens; they are then multiplied into the w
 parameters, few enough to learn from few tokens. They come second because least squares would undo them.
 
 Experts of a mixture have a gate and a gain for each of their channels. All experts of a block share one set of scores,
-each in an order of its own, so that as many gates of each are open.
+each in an order of its own, so that as many gates of each are open. With `experts`, each expert has a gate too, which
+multiplies what it adds. The experts of all blocks share one set of scores, so that as many of each block stay; these
+start in the order of REAP's saliency.
 
 Symbols: :math:`\theta_j` the score of channel j, :math:`z_j` its gate, T the temperature, :math:`c_j` the number of
 parameters of the channel, K the number to keep, :math:`g_j` the gradient of the loss with respect to the gate.
@@ -46,6 +48,7 @@ from plprune.architecture.wrappers import text_config
 from plprune.io import distributed
 from plprune.io.progress import Progress
 from plprune.methods.base import Repairing
+from plprune.planning import whole_experts
 from plprune.planning.extremes import extreme_sizes, orders, unique_cases
 from plprune.planning.needs import Work
 from plprune.planning.sizes import block_flops
@@ -62,9 +65,11 @@ from plprune.pruning.allocation import (
 )
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.constraints import FREE, Constraint
+from plprune.pruning.expert_inputs import PerExpert
 from plprune.pruning.forward import evaluating
 from plprune.pruning.gate_training import (
     LIKELIEST,
+    Costs,
     TeacherSample,
     by_group,
     teacher_sample,
@@ -93,6 +98,7 @@ class LearnedGates(Repairing):
         learning_rate: Learning rate of the scores; the best and the worst of a block initially differ by 6.
         gain_rate: Learning rate of the gains, which multiply the inputs of all projections and start at 1; 0 trains no
             gains.
+        experts: Whether whole experts of a mixture have gates too, under the same budget; every block keeps as many.
         repair: Repair of consumers that lose inputs, before the gains. none; compensate: adds the mean contribution of
             the removed inputs to the bias; restore: adjusts the kept weights by least squares to replace them.
     """
@@ -101,6 +107,7 @@ class LearnedGates(Repairing):
     passes: int = 1
     learning_rate: float = 0.1
     gain_rate: float = 0.01
+    experts: bool = False
     repair: Repair = dataclasses.field(default="restore", kw_only=True)
     damping: Damping = dataclasses.field(default=0.1, kw_only=True)
     bias: bool = dataclasses.field(default=False, kw_only=True)
@@ -117,42 +124,59 @@ class LearnedGates(Repairing):
         self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor], constraint: Constraint = FREE
     ) -> PruningPlan:
         calibration, blocks = Calibration.of(batches), blocks_of(model)
-        p = self._fraction(blocks)
-        budget, repairer = self._budget(blocks, p, constraint), self.repairer(calibration)
+        (p, budget), repairer = self._settled(blocks, constraint), self.repairer(calibration)
         if lacks_weights(model):
             raise ValueError(
                 "gates are trained by gradients through the whole model: leave out --stream, or take CFSP, FASP, FLAP "
                 "or TwoSSP"
             )
         rows, norms, distances = [], [], []
+        saliencies: list[Tensor] = []  # [experts] each
         for block, inputs in stream(model, calibration, "LearnedGates"):
             for group, seen in observe(block, inputs, Norms, attention="none"):
                 rows.append((block, group))
                 norms.append(values(seen, lambda n: n.pooled).cpu())
+                if isinstance(seen, PerExpert):
+                    saliencies.append(seen.saliency.mean)
             distances.append(inputs.influence.distance("angular"))
         u, surgery = importance(distances), Surgery(model)
         fractions = kept_fractions(u[[block.index for block, _ in rows]], p, [len(group) for _, group in rows]).tolist()
         scores = [initial_scores(norm, k) for norm, k in zip(norms, fractions, strict=True)]
-        samples = self._teacher_samples(model, calibration) if p else []
-        if samples:
-            scores = self._learn_gates(model, rows, scores, p, samples, calibration)
+        samples, leaving = self._teacher_samples(model, calibration) if self.sparsity else [], {}
+        if samples and self.experts:
+            units, first, remove = self._experts(blocks, budget, saliencies)
+            every, scores = [*units, *rows], [*first, *scores]
+            scores, gates = self._learn_gates(model, every, scores, remove, samples, calibration)
+            p, budget = self._settled(blocks, constraint, round(float(gates[0].sum())))
+            leaving = whole_experts.to_keep([block for block, _ in units], scores, budget)
+            scores = [
+                score[leaving[block.index]] if group.experts and leaving else score
+                for (block, group), score in zip(rows, scores[len(units) :], strict=True)
+            ]
+        elif samples:
+            scores, _ = self._learn_gates(model, rows, scores, p, samples, calibration)
         chosen = self._choose(budget, scores, p)
-        decided = [(block, group, keep) for (block, group), keep in zip(rows, chosen, strict=True)]
+        decided = [(block, group, keep) for (block, group), keep in zip(budget.rows, chosen, strict=True)]
+        decided = whole_experts.with_leaving(decided, leaving)
         repairer.carry_out(surgery, decided, "LearnedGates repair")
         if samples and self.gain_rate:
             self._learn_gains(surgery, samples)
         return surgery.plan("LearnedGates", dataclasses.asdict(self), u)
 
     def predict_sizes(self, model: PreTrainedModel, constraint: Constraint = FREE) -> list[dict[str, int]]:
-        blocks = blocks_of(model)
-        p = self._fraction(blocks)
-        budget = self._budget(blocks, p, constraint)
+        blocks, cases = blocks_of(model), []
+        for wanted in whole_experts.possible(blocks, self.sparsity, "LearnedGates") if self.experts else [None]:
+            p, budget = self._settled(blocks, constraint, wanted)
+            cases += [case | whole_experts.sizes(budget) for case in self._cases(budget, p)]
+        return [case for i, case in enumerate(cases) if case not in cases[:i]]
+
+    def _cases(self, budget: Budget, p: float) -> list[dict[str, int]]:
         if not budget.restricted:
             sizes = budget.sizes
             alike = largest_remainder(sizes, max(len(sizes), round(sum(sizes) * (1 - p))))
         else:
             alike = budget.fit(budget.alike)
-        if constraint.uniform or len(blocks) == 1 or not p:
+        if budget.each_block or len(budget.blocks) == 1 or not p:
             return unique_cases(budget.rows, [alike])
         step, target, forth = max(budget.steps), budget.keep * budget.whole, list(range(len(budget.rows)))
         cases = [
@@ -177,14 +201,34 @@ class LearnedGates(Repairing):
         teacher = count * length * LIKELIEST * 8
         return Work((1 + 3 * passes) * once + repairs.flops, repairs.single, teacher + max(kept, repairs.bytes))
 
-    def _fraction(self, blocks: Sequence[Block]) -> float:
-        """The fraction of the FFN channels to remove (p)."""
-        return fraction_to_remove(self.sparsity, blocks, "none", "the FFN", biased=self.biased)
+    @property
+    def ranks_experts(self) -> bool:
+        return self.experts
 
-    def _budget(self, blocks: Sequence[Block], p: float, constraint: Constraint) -> Budget:
-        budget = Budget(blocks, 1 - p, constraint, each_block=constraint.uniform)
-        budget.check(self.sparsity)
-        return budget
+    def _settled(
+        self, blocks: Sequence[Block], constraint: Constraint, wanted: int | None = None
+    ) -> tuple[float, Budget]:
+        """The fraction of channels to remove (p), and the budget, with the number of experts nearest to `wanted`."""
+
+        def settle(left: int | None) -> tuple[float, Budget]:
+            p = fraction_to_remove(self.sparsity, blocks, "none", "the FFN", self.biased, left)
+            budget = Budget(blocks, 1 - p, constraint, each_block=constraint.uniform, left=left)
+            budget.check(self.sparsity)
+            return p, budget
+
+        return whole_experts.nearest(blocks, wanted, settle, "LearnedGates") if self.experts else settle(None)
+
+    def _experts(
+        self, blocks: Sequence[Block], budget: Budget, saliencies: Sequence[Tensor]
+    ) -> tuple[Rows, list[Tensor], float]:
+        """The groups of whole experts with their initial scores, and the fraction to remove of them and all others."""
+        units = [(block, block.expert_units()) for block in whole_experts.mixtures(blocks, "LearnedGates")]
+        costs = [(block.cost(group), len(group)) for block, group in units]
+        others = sum(len(group) * block.cost(group) for block, group in budget.rows if not group.experts)
+        gone = sum(cost * (n - (budget.left or n)) for cost, n in costs)
+        remove = ((1 - budget.keep) * budget.whole + gone) / (others + sum(cost * n for cost, n in costs))
+        by_group = [s.view(b.experts.groups, -1) for (b, _), s in zip(units, saliencies, strict=True)]
+        return units, [initial_scores(own, 1 - remove).flatten() for own in by_group], remove
 
     def _teacher_samples(self, model: PreTrainedModel, calibration: Calibration) -> list[TeacherSample]:
         """The dense model's distributions for each step."""
@@ -208,15 +252,14 @@ class LearnedGates(Repairing):
         p: float,
         samples: Sequence[TeacherSample],
         calibration: Calibration,
-    ) -> list[Tensor]:  # as `scores`
-        """Trains the scores; all processes get those of the first process."""
-        costs = [block.cost(group) / max(1, group.experts) for block, group in rows]
-        cost = torch.cat([torch.full((s.numel(),), c / min(costs)) for s, c in zip(scores, costs, strict=True)])
+    ) -> tuple[list[Tensor], list[Tensor]]:  # as `scores`
+        """Trains the scores; all processes get those of the first process, and their gates."""
         device = samples[0].ids.device
         theta = torch.cat([s.flatten() for s in scores]).to(device)
         with trainable(model, device):
-            train_gates(model, rows, theta, cost.to(device), 1 - p, samples, self.learning_rate)
-        return by_group(distributed.broadcast(theta, 0, calibration.group).cpu(), rows)
+            gates = train_gates(model, rows, theta, Costs.of(rows, device), 1 - p, samples, self.learning_rate)
+        both = distributed.broadcast(torch.stack([theta, gates]), 0, calibration.group).cpu()
+        return by_group(both[0], rows), by_group(both[1], rows)
 
     def _learn_gains(self, surgery: Surgery, samples: Sequence[TeacherSample]) -> None:
         """Trains gains of the pruned model, and multiplies them into the weights."""

@@ -6,14 +6,16 @@ score is the mean of the experts' saliencies, as REAP has them, each standardise
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from plprune.architecture.blocks import Block
+from plprune.architecture.blocks import Block, UnitGroup
 from plprune.planning.structures import standardised
-from plprune.pruning.allocation import Rows, global_ranking, ranked
+from plprune.pruning.allocation import Budget, Rows, best_experts, global_ranking, ranked
+
+Decided = tuple[Block, UnitGroup, Tensor]  # a group of a block, and the units that stay
 
 
 def mixtures(blocks: Sequence[Block], method: str) -> list[Block]:
@@ -42,6 +44,74 @@ def step(blocks: Sequence[Block]) -> int:
 def least(blocks: Sequence[Block]) -> int:
     """The least number of experts that every block of some mixtures can keep."""
     return step(blocks) * math.ceil(max(block.experts.least for block in blocks) / step(blocks))
+
+
+def possible(blocks: Sequence[Block], sparsity: float, method: str) -> list[int]:
+    """Numbers of experts that the blocks of a model may keep: a typical one, the least and the most."""
+    own = mixtures(blocks, method)
+    each, count = step(own), own[0].expert_count
+    return [each * round(count * (1 - sparsity) / each), least(own), count] if sparsity else [count]
+
+
+def nearest(
+    blocks: Sequence[Block], wanted: int | None, settle: Callable[[int], tuple[float, Budget]], method: str
+) -> tuple[float, Budget]:
+    """What else must leave with the number of experts nearest to the wanted one, by default all.
+
+    Args:
+        blocks: Of the model.
+        wanted: The wanted number of experts of every block.
+        settle: Returns the fraction of all other units to remove, and their budget, if so many experts stay.
+        method: Name of the method.
+
+    Raises:
+        ValueError: `settle` refuses any number of experts.
+    """
+    own = mixtures(blocks, method)
+    count = own[0].expert_count
+    wanted, fault = count if wanted is None else wanted, ValueError()
+    for left in sorted(range(least(own), count + 1, step(own)), key=lambda left: abs(left - wanted)):
+        try:
+            p, budget = settle(left)
+            if p >= 0:
+                return p, budget
+        except ValueError as error:
+            fault = error
+    raise fault
+
+
+def sizes(budget: Budget) -> dict[str, int]:
+    """The number of experts that stay in each block, by group; empty if they are no units."""
+    return {b.expert_units().name: budget.left for b in budget.blocks if b.expert_count and budget.left is not None}
+
+
+def to_keep(blocks: Sequence[Block], scores: Sequence[Tensor], budget: Budget) -> dict[int, Tensor]:
+    """The best experts of some mixtures by index of their block, as many as the budget has; nothing if all stay.
+
+    Args:
+        blocks: The mixtures.
+        scores: Of their experts, [experts] each.
+        budget: Of the other units.
+    """
+    left = budget.left
+    if left is None or left == blocks[0].expert_count:
+        return {}
+    return {b.index: best_experts(own, left, b.experts.groups) for b, own in zip(blocks, scores, strict=False)}
+
+
+def with_leaving(decided: Sequence[Decided], leaving: Mapping[int, Tensor]) -> list[Decided]:
+    """Decisions on groups with those on whole experts, each before that on the channels of the experts that stay.
+
+    Args:
+        decided: On the other groups.
+        leaving: The experts that stay, by index of their block.
+    """
+    found = []
+    for block, group, keep in decided:
+        if group.experts and leaving:
+            found.append((block, block.expert_units(), leaving[block.index]))
+        found.append((block, group, keep))
+    return found
 
 
 def experts_to_keep(

@@ -61,6 +61,8 @@ def fraction_to_remove(
     attention: AttentionUnit,
     what: str,
     biased: bool = False,
+    left: int | None = None,
+    of: int | None = None,
 ) -> float:
     """The fraction of the blocks' prunable parameters to remove, so that `sparsity` of all their parameters is removed.
 
@@ -70,16 +72,20 @@ def fraction_to_remove(
         attention: The attention units that are prunable besides the FFN channels.
         what: Names the prunable parameters in the error message.
         biased: Whether pruning adds a bias to every consumer without one; more parameters are removed to offset it.
+        left: The number of experts that stay in each block, whose channels are prunable; all by default.
+        of: The number of parameters that `sparsity` refers to; by default all parameters of the blocks.
 
     Raises:
         ValueError: Removing all prunable parameters would not be enough, or nothing is prunable.
     """
-    groups = [(block, group) for block in blocks for group in block.groups(attention)]
-    if not groups:
+    budget = Budget(blocks, 1.0, attention=attention, left=left)
+    if not budget.rows:
         raise ValueError(f"the model has nothing of {what}, so this method cannot prune it: use another")
-    prunable = sum(len(group) * block.cost(group) for block, group in groups)
-    biases = sum(block.absent_bias(group) for block, group in groups) if biased else 0
-    return rescale(sparsity, sum(block.parameters() for block in blocks), prunable, what, biases)
+    added = sum(block.absent_bias(group) for block, group in budget.rows) if biased else 0
+    if left is not None:
+        added -= sum((b.expert_count - left) * b.cost(b.expert_units()) for b in blocks if b.expert_count)
+    total = sum(block.parameters() for block in blocks) if of is None else of
+    return rescale(sparsity, total, budget.whole, what, added)
 
 
 def top_k(score: Tensor, k: int) -> Tensor:  # [..., units] -> [..., k]

@@ -1,7 +1,8 @@
 """Shows what each expert of a mixture sees: its tokens, their routing weights, its inner activations and its outputs.
 
-It also multiplies inner activations by gates. An implementation of experts of our own is registered with transformers,
-and chosen by the config for the duration of a context. Experts with fewer than `FEW` tokens say little.
+It also multiplies inner activations, or whole experts, by gates. An implementation of experts of our own is registered
+with transformers, and chosen by the config for the duration of a context. Experts with fewer than `FEW` tokens say
+little.
 """
 
 import contextlib
@@ -23,7 +24,8 @@ NAME = "plprune"
 # expert, rows of its tokens [n], routing weights [n], inner activations [n, channels], outputs before them [n, d]
 Watcher = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 _WATCHERS: WeakKeyDictionary[nn.Module, Watcher] = WeakKeyDictionary()
-_GATES: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+_GATES: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()  # [experts, channels] each
+_WHOLE: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()  # [experts] each
 
 
 class ExpertStatistic(Stateful):
@@ -146,9 +148,14 @@ def watched(experts: nn.Module, watcher: Watcher) -> contextlib.AbstractContextM
     return _held(_WATCHERS, experts, watcher)
 
 
-def gated(experts: nn.Module, gates: Tensor) -> contextlib.AbstractContextManager[None]:  # [experts, channels]
-    """Multiplies the inner activations of experts by gates, for the duration of the context."""
-    return _held(_GATES, experts, gates)
+def gated(experts: nn.Module, gates: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Multiplies experts by gates for the duration of the context.
+
+    Args:
+        experts: The module of all.
+        gates: Of inner activations, [experts, channels], or of what each expert adds, [experts].
+    """
+    return _held(_GATES if gates.ndim == 2 else _WHOLE, experts, gates)
 
 
 @contextlib.contextmanager
@@ -170,7 +177,7 @@ def _run(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor
     tokens, scales = order // index.shape[1], weights.flatten()[order]
     counts = torch.bincount(index.flatten(), minlength=experts.num_experts)[: experts.num_experts].tolist()
     output, start = torch.zeros_like(hidden), 0
-    watcher, gates = _WATCHERS.get(experts), _GATES.get(experts)
+    watcher, gates, whole = _WATCHERS.get(experts), _GATES.get(experts), _WHOLE.get(experts)
     for expert, count in enumerate(counts):
         rows, scale = tokens[start : start + count], scales[start : start + count]
         start += count
@@ -181,6 +188,8 @@ def _run(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor
             outputs = _linear(experts, "down_proj", expert, inner)
             if experts.has_post_expert_norm:
                 outputs = experts.post_expert_norm(outputs)
+            if whole is not None:
+                outputs = outputs * whole[expert].to(outputs.dtype)
             if watcher is not None:
                 watcher(expert, rows, scale, inner, outputs)
             output.index_add_(0, rows, (outputs * scale[:, None]).to(output.dtype))

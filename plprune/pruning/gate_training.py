@@ -1,8 +1,9 @@
 """Trains gates and gains, which multiply the inputs of projections, to match the outputs of the dense model.
 
-Gates lie between 0 and 1 and share one budget; as their temperature falls, each one opens or closes. The experts of a
-block have the same scores, in orders of their own, so that as many gates of each are open. Gains are unbounded. The
-weights stay fixed. Each calibration window is one step of Adam.
+Gates lie between 0 and 1 and share one budget; as their temperature falls, each one opens or closes. The channels of
+a block's experts have the same scores, each expert's in an order of its own, so that as many gates of each are open;
+so have the experts of all blocks. Gains are unbounded. The weights stay fixed. Each calibration window is one step of
+Adam.
 """
 
 import contextlib
@@ -15,13 +16,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plprune.architecture.modules import innermost, matrix, on_device
+from plprune.architecture.probing import has_interface
 from plprune.io.progress import Progress
 from plprune.pruning.allocation import Rows, ranked
 from plprune.pruning.expert_inputs import gated
 from plprune.pruning.forward import evaluating
 from plprune.pruning.losses import divergence, next_token_loss, top_k_log_probs
 
-# projections with the factors of their inputs, [d_in]; experts with those of their channels, [experts, channels]
+# projections with the factors of their inputs, [d_in]; experts with those of their channels, [experts, channels], or
+# of what they add, [experts]
 Factors = list[tuple[nn.Module, Tensor]]
 WARM, COLD = 0.5, 0.005  # temperatures of the first step and after the last
 LIKELIEST = 64  # number of likeliest tokens that are compared individually; the others are pooled
@@ -50,6 +53,52 @@ class TeacherSample:
         return (self.divergence(logits) + next_token_loss(logits, self.ids)) / 2
 
 
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """The parameters of units, some of which may lie within others: channels within experts.
+
+    Args:
+        each: Of each unit with what lies within it, [units].
+        inner: Indices of the units that lie within others.
+        outer: For each of these, the index of the other.
+    """
+
+    each: Tensor
+    inner: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    outer: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+
+    @classmethod
+    def of(cls, rows: Rows, device: torch.device) -> "Costs":
+        """The costs of the units of groups, in costs of the cheapest; channels of experts come after experts."""
+        costs = [block.cost(group) / max(1, group.experts) for block, group in rows]
+        sizes = [len(group) * max(1, group.experts) for _, group in rows]
+        each = torch.cat([torch.full((n,), cost / min(costs)) for n, cost in zip(sizes, costs, strict=True)])
+        inner, outer, at, experts = [], [], 0, {}
+        for (block, group), size in zip(rows, sizes, strict=True):
+            places = torch.arange(at, at + size)
+            if group.kind == "expert":
+                experts[block.index] = places
+            elif group.experts and block.index in experts:
+                inner.append(places)
+                outer.append(experts[block.index].repeat_interleave(len(group)))
+            at += size
+        none = [torch.zeros(0, dtype=torch.long)]
+        return cls(each.to(device), torch.cat(inner or none).to(device), torch.cat(outer or none).to(device))
+
+    def spent(self, gates: Tensor) -> Tensor:  # [units] -> []
+        r"""What open gates cost: :math:`\sum_o z_o (c_o - \sum_{i \in o} (1 - z_i) c_i)` over outer units o."""
+        costs = gates * self._own(gates)
+        return costs.sum() - costs[self.inner].sum()
+
+    def marginal(self, gates: Tensor) -> Tensor:  # [units] -> [units]
+        """The derivative of :meth:`spent`."""
+        return self._own(gates).index_copy(0, self.inner, self.each[self.inner] * gates[self.outer])
+
+    def _own(self, gates: Tensor) -> Tensor:  # [units] -> [units]
+        """The cost of each unit without that of the closed ones within it."""
+        return self.each.index_add(0, self.outer, ((gates - 1) * self.each)[self.inner])
+
+
 @torch.no_grad()
 def teacher_sample(model: PreTrainedModel, ids: Tensor) -> TeacherSample:  # [1, s]
     """Runs a model on a window, and keeps its next-token distributions."""
@@ -66,24 +115,30 @@ def train_gates(
     model: PreTrainedModel,
     rows: Rows,
     scores: Tensor,  # [units]
-    cost: Tensor,  # [units]
+    cost: Costs,
     keep: float,
     samples: Sequence[TeacherSample],
     rate: float,
-) -> None:
+) -> Tensor:  # [units]
     """Trains scores in place while the temperature of their gates falls.
 
     Args:
         model: In evaluation mode; its parameters need no gradients.
         rows: Blocks with their groups.
         scores: One per unit, group after group; of channels of experts one per expert and channel.
-        cost: Relative number of parameters of each.
+        cost: Of the units.
         keep: The fraction of the total cost to keep.
         samples: One per step.
         rate: The highest learning rate.
+
+    Returns:
+        The gates in the end.
     """
-    budget = keep * float(cost.sum())
-    consumers = [block.part(block.experts.path if group.experts else group.consumer.path) for block, group in rows]
+    budget = keep * float(cost.spent(torch.ones_like(scores)))
+    consumers = [
+        block.part(block.experts.path if group.kind.startswith("expert") else group.consumer.path)
+        for block, group in rows
+    ]
     for done, sample in steps([scores], rate, samples, "training gates"):
         align(scores, rows)
         gates = gate_values(scores, cost, budget, WARM * (COLD / WARM) ** done).requires_grad_()
@@ -92,6 +147,7 @@ def train_gates(
         (gradient,) = gradients(model, sample.ids, factors, sample.divergence, [gates])
         scores.grad = within_budget(gates.detach(), gradient, cost)
     align(scores, rows)
+    return gate_values(scores, cost, budget, COLD)
 
 
 def by_group(values: Tensor, rows: Rows) -> list[Tensor]:  # [units] or [experts, channels] each
@@ -103,11 +159,25 @@ def by_group(values: Tensor, rows: Rows) -> list[Tensor]:  # [units] or [experts
 
 
 def align(scores: Tensor, rows: Rows) -> None:
-    """Gives all experts of a block the same scores, in place: those of a rank become their mean."""
-    for own, (_, group) in zip(by_group(scores, rows), rows, strict=True):
+    """Gives the channels of a block's experts the same scores, in place, and all blocks' experts.
+
+    Those of a rank become their mean: of each expert the r-th best channel, of each group of experts the r-th best.
+    """
+    experts = []
+    for own, (block, group) in zip(by_group(scores, rows), rows, strict=True):
         if group.experts:
-            order = own.argsort(dim=1, descending=True, stable=True)
-            own.scatter_(1, order, ranked(own).mean(1).expand_as(own))
+            _align([own])
+        elif group.kind == "expert":
+            experts.append(own.view(block.experts.groups, -1))
+    if experts:
+        _align(experts)
+
+
+def _align(alike: list[Tensor]) -> None:  # [n, units] each
+    mean = ranked(torch.cat(alike)).mean(1)
+    for own in alike:
+        order = own.argsort(dim=1, descending=True, stable=True)
+        own.scatter_(1, order, mean.expand_as(own))
 
 
 def train_gains(model: PreTrainedModel, gains: Factors, samples: Sequence[TeacherSample], rate: float) -> None:
@@ -157,48 +227,48 @@ def gradients(
         return torch.autograd.grad(loss(model(input_ids=ids, use_cache=False).logits), of)
 
 
-def gate_values(
-    theta: Tensor, cost: Tensor, budget: float, temperature: float
-) -> Tensor:  # [units], [units] -> [units]
+def gate_values(theta: Tensor, cost: Costs, budget: float, temperature: float) -> Tensor:  # [units] -> [units]
     """Computes gates whose total cost equals the budget; finds the threshold of the scores by bisection.
 
     Example:
-        >>> gate_values(torch.tensor([-1.0, 1.0]), torch.ones(2), 1.0, 0.1).round()
+        >>> gate_values(torch.tensor([-1.0, 1.0]), Costs(torch.ones(2)), 1.0, 0.1).round()
         tensor([0., 1.])
     """
     low, high = theta.min() - 20 * temperature, theta.max() + 20 * temperature
     for _ in range(40):
         middle = (low + high) / 2
-        if (cost * torch.sigmoid((theta - middle) / temperature)).sum() > budget:
+        if cost.spent(torch.sigmoid((theta - middle) / temperature)) > budget:
             low = middle
         else:
             high = middle
     return torch.sigmoid((theta - (low + high) / 2) / temperature)
 
 
-def within_budget(gates: Tensor, gradient: Tensor, cost: Tensor) -> Tensor:  # [units] each -> [units]
+def within_budget(gates: Tensor, gradient: Tensor, cost: Costs) -> Tensor:  # [units] each -> [units]
     """The gradient of the scores per unit of cost, projected so that the total cost of the gates stays the same.
 
     Example:
-        >>> within_budget(torch.tensor([0.5, 0.5]), torch.tensor([-3.0, -1.0]), torch.ones(2))
+        >>> within_budget(torch.tensor([0.5, 0.5]), torch.tensor([-3.0, -1.0]), Costs(torch.ones(2)))
         tensor([-0.2500,  0.2500])
     """
-    slope = gates * (1 - gates)
-    price = (slope * gradient).sum() / (slope * cost).sum()
-    return slope * (gradient - price * cost) / cost
+    slope, marginal = gates * (1 - gates), cost.marginal(gates)
+    price = (slope * gradient).sum() / (slope * marginal).sum()
+    return slope * (gradient - price * marginal) / cost.each
 
 
 @contextlib.contextmanager
 def scaled_inputs(factors: Factors) -> Iterator[None]:
-    """Multiplies the inputs of projections, and the inner activations of experts, by factors within the context."""
+    """Multiplies the inputs of projections, and experts or their inner activations, by factors within the context."""
 
     def multiply(own: Tensor) -> Any:
         return lambda _, args: (args[0] * own.to(args[0].dtype), *args[1:])
 
-    handles = [innermost(part).register_forward_pre_hook(multiply(own)) for part, own in factors if own.ndim == 1]
+    handles = [
+        innermost(part).register_forward_pre_hook(multiply(own)) for part, own in factors if not has_interface(part)
+    ]
     try:
         with contextlib.ExitStack() as stack:
-            for experts, own in [factor for factor in factors if factor[1].ndim == 2]:
+            for experts, own in [factor for factor in factors if has_interface(factor[0])]:
                 stack.enter_context(gated(experts, own))
             yield
     finally:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from plprune import CFSP, LearnedGates, prune
+from plprune import CFSP, FLAP, LearnedGates, prune
 from plprune.architecture.blocks import blocks_of
 from plprune.architecture.modules import matrix
 from plprune.methods.learned_gates import initial_scores
@@ -78,6 +78,37 @@ def test_experts_lose_as_many_channels_each_its_own_and_lower_the_divergence_tha
         assert block.expert_width % 8 == 0
         assert len(keep.unique(dim=0)) == 8
         assert f"{block.path}.mlp.experts.down_proj" in plan.repaired
+
+
+def test_whole_experts_compete_with_channels_and_every_block_keeps_as_many() -> None:
+    text = list(windows(4, 48).split(1))
+    samples, found = [teacher_sample(build("mixtral"), ids) for ids in text], []
+    own = {"passes": 6, "learning_rate": 0.3, "repair": "none", "gain_rate": 0.0}
+    for method in (FLAP(0.4, experts=True, repair="none"), LearnedGates(0.4, experts=True, **own)):
+        model = build("mixtral")
+        plan = prune(model, method, text)
+        found.append(sum(sample.divergence(logits(model, sample.ids)) for sample in samples))
+    assert found[1] < 0.9 * found[0]
+    assert plan.reached == pytest.approx(0.4, abs=0.01)
+    (count,) = {len(keep) for name, keep in plan.keep.items() if name.endswith("expert")}
+    assert 2 <= count < 8
+    for block in blocks_of(model):
+        assert plan.keep[f"blocks.{block.index}.expert_channel"].shape == (count, block.expert_width)
+    assert not plan.repaired
+
+
+def test_groups_of_experts_keep_as_many_each() -> None:
+    model = build("deepseek_v3", first_k_dense_replace=1)
+    plan = prune(model, LearnedGates(0.4, experts=True), list(windows(6, 32).split(1)))
+    for name, keep in plan.keep.items():
+        if name.endswith("expert"):
+            assert (keep < 4).sum() * 2 == len(keep) < 8
+    assert logits(model).isfinite().all()
+
+
+def test_a_dense_model_has_no_experts() -> None:
+    with pytest.raises(ValueError, match="LearnedGates prunes experts, and the model has none that can leave"):
+        prune(tiny(), LearnedGates(0.3, experts=True), [windows()])
 
 
 @pytest.mark.parametrize("wrong", [{"passes": 0}, {"learning_rate": 0.0}, {"gain_rate": -0.1}])

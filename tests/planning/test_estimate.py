@@ -420,7 +420,7 @@ def test_a_target_of_active_parameters_is_met_from_below() -> None:
         Request(REAP(), Target(active_parameters="100K")).resolve_target(bare(build("qwen2_moe")))
 
 
-@pytest.mark.parametrize("method", [FLAP(experts=True)])
+@pytest.mark.parametrize("method", [FLAP(experts=True), LearnedGates(experts=True)])
 def test_what_a_token_reaches_is_no_target_where_experts_are_ranked(method: PruningMethod) -> None:
     with pytest.raises(ValueError, match=r"set `experts` to false, or give target\.parameters"):
         Request(method, Target(active_parameters="1M"))

@@ -5,10 +5,12 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from plprune.architecture.blocks import blocks_of
+from plprune.architecture.cutting import held
 from plprune.architecture.modules import matrix
 from plprune.pruning.gate_training import (
     COLD,
     LIKELIEST,
+    Costs,
     align,
     by_group,
     frozen,
@@ -35,28 +37,73 @@ def rows_of(model):
     return [(block, block.groups("none")[0]) for block in blocks_of(model)]
 
 
+NESTED = torch.arange(4, 10), torch.tensor([0, 0, 0, 1, 1, 1])  # units 4 to 9 lie within units 0 and 1
+
+
+def nested() -> Costs:
+    cost = scores(12)[1]
+    for own in (0, 1):
+        cost[own] += cost[NESTED[0][NESTED[1] == own]].sum()
+    return Costs(cost, *NESTED)
+
+
 @pytest.mark.parametrize("temperature", [2.0, 0.5, 0.05])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_gates_cost_the_budget_and_follow_the_scores(temperature: float, share: float) -> None:
     theta, cost = scores()
-    gates = gate_values(theta, cost, share * float(cost.sum()), temperature)
+    gates = gate_values(theta, Costs(cost), share * float(cost.sum()), temperature)
     assert float((gates * cost).sum()) == pytest.approx(share * float(cost.sum()), rel=1e-5)
     assert torch.equal(gates[theta.argsort()].sort().values, gates[theta.argsort()])
 
 
 def test_cold_gates_are_the_best_units() -> None:
     theta, cost = scores()[0], torch.ones(40, dtype=torch.float64)
-    gates = gate_values(theta, cost, 15.0, 1e-4)
+    gates = gate_values(theta, Costs(cost), 15.0, 1e-4)
     assert torch.equal(gates.round().nonzero().flatten(), theta.topk(15).indices.sort().values)
 
 
-def test_the_gradient_is_that_of_the_loss_along_the_budget() -> None:
-    (theta, cost), temperature, h = scores(12), 0.5, 1e-4
-    gradient, budget = torch.linspace(-2, 1, 12, dtype=torch.float64), 0.4 * float(cost.sum())
-    found = within_budget(gate_values(theta, cost, budget, temperature), gradient, cost) * cost / temperature
+def test_what_lies_within_a_closed_unit_costs_nothing() -> None:
+    costs = nested()
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        gates = torch.rand(12, generator=generator).round().double()
+        open_ = [i for i in range(12) if gates[i]]
+        alone = {own: costs.each[own] - costs.each[NESTED[0][NESTED[1] == own]].sum() for own in (0, 1)}
+        within = dict(zip(*(each.tolist() for each in NESTED), strict=True))
+        paid = sum(float(alone.get(i, costs.each[i])) for i in open_ if gates[within.get(i, i)])
+        assert float(costs.spent(gates)) == pytest.approx(paid)
+    gates = torch.rand(12, generator=generator, dtype=torch.float64).requires_grad_()
+    (slope,) = torch.autograd.grad(costs.spent(gates), gates)
+    torch.testing.assert_close(costs.marginal(gates.detach()), slope)
+
+
+def test_the_costs_of_experts_are_the_parameters_that_leave_with_them() -> None:
+    model = build("qwen2_moe")
+    whole = [(block, block.expert_units()) for block in blocks_of(model)]
+    rows = [*whole, *[(block, group) for block in blocks_of(model) for group in block.groups("none")]]
+    costs = Costs.of(rows, torch.device("cpu"))
+    unit = min(block.cost(group) / max(1, group.experts) for block, group in rows)
+    gates = by_group(torch.ones(len(costs.each)), rows)
+    before = float(costs.spent(torch.cat([own.flatten() for own in gates]))) * unit
+    dense = sum(block.parameters() for block in blocks_of(model))
+    for (block, group), own in zip(rows, gates, strict=True):
+        own[..., -2:] = 0  # the last two experts, shared channels and channels of each expert
+        Surgery(model).keep(block, group, torch.arange(len(group) - 2).expand(*((6,) if group.experts else ()), -1))
+    after = float(costs.spent(torch.cat([own.flatten() for own in gates]))) * unit
+    assert before - after == pytest.approx(dense - sum(block.parameters() for block in blocks_of(model)), rel=1e-4)
+
+
+@pytest.mark.parametrize("costs", [Costs(scores(12)[1]), nested()], ids=["plain", "nested"])
+def test_the_gradient_is_that_of_the_loss_along_the_budget(costs: Costs) -> None:
+    (theta, _), temperature, h = scores(12), 0.5, 1e-4
+    whole = float(costs.spent(torch.ones(12, dtype=torch.float64)))
+    gradient, budget = torch.linspace(-2, 1, 12, dtype=torch.float64), 0.4 * whole
+    gates = gate_values(theta, costs, budget, temperature)
+    assert float(costs.spent(gates)) == pytest.approx(budget, rel=1e-5)
+    found = within_budget(gates, gradient, costs) * costs.each / temperature
     for j in range(12):
         step = torch.zeros_like(theta).index_fill_(0, torch.tensor([j]), h)
-        ends = [gate_values(theta + sign * step, cost, budget, temperature) @ gradient for sign in (1, -1)]
+        ends = [gate_values(theta + sign * step, costs, budget, temperature) @ gradient for sign in (1, -1)]
         assert float(ends[0] - ends[1]) / (2 * h) == pytest.approx(float(found[j]), abs=1e-5)
 
 
@@ -114,6 +161,38 @@ def test_factors_of_the_channels_of_experts_are_in_the_columns_of_their_weights(
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_the_gate_of_an_expert_multiplies_what_it_adds(kind: str) -> None:
+    model, other, factors = build(kind), build(kind), []
+    for block, same in zip(blocks_of(model), blocks_of(other), strict=True):
+        if block.expert_count:
+            own = torch.rand(block.expert_count, generator=torch.Generator().manual_seed(block.index))
+            factors.append((block.part(block.experts.path), own))
+            for path in (block.experts.channels.consumer.path, block.expert_bias):
+                if path:
+                    tensor = held(same.module, path)
+                    assert tensor is not None
+                    tensor.data *= own.view(-1, *[1] * (tensor.ndim - 1))
+    before = logits(model)
+    with scaled_inputs(factors), torch.no_grad():
+        found = logits(model)
+    torch.testing.assert_close(found, logits(other))
+    assert not torch.equal(found, before)
+    assert torch.equal(logits(model), before)
+
+
+def test_experts_of_all_blocks_have_the_same_scores_and_so_have_their_groups() -> None:
+    blocks = [block for block in blocks_of(build("deepseek_v3", first_k_dense_replace=1)) if block.expert_count]
+    rows = [(block, block.expert_units()) for block in blocks]
+    theta = scores(8 * len(rows))[0]
+    before = theta.clone().view(-1, 4)  # groups of four experts
+    align(theta, rows)
+    after = theta.view(-1, 4)
+    assert len(before) == 2 * len(blocks) > 2
+    assert torch.equal(after.argsort(dim=1), before.argsort(dim=1))
+    torch.testing.assert_close(after.sort(dim=1).values, before.sort(dim=1).values.mean(0).expand_as(after))
+
+
 def test_experts_of_a_block_have_the_same_scores_in_their_own_order() -> None:
     model = build("qwen2_moe")
     rows = [(block, group) for block in blocks_of(model) for group in block.groups("none")]
@@ -150,7 +229,7 @@ def test_training_leaves_the_model_as_it_was() -> None:
     start, blocks = theta.clone(), blocks_of(model)
     gains = unit_gains([block.part(path) for block in blocks for path in block.projections], model.device)
     with frozen(model):
-        train_gates(model, rows, theta, torch.ones(len(theta)), 0.5, samples, 0.1)
+        train_gates(model, rows, theta, Costs(torch.ones(len(theta))), 0.5, samples, 0.1)
         train_gains(model, gains, samples, 0.1)
     assert [p.requires_grad for p in model.parameters()] == before
     assert all(p.grad is None for p in model.parameters())
@@ -165,6 +244,6 @@ def test_in_the_end_gates_are_open_or_closed() -> None:
     theta = torch.cat([torch.linspace(-3, 3, len(group)) for _, group in rows])
     cost = torch.ones(len(theta))
     with frozen(model):
-        train_gates(model, rows, theta, cost, 0.5, [teacher_sample(model, ids) for ids in text], 0.1)
-    gates = gate_values(theta, cost, 0.5 * len(theta), COLD)
+        train_gates(model, rows, theta, Costs(cost), 0.5, [teacher_sample(model, ids) for ids in text], 0.1)
+    gates = gate_values(theta, Costs(cost), 0.5 * len(theta), COLD)
     assert float(((gates > 0.1) & (gates < 0.9)).sum()) <= 0.05 * len(gates)
