@@ -43,7 +43,8 @@ ORDER = {
     "export": [
         ["formats"],
         ["gguf", "parity"],
-        ["decilm", "llama_cpp", "mixtures", "quantiser", "vllm_reading", "vocabulary"],
+        ["architectures", "decilm", "llama_cpp", "quantiser", "vllm_reading", "vocabulary"],
+        ["mixtures"],
         ["configuration_decilm"],
     ],
     "evaluation": [["lm_eval", "measurement", "sensitivity"], ["perplexity", "speed", "task_results"], ["standalone"]],

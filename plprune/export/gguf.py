@@ -1,8 +1,7 @@
 """Writes dense and pruned models to GGUF files for llama.cpp.
 
-llama.cpp has one hand-written graph per architecture. :data:`ARCHS` records which shapes each graph computes, according
-to its source and tests with xllamacpp 2026.10; :data:`LAYOUTS` records how each family's weights are converted. A model
-is written as the first of its family's architectures that computes it; `deci`, which has sizes per block, comes last.
+A model is written as the first of its family's architectures that computes it; `deci`, which has sizes per block, comes
+last.
 
 Some graphs rotate neighbouring pairs (`normal`), others pairs of halves, as transformers does. For the former, the rows
 of Q and K are reordered.
@@ -16,8 +15,7 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -25,197 +23,24 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from plprune.architecture.blocks import Block, UnitGroup, anatomy_of, blocks_of
-from plprune.architecture.modeling_plprune import Gather, Scatter
-from plprune.architecture.modules import innermost, matrix, tied
-from plprune.checkpoint.weights import check_finite
-from plprune.export import mixtures, vocabulary
-from plprune.export.mixtures import Mixture
-from plprune.io.atomic import staged
-
 try:
     import gguf
     from gguf import GGMLQuantizationType, Keys, LlamaFileType
 except ImportError as error:
     raise ImportError("writing GGUF needs the package gguf: pip install 'plprune[export]'") from error
 
+from plprune.architecture.blocks import Block, UnitGroup, anatomy_of, blocks_of
+from plprune.architecture.modeling_plprune import Gather, Scatter
+from plprune.architecture.modules import innermost, matrix, tied
+from plprune.checkpoint.weights import check_finite
+from plprune.export import mixtures, vocabulary
+from plprune.export.architectures import ARCHS, FFN_IN, LAYOUTS, QKV, Arch, Layout
+from plprune.io.atomic import staged
+
 Dtype = Literal["f32", "f16", "bf16", "q8_0"]
 Rope = dict[str, Any]
 log = logging.getLogger(__name__)
-QKV, FFN_IN = ("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up")
-ALL = frozenset({*QKV, "attn_output", *FFN_IN, "ffn_down"})
 
-
-@dataclass(frozen=True)
-class Arch:
-    """The models that a graph of llama.cpp computes.
-
-    Args:
-        biases: Projections that may have a bias.
-        per_block: Whether blocks may differ in widths and heads.
-        skips: Whether blocks may lack attention.
-        normal: Whether rotary pairs are neighbours.
-        factors: Whether it reads a factor per rotary frequency, which the scalings of Llama 3 and Phi 3 need.
-        partial: Whether some dimensions of a head may be unrotated.
-        windows: Period of blocks with full attention among blocks with a sliding window, unless a file lists them; 0 if
-            there are no windows.
-        fills: Whether heads times head dimension must equal the hidden size.
-        head: Whether the output head may be tied to the embedding, must have its own weights or must be tied.
-        scaled: Whether it applies the factors of a layout's `scales`.
-        fused: Projections that are one tensor.
-        broad: Number of blocks at which attention is scaled by hidden size over heads instead of head dimension.
-        mixture: The experts that blocks may have.
-    """
-
-    biases: frozenset[str] = frozenset(QKV)
-    per_block: bool = False
-    skips: bool = False
-    normal: bool = False
-    factors: bool = False
-    partial: bool = False
-    windows: int = 0
-    fills: bool = False
-    head: Literal["any", "own", "tied"] = "any"
-    scaled: bool = False
-    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    broad: int = 0
-    mixture: Mixture | None = None
-
-
-ARCHS: dict[str, Arch] = {
-    "llama": Arch(biases=ALL, normal=True, factors=True, mixture=Mixture()),
-    "deci": Arch(biases=ALL, per_block=True, skips=True, normal=True, factors=True),
-    "qwen2": Arch(fills=True),
-    "qwen3": Arch(),
-    "openelm": Arch(biases=frozenset(), per_block=True, head="tied", fused={"attn_qkv": QKV}),
-    "phi3": Arch(factors=True, partial=True, fills=True, fused={"attn_qkv": QKV, "ffn_up": FFN_IN}),
-    "gemma2": Arch(windows=2, head="tied", broad=46),
-    "gemma3": Arch(windows=6, broad=62),
-    "gptneox": Arch(biases=ALL, partial=True, fills=True, head="own", fused={"attn_qkv": QKV}),
-    "gpt2": Arch(biases=ALL, fills=True, fused={"attn_qkv": QKV}),
-    "phi2": Arch(biases=ALL, partial=True, fills=True, head="own"),
-    "olmo2": Arch(fills=True, head="own"),
-    "granite": Arch(biases=ALL, normal=True, factors=True, scaled=True),
-    "smollm3": Arch(normal=True),
-    "cohere2": Arch(normal=True, windows=4, fills=True, head="tied"),
-    "qwen2moe": Arch(fills=True, head="own", mixture=Mixture(shared="width")),
-    "qwen3moe": Arch(mixture=Mixture()),
-    "olmoe": Arch(biases=frozenset(), fills=True, head="own", mixture=Mixture()),
-    "gpt-oss": Arch(biases=frozenset({*QKV, "attn_output"}), windows=2, head="own", mixture=Mixture(biases=True)),
-    "glm4moe": Arch(partial=True, mixture=Mixture(leading=True, shared="count")),
-}
-
-RMS = {"rms_norm_eps": (Keys.Attention.LAYERNORM_RMS_EPS, float)}
-LAYER_NORM = {"layer_norm_eps": (Keys.Attention.LAYERNORM_EPS, float)}
-SILU = {"hidden_act": ("silu",)}
-ROUTED = {
-    "routed_scaling_factor": (Keys.LLM.EXPERT_WEIGHTS_SCALE, float),
-    "norm_topk_prob": (Keys.LLM.EXPERT_WEIGHTS_NORM, bool),
-}
-SIGMOID = {Keys.LLM.EXPERT_GATING_FUNC: int(gguf.ExpertGatingFuncType.SIGMOID)}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the weights and configuration of a family are written.
-
-    Args:
-        archs: Architectures, in the order in which they are tried.
-        keys: Values of the configuration that are written: key and type. All must be set.
-        fixed: Values of the configuration that the graphs assume.
-        scales: Factors that only some graphs apply, by their names in the configuration: key, power, and the tensors
-            that are multiplied by that power of the factor for the other graphs.
-        gain: Number that the family adds to the weight of every norm.
-        neighbours: Whether the family's rotary pairs are neighbours in transformers too.
-        constants: Fields that are the same for all models of the family.
-        rounded: Whether llama.cpp rounds the bounds of YaRN, which the family does not.
-    """
-
-    archs: tuple[str, ...]
-    keys: Mapping[str, tuple[str, type]] = field(default_factory=lambda: RMS)
-    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: SILU)
-    scales: Mapping[str, tuple[str, int, tuple[str, ...]]] = field(default_factory=dict)
-    gain: float = 0.0
-    neighbours: bool = False
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    rounded: bool = False
-
-
-LAYOUTS: dict[str, Layout] = {
-    "llama": Layout(("llama", "deci")),
-    "mistral": Layout(("llama", "deci")),
-    "qwen2": Layout(("qwen2", "deci")),
-    "qwen3": Layout(("qwen3", "openelm")),
-    "phi3": Layout(("phi3", "deci")),
-    "gemma2": Layout(
-        ("gemma2",),
-        keys=RMS
-        | {
-            "sliding_window": (Keys.Attention.SLIDING_WINDOW, int),
-            "attn_logit_softcapping": (Keys.LLM.ATTN_LOGIT_SOFTCAPPING, float),
-            "final_logit_softcapping": (Keys.LLM.FINAL_LOGIT_SOFTCAPPING, float),
-        },
-        fixed={"hidden_activation": ("gelu_pytorch_tanh",)},
-        gain=1.0,
-    ),
-    "gemma3_text": Layout(
-        ("gemma3",),
-        keys=RMS | {"sliding_window": (Keys.Attention.SLIDING_WINDOW, int)},
-        fixed={
-            "hidden_activation": ("gelu_pytorch_tanh",),
-            "attn_logit_softcapping": (None,),
-            "final_logit_softcapping": (None,),
-            "use_bidirectional_attention": (False, None),
-        },
-        gain=1.0,
-    ),
-    "gpt_neox": Layout(
-        ("gptneox",),
-        keys=LAYER_NORM | {"use_parallel_residual": (Keys.LLM.USE_PARALLEL_RESIDUAL, bool)},
-        fixed={"hidden_act": ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "attention_bias": (True,)},
-    ),
-    "gpt2": Layout(
-        ("gpt2",),
-        keys={"layer_norm_epsilon": (Keys.Attention.LAYERNORM_EPS, float)},
-        fixed={
-            "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-            "scale_attn_weights": (True,),
-            "scale_attn_by_inverse_layer_idx": (False,),
-        },
-    ),
-    "phi": Layout(("phi2",), keys=LAYER_NORM, fixed={"hidden_act": ("gelu_new",), "qk_layernorm": (False,)}),
-    "olmo2": Layout(("olmo2",)),
-    "granite": Layout(
-        ("granite", "deci"),
-        scales={
-            "embedding_multiplier": (Keys.LLM.EMBEDDING_SCALE, 1, ("token_embd",)),
-            "residual_multiplier": (Keys.LLM.RESIDUAL_SCALE, 1, ("attn_output", "ffn_down")),
-            "logits_scaling": (Keys.LLM.LOGIT_SCALE, -1, ("output",)),
-            "attention_multiplier": (Keys.Attention.SCALE, 1, ()),  # of any family: see _query_factor
-        },
-    ),
-    "smollm3": Layout(("smollm3",)),
-    "cohere2": Layout(
-        ("cohere2",),
-        keys=LAYER_NORM
-        | {
-            "sliding_window": (Keys.Attention.SLIDING_WINDOW, int),
-            "logit_scale": (Keys.LLM.LOGIT_SCALE, float),
-        },
-        neighbours=True,
-    ),
-    "mixtral": Layout(("llama",)),
-    "qwen2_moe": Layout(("qwen2moe",), fixed=SILU | {"norm_topk_prob": (False,)}),
-    "qwen3_moe": Layout(("qwen3moe",), fixed=SILU | {"norm_topk_prob": (True,)}),
-    "olmoe": Layout(("olmoe",), fixed=SILU | {"norm_topk_prob": (False,), "clip_qkv": (None,)}),
-    "gpt_oss": Layout(
-        ("gpt-oss",),
-        keys=RMS | {"sliding_window": (Keys.Attention.SLIDING_WINDOW, int)},
-        fixed={"swiglu_alpha": (1.702,), "swiglu_limit": (7.0,)},
-        rounded=True,
-    ),
-    "glm4_moe": Layout(("glm4moe",), keys=RMS | ROUTED, fixed=SILU | {"n_group": (1,)}, constants=SIGMOID),
-}
 
 KINDS = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -411,7 +236,7 @@ def _arch_refusals(model: PreTrainedModel, name: str) -> Iterator[str]:
     arch = ARCHS[name]
     if arch.head == "tied" and not tied(model):
         yield f"the output head is not tied to the embedding, as llama.cpp's {name} requires: tie them"
-    if arch.windows and not any(_windows(model.config)):
+    if _windowed(model.config, arch) and not any(_windows(model.config)):
         yield f"no block has a sliding window, and llama.cpp's {name} does not run without one"
     if name == "smollm3" and any(bool(r) == (not (i + 1) % NOPE) for i, r in enumerate(model.config.no_rope_layers)):
         yield f"llama.cpp's smollm3 leaves every {NOPE}th block without rotary embedding, this model others"
@@ -439,8 +264,10 @@ def _size_refusals(model: PreTrainedModel, name: str) -> Iterator[str]:
             f"numbers of query and kv heads differ between blocks ({heads[0]} to {heads[-1]}), and llama.cpp's {name} "
             "has one of each: prune as many in every block, or none"
         )
-    if name == "olmoe" and any(query != kv for query, kv in heads):
-        yield "query heads share kv heads, and in llama.cpp's olmoe each has its own"
+    if arch.alone and any(query != kv for query, kv in heads):
+        yield f"query heads share kv heads, and in llama.cpp's {name} each has its own"
+    if len(blocks) in arch.depths:
+        yield f"there are {len(blocks)} blocks, at which llama.cpp's {name} computes another model: drop a block"
     unfilled = [query for query, _ in heads if query * _head_dim(model) != model.config.hidden_size]
     if arch.fills and unfilled:
         yield (
@@ -468,10 +295,11 @@ def _rope_refusals(model: PreTrainedModel, name: str) -> Iterator[str]:
     kind, other = _scaling(rope), sliding.get("rope_type", "default")
     if kind not in SCALINGS or (kind in FACTORS and not arch.factors):
         yield f"llama.cpp's {name} does not scale rotary embeddings by {rope['rope_type']!r} as it is set here"
-    if sliding and (other != "default" or kind not in ("default", "linear")):
+    beside = ("default", "linear", *(["yarn"] if arch.yarn else []))
+    if sliding and (other != "default" or kind not in beside):
         yield (
             f"rotary embeddings are scaled by {kind!r}, and by {other!r} where there is a window: llama.cpp's {name} "
-            "scales the former only, and linearly"
+            f"scales the former only, linearly{' or by YaRN' if arch.yarn else ''}"
         )
     if rope and _rotated(model) != _head_dim(model) and not arch.partial:
         yield f"a part of each head is not rotated, and llama.cpp's {name} rotates the whole"
@@ -504,8 +332,8 @@ def _fields(model: PreTrainedModel, name: str) -> dict[str, Any]:
         log.warning("llama.cpp rounds the bounds of YaRN, and this model does not: its outputs there differ a little")
     if arch.scaled:
         fields |= {key: float(getattr(config, own)) for own, (key, *_) in LAYOUTS[config.model_type].scales.items()}
-    usual = [bool((i + 1) % arch.windows) for i in range(len(blocks))] if arch.windows else []
-    if arch.windows and usual != _windows(config):
+    windowed = _windowed(config, arch)
+    if windowed and _windows(config) != [bool((i + 1) % arch.windows) for i in range(len(blocks))]:
         fields[Keys.Attention.SLIDING_WINDOW_PATTERN] = _windows(config)
     # llama.cpp treats some names specially, so an unnamed model gets none.
     label = os.path.basename((config.name_or_path or "").rstrip("/"))
@@ -527,7 +355,10 @@ def _rope_fields(model: PreTrainedModel) -> dict[str, Any]:
         fields[Keys.Rope.SCALING_FACTOR] = factor
     if kind in ("yarn", "longrope"):
         fields[Keys.Rope.SCALING_ORIG_CTX_LEN] = _original_context(model.config)
-    attention = float(getattr(_rotary(model), "attention_scaling", 1.0))
+    if beta := rope.get("llama_4_scaling_beta"):
+        fields[Keys.Attention.TEMPERATURE_SCALE] = float(beta)
+    prefix = "full_attention_" if sliding else ""
+    attention = float(getattr(_rotary(model), f"{prefix}attention_scaling", 1.0))
     if kind == "yarn":  # llama.cpp multiplies by this factor itself
         attention /= 1 + 0.1 * math.log(factor)
     return fields if attention == 1 else fields | {Keys.Rope.SCALING_ATTN_FACTOR: attention}
@@ -545,6 +376,9 @@ def _rope(config: PreTrainedConfig) -> tuple[Rope, Rope]:
     rope = getattr(config, "rope_parameters", None) or {}
     if LAYOUTS[config.model_type].rounded:
         rope = {**rope, "truncate": True}
+    if rope.get("rope_type") == "dynamic" and rope.get("alpha"):  # of HunYuan: a larger base at every length
+        base = rope["rope_theta"] * rope["alpha"] ** (config.head_dim / (config.head_dim - 2))
+        rope = {"rope_type": "default", "rope_theta": base}
     if "full_attention" in rope:
         return rope["full_attention"], rope["sliding_attention"]
     return rope, {}
@@ -573,6 +407,11 @@ def _context(config: PreTrainedConfig, arch: Arch) -> int:
     if window < longest:
         log.warning("llama.cpp has no sliding window here: the file's context length is the window, %d", window)
     return min(window, longest)
+
+
+def _windowed(config: PreTrainedConfig, arch: Arch) -> bool:
+    """Whether a graph has sliding windows for a family."""
+    return bool(arch.windows) and "sliding_window" in LAYOUTS[config.model_type].keys
 
 
 def _windows(config: PreTrainedConfig) -> list[bool]:

@@ -24,18 +24,42 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gpt_oss": {"rope_parameters": YARN | {"truncate": True}},
     "glm4_moe": {"first_k_dense_replace": 1, "use_qk_norm": True, "routed_scaling_factor": 1.5},
 }
-REST = {"mixtral": "llama", "gpt_oss": "gpt-oss"}
+MORE: dict[str, dict[str, Any]] = {
+    "ernie4_5_moe": {},
+    "dots1": {"routed_scaling_factor": 2.5, "norm_topk_prob": True},
+    "granitemoe": {},
+    "granitemoeshared": {
+        "shared_intermediate_size": 48,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+        "attention_multiplier": 0.3,
+    },
+    "minimax_m2": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "hunyuan_v1_moe": {},
+}
+ALL = [*SETTINGS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in MORE)]
+NARROW = ["mixtral", "qwen2_moe", "olmoe", *(kind for kind in MORE if kind != "dots1")]
+REST = {
+    "mixtral": "llama",
+    "gpt_oss": "gpt-oss",
+    "ernie4_5_moe": "ernie4_5-moe",
+    "granitemoeshared": "granitemoe",
+    "minimax_m2": "minimax-m2",
+    "hunyuan_v1_moe": "hunyuan-moe",
+}
 EXPERTS = REAP(0.25, sparsity_of="experts")
 CHANNELS = FASP(0.2, attention="none", bias=False)
 
 
 def mixture(kind: str, **own: Any) -> PreTrainedModel:
     """A tiny model whose router decides, and whose biases and norms are not those that it starts with."""
-    model = build(kind, **SETTINGS[kind], **own)
+    model = build(kind, **(SETTINGS | MORE)[kind], **own)
     torch.manual_seed(1)
-    values = [*model.parameters(), *(b for name, b in model.named_buffers() if "correction" in name)]
-    for value in values:
-        value.data = value.data + 0.1 * torch.randn_like(value) if value.ndim == 1 else 6 * value.data
+    corrections = {name: value for name, value in model.state_dict().items() if "correction" in name}
+    for name, value in {**dict(model.named_parameters()), **corrections}.items():
+        added = value.ndim == 1 or name in corrections
+        value.data.copy_(value.data + 0.1 * torch.randn_like(value) if added else 6 * value.data)
     return model
 
 
@@ -47,14 +71,14 @@ def pruned(kind: str, method: PruningMethod, **own: Any) -> PreTrainedModel:
 
 @needs_llama_cpp
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("kind", [*SETTINGS, *MORE])
 def test_a_dense_mixture_is_the_same_in_llama_cpp(kind: str, tmp_path: Path) -> None:
     model = mixture(kind)
     check(model, written(model, tmp_path), tolerance=1e-4)
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("kind", ALL)
 def test_fewer_experts_are_the_same_in_llama_cpp(kind: str, tmp_path: Path) -> None:
     model = pruned(kind, EXPERTS)
     assert gguf.arch_of(model) == REST.get(kind, kind.replace("_", ""))
@@ -65,16 +89,16 @@ def test_fewer_experts_are_the_same_in_llama_cpp(kind: str, tmp_path: Path) -> N
     sizes = block.expert_count, block.experts.active, block.expert_width
     assert sizes == (6, 2, found[f"{arch}.expert_feed_forward_length"])
     assert sizes[:2] == (found[f"{arch}.expert_count"], found[f"{arch}.expert_used_count"])
-    assert found.get(f"{arch}.leading_dense_block_count", 0) == (kind == "glm4_moe")
+    leading = sum(not each.expert_count for each in blocks_of(model))
+    assert leading == (kind in ("glm4_moe", "ernie4_5_moe", "dots1"))
+    assert found.get(f"{arch}.leading_dense_block_count", 0) == leading
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize(
-    "kind", ["gpt_oss", *[pytest.param(kind, marks=pytest.mark.slow) for kind in ("mixtral", "qwen2_moe", "olmoe")]]
-)
+@pytest.mark.parametrize("kind", ["gpt_oss", *(pytest.param(kind, marks=pytest.mark.slow) for kind in NARROW)])
 def test_narrower_experts_are_the_same_in_llama_cpp(kind: str, tmp_path: Path) -> None:
     model = pruned(kind, CHANNELS)
-    assert blocks_of(model)[0].expert_width < blocks_of(mixture(kind))[0].expert_width
+    assert blocks_of(model)[-1].expert_width < blocks_of(mixture(kind))[-1].expert_width
     check(model, written(model, tmp_path), tolerance=1e-4)
 
 
