@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from plprune import PruningMethod, PruningPlan, TwoSSP, load_pruned, prune, save_pruned
+from plprune import CFSP, PruningMethod, PruningPlan, TwoSSP, load_pruned, prune, save_pruned
 from plprune.architecture.blocks import blocks_of
 from plprune.checkpoint.load import load_model
 from plprune.checkpoint.stored import Dtype
@@ -68,6 +68,14 @@ def assert_same(output: Path, model: PreTrainedModel, plan: PruningPlan) -> None
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(save_tiny(tmp_path_factory.mktemp("models") / "llama"))
+
+
+@pytest.fixture(scope="module")
+def unequal(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose FFNs have unequal widths: once some have left, the others are cut again."""
+    folder = tmp_path_factory.mktemp("models") / "unequal"
+    save_pruned(in_memory(llama, CFSP(0.2, a=6.0))[0], folder, tokenizer())
+    return folder
 
 
 # ---- the same as in memory
@@ -313,8 +321,8 @@ def test_a_run_goes_on_wherever_it_was_stopped(name: str, offload: Any, llama: P
 
 
 @pytest.mark.slow
-def test_a_run_that_drops_ffns_goes_on(llama: Path, tmp_path: Path) -> None:
-    goes_on(llama, lambda: TwoSSP(0.5, drop_attentions=1, drop_ffns=1), itertools.count(1), tmp_path, "disk")
+def test_a_run_that_drops_ffns_goes_on(unequal: Path, tmp_path: Path) -> None:
+    goes_on(unequal, lambda: TwoSSP(0.5, drop_attentions=1, drop_ffns=1), itertools.count(1), tmp_path, "disk")
 
 
 def test_a_resumed_run_runs_no_block_again(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,10 +356,10 @@ def test_what_the_second_stage_has_found_is_not_searched_again(
     assert_same(tmp_path / "out", model, plan)
 
 
-def test_whole_ffns_leave_a_streamed_model(llama: Path, tmp_path: Path) -> None:
-    how = TwoSSP(0.5, drop_attentions=1, drop_ffns=1)
-    model, plan = in_memory(llama, how)
-    streamed(llama, how, tmp_path / "out", offload="disk")
+def test_whole_ffns_leave_a_streamed_model(unequal: Path, tmp_path: Path) -> None:
+    how = TwoSSP(0.35, drop_ffns=1)
+    model, plan = in_memory(unequal, how)
+    streamed(unequal, how, tmp_path / "out", offload="disk")
     assert_same(tmp_path / "out", model, plan)
     again, more = in_memory(tmp_path / "out", method("FLAP AL-AM"))
     streamed(tmp_path / "out", method("FLAP AL-AM"), tmp_path / "more")

@@ -19,6 +19,7 @@ Deviations from the authors' code:
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Collection, Iterable, Sequence
 from typing import Literal, cast, get_args
 
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune.architecture.blocks import Block, blocks_of
+from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.methods.base import Repairing
 from plprune.planning.needs import Work
 from plprune.planning.sizes import attention_spans, block_flops
@@ -36,7 +37,7 @@ from plprune.pruning.calibration import Calibration
 from plprune.pruning.constraints import FREE, Constraint
 from plprune.pruning.forward import evaluating
 from plprune.pruning.model_state import model_state
-from plprune.pruning.plan import PruningPlan, block_name
+from plprune.pruning.plan import PruningPlan, block_name, block_of
 from plprune.pruning.repair import Repair
 from plprune.pruning.statistics import Norms
 from plprune.pruning.stream import observe, stream, values
@@ -83,10 +84,10 @@ class TwoSSP(Repairing):
     def prune(
         self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor], constraint: Constraint = FREE
     ) -> PruningPlan:
-        calibration, blocks = Calibration.of(batches), blocks_of(model)
-        drop, widths = self._sizes(blocks, constraint)
-        first = int(constraint.first_attention)
+        calibration, blocks, first = Calibration.of(batches), blocks_of(model), int(constraint.first_attention)
         self._check_depth(model, first)
+        cases, drop = self._cases(model, constraint), self._attentions(blocks, first > 0)
+        self._check(blocks, constraint, cases[0])
         repairer, scores, influences = self.repairer(calibration), [], []
         for block, inputs in stream(model, calibration, "2SSP stage 1"):
             for group, norms in observe(block, inputs, Norms, attention="none"):
@@ -96,26 +97,57 @@ class TwoSSP(Repairing):
         if self.drop_blocks and self.blocks_by == "influence":
             order = sorted(blocks[first:], key=lambda block: influences[block.index].distance("cosine"))
             gone = [block.index for block in first_to_leave(blocks, order, self.drop_blocks)]
-            drop, widths = self._sizes(blocks, constraint, gone)
+            cases = self._cases(model, constraint, gone)
+        # Those parts that leave may be of unequal sizes. Channels that must leave too in all cases do so now.
+        sizes = [self._sizes(blocks, constraint, lost) for lost in (cases if self.repair == "none" else cases[:1])]
+        widths = {name: max(each[name] for each in sizes) for name in sizes[0]}
         chosen = [(block, group, top_k(score, widths[group.name])) for block, group, score in scores]
         repairer.carry_out(surgery, chosen, "2SSP repair")
-        if drop or self.drop_ffns or (self.drop_blocks and not gone):
-            windows = calibration.windows(self.stage2_samples)
-            with evaluating(model):
-                search = AttentionSearch(surgery, windows, calibration.device or model.device, calibration.group)
-                if drop:
-                    search.drop(drop, first, gone)
-                if self.drop_ffns:
-                    search.drop_ffns(self.drop_ffns, gone)
-                if self.drop_blocks and not gone:
-                    search.drop_blocks(self.drop_blocks, first)
+        gone = self._second_stage(surgery, calibration, drop, first, gone)
+        if self.repair == "none" and (self.drop_ffns or self.drop_blocks):
+            self._trim(surgery, chosen, scores, constraint, gone)
         if gone:
             surgery.drop_blocks(gone)
         distances = importance([each.distance("angular") for each in influences])
         return surgery.plan("TwoSSP", dataclasses.asdict(self), distances)
 
+    def _second_stage(
+        self, surgery: Surgery, calibration: Calibration, drop: int, first: int, gone: list[int]
+    ) -> list[int]:
+        """Drops attentions and FFNs, and returns the indices of the blocks that leave; `gone` are those known."""
+        by_loss = self.drop_blocks and not gone
+        if not (drop or self.drop_ffns or by_loss):
+            return gone
+        windows, model = calibration.windows(self.stage2_samples), surgery.model
+        with evaluating(model):
+            search = AttentionSearch(surgery, windows, calibration.device or model.device, calibration.group)
+            if drop:
+                search.drop(drop, first, gone)
+            if self.drop_ffns:
+                search.drop_ffns(self.drop_ffns, gone)
+            return search.blocks_to_drop(self.drop_blocks, first) if by_loss else gone
+
+    def _trim(
+        self,
+        surgery: Surgery,
+        chosen: Sequence[tuple[Block, UnitGroup, Tensor]],
+        scores: Sequence[tuple[Block, UnitGroup, Tensor]],
+        constraint: Constraint,
+        gone: Collection[int],
+    ) -> None:
+        """Removes the channels that are missing to the sparsity, now that it is known which parts leave."""
+        rest = [block for block in surgery.blocks if block.index not in gone]
+        excess = sum(block.parameters() for block in rest) - (1 - self.sparsity) * surgery.parameters
+        keep = 1 - excess / max(1, Budget(rest, 1.0).whole)
+        if not 0 < keep < 1:  # none are missing
+            return
+        now, final = {group.name: group for _, group in _groups(rest)}, self._fitted(rest, keep, constraint)
+        for (block, group, kept), (*_, score) in zip(chosen, scores, strict=True):
+            if final.get(group.name, math.inf) < kept.shape[-1]:
+                surgery.keep(block, now[group.name], torch.searchsorted(kept, top_k(score, final[group.name])))
+
     def conflicts(self, constraint: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
-        drop = self.drop_attentions if blocks is None else self._shares(list(blocks))[0]
+        drop = self.drop_attentions if blocks is None else self._attentions(blocks)
         reasons = ["no attention may leave: set `drop_attentions` to 0"] if constraint.every_attention and drop else []
         if constraint.every_ffn and self.drop_ffns:
             reasons.append("no FFN may leave: set `drop_ffns` to 0")
@@ -123,25 +155,20 @@ class TwoSSP(Repairing):
 
     def predict_sizes(self, model: PreTrainedModel, constraint: Constraint = FREE) -> list[dict[str, int]]:
         blocks = blocks_of(model)
-        drop, _ = self._sizes(blocks, constraint)
-        first = int(constraint.first_attention)
-        self._check_depth(model, first)
-        candidates = [b for b in blocks[first:] if b.can_drop_attention]
-        spread = [candidates[i * len(candidates) // drop] for i in range(drop)]
-        heads = [[b.groups()[0].name for b in gone] for gone in [spread, *_ends(model, candidates, drop)]]
-        cases = []
-        for left in self._leaving(blocks, first):
-            known = [block.index for block in left] if self.blocks_by == "influence" else []
-            _, widths = self._sizes(blocks, constraint, known)
-            whole = [block_name(block.index) for block in left]
-            lost = [[*whole, *own, *ffns] for own, ffns in itertools.product(heads, self._without_ffn(blocks))]
-            cases += [widths | dict.fromkeys(names, 0) for names in lost]
-        return [case for i, case in enumerate(cases) if case not in cases[:i]]
+        self._check_depth(model, int(constraint.first_attention))
+        cases, found = self._cases(model, constraint), []
+        self._check(blocks, constraint, cases[0])
+        for lost in cases:
+            known = [name for name in lost if name.endswith(".block")] if self.blocks_by == "influence" else []
+            typical = next(case for case in cases if set(known) <= set(case))
+            widths = self._sizes(blocks, constraint, lost if self.repair == "none" else typical)
+            found.append(widths | dict.fromkeys(lost, 0))
+        return [case for i, case in enumerate(found) if case not in found[:i]]
 
     def work(self, model: PreTrainedModel, count: int, length: int, constraint: Constraint = FREE) -> Work:
         """The cost of the repair pass and of stage 2, whose trials run from the candidate's block to the head."""
         blocks = blocks_of(model)
-        drop, _ = self._shares(blocks)
+        drop = self._attentions(blocks)
         each = sum(block_flops(block, length) for block in blocks) / 2
         head = model.get_output_embeddings()
         each += 2 * cast(torch.nn.Linear, head).weight.numel() if head is not None else 0
@@ -153,78 +180,84 @@ class TwoSSP(Repairing):
         judging = trials * min(count, self.stage2_samples) * length * each
         return dataclasses.replace(repairs, flops=repairs.flops + judging)
 
-    def _sizes(
-        self, blocks: list[Block], constraint: Constraint, gone: Collection[int] = ()
-    ) -> tuple[int, dict[str, int]]:
-        """The number of attentions to drop, and of FFN channels that each block keeps; `gone` are blocks that leave,
-        as far as they are known.
-        """
-        drop, fraction = self._shares(blocks, constraint.first_attention, gone)
-        budget = Budget(blocks, fraction, constraint, each_block=True)
-        budget.check(self.sparsity)
-        widths = budget.fit(budget.alike) if budget.restricted else map(round, budget.alike)
-        return drop, {group.name: n for (_, group), n in zip(budget.rows, widths, strict=True)}
+    def _cases(
+        self, model: PreTrainedModel, constraint: Constraint, gone: Collection[int] | None = None
+    ) -> list[list[str]]:
+        """Choices of the parts that leave as a whole, by name: a typical one first; `gone` are the blocks, if known."""
+        blocks, first, cases = blocks_of(model), int(constraint.first_attention), []
+        drop = self._attentions(blocks, constraint.first_attention)
+        for left in self._leaving(blocks, first) if gone is None else [[blocks[i] for i in gone]]:
+            rest = [block for block in blocks if block.index not in {each.index for each in left}]
+            able = [block for block in rest if block.index >= first and block.can_drop_attention]
+            if drop > len(able):
+                raise ValueError(
+                    f"2SSP would drop {drop} attentions, but the blocks that stay have {len(able)}: lower "
+                    "`drop_attentions` or `drop_blocks`"
+                )
+            spread = [able[i * len(able) // drop] for i in range(drop)]
+            heads = [[b.groups()[0].name for b in some] for some in [spread, *_ends(model, able, drop)]]
+            whole = [block_name(block.index) for block in left]
+            cases += [[*whole, *own, *ffns] for own, ffns in itertools.product(heads, self._without_ffn(rest))]
+        return [case for i, case in enumerate(cases) if case not in cases[:i]]
 
-    def _shares(self, blocks: list[Block], spared: bool = False, gone: Collection[int] = ()) -> tuple[int, float]:
-        """The number of attentions to drop (`spared` keeps the first), and the fraction of channels to keep."""
-        check_sparsity(self.sparsity)
-        with_attention = [b for b in blocks if b.can_drop_attention]
-        attention = sum(b.parameters(b.anatomy.mixer) for b in with_attention) / max(1, len(with_attention))
-        groups = [(b, g) for b in blocks for g in b.groups("none")]
-        if not groups:
-            raise ValueError("2SSP prunes FFN channels, and the model has none: take FLAP")
-        ffn = sum(len(g) * b.cost(g) for b, g in groups) / len(groups)  # without the consumer's bias, which stays
-        width = sum(len(g) for _, g in groups) / len(groups)
-        drop = self.drop_attentions
-        if drop is None:
-            formula = attention and not self.drop_blocks and not self.drop_ffns
-            each = ffn * len(groups) / len({block.index for block, _ in groups})  # shared experts and others together
-            drop = attentions_to_drop(self.sparsity, len(blocks), attention, each, self.alpha) if formula else 0
-        if self.drop_blocks >= len(blocks):
-            raise ValueError(f"2SSP would drop {self.drop_blocks} blocks, but the model has {len(blocks)}")
-        there = len(with_attention) - (spared and blocks[0].can_drop_attention)
-        if not 0 <= drop <= there:
-            but = ", of which the first block's must stay: change `drop_attentions` or `serve_on`" if spared else ""
-            raise ValueError(f"2SSP would drop {drop} attentions, but the model has {len(with_attention)}{but}")
-        if self.drop_blocks or self.drop_ffns:
-            return drop, self._share_of_the_rest(groups, blocks, drop * attention, gone)
-        total = sum(b.parameters() for b in blocks)
-        added = sum(b.absent_bias(g) for b, g in groups) if self.biased and self.sparsity else 0
-        return drop, channels_to_keep(self.sparsity, len(groups), total, attention, ffn, width, drop, added) / width
-
-    def _share_of_the_rest(self, groups: Rows, blocks: list[Block], attentions: float, gone: Collection[int]) -> float:
-        """The fraction of channels that FFNs keep if others leave as a whole, alone or with their blocks.
-
-        Args:
-            groups: The groups of channels of all blocks.
-            blocks: All blocks.
-            attentions: Parameters of the attentions that leave.
-            gone: Indices of the blocks that leave; if these are not known, they count as blocks of the mean size.
-        """
-        stay = 1.0 if gone else 1 - self.drop_blocks / len(blocks)
-        rest = [block for block in blocks if block.index not in gone]
-        wholes = [block.parameters(group.consumer.path) for block in rest if (group := block.whole_ffn)]
-        if self.drop_ffns and not wholes:
-            raise ValueError("no FFN of this model is a module of its own that can leave: set `drop_ffns` to 0")
-        if self.drop_ffns and self.drop_ffns >= round(len(wholes) * stay):
-            raise ValueError(
-                f"2SSP would drop {self.drop_ffns} FFNs, but of the {len(wholes)} that can leave one must stay: lower "
-                "`drop_ffns`"
-            )
-        share = stay * (1 - self.drop_ffns / max(1, len(wholes) * stay))  # of the FFNs of the rest that stay
-        whole = self.drop_ffns * sum(wholes) / max(1, len(wholes))
-        own = [(block, group) for block, group in groups if block.index not in gone]
-        added = sum(block.absent_bias(group) for block, group in own) if self.biased and self.sparsity else 0
-        kept = stay * sum(block.parameters() for block in rest)
-        left = kept - (1 - self.sparsity) * sum(block.parameters() for block in blocks) + share * added
-        keep = 1 - (left - attentions - whole) / (share * sum(len(group) * block.cost(group) for block, group in own))
+    def _check(self, blocks: list[Block], constraint: Constraint, lost: Collection[str]) -> None:
+        """Raises ValueError if the sparsity is out of reach where some parts leave, whose names are `lost`."""
+        keep = self._share(blocks, lost)
         if not 0 < keep <= 1:
             raise ValueError(
                 f"sparsity {self.sparsity} is out of reach for 2SSP: with {self.drop_blocks} blocks and "
                 f"{self.drop_ffns} whole FFNs dropped, the other FFNs would keep {keep:.1%} of their channels; change "
                 "`sparsity`, `drop_blocks` or `drop_ffns`"
             )
-        return keep
+        Budget(blocks, keep, constraint, each_block=True).check(self.sparsity)
+
+    def _sizes(self, blocks: list[Block], constraint: Constraint, lost: Collection[str]) -> dict[str, int]:
+        """The number of channels that each FFN keeps if some parts leave as a whole, whose names are `lost`."""
+        return self._fitted(blocks, min(1.0, self._share(blocks, lost)), constraint)
+
+    def _fitted(self, blocks: list[Block], keep: float, constraint: Constraint) -> dict[str, int]:
+        budget = Budget(blocks, keep, constraint, each_block=True)
+        widths = budget.fit(budget.alike) if budget.restricted else [max(1, round(size)) for size in budget.alike]
+        return {group.name: n for (_, group), n in zip(budget.rows, widths, strict=True)}
+
+    def _attentions(self, blocks: Sequence[Block], spared: bool = False) -> int:
+        """The number of attentions to drop; `spared` keeps the first."""
+        there, drop = sum(block.can_drop_attention for block in blocks), self.drop_attentions
+        if drop is None:
+            groups, attention = _groups(blocks), _mean_attention(blocks)
+            each = _cost(groups) / len({block.index for block, _ in groups})  # shared experts and others together
+            formula = attention and not self.drop_blocks and not self.drop_ffns
+            drop = attentions_to_drop(self.sparsity, len(blocks), attention, each, self.alpha) if formula else 0
+        if not 0 <= drop <= there - (spared and blocks[0].can_drop_attention):
+            but = ", of which the first block's must stay: change `drop_attentions` or `serve_on`" if spared else ""
+            raise ValueError(f"2SSP would drop {drop} attentions, but the model has {there}{but}")
+        return drop
+
+    def _share(self, blocks: Sequence[Block], lost: Collection[str] = ()) -> float:
+        """The fraction of channels to keep: by the paper's formula, or exactly if FFNs or blocks leave as a whole.
+
+        Args:
+            blocks: All blocks.
+            lost: Names of the attentions, FFNs and blocks that leave.
+        """
+        check_sparsity(self.sparsity)
+        groups, total = _groups(blocks), sum(block.parameters() for block in blocks)
+        biased = self.biased and self.sparsity > 0
+        if not self.drop_blocks and not self.drop_ffns:
+            added = sum(block.absent_bias(group) for block, group in groups) if biased else 0
+            ffn, width = _cost(groups) / len(groups), sum(len(group) for _, group in groups) / len(groups)
+            attention, drop = _mean_attention(blocks), self._attentions(blocks)
+            return channels_to_keep(self.sparsity, len(groups), total, attention, ffn, width, drop, added) / width
+        left = -(1 - self.sparsity) * total
+        for block in blocks:
+            if block_name(block.index) not in lost:
+                whole, attention = block.whole_ffn, f"blocks.{block.index}.attention"
+                left += block.parameters() - (block.parameters(block.anatomy.mixer) if attention in lost else 0)
+                left -= block.parameters(whole.consumer.path) if whole and whole.name in lost else 0
+        gone = {block_of(name) for name in lost if not name.endswith(".attention")}
+        own = [(block, group) for block, group in groups if block_of(group.name) not in gone]
+        left += sum(block.absent_bias(group) for block, group in own) if biased else 0
+        return 1 - left / max(1, _cost(own))
 
     def _without_ffn(self, blocks: Sequence[Block]) -> list[list[str]]:
         """Choices of whole FFNs that leave, by name: evenly spread, the smallest, and the largest."""
@@ -232,6 +265,12 @@ class TwoSSP(Repairing):
             return [[]]
         found = [(b.parameters(group.consumer.path), group.name) for b in blocks if (group := b.whole_ffn)]
         ranked, count = sorted(found, key=lambda pair: pair[0]), self.drop_ffns
+        if not found:
+            raise ValueError("no FFN of this model is a module of its own that can leave: set `drop_ffns` to 0")
+        if count >= len(found):
+            raise ValueError(
+                f"2SSP would drop {count} FFNs, but of the {len(found)} that can leave one must stay: lower `drop_ffns`"
+            )
         spread = [found[i * len(found) // count] for i in range(count)]
         return [[name for _, name in some] for some in (spread, ranked[:count], ranked[-count:])]
 
@@ -239,6 +278,8 @@ class TwoSSP(Repairing):
         """Choices of whole blocks that leave, from the first on: evenly spread, the smallest, and the largest."""
         if not self.drop_blocks:
             return [[]]
+        if self.drop_blocks >= len(blocks):
+            raise ValueError(f"2SSP would drop {self.drop_blocks} blocks, but the model has {len(blocks)}")
         n, count = len(blocks) - first, self.drop_blocks
         even = [first + i * n // count for i in range(count)]
         spread = [blocks[i] for i in [*even, *(i for i in range(first, len(blocks)) if i not in even)]]
@@ -315,6 +356,24 @@ def channels_to_keep(
             f"{keep} of {width:g} FFN channels; change `sparsity`, `alpha` or `drop_attentions`"
         )
     return keep
+
+
+def _groups(blocks: Sequence[Block]) -> Rows:
+    groups = [(block, group) for block in blocks for group in block.groups("none")]
+    if not groups:
+        raise ValueError("2SSP prunes FFN channels, and the model has none: take FLAP")
+    return groups
+
+
+def _cost(groups: Rows) -> int:
+    """Parameters of all channels, without the consumers' biases, which stay."""
+    return sum(len(group) * block.cost(group) for block, group in groups)
+
+
+def _mean_attention(blocks: Sequence[Block]) -> float:
+    """Mean parameters of the attentions that can be dropped."""
+    sizes = [block.parameters(block.anatomy.mixer) for block in blocks if block.can_drop_attention]
+    return sum(sizes) / max(1, len(sizes))
 
 
 def _ends(model: PreTrainedModel, candidates: list[Block], drop: int) -> list[list[Block]]:

@@ -84,8 +84,8 @@ class AttentionSearch:
 
         self._greedy(count, unit, candidates, lambda block: without(block, group(block).kind), drop)
 
-    def drop_blocks(self, count: int, first: int = 0) -> None:
-        """Drops whole blocks from the model, which has new indices for the others then.
+    def blocks_to_drop(self, count: int, first: int = 0) -> list[int]:
+        """Finds whole blocks to drop, and returns their indices, ascending; the model keeps them.
 
         Args:
             count: The number of blocks to drop.
@@ -96,7 +96,7 @@ class AttentionSearch:
             return [block for block in may_leave(self.blocks, self.gone) if block.index >= first]
 
         self._greedy(count, "block", candidates, self._without_block, lambda block: self.gone.add(block.index))
-        self.surgery.drop_blocks(sorted(self.gone))
+        return sorted(self.gone)
 
     def _greedy(
         self,

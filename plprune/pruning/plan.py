@@ -159,6 +159,16 @@ def block_of(group: str) -> str:
     return group.rpartition(".")[0] + ".block"
 
 
+def composed(kept: Tensor, index: Tensor) -> Tensor:
+    """The units that two cuts keep; of experts the channels of each, unless experts left in between.
+
+    Example:
+        >>> composed(torch.tensor([1, 3, 4]), torch.tensor([0, 2]))
+        tensor([1, 4])
+    """
+    return kept[index] if kept.ndim == 1 or len(kept) != len(index) else kept.gather(1, index)
+
+
 def fingerprint(tensors: Iterable[tuple[str, Tensor]], values: int = 4096) -> str:
     """A hash of the name, shape and dtype of each tensor, and of up to `values` evenly spaced values.
 

@@ -32,7 +32,7 @@ from plprune.architecture.modeling_plprune import Gather, NoAttention, NoFFN, Sc
 from plprune.architecture.modules import Side, innermost, is_transposed, matrix, says_tied, tied, width
 from plprune.architecture.wrappers import text_configs, with_sizes
 from plprune.pruning.model_state import journal_of, model_state
-from plprune.pruning.plan import PruningPlan, block_name
+from plprune.pruning.plan import PruningPlan, block_name, composed
 
 
 class Surgery:
@@ -47,6 +47,7 @@ class Surgery:
         self.blocks = blocks_of(model)
         self._before = [block.parameters() for block in self.blocks]
         self._rest = sum(p.numel() for p in model.parameters()) - sum(self._before)
+        self.parameters = sum(self._before)  # of all blocks, before pruning
         self.journal = journal_of(model)
         self._gone: list[int] = []
         self._config = dense_config(model)  # before blocks leave it
@@ -115,9 +116,14 @@ class Surgery:
         """Makes the plan of all recorded removals and repairs, and attaches it to the model."""
         decisions = self.journal.decisions
         repaired = [name for decision in decisions for name in decision.repaired] + self._scaled
+        keep, sizes = dict[str, Tensor](), dict[str, int]()
+        for decision in decisions:  # a group may have been cut twice
+            before = keep.get(decision.group)
+            keep[decision.group] = decision.keep if before is None else composed(before, decision.keep)
+            sizes.setdefault(decision.group, decision.size)
         plan = PruningPlan(
-            keep={decision.group: decision.keep for decision in decisions},
-            sizes={decision.group: decision.size for decision in decisions},
+            keep=keep,
+            sizes=sizes,
             importance=importance.double().cpu(),
             before=self._before,
             after=[0 if block.index in self._gone else block.parameters() for block in self.blocks],

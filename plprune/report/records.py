@@ -11,7 +11,7 @@ from torch import Tensor
 
 from plprune.architecture.blocks import UNITS
 from plprune.checkpoint.model_card import RECORD
-from plprune.pruning.plan import FILE, PruningPlan
+from plprune.pruning.plan import FILE, PruningPlan, composed
 from plprune.report.page import at
 
 KINDS = ("run", "comparison", "sensitivity")
@@ -97,7 +97,7 @@ def _blocks(plan: PruningPlan) -> list[dict[str, Any]]:
         for name, index in step.keep.items():
             _, i, kind = name.split(".")
             name = f"blocks.{places[int(i)]}.{kind}"
-            kept[name] = _composed(kept[name], index) if name in kept else index
+            kept[name] = composed(kept[name], index) if name in kept else index
             sizes.setdefault(name, step.sizes[f"blocks.{i}.{kind}"])
         for i, place in enumerate(places):
             after[place], importance[place] = step.after[i], float(step.importance[i])
@@ -120,11 +120,6 @@ def _blocks(plan: PruningPlan) -> list[dict[str, Any]]:
             block["heads"] = [] if i in gone else whole
         blocks.append(block)
     return blocks
-
-
-def _composed(kept: Tensor, index: Tensor) -> Tensor:
-    """The units that two prunings keep; of experts the channels of each, unless experts left in between."""
-    return kept[index] if kept.ndim == 1 or len(kept) != len(index) else kept.gather(1, index)
 
 
 def _record(path: Path) -> dict[str, Any] | None:

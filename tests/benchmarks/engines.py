@@ -63,7 +63,7 @@ MODELS: dict[str, tuple[PruningMethod, str, Callable[[PreTrainedModel, Path], No
     "CFSP, DeciLM": (CFSP(0.4, multiple_of=256), "llama", deci, True),
     "TwoSSP, no FFN, Qwen3-MoE": (TwoSSP(0.35, drop_ffns=1), "qwen3_moe", hf, True),
     "TwoSSP, DeciLM": (TwoSSP(0.4, drop_attentions=1), "llama", deci, True),
-    "TwoSSP, no FFN, DeciLM": (TwoSSP(0.45, drop_attentions=1, drop_ffns=1), "llama", deci, True),
+    "TwoSSP, no FFN, DeciLM": (TwoSSP(0.53, drop_attentions=1, drop_ffns=1), "llama", deci, True),
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from plprune import FLAP, TwoSSP, load_pruned, prune, save_pruned
+from plprune import CFSP, FLAP, TwoSSP, load_pruned, prune, save_pruned
 from plprune.architecture.blocks import blocks_of
 from plprune.architecture.modules import innermost, passing, replaced_forwards
 from plprune.commands.plan import predicted
@@ -63,7 +63,7 @@ def test_the_parameters_that_are_counted_are_those_of_the_real_model(name: str) 
     with torch.device("meta"):
         found = blocks_of(AutoModelForCausalLM.from_config(config))
     for _, sparsity, drop, keep in (row for row in VALUES if row[0] == name):
-        assert TwoSSP(sparsity)._shares(found) == (drop, keep / n)
+        assert (TwoSSP(sparsity)._attentions(found), TwoSSP(sparsity)._share(found)) == (drop, keep / n)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -317,6 +317,50 @@ def test_sizes_without_ffns_are_predicted(family: str) -> None:
     assert predicted(model, request, request, 16)[0]["without_ffn"] == {"typical": 1, "least": 1, "most": 1}
     prune(model, method, list(windows(4, 24).split(2)))
     assert sum(p.numel() for p in model.parameters()) in sizes
+
+
+def unequal() -> Any:
+    """A model whose blocks have FFNs of unequal widths."""
+    model = deep()
+    prune(model, CFSP(0.2, a=4.0), [windows(4, 24)])
+    assert max(widths := [block.channels for block in blocks_of(model)]) > 1.3 * min(widths)
+    return model
+
+
+@pytest.mark.parametrize(
+    "drops",
+    [
+        {"drop_ffns": 1},
+        {"drop_ffns": 1, "drop_attentions": 1},
+        {"drop_blocks": 1},
+        {"drop_blocks": 1, "blocks_by": "influence"},
+        {"drop_blocks": 1, "drop_attentions": 1, "blocks_by": "influence"},
+    ],
+)
+def test_the_sparsity_is_met_whatever_the_sizes_of_what_leaves(drops: dict[str, Any], tmp_path: Path) -> None:
+    model, ids, method = unequal(), [windows(4, 24)], TwoSSP(0.35, **drops)
+    cases = method.predict_sizes(model)
+    parameters = [sum(p.numel() for p in pruned_skeleton(model, case).parameters()) for case in cases]
+    plan = prune(model, method, ids)
+    half = sum(96 * block.has_ffn for block in blocks_of(model)) / 2 / sum(plan.before)  # of a channel in each FFN
+    assert plan.reached == pytest.approx(0.35, abs=half)
+    assert max(parameters) - min(parameters) <= 2 * half * sum(plan.before)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    save_pruned(model, tmp_path / "out")
+    again = load_pruned(tmp_path / "out")
+    assert {name: p.shape for name, p in again.named_parameters()} == shapes
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_channels_that_leave_at_last_are_those_of_the_lowest_scores() -> None:
+    model, ids = unequal(), windows(4, 24)
+    inputs, _ = traced(model, ids)
+    plan = prune(model, TwoSSP(0.35, drop_ffns=1), [ids])
+    gone = next(name for name, keep in plan.keep.items() if not len(keep)).split(".")[1]
+    for name, keep in plan.keep.items():
+        if name.endswith(".ffn") and name.split(".")[1] != gone:
+            score = sum(sample.norm(dim=0) for sample in inputs[name])
+            assert keep.tolist() == best(torch.as_tensor(score), len(keep))
 
 
 def test_ffns_that_cannot_leave_are_said() -> None:
