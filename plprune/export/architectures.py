@@ -33,6 +33,8 @@ class Arch:
             there are no windows.
         yarn: Whether YaRN may scale the blocks without a sliding window alone.
         alone: Whether each query head must have a kv head of its own.
+        latent: Whether attention is latent.
+        convolutions: Whether some blocks have a short convolution in the place of attention.
         depths: Numbers of blocks at which the graph computes something else.
         fills: Whether heads times head dimension must equal the hidden size.
         head: Whether the output head may be tied to the embedding, must have its own weights or must be tied.
@@ -51,6 +53,8 @@ class Arch:
     windows: int = 0
     yarn: bool = False
     alone: bool = False
+    latent: bool = False
+    convolutions: bool = False
     depths: tuple[int, ...] = ()
     fills: bool = False
     head: Literal["any", "own", "tied"] = "any"
@@ -90,6 +94,11 @@ ARCHS: dict[str, Arch] = {
     "granitemoe": Arch(
         biases=frozenset({*QKV, "attn_output"}), normal=True, factors=True, scaled=True, mixture=Mixture(shared="width")
     ),
+    "deepseek2": Arch(
+        biases=frozenset(), normal=True, partial=True, latent=True, mixture=Mixture(leading=True, shared="count")
+    ),
+    "lfm2": Arch(biases=frozenset(), fills=True, convolutions=True),
+    "lfm2moe": Arch(biases=frozenset(), fills=True, convolutions=True, mixture=Mixture(leading=True)),
     "minimax-m2": Arch(partial=True, head="own", mixture=Mixture()),
     "mistral3": Arch(biases=ALL, normal=True, factors=True),
     "hunyuan-dense": Arch(),
@@ -108,6 +117,15 @@ GRANITE = {
     "residual_multiplier": (Keys.LLM.RESIDUAL_SCALE, 1, ("attn_output", "ffn_down")),
     "logits_scaling": (Keys.LLM.LOGIT_SCALE, -1, ("output",)),
     "attention_multiplier": (Keys.Attention.SCALE, 1, ()),  # of any family: see _query_factor
+}
+GROUPS = {
+    "n_group": (Keys.LLM.EXPERT_GROUP_COUNT, int),
+    "topk_group": (Keys.LLM.EXPERT_GROUP_USED_COUNT, int),
+}
+SOFTMAX = {Keys.LLM.EXPERT_GATING_FUNC: int(gguf.ExpertGatingFuncType.SOFTMAX)}
+CONVOLUTION = {
+    "norm_eps": (Keys.Attention.LAYERNORM_RMS_EPS, float),
+    "conv_L_cache": (Keys.ShortConv.L_CACHE, int),
 }
 SIGMOID = {Keys.LLM.EXPERT_GATING_FUNC: int(gguf.ExpertGatingFuncType.SIGMOID)}
 
@@ -213,6 +231,39 @@ LAYOUTS: dict[str, Layout] = {
     "olmo3": Layout(("olmo2",), keys=RMS | {"sliding_window": (Keys.Attention.SLIDING_WINDOW, int)}),
     "granitemoe": Layout(("granitemoe",), scales=GRANITE),
     "granitemoeshared": Layout(("granitemoe",), scales=GRANITE),
+    "deepseek_v2": Layout(
+        ("deepseek2",),
+        keys=RMS | {"routed_scaling_factor": ROUTED["routed_scaling_factor"]},
+        fixed=SILU | {"topk_method": ("greedy",)},
+        neighbours=True,
+        constants=SOFTMAX | {Keys.LLM.EXPERT_WEIGHTS_NORM: False},
+    ),
+    "deepseek_v3": Layout(
+        ("deepseek2",),
+        keys=RMS | ROUTED | GROUPS,
+        fixed=SILU | {"rope_interleave": (True,)},
+        neighbours=True,
+        constants=SIGMOID,
+    ),
+    "glm4_moe_lite": Layout(
+        ("deepseek2",),
+        keys=RMS | ROUTED | GROUPS,
+        fixed=SILU | {"rope_interleave": (True,)},
+        neighbours=True,
+        constants=SIGMOID,
+    ),
+    "lfm2": Layout(("lfm2",), keys=CONVOLUTION, fixed={"conv_bias": (False,)}),
+    "lfm2_moe": Layout(
+        ("lfm2moe",),
+        keys=CONVOLUTION,
+        fixed={
+            "conv_bias": (False,),
+            "norm_topk_prob": (True,),
+            "routed_scaling_factor": (1.0,),
+            "use_expert_bias": (True,),
+        },
+        constants=SIGMOID,
+    ),
     "minimax_m2": Layout(("minimax-m2",), constants=SIGMOID),
     "ministral3": Layout(("mistral3",)),
     "hunyuan_v1_dense": Layout(("hunyuan-dense",)),

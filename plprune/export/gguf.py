@@ -33,7 +33,7 @@ from plprune.architecture.blocks import Block, UnitGroup, anatomy_of, blocks_of
 from plprune.architecture.modeling_plprune import Gather, Scatter
 from plprune.architecture.modules import innermost, matrix, tied
 from plprune.checkpoint.weights import check_finite
-from plprune.export import mixtures, vocabulary
+from plprune.export import latent, mixtures, vocabulary
 from plprune.export.architectures import ARCHS, FFN_IN, LAYOUTS, QKV, Arch, Layout
 from plprune.io.atomic import staged
 
@@ -54,7 +54,7 @@ NOPE = 4  # in llama.cpp's `smollm3`, every fourth block has no rotary embedding
 Q8_0_BLOCK = 32
 PART = 2**22  # values converted at a time
 SLIDING = "sliding_attention"
-ROUTER = ".ffn_gate_inp"
+IN_FLOAT = (".ffn_gate_inp", ".shortconv.conv.")
 HEAD, QUERY_NORM = "lm_head.weight", ".q_norm."
 
 
@@ -161,7 +161,8 @@ def _check_written(path: str | os.PathLike[str], digests: dict[str, Any]) -> Non
 
 
 def _kind(name: str, tensor: Tensor, dtype: Dtype) -> GGMLQuantizationType:
-    if tensor.ndim == 1 or name.startswith(("position_embd", "rope_")) or ROUTER in name or name.endswith(".bias"):
+    small = tensor.ndim == 1 or name.startswith(("position_embd", "rope_")) or name.endswith(".bias")
+    if small or any(part in name for part in IN_FLOAT):
         return GGMLQuantizationType.F32
     if dtype == "q8_0" and tensor.shape[-1] % Q8_0_BLOCK:
         return GGMLQuantizationType.F16
@@ -210,7 +211,7 @@ def _family_refusals(model: PreTrainedModel, layout: Layout) -> Iterator[str]:
         )
     if any(hasattr(module, "base_layer") for module in modules):
         yield "the LoRA adapters are not merged: merge them before exporting"
-    if not blocks[0].has_attention:
+    if not blocks[0].has_attention and blocks[0].anatomy.mixer:
         yield (
             "block 0 has no attention, and llama.cpp refuses to load that: prune so that block 0 keeps its attention, "
             "which serve_on: [llama.cpp] does"
@@ -248,10 +249,12 @@ def _size_refusals(model: PreTrainedModel, name: str) -> Iterator[str]:
     arch, blocks = ARCHS[name], blocks_of(model)
     mixture = any(block.expert_count for block in blocks)
     places = {gguf.TENSOR_NAMES[each].rpartition(".")[2] for each in gguf.MODEL_TENSORS[_number(name)]}
+    if arch.latent:
+        yield from latent.refusals(blocks[0], len(blocks), model.config.vocab_size)
     yield from mixtures.refusals(blocks, name, arch.mixture, places)
     widths = sorted({block.channels for block in blocks})
     heads = sorted({_heads(block) for block in blocks if block.has_attention})
-    without = [block.index for block in blocks if not block.has_attention]
+    without = [block.index for block in blocks if not block.has_attention and block.anatomy.mixer]
     if without and not arch.skips:
         yield f"blocks {without} have no attention, and llama.cpp's {name} has it in every block: keep attention"
     if len(widths) > 1 and not arch.per_block and not mixture:
@@ -301,6 +304,8 @@ def _rope_refusals(model: PreTrainedModel, name: str) -> Iterator[str]:
             f"rotary embeddings are scaled by {kind!r}, and by {other!r} where there is a window: llama.cpp's {name} "
             f"scales the former only, linearly{' or by YaRN' if arch.yarn else ''}"
         )
+    if arch.latent and getattr(_rotary(model), "attention_scaling", 1) != 1:
+        yield f"llama.cpp's {name} scales attention by YaRN only where `mscale` is `mscale_all_dim`"
     if rope and _rotated(model) != _head_dim(model) and not arch.partial:
         yield f"a part of each head is not rotated, and llama.cpp's {name} rotates the whole"
 
@@ -320,11 +325,13 @@ def _fields(model: PreTrainedModel, name: str) -> dict[str, Any]:
         Keys.LLM.CONTEXT_LENGTH: _context(config, arch),
         Keys.LLM.EMBEDDING_LENGTH: config.hidden_size,
         Keys.LLM.BLOCK_COUNT: len(blocks),
-        **{key: size if arch.per_block else size[0] for key, size in sizes.items()},
+        **{key: size if arch.per_block else max(size) for key, size in sizes.items()},
         Keys.Attention.KEY_LENGTH: _head_dim(model),
         Keys.Attention.VALUE_LENGTH: _head_dim(model),
         **{key: kind(getattr(config, own)) for own, (key, kind) in LAYOUTS[config.model_type].keys.items()},
         **_rope_fields(model),
+        **({Keys.Attention.HEAD_COUNT_KV: [kv for _, kv in heads]} if arch.convolutions else {}),
+        **(latent.fields(blocks[0]) if arch.latent else {}),
         **mixtures.fields(blocks, arch.mixture),
         **LAYOUTS[config.model_type].constants,
     }
@@ -395,6 +402,8 @@ def _rotary(model: PreTrainedModel) -> nn.Module | None:
 
 
 def _rotated(model: PreTrainedModel) -> int:
+    if latent.is_latent(blocks_of(model)[0]):
+        return model.config.qk_rope_head_dim
     return int(_head_dim(model) * _rope(model.config)[0].get("partial_rotary_factor", 1.0))
 
 
@@ -449,7 +458,7 @@ def _made(model: PreTrainedModel, name: str, meta: bool) -> Iterator[tuple[str, 
     for block in blocks_of(model):
         with contextlib.nullcontext() if meta else block.present():
             yield from _projections(block, model.config, name, meta)
-            for own, value in mixtures.tensors(block, meta):
+            for own, value in (*latent.tensors(block, meta), *mixtures.tensors(block, meta)):
                 yield f"blk.{block.index}.{own}", value
             for own, value in _others(block):
                 if own in names:  # not the norm before a removed attention
@@ -488,7 +497,7 @@ def _projection(block: Block, part: str, kind: str, config: PreTrainedConfig, na
     if part in QKV[:2] and ARCHS[name].normal and not LAYOUTS[config.model_type].neighbours:
         value = value.unflatten(0, (-1, 2, block.head_dim // 2)).transpose(1, 2).flatten(0, 2)
     normed = any(QUERY_NORM in own for own, _ in _others(block))
-    factor = _query_factor(block, config, name) if part == "attn_q" and not normed else 1
+    factor = _query_factor(block, config, name) if part in ("attn_q", "attn_q_b") and not normed else 1
     return _times(value, factor)
 
 
@@ -503,7 +512,8 @@ def _query_factor(block: Block, config: PreTrainedConfig, name: str) -> float:
     if ours is None or arch.scaled:
         return 1
     broad = arch.broad == config.num_hidden_layers
-    factor = ours * math.sqrt(config.hidden_size // _heads(block)[0] if broad else block.head_dim)
+    size = latent.head_dim(block) if arch.latent else block.head_dim
+    factor = ours * math.sqrt(config.hidden_size // _heads(block)[0] if broad else size)
     return 1 if math.isclose(factor, 1, rel_tol=1e-6) else factor
 
 
@@ -513,12 +523,16 @@ def _parts(block: Block) -> dict[str, tuple[str, Tensor]]:
     inside = tuple(f"{part}{shared}" for part in FFN_IN)
     groups: list[tuple[tuple[str, ...], str, UnitGroup]]
     groups = [(inside, f"ffn_down{shared}", group) for group in block.groups("none", experts=False)]
-    if block.has_attention:
-        groups.insert(0, (QKV, "attn_output", block.groups()[0]))
     parts = {}
+    if latent.is_latent(block):
+        heads = block.groups()[0]
+        parts[latent.query(block)] = (heads.producers[0].path, heads.producers[0].index.flatten())
+        groups.insert(0, ((), "attn_output", heads))
+    elif block.has_attention:
+        groups.insert(0, (QKV, "attn_output", block.groups()[0]))
     for names, consumer, group in groups:
         count = min(len(names), len(group.producers))  # norms over all heads come before Q, K and V
-        for part, source in zip(names[-count:], group.producers[-count:], strict=True):
+        for part, source in zip(names[-count:], group.producers[-count:] if count else (), strict=True):
             parts[part] = (source.path, source.index.flatten())
         parts[consumer] = (group.consumer.path, torch.arange(len(matrix(block.part(group.consumer.path)))))
     return parts
@@ -527,21 +541,24 @@ def _parts(block: Block) -> dict[str, tuple[str, Tensor]]:
 def _others(block: Block) -> list[tuple[str, Tensor]]:
     """The parameters of a block outside its projections, with their names in the model."""
     paths = (*(f"{path}." for path, _ in _parts(block).values()), *mixtures.paths(block))
+    paths += (f"{latent.path(block)}.",) if latent.is_latent(block) else ()
     prefix = f"{block.path}."
     own = block.module.named_parameters()
     return [(prefix + name, value) for name, value in own if not name.startswith(paths)]
 
 
 def _plain(name: str, value: Tensor, gain: float, meta: bool) -> Tensor:
-    """A tensor unchanged, or a norm's weight with the gain added."""
+    """A tensor unchanged, or a norm's weight with the gain added; a convolution of each channel is a matrix."""
     value = value.detach().to("meta") if meta else value.detach()
+    value = value.squeeze(1) if value.ndim == 3 else value
     return value.float() + gain if gain and "norm" in name else value
 
 
 def _name_map(model: PreTrainedModel, name: str) -> dict[str, str]:
     """llama.cpp's names, by ours, of the parameters outside projections that it reads."""
     found, blocks = _names(model, name), blocks_of(model)
-    bare = {f"blk.{block.index}.attn_norm.weight" for block in blocks if not block.has_attention}
+    removed = [block for block in blocks if not block.has_attention and block.anatomy.mixer]
+    bare = {f"blk.{block.index}.attn_norm.weight" for block in removed}
     return {own: target for own, target in found.items() if target and target not in bare}
 
 

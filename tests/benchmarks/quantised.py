@@ -1,6 +1,6 @@
 """Fewer units or fewer bits: size and perplexity of a dense and of pruned models, quantised by llama.cpp.
 
-    python -m tests.benchmarks.quantised [--train FILE] [--text FILE] [--steps 50] [--work runs/quantised]
+    python -m tests.benchmarks.quantised [--train FILE] [--text FILE] [--steps 20] [--work runs/quantised]
 
 SmolLM2-135M, dense and without a quarter of its blocks' parameters, as pruned and after some steps of LoRA, in GGUF
 files of every type. llama.cpp computes the perplexity on the first windows of the text. What is there of an earlier run
@@ -22,7 +22,6 @@ MODELS = {  # and how each is made
     "dense": ("", False),
     "CFSP": ("CFSP", False),
     "CFSP, recovered": ("CFSP", True),
-    "LearnedGates, recovered": ("LearnedGates", True),
 }
 
 
@@ -73,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", default=PYDOC)
     parser.add_argument("--text", default=PYDOC)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--options", nargs="*", default=[], help="of plprune export")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from plprune import FASP, FLAP, PruningMethod, prune
+from plprune import FASP, FLAP, PruningMethod, TwoSSP, prune
 from plprune.architecture.blocks import blocks_of
 from plprune.export import gguf
 from plprune.export.architectures import ARCHS, LAYOUTS
@@ -23,13 +23,14 @@ WHOLE = {"sliding_window": None, "layer_types": ["full_attention"] * 4}
 SETTINGS: dict[str, dict[str, Any]] = {
     "ministral3": {"rope_parameters": YARN | TEMPERED},
     "olmo3": {"rope_parameters": {"full_attention": YARN, "sliding_attention": PLAIN}},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "glm4": {"attention_bias": True},
     "ernie4_5": {},
     "seed_oss": {},
     "exaone4": WHOLE,
     "hunyuan_v1_dense": {"rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "rope_theta": 1e4, "factor": 1.0}},
 }
-FILLING = ("olmo3", "exaone4")  # whose heads fill the hidden size
+FILLING = ("olmo3", "exaone4", "lfm2")  # whose heads fill the hidden size
 ALIKE = FASP(0.2, attention="none", bias=False)
 HEADS = FLAP(0.25, structure="UL-UM", repair="none")
 
@@ -45,7 +46,7 @@ def model_of(kind: str, **own: Any) -> PreTrainedModel:
 
 @needs_llama_cpp
 @pytest.mark.parametrize(
-    "kind", [*list(SETTINGS)[:2], *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(SETTINGS)[2:])]
+    "kind", [*list(SETTINGS)[:3], *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(SETTINGS)[3:])]
 )
 def test_a_pruned_model_is_the_same_in_llama_cpp(kind: str, tmp_path: Path) -> None:
     model = model_of(kind)
@@ -68,6 +69,8 @@ def test_a_dense_model_is_the_same_in_llama_cpp(kind: str, tmp_path: Path) -> No
         ("exaone4", None, {"sliding_window": 8}, "sliding_window is 8, and llama.cpp computes None only"),
         ("exaone4", HEADS, {}, "do not fill the hidden size 64, which llama.cpp's exaone4 takes for granted"),
         ("glm4", FLAP(0.25), {}, "llama.cpp's glm4 has one: prune every block to the same width"),
+        ("lfm2", TwoSSP(0.3, drop_attentions=1), {}, r"blocks \[.\] have no attention, and llama.cpp's lfm2 has it"),
+        ("lfm2", None, {"conv_bias": True}, "conv_bias is True, and llama.cpp computes False only"),
         ("olmo3", None, {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": YARN}}, "scales the former"),
     ],
 )
@@ -79,6 +82,14 @@ def test_what_a_graph_does_not_compute_is_refused(
         prune(model, method, list(windows(4, 16).split(2)))
     reasons = gguf.refusals(model)
     assert any(re.search(reason, each) for each in reasons), reasons
+
+
+@pytest.mark.parametrize("dtype", ["f16", "q8_0"])
+def test_convolutions_stay_in_float32(dtype: gguf.Dtype, tmp_path: Path) -> None:
+    reader = gguf.gguf.GGUFReader(written(model_of("lfm2"), tmp_path, dtype))
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert kinds["blk.0.shortconv.conv.weight"] == "F32"
+    assert kinds["blk.0.shortconv.in_proj.weight"] == dtype.upper()
 
 
 def test_depths_at_which_a_graph_computes_another_model_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
