@@ -43,7 +43,7 @@ ORDER = {
     "export": [
         ["formats"],
         ["gguf", "parity"],
-        ["architectures", "decilm", "latent", "llama_cpp", "quantiser", "vllm_reading", "vocabulary"],
+        ["architectures", "decilm", "delta", "latent", "llama_cpp", "quantiser", "vllm_reading", "vocabulary"],
         ["mixtures"],
         ["configuration_decilm"],
     ],

@@ -35,6 +35,7 @@ class Arch:
         alone: Whether each query head must have a kv head of its own.
         latent: Whether attention is latent.
         convolutions: Whether some blocks have a short convolution in the place of attention.
+        delta: Whether some blocks have linear attention by the gated delta rule.
         depths: Numbers of blocks at which the graph computes something else.
         fills: Whether heads times head dimension must equal the hidden size.
         head: Whether the output head may be tied to the embedding, must have its own weights or must be tied.
@@ -55,6 +56,7 @@ class Arch:
     alone: bool = False
     latent: bool = False
     convolutions: bool = False
+    delta: bool = False
     depths: tuple[int, ...] = ()
     fills: bool = False
     head: Literal["any", "own", "tied"] = "any"
@@ -99,6 +101,8 @@ ARCHS: dict[str, Arch] = {
     ),
     "lfm2": Arch(biases=frozenset(), fills=True, convolutions=True),
     "lfm2moe": Arch(biases=frozenset(), fills=True, convolutions=True, mixture=Mixture(leading=True)),
+    "qwen35": Arch(biases=frozenset(), partial=True, delta=True),
+    "qwen35moe": Arch(biases=frozenset(), partial=True, delta=True, mixture=Mixture(shared="width")),
     "minimax-m2": Arch(partial=True, head="own", mixture=Mixture()),
     "mistral3": Arch(biases=ALL, normal=True, factors=True),
     "hunyuan-dense": Arch(),
@@ -264,6 +268,8 @@ LAYOUTS: dict[str, Layout] = {
         },
         constants=SIGMOID,
     ),
+    "qwen3_5_text": Layout(("qwen35",), gain=1.0),
+    "qwen3_5_moe_text": Layout(("qwen35moe",), gain=1.0),
     "minimax_m2": Layout(("minimax-m2",), constants=SIGMOID),
     "ministral3": Layout(("mistral3",)),
     "hunyuan_v1_dense": Layout(("hunyuan-dense",)),

@@ -12,6 +12,7 @@ half-precision table on CPUs, and the tanh approximation in GPT-NeoX.
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import math
 import os
@@ -33,7 +34,7 @@ from plprune.architecture.blocks import Block, UnitGroup, anatomy_of, blocks_of
 from plprune.architecture.modeling_plprune import Gather, Scatter
 from plprune.architecture.modules import innermost, matrix, tied
 from plprune.checkpoint.weights import check_finite
-from plprune.export import latent, mixtures, vocabulary
+from plprune.export import delta, latent, mixtures, vocabulary
 from plprune.export.architectures import ARCHS, FFN_IN, LAYOUTS, QKV, Arch, Layout
 from plprune.io.atomic import staged
 
@@ -54,7 +55,7 @@ NOPE = 4  # in llama.cpp's `smollm3`, every fourth block has no rotary embedding
 Q8_0_BLOCK = 32
 PART = 2**22  # values converted at a time
 SLIDING = "sliding_attention"
-IN_FLOAT = (".ffn_gate_inp", ".shortconv.conv.")
+IN_FLOAT = (".ffn_gate_inp", ".shortconv.conv.", ".ssm_conv1d.")
 HEAD, QUERY_NORM = "lm_head.weight", ".q_norm."
 
 
@@ -211,7 +212,7 @@ def _family_refusals(model: PreTrainedModel, layout: Layout) -> Iterator[str]:
         )
     if any(hasattr(module, "base_layer") for module in modules):
         yield "the LoRA adapters are not merged: merge them before exporting"
-    if not blocks[0].has_attention and blocks[0].anatomy.mixer:
+    if _removed(blocks[0]):
         yield (
             "block 0 has no attention, and llama.cpp refuses to load that: prune so that block 0 keeps its attention, "
             "which serve_on: [llama.cpp] does"
@@ -249,12 +250,14 @@ def _size_refusals(model: PreTrainedModel, name: str) -> Iterator[str]:
     arch, blocks = ARCHS[name], blocks_of(model)
     mixture = any(block.expert_count for block in blocks)
     places = {gguf.TENSOR_NAMES[each].rpartition(".")[2] for each in gguf.MODEL_TENSORS[_number(name)]}
+    if arch.delta:
+        yield from delta.refusals(blocks, name)
     if arch.latent:
         yield from latent.refusals(blocks[0], len(blocks), model.config.vocab_size)
     yield from mixtures.refusals(blocks, name, arch.mixture, places)
     widths = sorted({block.channels for block in blocks})
-    heads = sorted({_heads(block) for block in blocks if block.has_attention})
-    without = [block.index for block in blocks if not block.has_attention and block.anatomy.mixer]
+    heads = sorted({_heads(block) for block in _attending(model)})
+    without = [block.index for block in blocks if _removed(block)]
     if without and not arch.skips:
         yield f"blocks {without} have no attention, and llama.cpp's {name} has it in every block: keep attention"
     if len(widths) > 1 and not arch.per_block and not mixture:
@@ -315,7 +318,8 @@ def _rope_refusals(model: PreTrainedModel, name: str) -> Iterator[str]:
 
 def _fields(model: PreTrainedModel, name: str) -> dict[str, Any]:
     config, arch, blocks = model.config, ARCHS[name], blocks_of(model)
-    heads = [_heads(block) if block.has_attention else (0, 0) for block in blocks]
+    attending = {block.index for block in _attending(model)}
+    heads = [_heads(block) if block.index in attending else (0, 0) for block in blocks]
     sizes = {
         Keys.LLM.FEED_FORWARD_LENGTH: mixtures.ffn_widths(blocks),
         Keys.Attention.HEAD_COUNT: [query for query, _ in heads],
@@ -331,6 +335,7 @@ def _fields(model: PreTrainedModel, name: str) -> dict[str, Any]:
         **{key: kind(getattr(config, own)) for own, (key, kind) in LAYOUTS[config.model_type].keys.items()},
         **_rope_fields(model),
         **({Keys.Attention.HEAD_COUNT_KV: [kv for _, kv in heads]} if arch.convolutions else {}),
+        **(delta.fields(blocks, _rotated(model)) if arch.delta else {}),
         **(latent.fields(blocks[0]) if arch.latent else {}),
         **mixtures.fields(blocks, arch.mixture),
         **LAYOUTS[config.model_type].constants,
@@ -433,7 +438,17 @@ def _heads(block: Block) -> tuple[int, int]:
 
 
 def _head_dim(model: PreTrainedModel) -> int:
-    return next((block.head_dim for block in blocks_of(model) if block.has_attention), 0)
+    return next((block.head_dim for block in _attending(model)), 0)
+
+
+def _removed(block: Block) -> bool:
+    """Whether a block's attention was removed."""
+    return bool(block.anatomy.mixer) and not block.has_attention and not delta.is_delta(block)
+
+
+def _attending(model: PreTrainedModel) -> list[Block]:
+    """The blocks with attention that is not linear."""
+    return [block for block in blocks_of(model) if block.has_attention and not delta.is_delta(block)]
 
 
 # Tensors
@@ -458,7 +473,8 @@ def _made(model: PreTrainedModel, name: str, meta: bool) -> Iterator[tuple[str, 
     for block in blocks_of(model):
         with contextlib.nullcontext() if meta else block.present():
             yield from _projections(block, model.config, name, meta)
-            for own, value in (*latent.tensors(block, meta), *mixtures.tensors(block, meta)):
+            special = latent.tensors(block, meta), delta.tensors(block, meta), mixtures.tensors(block, meta)
+            for own, value in itertools.chain(*special):
                 yield f"blk.{block.index}.{own}", value
             for own, value in _others(block):
                 if own in names:  # not the norm before a removed attention
@@ -528,12 +544,14 @@ def _parts(block: Block) -> dict[str, tuple[str, Tensor]]:
         heads = block.groups()[0]
         parts[latent.query(block)] = (heads.producers[0].path, heads.producers[0].index.flatten())
         groups.insert(0, ((), "attn_output", heads))
-    elif block.has_attention:
+    elif block.has_attention and not delta.is_delta(block):
         groups.insert(0, (QKV, "attn_output", block.groups()[0]))
     for names, consumer, group in groups:
         count = min(len(names), len(group.producers))  # norms over all heads come before Q, K and V
         for part, source in zip(names[-count:], group.producers[-count:] if count else (), strict=True):
-            parts[part] = (source.path, source.index.flatten())
+            gated = sum(other.path == source.path for other in group.producers) == 2  # beside each head's gate
+            whole = torch.arange(len(matrix(block.part(source.path))))
+            parts[part] = (source.path, whole if gated and part == "attn_q" else source.index.flatten())
         parts[consumer] = (group.consumer.path, torch.arange(len(matrix(block.part(group.consumer.path)))))
     return parts
 
@@ -541,6 +559,7 @@ def _parts(block: Block) -> dict[str, tuple[str, Tensor]]:
 def _others(block: Block) -> list[tuple[str, Tensor]]:
     """The parameters of a block outside its projections, with their names in the model."""
     paths = (*(f"{path}." for path, _ in _parts(block).values()), *mixtures.paths(block))
+    paths += (f"{delta.path(block)}.",) if delta.is_delta(block) else ()
     paths += (f"{latent.path(block)}.",) if latent.is_latent(block) else ()
     prefix = f"{block.path}."
     own = block.module.named_parameters()
@@ -557,8 +576,7 @@ def _plain(name: str, value: Tensor, gain: float, meta: bool) -> Tensor:
 def _name_map(model: PreTrainedModel, name: str) -> dict[str, str]:
     """llama.cpp's names, by ours, of the parameters outside projections that it reads."""
     found, blocks = _names(model, name), blocks_of(model)
-    removed = [block for block in blocks if not block.has_attention and block.anatomy.mixer]
-    bare = {f"blk.{block.index}.attn_norm.weight" for block in removed}
+    bare = {f"blk.{block.index}.attn_norm.weight" for block in blocks if _removed(block)}
     return {own: target for own, target in found.items() if target and target not in bare}
 
 

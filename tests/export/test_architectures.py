@@ -13,7 +13,7 @@ from plprune.architecture.blocks import blocks_of
 from plprune.export import gguf
 from plprune.export.architectures import ARCHS, LAYOUTS
 from tests.builders import windows
-from tests.export.test_gguf import check, needs_llama_cpp, written
+from tests.export.test_gguf import check, keep_units, needs_llama_cpp, written
 from tests.zoo import build
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ministral3": {"rope_parameters": YARN | TEMPERED},
     "olmo3": {"rope_parameters": {"full_attention": YARN, "sliding_attention": PLAIN}},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "qwen3_5_text": {},
     "glm4": {"attention_bias": True},
     "ernie4_5": {},
     "seed_oss": {},
@@ -46,7 +47,7 @@ def model_of(kind: str, **own: Any) -> PreTrainedModel:
 
 @needs_llama_cpp
 @pytest.mark.parametrize(
-    "kind", [*list(SETTINGS)[:3], *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(SETTINGS)[3:])]
+    "kind", [*list(SETTINGS)[:4], *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(SETTINGS)[4:])]
 )
 def test_a_pruned_model_is_the_same_in_llama_cpp(kind: str, tmp_path: Path) -> None:
     model = model_of(kind)
@@ -71,6 +72,15 @@ def test_a_dense_model_is_the_same_in_llama_cpp(kind: str, tmp_path: Path) -> No
         ("glm4", FLAP(0.25), {}, "llama.cpp's glm4 has one: prune every block to the same width"),
         ("lfm2", TwoSSP(0.3, drop_attentions=1), {}, r"blocks \[.\] have no attention, and llama.cpp's lfm2 has it"),
         ("lfm2", None, {"conv_bias": True}, "conv_bias is True, and llama.cpp computes False only"),
+        pytest.param(
+            *(
+                "qwen3_5_text",
+                None,
+                {"linear_value_head_dim": 32},
+                "keys and values of linear attention differ in size",
+            ),
+            marks=pytest.mark.slow,
+        ),
         ("olmo3", None, {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": YARN}}, "scales the former"),
     ],
 )
@@ -90,6 +100,17 @@ def test_convolutions_stay_in_float32(dtype: gguf.Dtype, tmp_path: Path) -> None
     kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     assert kinds["blk.0.shortconv.conv.weight"] == "F32"
     assert kinds["blk.0.shortconv.in_proj.weight"] == dtype.upper()
+
+
+@needs_llama_cpp
+@pytest.mark.slow
+def test_fewer_heads_of_linear_attention_are_the_same_in_llama_cpp(tmp_path: Path) -> None:
+    model = model_of("qwen3_5_text")
+    for block in blocks_of(model)[:3]:
+        keep_units(block, "attention", 1)
+    check(model, written(model, tmp_path), tolerance=1e-4)
+    keep_units(blocks_of(other := model_of("qwen3_5_text"))[1], "attention", 1)
+    assert any("heads of linear attention differ between blocks (2 to 4)" in each for each in gguf.refusals(other))
 
 
 def test_depths_at_which_a_graph_computes_another_model_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

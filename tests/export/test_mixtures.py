@@ -41,6 +41,7 @@ MORE: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"topk_method": "greedy", "q_lora_rank": 20, "first_k_dense_replace": 1},
     "deepseek_v3": {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}},
     "glm4_moe_lite": {},
+    "qwen3_5_moe_text": {},
 }
 ALL = [*SETTINGS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in MORE)]
 COUNTED = ("dots1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite")  # shared experts are as wide as some others
@@ -55,6 +56,7 @@ REST = {
     "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2",
     "glm4_moe_lite": "deepseek2",
+    "qwen3_5_moe_text": "qwen35moe",
 }
 EXPERTS = REAP(0.25, sparsity_of="experts")
 CHANNELS = FASP(0.2, attention="none", bias=False)
