@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from plprune.architecture import experts
 from plprune.architecture.anatomy import Anatomy, ModelAnatomy, Part, Slice, SubBlock
 from plprune.architecture.modeling_plprune import NoFFN
-from plprune.architecture.modules import is_projection
+from plprune.architecture.modules import is_projection, multiplies_groups, width
 from plprune.architecture.probing import (
     SAMPLES,
     SMALL,
@@ -36,7 +36,7 @@ from plprune.architecture.probing import (
     weightless,
 )
 from plprune.architecture.proof import Proof, reads_others
-from plprune.architecture.tracing import Found, Reach, Source, Tracer, bit_code, found_in
+from plprune.architecture.tracing import Found, Inseparable, Reach, Source, Tracer, bit_code, found_in
 from plprune.architecture.trials import Fault, Trial, failure, projection_rows
 from plprune.architecture.wrappers import in_text_decoder, text_config
 
@@ -59,8 +59,21 @@ class Assembly:
             self.block = BlockProbes(self.probes, call)
             with ReadingNoWeights():
                 self.called = list(self.block.run())
-            self.found, self.inseparable = found_in(Tracer(self.block, known))
+            self.found, self.inseparable = self._linear(*found_in(Tracer(self.block, known)))
             self._values = {id(f): self._value_rows(f) for f in self.found if not f.elementwise}
+
+    def _linear(self, found: list[Found], others: list[Inseparable]) -> tuple[list[Found], list[Inseparable]]:
+        """What was found, without the units of consumers whose inputs are not one row per token."""
+        kept, others = [], list(others)
+        for each in found:
+            module = self.block.block.get_submodule(each.consumer)
+            if multiplies_groups(module):
+                others.append(Inseparable(each.consumer, False, "it multiplies groups of its inputs apart"))
+            elif each.columns.numel() != width(module, "in_features"):
+                others.append(Inseparable(each.consumer, False, "another layer multiplies groups of inputs apart"))
+            else:
+                kept.append(each)
+        return kept, others
 
     def heads(self) -> Found | None:
         """The units of attention: those with value channels first, then those with most columns."""
@@ -194,8 +207,8 @@ def _discover(kind: type[PreTrainedModel], config: PreTrainedConfig) -> ModelAna
         anatomies = {kinds[i]: each for i, each in proven.items()}
     if read:
         raise ValueError(
-            f"the blocks of a {config.model_type!r} model read more of each other than hidden states ({read}), so they "
-            "cannot run one by one: use a model of another family"
+            f"the blocks of a {config.model_type!r} model {read}, so they cannot run one by one: use a model of "
+            "another family"
         )
     search, called = experts.Search(model, path), {kinds[i]: call for i, call in calls.items()}
     anatomies = {
@@ -335,7 +348,8 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     lists = [(n, m) for n, m in lists if in_text_decoder(model, n)] or lists  # a tower may be as deep
     if not lists:
-        raise ValueError(f"{config.model_type!r} has no list of {depth} decoder blocks, so plprune cannot prune it")
+        some = f"list of {depth} decoder blocks" if depth else "one list of decoder blocks"
+        raise ValueError(f"{config.model_type!r} has no {some}, so plprune cannot prune it")
     return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
 
 

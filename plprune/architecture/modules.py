@@ -145,23 +145,32 @@ def innermost(module: nn.Module) -> nn.Linear:
 def is_projection(module: nn.Module) -> bool:
     """Whether a module is a linear layer, `Conv1D` included, that returns its outputs and nothing else."""
     return isinstance(module, nn.Linear | Conv1D) and (
-        type(module).forward in (nn.Linear.forward, Conv1D.forward) or _returns_rows(type(module), module)
+        type(module).forward in (nn.Linear.forward, Conv1D.forward) or _returns_rows(type(module), module) is not False
     )
 
 
-def _returns_rows(kind: type[nn.Module], module: nn.Module) -> bool:
-    """Whether linear layers of a class return a tensor; some routers are one, and return experts and weights."""
+def multiplies_groups(module: nn.Module) -> bool:
+    """Whether a linear layer of a class of its own multiplies groups of inputs by rows of their own."""
+    plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    return not plain and _returns_rows(type(module), module) is None
+
+
+def _returns_rows(kind: type[nn.Module], module: nn.Module) -> bool | None:
+    """Whether linear layers of a class return a tensor; None if they want inputs of another shape.
+
+    Some routers are linear layers, and return experts and weights.
+    """
     if kind not in _RETURNS:
         tried = cast(nn.Linear, copy.deepcopy(module).to("meta").eval())
         try:
             out = tried(torch.zeros(1, tried.in_features, dtype=tried.weight.dtype, device="meta"))
             _RETURNS[kind] = isinstance(out, Tensor)
-        except Exception:  # it wants inputs of another shape
-            _RETURNS[kind] = True
+        except Exception:  # as the shape is no such
+            _RETURNS[kind] = None
     return _RETURNS[kind]
 
 
-_RETURNS: dict[type[nn.Module], bool] = {}
+_RETURNS: dict[type[nn.Module], bool | None] = {}
 
 
 def is_transposed(module: nn.Module) -> bool:

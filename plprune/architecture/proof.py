@@ -12,8 +12,9 @@ zero, from one projection to the next. In float64, rounding is far below any tru
 import contextlib
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +163,7 @@ WHERE = " at "
 
 
 def reads_others(model: PreTrainedModel, blocks: str, returned: Mapping[int, int]) -> str:
-    """An argument by which a block reads what earlier ones compute, in words; "" if all read hidden states alone.
+    """Why blocks cannot run one by one, in words; "" if each runs once, in order, and reads hidden states alone.
 
     Methods run blocks one by one, with the arguments that they get in a model whose blocks do nothing.
 
@@ -171,7 +172,12 @@ def reads_others(model: PreTrainedModel, blocks: str, returned: Mapping[int, int
         blocks: The path of its list of blocks.
         returned: The length of the tuple that each block returns, by its index.
     """
-    doing, idle = _arguments(model, blocks, {}), _arguments(model, blocks, returned)
+    order: list[str] = []
+    doing, idle = _arguments(model, blocks, {}, order), _arguments(model, blocks, returned)
+    every = [f"{blocks}.{i}" for i in range(len(cast(nn.ModuleList, model.get_submodule(blocks))))]
+    if order != every:
+        first = next(one or other for one, other in itertools.zip_longest(every, order) if one != other)
+        return f"do not run once each, in order, on text alone (first {first})"
     probes = Probes(model)
     probes.samples = SAMPLES
     for path, (hidden, given) in doing.items():
@@ -183,14 +189,17 @@ def reads_others(model: PreTrainedModel, blocks: str, returned: Mapping[int, int
             for values in (given, others):
                 seen.append(BlockProbes(probes, Call(path, (hidden,), values), children=False).run())
         if len(seen) < 2 or gap(*seen):
-            return f"`{names[0]}` of {path}"
+            return f"read more of each other than hidden states (`{names[0]}` of {path})"
     return ""
 
 
 def _arguments(
-    model: PreTrainedModel, blocks: str, idle: Mapping[int, int]
+    model: PreTrainedModel, blocks: str, idle: Mapping[int, int], order: list[str] | None = None
 ) -> dict[str, tuple[Tensor, dict[str, Any]]]:
-    """The hidden states and the other arguments of each block, by its path; the blocks in `idle` do nothing."""
+    """The hidden states and the other arguments of each block, by its path; the blocks in `idle` do nothing.
+
+    `order` gets the paths of the blocks as they run.
+    """
     probes = Probes(model)
     probes.samples = SAMPLES
     found: dict[str, tuple[Tensor, dict[str, Any]]] = {}
@@ -200,6 +209,8 @@ def _arguments(
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = {**dict(zip(names, args, strict=False)), **{k: _held(v) for k, v in kwargs.items()}}
             found[path] = given.pop(names[0]), given
+            if order is not None:
+                order.append(path)
             probes.seen.clear()  # that of all blocks takes gigabytes
 
         return hook

@@ -31,9 +31,10 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    batch: tuple[int, ...] = ()  # samples, and tokens of each
 
     def to(self, device: torch.device) -> "Call":
-        return Call(_move(self.args, device), _move(self.kwargs, device))
+        return Call(_move(self.args, device), _move(self.kwargs, device), self.batch)
 
 
 class BlockInputs:
@@ -49,6 +50,7 @@ class BlockInputs:
     """
 
     pruned = False  # whether an interrupted run has already pruned the block
+    batch: tuple[int, ...] = ()  # samples and tokens of the batch that runs; nothing before any does
 
     def __init__(
         self,
@@ -86,7 +88,7 @@ class BlockInputs:
         self._outputs, self._weights = self.states(), checksums(self.block.module)
         sums = []  # checked once at the end, as a check synchronises the GPU
         for hidden, call in zip(self.hidden, self.calls, strict=True):
-            x = hidden.to(self.device)
+            x, self.batch = hidden.to(self.device), call.batch
             y = run_block(self.block, x, call.to(self.device))
             sums.append(y.sum(dtype=torch.float32))
             if influence is not None:
@@ -174,7 +176,7 @@ def record_inputs(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, list[Cal
     def transparent(*args: Any, **kwargs: Any) -> Any:
         hidden, call = split_call(args, kwargs)
         first.append(hidden)
-        calls.append(call)
+        calls.append(Call(call.args, call.kwargs, tuple(ids.shape)))
         if len(calls) == len(blocks):
             raise _Stop
         return returned(hidden, blocks[len(calls) - 1].anatomy.returned)

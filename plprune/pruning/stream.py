@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import AttentionUnit, Block, UnitGroup, blocks_of
@@ -20,7 +20,7 @@ from plprune.io.progress import Progress
 from plprune.pruning.block_sources import BlockSource, Fresh, Recalled, Replayed
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.expert_inputs import FEW, ExpertStatistic, PerExpert, watched
-from plprune.pruning.forward import BlockInputs, evaluating, split_call
+from plprune.pruning.forward import BlockInputs, evaluating
 from plprune.pruning.statistics import BlockInfluence, Norms, Statistic
 
 log = logging.getLogger(__name__)
@@ -145,19 +145,16 @@ def observe_groups(
     if (known := inputs.known(groups, statistic, channels)) is not None:
         return known
     statistics = {group.consumer.path: statistic() for group in groups}
-    shape: tuple[int, ...] = ()  # some families flatten samples and tokens before the FFN
 
-    def hook(path: str) -> Callable[..., None]:
-        return lambda _, args: statistics[path].update(args[0].reshape(*shape, -1))
+    def hook(path: str) -> Callable[..., None]:  # some families flatten samples and tokens before the FFN
+        return lambda _, args: statistics[path].update(args[0].reshape(inputs.batch[0], -1, args[0].shape[-1]))
 
-    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal shape
-        shape = split_call(args, kwargs)[0].shape[-3:-1]  # some have several hidden states
-        if channels is not None:
-            channels.begin(*shape)
+    def enter(*_: Any) -> None:
+        if channels is not None and inputs.batch:  # else the model runs to record the block's arguments
+            channels.begin(*inputs.batch)
 
     handles = [block.part(path).register_forward_pre_hook(hook(path)) for path in statistics]
-    handles.append(block.module.register_forward_pre_hook(enter, with_kwargs=True))
+    handles.append(block.module.register_forward_pre_hook(enter))
     inputs.influence = BlockInfluence()
     watching = watched(block.part(block.experts.path), channels.update) if channels else None
     try:

@@ -91,6 +91,19 @@ def test_models_without_units_are_refused(kind: str, said: str) -> None:
         blocks_of(build(kind))
 
 
+@pytest.mark.slow
+def test_blocks_that_run_with_images_only_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"do not run once each, in order, on text alone \(first .*layers\.3\)"):
+        blocks_of(build("mllama"))
+
+
+@pytest.mark.slow
+def test_layers_that_multiply_groups_of_inputs_are_left_alone() -> None:
+    blocks = blocks_of(build("deepseek_v4"))
+    assert "self_attn.o_a_proj, as it multiplies groups of its inputs apart" in blocks[0].anatomy.whole["attention"]
+    assert {group.kind for block in blocks for group in block.groups()} == {"ffn", "expert_channel"}
+
+
 def test_an_encoder_decoder_is_refused() -> None:
     with pytest.raises(ValueError, match="'bart' is an encoder-decoder"):
         check_supported(build("bart").config.__class__(is_encoder_decoder=True))

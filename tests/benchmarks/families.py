@@ -34,7 +34,7 @@ PAGE = Path(__file__).parents[2] / "plprune" / "architecture" / "README.md"
 START, END = "<!-- families: written by tests/benchmarks/families.py -->", "<!-- end of families -->"
 WHY = {  # in words, where an error says little
     "dbrx": "transformers cannot build it from its default config, which lacks `rope_theta`",
-    "dory": "no FFN channels were found in it, and its heads are tied together",
+    "dory": "it runs some blocks several times",
     "dots3_note": "its adapters must be as wide as the decoder, and the tiny config does not make them so",
     "emu3": "transformers has no class that loads its text decoder alone",
     "gemma3n": "its tower that sees is in the library timm, which is not installed",

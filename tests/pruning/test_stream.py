@@ -20,6 +20,7 @@ from plprune.pruning.statistics import BlockInfluence, Gram, Moments, Norms
 from plprune.pruning.stream import observe, stream
 from plprune.pruning.surgery import drop_attention
 from tests.builders import DEFAULTS, FAMILIES, METHODS, REPAIRED, logits, method, tiny, windows
+from tests.zoo import build
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -167,6 +168,24 @@ def test_observing_again_sees_the_changed_block() -> None:
     cast(Any, block.part("mlp.up_proj")).weight.data.mul_(2)
     ((_, _), (_, after)) = observe(block, inputs, Norms)
     torch.testing.assert_close(after.pooled, 2 * before.pooled)
+
+
+@pytest.mark.slow
+def test_several_hidden_states_of_a_token_are_no_samples() -> None:
+    model, ids, seen = build("deepseek_v4"), windows(4, 6), {}
+    parts = {block.index: block.part(block.ffn.consumer.path) for block in blocks_of(model)}
+    handles = [
+        part.register_forward_pre_hook(lambda _, args, i=i: seen.update({i: args[0]})) for i, part in parts.items()
+    ]
+    logits(model, ids)
+    for handle in handles:
+        handle.remove()
+    for block, inputs in stream(model, list(ids.split(2))):
+        (group, found), *_ = observe(block, inputs, Moments)
+        x = seen[block.index].reshape(24, -1).double()
+        assert (group.kind, found.count) == ("ffn", 24)
+        torch.testing.assert_close(found.mean, x.mean(0), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(found.variance, x.var(0), rtol=1e-3, atol=1e-9)
 
 
 @every_family
