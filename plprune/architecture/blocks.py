@@ -82,6 +82,7 @@ UNITS = {
     "expert_channel": "channels of each expert",
     "whole_ffn": "whole FFNs",
 }
+IN_FFN = ("ffn", "expert", "expert_channel")  # kinds of units that leave with a whole FFN
 STEP = 8  # channels of an expert
 AttentionUnit = Literal["kv_heads", "value_channels", "none"]  # what a method removes from attention
 

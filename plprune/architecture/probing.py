@@ -410,9 +410,12 @@ def _first(value: Any, samples: int) -> Any:
 def _scaling(norm: nn.Module) -> Callable[..., Tensor]:
     """The norm without its statistic; some multiply by a gate too."""
 
-    def forward(x: Tensor, *others: Any, **more: Any) -> Tensor:
+    def forward(x: Tensor, *others: Any, **more: Any) -> Any:
+        weight = next(norm.parameters())
+        if x.shape[-1] != len(weight):  # its values are for something else than its inputs
+            return type(norm).forward(norm, x, *others, **more)
         for each in (*others, *more.values()):
             x = x * each if isinstance(each, Tensor) and each.shape == x.shape else x
-        return x * next(norm.parameters())
+        return x * weight
 
     return forward

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from plprune.architecture.blocks import UNITS
+from plprune.architecture.blocks import IN_FFN, UNITS
 from plprune.architecture.wrappers import auto_class
 from plprune.io.tables import markdown_table
 from plprune.pruning.plan import PruningPlan
@@ -122,7 +122,8 @@ def _step(plan: PruningPlan) -> str:
 def _kept(plan: PruningPlan, block: int) -> str:
     if block in plan.dropped:
         return "nothing"
-    names = {unit: f"blocks.{block}.{kind}" for kind, unit in UNITS.items()}
+    bare = f"blocks.{block}.whole_ffn" in plan.keep
+    names = {u: f"blocks.{block}.{kind}" for kind, u in UNITS.items() if not (bare and kind in IN_FFN)}
     return ", ".join(
         f"{plan.keep[name].shape[-1]} of {plan.sizes[name]} {unit}" for unit, name in names.items() if name in plan.keep
     )

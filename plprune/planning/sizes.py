@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from plprune.architecture.blocks import Block, UnitGroup, anatomy_of, blocks_of
+from plprune.architecture.blocks import IN_FFN, Block, UnitGroup, anatomy_of, blocks_of
 from plprune.architecture.cutting import held
 from plprune.architecture.modules import is_projection, matrix
 from plprune.architecture.wrappers import text_parts
@@ -76,7 +76,11 @@ class Ledger:
         whole = {name for name in counts if name in self.blocks and not counts[name]}
         cut = {name: count for name, count in counts.items() if block_of(name) not in whole}
         bare = {name.rpartition(".")[0] for name, count in cut.items() if name in self._wholes and not count}
-        cut = {name: count for name, count in cut.items() if not (_in_ffn(name) and name.rpartition(".")[0] in bare)}
+        cut = {
+            name: count
+            for name, count in cut.items()
+            if not (name.rpartition(".")[2] in IN_FFN and name.rpartition(".")[0] in bare)
+        }
         removed = sum(map(self.blocks.__getitem__, whole)) + sum(self._removed(*each) for each in cut.items())
         return self.dense - removed + sum(mixture.counted_twice(cut) for mixture in self._mixtures)
 
@@ -103,10 +107,6 @@ class Ledger:
         if not count and name in (whole := self.attention | self._wholes):
             return whole[name]
         return (self.sizes[name] - count) * self.costs[name] - self.biases[name]
-
-
-def _in_ffn(name: str) -> bool:
-    return name.rpartition(".")[2] in ("ffn", "expert", "expert_channel")
 
 
 @dataclasses.dataclass(frozen=True)

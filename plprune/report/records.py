@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from plprune.architecture.blocks import UNITS
+from plprune.architecture.blocks import IN_FFN, UNITS
 from plprune.checkpoint.model_card import RECORD
 from plprune.pruning.plan import FILE, PruningPlan, composed
 from plprune.report.page import at
@@ -111,8 +111,9 @@ def _blocks(plan: PruningPlan) -> list[dict[str, Any]]:
             kind: [kept[name].shape[-1], sizes[name]] if name in kept else [usual[kind]] * 2
             for kind, name in names.items()
         }
-        if i in gone:
-            units = {kind: [0, size] for kind, (_, size) in units.items()}
+        bare = units.get("whole_ffn", [1])[0] == 0
+        left = {kind: i not in gone and not (bare and kind in IN_FFN) for kind in units}
+        units = {kind: [count if left[kind] else 0, size] for kind, (count, size) in units.items()}
         block = {"kept": units, "parameters": [before, after[i]], "importance": importance[i]}
         if "attention" in names:
             heads = kept.get(names["attention"])

@@ -90,6 +90,12 @@ def test_a_model_whose_blocks_share_more_than_hidden_states_is_refused() -> None
         blocks_of(build("hy_v4", indexer_types=["full", "shared"], **two))
 
 
+def test_a_norm_whose_values_are_not_for_its_inputs_runs_as_it_is() -> None:
+    """ZAYA's norm of queries and keys has one value for each head; what is refused is what its router passes on."""
+    with pytest.raises(ValueError, match=r"`prev_router_hidden_states` of model.layers.1"):
+        blocks_of(build("zaya"))
+
+
 def test_cached_states_of_all_kinds_are_proven() -> None:
     for kind in ("xglm", "qwen3_5_text"):
         assert all(each.attention and not each.refused for each in anatomy_of(build(kind)).anatomies)
