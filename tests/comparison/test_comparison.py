@@ -391,7 +391,7 @@ def test_configs_run_on_a_tiny_model(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = yaml.safe_load(path.read_text())
-    family = "qwen2_moe" if path.stem == "mixtures" else "llama"
+    family = "qwen2_moe" if "runs/mixture" in path.read_text() else "llama"
     config |= {"models": [save_tiny(tmp_path / "tiny", family)], "text": numbers(tmp_path / "text.txt"), "seq_len": 16}
     config |= {"num_samples": 2, "calibration_seq_len": 16, "max_windows": 2}
     if isinstance(config.get("calibration"), list):
