@@ -1,11 +1,11 @@
-"""The benchmark for GPUs, on the CPU, and what the one of families has recorded."""
+"""The benchmark for GPUs, on the CPU, and what those of families and of quantised models have recorded."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import families
+from tests.benchmarks import families, quantised
 from tests.benchmarks.gpu.__main__ import main
 from tests.benchmarks.gpu.running import SECTIONS
 from tests.builders import numbers, save_tiny
@@ -45,3 +45,8 @@ def test_the_list_of_families_is_the_recorded_one() -> None:
     assert families.page(results) in families.PAGE.read_text()
     pruned = [kind for kind, each in results.items() if kind != "transformers" and each["methods"]]
     assert {"llama", "qwen3_moe", "gpt_oss", "mamba2"} <= set(pruned)
+
+
+def test_the_page_has_the_recorded_table_of_quantised_models() -> None:
+    page = Path(__file__).parents[1] / "plprune" / "export" / "README.md"
+    assert quantised.table(json.loads(quantised.RESULTS.read_text())) in page.read_text(encoding="utf-8")

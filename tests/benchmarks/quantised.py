@@ -4,7 +4,7 @@
 
 SmolLM2-135M, dense and without a quarter of its blocks' parameters, as pruned and after some steps of LoRA, in GGUF
 files of every type. llama.cpp computes the perplexity on the first windows of the text. What is there of an earlier run
-is not made again.
+is not made again. The results are kept in `quantised.json` beside this file.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from plprune.io.tables import markdown_table
 from tests.shared import SMOLLM2
 
 SPARSITY, TYPES = "0.25", ("f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
+RESULTS = Path(__file__).with_name("quantised.json")
 MODELS = {  # and how each is made
     "dense": ("", False),
     "CFSP": ("CFSP", False),
@@ -77,7 +78,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--options", nargs="*", default=[], help="of plprune export")
     parser.add_argument("--work", type=Path, default=Path("runs/quantised"))
-    parser.add_argument("--results", type=Path, default=Path("quantised.json"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     results = {name: exported(name, args) for name in args.models}
