@@ -187,7 +187,10 @@ def _pad_for_blocks(model: PreTrainedModel, options: Options) -> str:
     if not options.quantize or options.pad_to is not None or surgery.plan_of(model) is None:
         return ""
     multiple, before = max(quantiser.BLOCKS[kind] for kind in options.quantize), model.num_parameters()
-    surgery.pad(model, multiple)
+    try:
+        surgery.pad(model, multiple)
+    except ValueError as error:
+        raise ValueError(f"{error}: quantise as it is, by --pad_to 1") from error
     added = model.num_parameters() - before
     told = f"FFN widths were padded with zeros to multiples of {multiple}, {added / before:+.1%} of parameters"
     return f"{told}; --pad_to sets another multiple, 1 none" if added else ""

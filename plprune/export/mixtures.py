@@ -56,6 +56,7 @@ def refusals(blocks: Sequence[Block], name: str, mixture: Mixture | None, places
             f"{'in the first blocks only' if mixture.leading else 'in no block'}"
         )
     sizes = {
+        "numbers of experts for a token": {block.experts.active for block in some},
         "numbers of experts": {block.expert_count for block in some},
         "widths of experts": {block.expert_width for block in some},
         "widths of shared experts": {block.channels for block in some},

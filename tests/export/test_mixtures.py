@@ -158,6 +158,7 @@ def test_bounds_of_yarn_that_are_not_rounded_are_told(tmp_path: Path, caplog: py
         ("deepseek_v3", None, {"q_lora_rank": None}, "queries have no latent, and llama.cpp's deepseek2 expects other"),
         ("deepseek_v3", None, {"rope_parameters": YARN}, "only where `mscale` is `mscale_all_dim`"),
         ("lfm2_moe", None, {"use_expert_bias": False}, "use_expert_bias is False, and llama.cpp computes True only"),
+        ("hunyuan_v1_moe", None, {"moe_topk": [2, 3, 2, 2]}, r"experts for a token differ between blocks \(2 to 3\)"),
         ("glm4_moe", None, {"n_group": 2}, "n_group is 2, and llama.cpp computes 1 only"),
         ("olmoe", None, {"num_key_value_heads": 2}, "query heads share kv heads, and in llama.cpp's olmoe"),
         ("olmoe", None, {"norm_topk_prob": True}, "norm_topk_prob is True, and llama.cpp computes False only"),

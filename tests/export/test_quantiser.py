@@ -122,6 +122,18 @@ def test_widths_are_padded_for_the_type_and_for_gguf_alone(tmp_path: Path) -> No
             assert rows[name].perplexity_ratio == pytest.approx(1, abs=1e-4)
 
 
+def test_widths_that_cannot_be_padded_are_refused_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("channels take turns")
+
+    monkeypatch.setattr("plprune.export.formats.surgery.pad", refuse)
+    rows = exported(tmp_path, Options(quantize=("q4_k_m",), quantizer=program(tmp_path)), ["hf", "gguf"])
+    assert rows["gguf f32"].refused == ["channels take turns: quantise as it is, by --pad_to 1"]
+    assert list(rows) == ["hf", "gguf f32"]
+
+
 @pytest.mark.parametrize(("pad_to", "multiple"), [(1, None), (32, 32)])
 def test_padding_can_be_set(pad_to: int, multiple: int | None, tmp_path: Path) -> None:
     rows = exported(tmp_path, Options(quantize=("q4_k_m",), quantizer=program(tmp_path), pad_to=pad_to))
