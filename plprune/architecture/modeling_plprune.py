@@ -26,7 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
+
+OLDEST = "5.13"  # of transformers that load this file's classes
+if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, OLDEST.split("."))):
+    raise ImportError(
+        f"this pruned model needs transformers {OLDEST} or newer, and {transformers.__version__} is installed: pip "
+        f"install 'transformers>={OLDEST}'"
+    )
+
 from transformers import (
     AutoConfig,
     AutoModel,

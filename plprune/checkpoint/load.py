@@ -27,14 +27,14 @@ from transformers import (
 )
 
 from plprune.architecture.discovery import check_supported
-from plprune.architecture.modeling_plprune import Gather, Scatter
+from plprune.architecture.modeling_plprune import Gather, PrunedForCausalLM, Scatter
 from plprune.architecture.modules import saved_buffers, says_tied, set_parameter, tie, tied
 from plprune.architecture.wrappers import auto_class
 from plprune.checkpoint.locate import cached_folder, check_no_adapter, download, resolve_path
 from plprune.checkpoint.remote_code import check_allowed, is_allowed
 from plprune.checkpoint.stock_config import config_from, make_savable, pruned_skeleton, skeleton
 from plprune.checkpoint.stored import Dtype, ModelWeights, StoredWeights, own_dtypes
-from plprune.checkpoint.weights import SINGLE, are_untied, has_untied_head, open_safetensors
+from plprune.checkpoint.weights import INDEX, SINGLE, are_untied, has_untied_head, open_safetensors
 from plprune.pruning import surgery
 from plprune.pruning.plan import FILE, PruningPlan
 from plprune.pruning.surgery import plan_of
@@ -159,6 +159,7 @@ def load_pruned(folder: str | os.PathLike[str], dtype: Dtype | None = None) -> P
         stored = stored_weights(str(folder))
     if not stored.entries:
         raise ValueError(f"{folder / SINGLE} is missing: save the model again")
+    _tell_age(folder)
     found = stored.sources(model)
     state = {name: source.make(stored.tensor) for name, source in found.items()}
     used = {key for source in found.values() for key in source.keys}
@@ -172,6 +173,19 @@ def load_pruned(folder: str | os.PathLike[str], dtype: Dtype | None = None) -> P
     model.config.dtype = model.dtype
     make_savable(model)
     return model.eval()
+
+
+@functools.cache  # once for a folder
+def _tell_age(folder: Path) -> None:
+    """Logs that vLLM does not load a folder of an earlier plprune: its config or index lacks what vLLM looks for."""
+    names = PreTrainedConfig.get_config_dict(str(folder))[0].get("architectures") or ()
+    if PrunedForCausalLM.__name__ in names or not (folder / INDEX).exists():
+        log.warning(
+            "%s is of an earlier plprune, and vLLM does not load it: `plprune export %s --to hf --output OUT` writes "
+            "one that it loads",
+            folder,
+            folder,
+        )
 
 
 def read_generation_config(model: PreTrainedModel, folder: Path | None) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from plprune.architecture.blocks import IN_FFN, UNITS
+from plprune.architecture.modeling_plprune import OLDEST
 from plprune.architecture.wrappers import auto_class
 from plprune.io.tables import markdown_table
 from plprune.pruning.plan import PruningPlan
@@ -78,14 +79,15 @@ from plprune import load_pruned  # pip install plprune
 model = load_pruned("FOLDER")
 ```
 
-Without plprune, by transformers alone; if the folder holds `modeling_plprune.py`, that file is run, so read it first:
+Without plprune, by transformers OLDEST or newer alone; if the folder holds `modeling_plprune.py`, that file is run, so
+read it first:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
-```"""
+```""".replace("OLDEST", OLDEST)
 ELSEWHERE = """\
 `vllm serve FOLDER --trust-remote-code` serves it.
 `lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks ...` evaluates it. For llama.cpp

@@ -26,6 +26,7 @@ def export(
     widen: bool = False,
     pad_to: int | None = None,
     vllm: str | None = None,
+    tensor_parallel: int = 1,
     text: str = PYDOC,
     seq_len: int = 128,
     max_windows: int = 2,
@@ -49,12 +50,14 @@ def export(
         pad_to: Pad FFN widths with zeros to a multiple of this. The model is larger, and computes the same. If not
             given, GGUF files that are quantised are padded to the blocks of their types, 32 or 256.
         vllm: Python of an environment with vLLM, to read the folder there. If not given, this one.
+        tensor_parallel: Number of devices that share the model in vLLM. A model whose widths and heads they cannot
+            share is refused.
         seq_len: Tokens per window of the comparison.
         max_windows: Number of windows of the comparison.
     """
     check_sizes(seq_len=seq_len, max_windows=max_windows)
     kinds: Any = tuple(each.strip() for each in quantize.split(",")) if quantize else ()
-    how = formats.Options(gguf, kinds, quantizer, widen, pad_to, vllm)
+    how = formats.Options(gguf, kinds, quantizer, widen, pad_to, vllm, tensor_parallel)
     wanted = [each.strip() for each in to.split(",")]
     formats.check_formats(wanted, how)
     check_output(output, overwrite)

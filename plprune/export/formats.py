@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from plprune.architecture.blocks import blocks_of
 from plprune.checkpoint.model_card import record_of, write_card
 from plprune.checkpoint.save import write_model
 from plprune.checkpoint.weights import check_saved, without_tied
@@ -22,6 +23,7 @@ from plprune.export.parity import Reading, Row
 from plprune.io.atomic import staged
 from plprune.planning.serving import LOAD_PATHS
 from plprune.pruning import surgery
+from plprune.pruning.constraints import device_counts
 
 FORMATS = ("hf", "gguf", "decilm", "vllm")
 GgufDtype = Literal["f32", "f16", "bf16", "q8_0"]
@@ -41,6 +43,7 @@ class Options:
         pad_to: FFN widths are padded with zeros to a multiple of this. If not given, those of GGUF files that are
             quantised are padded to the blocks of their types.
         vllm: The Python of an environment with vLLM; this one if not given.
+        tensor_parallel: The number of devices that share the model in vLLM.
     """
 
     gguf: GgufDtype | None = None
@@ -49,6 +52,7 @@ class Options:
     widen: bool = False
     pad_to: int | None = None
     vllm: str | None = None
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         if self.pad_to is not None and self.pad_to < 1:
@@ -57,6 +61,8 @@ class Options:
             raise ValueError(f"unknown type {unknown[0]!r} to quantise to: give some of {', '.join(quantiser.BLOCKS)}")
         if self.quantize and self.gguf == "q8_0":
             raise ValueError("a file in q8_0 is not quantised again: leave out --gguf q8_0, or --quantize")
+        if self.tensor_parallel < 1:
+            raise ValueError(f"tensor_parallel is {self.tensor_parallel}, but must be a number of devices: 1 or more")
 
     @property
     def reshape(self) -> bool:
@@ -141,15 +147,27 @@ def unknown_formats() -> list[str]:
     return [] if importlib.util.find_spec("gguf") else ["gguf"]
 
 
-def _refusals(kind: str, model: PreTrainedModel) -> list[str]:
+def _refusals(kind: str, model: PreTrainedModel, devices: int = 1) -> list[str]:
     if kind == HF:
         return []
     if kind == "vllm":
         takes = any(path.takes(model.config) for path in LOAD_PATHS["vllm"])
-        return [] if takes else ["its backend for transformers does not take this family"]
+        return _shares(model, devices) if takes else ["its backend for transformers does not take this family"]
     if kind in unknown_formats():
         return ["it needs the package gguf: pip install 'plprune[export]'"]
     return decilm.refusals(model) if kind == "decilm" else _gguf().refusals(model)
+
+
+def _shares(model: PreTrainedModel, devices: int) -> list[str]:
+    """The reason why so many devices cannot share a model, if there is one."""
+    able = device_counts(blocks_of(model))
+    if devices in able:
+        return []
+    others = f", but {', '.join(map(str, able))} can" if able != [1] else ""
+    return [
+        f"{devices} devices cannot share its widths and heads{others}: prune the dense model with "
+        f"`tensor_parallel: {devices}`"
+    ]
 
 
 def _write_format(
@@ -157,7 +175,7 @@ def _write_format(
 ) -> Row:
     """Writes one format; the row has the reasons if it is refused."""
     if kind in (HF, "vllm"):  # vLLM reads what transformers does
-        if reasons := _refusals(kind, model):
+        if reasons := _refusals(kind, model, options.tensor_parallel):
             return Row(kind, refused=reasons)
         folder = room / HF
         if not folder.exists():
@@ -225,9 +243,8 @@ def _check_format(row: Row, room: Path, windows: Tensor, own: Reading, options: 
     if row.format == "vllm":
         if options.vllm is None and importlib.util.find_spec("vllm") is None:
             return row.noted("not run, as vLLM is not here: name the Python of an environment that has it by --vllm")
-        return parity.compare(
-            row, functools.partial(parity.by_vllm, path, options.vllm or sys.executable, windows), own
-        )
+        python, settings = options.vllm or sys.executable, {"tensor_parallel_size": options.tensor_parallel}
+        return parity.compare(row, functools.partial(parity.by_vllm, path, python, windows, settings), own)
     if importlib.util.find_spec("xllamacpp") is None:
         return row.noted("not loaded, as llama.cpp is not on this machine: pip install xllamacpp")
     return parity.compare(row, functools.partial(parity.by_llama_cpp, path, windows), own)

@@ -4,12 +4,14 @@ Both compute the log-probabilities of a text and continue a prompt greedily.
 """
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -91,19 +93,20 @@ def by_transformers(folder: Path, windows: Tensor) -> Reading:  # [n, s]
     return _by_program([sys.executable, "-I", standalone.__file__], folder, windows, {})
 
 
-def by_vllm(folder: Path, python: str, windows: Tensor) -> Reading:  # [n, s]
+def by_vllm(folder: Path, python: str, windows: Tensor, settings: Mapping[str, Any] = {}) -> Reading:  # [n, s]
     """The output of vLLM on a folder.
 
     Args:
         folder: The folder.
         python: The Python of an environment with vLLM.
         windows: Token ids.
+        settings: Of `vllm.LLM`.
 
     Raises:
         ValueError: vLLM is not there, or does not load the folder.
     """
-    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ
-    return _by_program([python, "-I", vllm_reading.__file__], folder, windows, settings)
+    own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ
+    return _by_program([python, "-I", vllm_reading.__file__, json.dumps(settings)], folder, windows, own)
 
 
 def _by_program(command: list[str], folder: Path, windows: Tensor, settings: Mapping[str, str]) -> Reading:

@@ -1,7 +1,7 @@
 """Log-probabilities and greedy generation by vLLM, run as a program in an environment that has it.
 
-`python -I vllm_reading.py FOLDER REQUEST ANSWER`, with the files of `plprune.evaluation.standalone`, and a `prompt` in
-the request. It imports nothing of plprune.
+`python -I vllm_reading.py SETTINGS FOLDER REQUEST ANSWER`, with settings of `vllm.LLM` as JSON, the files of
+`plprune.evaluation.standalone`, and a `prompt` in the request. It imports nothing of plprune.
 """
 
 import json
@@ -9,6 +9,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,17 +17,17 @@ from safetensors.torch import load_file, save_file
 CONTINUE = 32  # tokens
 
 
-def main(folder: str, request: str, answer: str) -> None:
+def main(settings: str, folder: str, request: str, answer: str) -> None:
     """Answers a request about the model in a folder."""
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
     asked = load_file(request)
     windows, prompt = asked["windows"].tolist(), asked["prompt"].tolist()
     length = max(len(windows[0]) + 1, len(prompt) + CONTINUE)
-    dtype = json.loads(Path(folder, "config.json").read_text())["dtype"]  # by itself it would round float32
-    sizes = {"max_model_len": length, "max_num_seqs": 4}
-    custom = any(Path(folder).glob("*.py"))
-    llm = LLM(folder, dtype=dtype, trust_remote_code=custom, enforce_eager=True, **sizes)
+    own: dict[str, Any] = {"max_model_len": length, "max_num_seqs": 4, "enforce_eager": True}
+    own["dtype"] = json.loads(Path(folder, "config.json").read_text())["dtype"]  # by itself it would round float32
+    own["trust_remote_code"] = any(Path(folder).glob("*.py"))
+    llm = LLM(folder, **(own | json.loads(settings)))
     reading = SamplingParams(max_tokens=1, prompt_logprobs=1, temperature=0)
     read = llm.generate([{"prompt_token_ids": ids} for ids in windows], reading, use_tqdm=False)
     pairs = [zip(each.prompt_logprobs[1:], ids[1:], strict=True) for each, ids in zip(read, windows, strict=True)]

@@ -58,7 +58,8 @@ class PruningMethod(ABC):
             constraint: The constraint.
             blocks: The model's blocks; if not given, a model without biases is assumed.
         """
-        return [] if constraint == FREE else [f"{type(self).__name__} does not know how: leave out `serve_on`"]
+        remedy = "leave out `serve_on` and `tensor_parallel`"
+        return [] if constraint == FREE else [f"{type(self).__name__} does not know how: {remedy}"]
 
     @property
     def biased(self) -> bool:

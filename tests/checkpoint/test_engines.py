@@ -3,14 +3,19 @@
 import ast
 import inspect
 import json
+import re
+import runpy
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from transformers import AutoConfig
 
-from plprune import CFSP, FASP, FLAP, TwoSSP, prune, save_pruned
+from plprune import CFSP, FASP, FLAP, TwoSSP, load_pruned, prune, save_pruned
+from plprune.architecture import modeling_plprune
 from plprune.architecture.blocks import blocks_of
 from plprune.architecture.modeling_plprune import NoAttention
 from plprune.export import decilm
@@ -71,3 +76,31 @@ def test_the_config_of_a_decilm_folder_is_read_without_plprune(tmp_path: Path) -
     assert [block.attention.no_op for block in config.block_configs] == [False] * 3
     again = type(config).from_dict(config.to_dict())
     assert again.to_dict() == config.to_dict()
+
+
+def test_a_folder_of_an_earlier_plprune_loads_and_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = saved(CFSP(0.25), folder := tmp_path / "out")
+    assert torch.equal(load_pruned(folder)(windows()).logits, model(windows()).logits)
+    assert not caplog.records
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["PrunedForCausalLM"]}))
+    (folder / "model.safetensors.index.json").unlink()
+    old = folder.rename(tmp_path / "old")
+    for _ in range(2):
+        assert torch.equal(load_pruned(old)(windows()).logits, model(windows()).logits)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said == (
+        f"{old} is of an earlier plprune, and vLLM does not load it: `plprune export {old} --to hf --output OUT` "
+        "writes one that it loads"
+    )
+
+
+def test_the_code_of_a_folder_names_the_oldest_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers, "__version__", "5.12.1")
+    said = (
+        "this pruned model needs transformers 5.13 or newer, and 5.12.1 is installed: pip install 'transformers>=5.13'"
+    )
+    with pytest.raises(ImportError, match=re.escape(said)):
+        runpy.run_path(modeling_plprune.__file__)

@@ -309,7 +309,7 @@ def test_a_method_that_has_not_heard_of_places_refuses_them() -> None:
     assert Request(Nothing(), serve_on=["transformers"]).constraint(wide()) == Constraint()
     cases: list[dict[str, Any]] = [{"serve_on": ["decilm"]}, {"tensor_parallel": 2}]
     for place in cases:
-        with pytest.raises(ValueError, match="Nothing does not know how: leave out `serve_on`"):
+        with pytest.raises(ValueError, match="Nothing does not know how: leave out `serve_on` and"):
             Request(Nothing(), **place)
 
 
