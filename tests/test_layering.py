@@ -71,7 +71,7 @@ ORDER = {
     ],
     "architecture": [
         ["config_keys"],
-        ["blocks", "depth"],
+        ["blocks", "depth", "head"],
         ["discovery"],
         ["experts", "proof", "tracing"],
         ["trials"],

@@ -178,7 +178,7 @@ def discover(kind: type[PreTrainedModel], config: PreTrainedConfig) -> ModelAnat
     """Finds the decoder blocks of a class of models with a config, and their units."""
     key = kind, shaping(config)
     if key not in _DISCOVERED:
-        with _on_cpu(), torch.no_grad(), torch.random.fork_rng(devices=[]), _double():  # whatever was set
+        with alone():
             _DISCOVERED[key] = _discover(kind, config)
     return _DISCOVERED[key]
 
@@ -267,19 +267,15 @@ def _with_shared_heads(each: Anatomy) -> Anatomy:
     return dataclasses.replace(each, mixer="")
 
 
-def _on_cpu() -> contextlib.AbstractContextManager[Any]:
-    """Makes new tensors on the CPU; where they are made there anyhow, the context would double the time."""
-    there = torch.get_default_device() == torch.device("cpu")
-    return contextlib.nullcontext() if there else torch.device("cpu")
-
-
 @contextlib.contextmanager
-def _double() -> Iterator[None]:
-    """Makes new tensors in float64, as the model's are."""
-    before = torch.get_default_dtype()
+def alone() -> Iterator[None]:
+    """For models without weights: makes new tensors on the CPU in float64, and gives the random numbers back."""
+    there, before = torch.get_default_device() == torch.device("cpu"), torch.get_default_dtype()
+    cpu = contextlib.nullcontext() if there else torch.device("cpu")  # it doubles the time
     torch.set_default_dtype(torch.float64)
     try:
-        yield
+        with cpu, torch.no_grad(), torch.random.fork_rng(devices=[]):
+            yield
     finally:
         torch.set_default_dtype(before)
 

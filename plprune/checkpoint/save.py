@@ -17,6 +17,7 @@ from transformers.utils import CONFIG_NAME
 
 from plprune.architecture.blocks import blocks_of, dense_class
 from plprune.architecture.config_keys import size_keys
+from plprune.architecture.head import logit_scale
 from plprune.architecture.modeling_plprune import (
     PrunedConfigMixin,
     PrunedForMultimodalLM,
@@ -35,6 +36,7 @@ from plprune.io.atomic import staged
 from plprune.pruning.plan import FILE, PruningPlan
 from plprune.pruning.surgery import plan_of
 
+SERVED = "TransformersForCausalLM"  # the name under which vLLM runs the models of a folder's own code
 PROCESSORS = (
     "processor_config.json",
     "preprocessor_config.json",
@@ -124,9 +126,12 @@ def write_model(
     if mixture:
         for file in Path(folder).glob("*.safetensors"):
             align(file)
-    # vLLM runs the models of a folder's own code under this name.
-    name = PrunedForMultimodalLM.__name__ if is_wrapper(type(own)) else "TransformersForCausalLM"
-    config.architectures = [name if custom else dense.__name__]
+    name = dense.__name__
+    if custom:
+        name = PrunedForMultimodalLM.__name__ if is_wrapper(type(own)) else SERVED
+    config.architectures = [name]
+    if name == SERVED and (scale := logit_scale(dense, own)) not in (None, getattr(config, "logit_scale", 1.0)):
+        config.logit_scale = scale  # where vLLM looks, in all families
     config.dtype = model.dtype
     config.tie_word_embeddings = tied(model)
     if theta := (getattr(config, "rope_parameters", None) or {}).get("rope_theta"):

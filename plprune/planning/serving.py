@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from plprune.architecture.blocks import Block
+from plprune.architecture.head import logit_scale
 from plprune.architecture.modeling_plprune import WHOLE, PrunedConfigMixin
 from plprune.pruning.constraints import FREE, Constraint
 
@@ -46,12 +47,13 @@ class LoadPath:
 
 
 class _Backend(LoadPath):
-    """vLLM's own attention in the place of that of transformers."""
+    """vLLM's own attention and head in the place of those of transformers."""
 
     def takes(self, config: PreTrainedConfig) -> bool:
         family = next(kind for kind in type(config).__mro__ if not issubclass(kind, PrunedConfigMixin))
         mappings: Any = (MODEL_FOR_CAUSAL_LM_MAPPING, *(mapping for _, mapping in WHOLE))
-        return any(mapping[family].is_backend_compatible() for mapping in mappings if family in mapping)
+        kinds = [mapping[family] for mapping in mappings if family in mapping]
+        return any(kind.is_backend_compatible() and logit_scale(kind, config) is not None for kind in kinds)
 
 
 def _path(name: str, families: str, asks: Constraint, **settings: Any) -> LoadPath:
