@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from plprune import CFSP, prune, save_pruned
@@ -37,7 +38,7 @@ class Shifting(LlamaForCausalLM):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = super().forward(*args, **kwargs)
-        out.logits = out.logits + 1
+        out.logits = cast(Tensor, out.logits) + 1
         return out
 
 
