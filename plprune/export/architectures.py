@@ -107,6 +107,12 @@ ARCHS: dict[str, Arch] = {
     "mistral3": Arch(biases=ALL, normal=True, factors=True),
     "hunyuan-dense": Arch(),
     "hunyuan-moe": Arch(mixture=Mixture(shared="width")),
+    "arcee": Arch(normal=True, factors=True),
+    "nemotron": Arch(biases=ALL, partial=True, head="own"),
+    "starcoder2": Arch(biases=ALL, fills=True),
+    "stablelm": Arch(partial=True, fills=True, head="own"),
+    "gemma": Arch(head="tied"),
+    "olmo": Arch(biases=frozenset(), normal=True, fills=True),
 }
 
 RMS = {"rms_norm_eps": (Keys.Attention.LAYERNORM_RMS_EPS, float)}
@@ -274,4 +280,25 @@ LAYOUTS: dict[str, Layout] = {
     "ministral3": Layout(("mistral3",)),
     "hunyuan_v1_dense": Layout(("hunyuan-dense",)),
     "hunyuan_v1_moe": Layout(("hunyuan-moe",)),
+    "arcee": Layout(("arcee",), fixed={"hidden_act": ("relu2",), "mlp_bias": (False,)}),
+    "nemotron": Layout(
+        ("nemotron",),
+        keys={"norm_eps": (Keys.Attention.LAYERNORM_EPS, float)},
+        fixed={"hidden_act": ("relu2",)},
+        gain=1.0,
+    ),
+    "starcoder2": Layout(
+        ("starcoder2",),
+        keys={"norm_epsilon": (Keys.Attention.LAYERNORM_EPS, float)},
+        fixed={"hidden_act": ("gelu_pytorch_tanh",), "use_bias": (True,)},
+    ),
+    "stablelm": Layout(("stablelm",), keys=LAYER_NORM, fixed=SILU | {"qk_layernorm": (False,)}),
+    "gemma": Layout(
+        ("gemma",),
+        fixed={"hidden_act": ("gelu_pytorch_tanh",), "use_bidirectional_attention": (False, None)},
+        gain=1.0,
+    ),
+    "olmo": Layout(
+        ("olmo",), keys={}, fixed=SILU | {"clip_qkv": (None,)}, constants={Keys.Attention.LAYERNORM_EPS: 1e-5}
+    ),
 }

@@ -570,7 +570,7 @@ def _plain(name: str, value: Tensor, gain: float, meta: bool) -> Tensor:
     """A tensor unchanged, or a norm's weight with the gain added; a convolution of each channel is a matrix."""
     value = value.detach().to("meta") if meta else value.detach()
     value = value.squeeze(1) if value.ndim == 3 else value
-    return value.float() + gain if gain and "norm" in name else value
+    return value.float() + gain if gain and "norm" in name and name.endswith("weight") else value
 
 
 def _name_map(model: PreTrainedModel, name: str) -> dict[str, str]:

@@ -81,9 +81,15 @@ LOAD_PATHS: dict[Runtime, tuple[LoadPath, ...]] = {  # per runtime, the first pa
             attention_bias=False,
         ),
         _path(
-            _OWN, "qwen3 gemma2 gemma3_text smollm3 ministral3 glm4 ernie4_5 seed_oss hunyuan_v1_dense", _Q8_0 & _PLAIN
+            _OWN,
+            "qwen3 gemma gemma2 gemma3_text smollm3 ministral3 glm4 ernie4_5 seed_oss hunyuan_v1_dense arcee nemotron",
+            _Q8_0 & _PLAIN,
         ),
-        _path(_OWN, "phi3 gpt_neox gpt2 phi olmo2 olmo3 exaone4 lfm2 cohere2", _Q8_0 & _DENSE),
+        _path(
+            _OWN,
+            "phi3 gpt_neox gpt2 phi olmo olmo2 olmo3 exaone4 lfm2 cohere2 starcoder2 stablelm",
+            _Q8_0 & _DENSE,
+        ),
     ),
     "decilm": (
         _path(_STOCK, "llama", _ALIKE & _DIVIDING),
