@@ -43,7 +43,17 @@ ORDER = {
     "export": [
         ["formats"],
         ["gguf", "parity"],
-        ["architectures", "decilm", "delta", "latent", "llama_cpp", "quantiser", "vllm_reading", "vocabulary"],
+        [
+            "architectures",
+            "decilm",
+            "delta",
+            "gemma4",
+            "latent",
+            "llama_cpp",
+            "quantiser",
+            "vllm_reading",
+            "vocabulary",
+        ],
         ["mixtures"],
         ["configuration_decilm"],
     ],

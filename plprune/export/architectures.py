@@ -36,6 +36,7 @@ class Arch:
         latent: Whether attention is latent.
         convolutions: Whether some blocks have a short convolution in the place of attention.
         delta: Whether some blocks have linear attention by the gated delta rule.
+        kinds: Whether kinds of attention differ in head size and blocks may share keys and values, as in Gemma 4.
         depths: Numbers of blocks at which the graph computes something else.
         fills: Whether heads times head dimension must equal the hidden size.
         head: Whether the output head may be tied to the embedding, must have its own weights or must be tied.
@@ -57,6 +58,7 @@ class Arch:
     latent: bool = False
     convolutions: bool = False
     delta: bool = False
+    kinds: bool = False
     depths: tuple[int, ...] = ()
     fills: bool = False
     head: Literal["any", "own", "tied"] = "any"
@@ -113,6 +115,7 @@ ARCHS: dict[str, Arch] = {
     "stablelm": Arch(partial=True, fills=True, head="own"),
     "gemma": Arch(head="tied"),
     "olmo": Arch(biases=frozenset(), normal=True, fills=True),
+    "gemma4": Arch(biases=frozenset(), per_block=True, windows=6, kinds=True),
 }
 
 RMS = {"rms_norm_eps": (Keys.Attention.LAYERNORM_RMS_EPS, float)}
@@ -300,5 +303,14 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "olmo": Layout(
         ("olmo",), keys={}, fixed=SILU | {"clip_qkv": (None,)}, constants={Keys.Attention.LAYERNORM_EPS: 1e-5}
+    ),
+    "gemma4_text": Layout(
+        ("gemma4",),
+        keys=RMS | {"sliding_window": (Keys.Attention.SLIDING_WINDOW, int)},
+        fixed={
+            "hidden_activation": ("gelu_pytorch_tanh",),
+            "attention_bias": (False,),
+            "use_bidirectional_attention": (None, "vision"),
+        },
     ),
 }

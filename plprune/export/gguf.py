@@ -34,7 +34,7 @@ from plprune.architecture.blocks import Block, UnitGroup, anatomy_of, blocks_of
 from plprune.architecture.modeling_plprune import Gather, Scatter
 from plprune.architecture.modules import innermost, matrix, tied
 from plprune.checkpoint.weights import check_finite
-from plprune.export import delta, latent, mixtures, vocabulary
+from plprune.export import delta, gemma4, latent, mixtures, vocabulary
 from plprune.export.architectures import ARCHS, FFN_IN, LAYOUTS, QKV, Arch, Layout
 from plprune.io.atomic import staged
 
@@ -252,6 +252,8 @@ def _size_refusals(model: PreTrainedModel, name: str) -> Iterator[str]:
     places = {gguf.TENSOR_NAMES[each].rpartition(".")[2] for each in gguf.MODEL_TENSORS[_number(name)]}
     if arch.delta:
         yield from delta.refusals(blocks, name)
+    if arch.kinds:
+        yield from gemma4.refusals(blocks, model.config)
     if arch.latent:
         yield from latent.refusals(blocks[0], len(blocks), model.config.vocab_size)
     yield from mixtures.refusals(blocks, name, arch.mixture, places)
@@ -297,6 +299,8 @@ def _size_refusals(model: PreTrainedModel, name: str) -> Iterator[str]:
 
 def _rope_refusals(model: PreTrainedModel, name: str) -> Iterator[str]:
     arch = ARCHS[name]
+    if arch.kinds:  # has its own
+        return
     rope, sliding = _rope(model.config)
     kind, other = _scaling(rope), sliding.get("rope_type", "default")
     if kind not in SCALINGS or (kind in FACTORS and not arch.factors):
@@ -337,6 +341,7 @@ def _fields(model: PreTrainedModel, name: str) -> dict[str, Any]:
         **({Keys.Attention.HEAD_COUNT_KV: [kv for _, kv in heads]} if arch.convolutions else {}),
         **(delta.fields(blocks, _rotated(model)) if arch.delta else {}),
         **(latent.fields(blocks[0]) if arch.latent else {}),
+        **(gemma4.fields(blocks, config) if arch.kinds else {}),
         **mixtures.fields(blocks, arch.mixture),
         **LAYOUTS[config.model_type].constants,
     }
@@ -447,8 +452,13 @@ def _removed(block: Block) -> bool:
 
 
 def _attending(model: PreTrainedModel) -> list[Block]:
-    """The blocks with attention that is not linear."""
-    return [block for block in blocks_of(model) if block.has_attention and not delta.is_delta(block)]
+    """The blocks with attention whose projections are those of most families."""
+    return [block for block in blocks_of(model) if block.has_attention and not _apart(block)]
+
+
+def _apart(block: Block) -> bool:
+    """Whether a block's attention is written by a module of its own."""
+    return delta.is_delta(block) or gemma4.is_own(block)
 
 
 # Tensors
@@ -473,8 +483,8 @@ def _made(model: PreTrainedModel, name: str, meta: bool) -> Iterator[tuple[str, 
     for block in blocks_of(model):
         with contextlib.nullcontext() if meta else block.present():
             yield from _projections(block, model.config, name, meta)
-            special = latent.tensors(block, meta), delta.tensors(block, meta), mixtures.tensors(block, meta)
-            for own, value in itertools.chain(*special):
+            special = (each.tensors(block, meta) for each in (latent, delta, gemma4, mixtures))
+            for own, value in itertools.chain.from_iterable(special):
                 yield f"blk.{block.index}.{own}", value
             for own, value in _others(block):
                 if own in names:  # not the norm before a removed attention
@@ -525,7 +535,7 @@ def _query_factor(block: Block, config: PreTrainedConfig, name: str) -> float:
     """The factor of queries that makes up for llama.cpp's different scaling of attention."""
     arch = ARCHS[name]
     ours = getattr(block.part(block.anatomy.mixer), "scaling", None)
-    if ours is None or arch.scaled:
+    if ours is None or arch.scaled or arch.kinds:
         return 1
     broad = arch.broad == config.num_hidden_layers
     size = latent.head_dim(block) if arch.latent else block.head_dim
@@ -544,7 +554,7 @@ def _parts(block: Block) -> dict[str, tuple[str, Tensor]]:
         heads = block.groups()[0]
         parts[latent.query(block)] = (heads.producers[0].path, heads.producers[0].index.flatten())
         groups.insert(0, ((), "attn_output", heads))
-    elif block.has_attention and not delta.is_delta(block):
+    elif block.has_attention and not _apart(block):
         groups.insert(0, (QKV, "attn_output", block.groups()[0]))
     for names, consumer, group in groups:
         count = min(len(names), len(group.producers))  # norms over all heads come before Q, K and V
@@ -558,7 +568,7 @@ def _parts(block: Block) -> dict[str, tuple[str, Tensor]]:
 
 def _others(block: Block) -> list[tuple[str, Tensor]]:
     """The parameters of a block outside its projections, with their names in the model."""
-    paths = (*(f"{path}." for path, _ in _parts(block).values()), *mixtures.paths(block))
+    paths = (*(f"{path}." for path, _ in _parts(block).values()), *mixtures.paths(block), *gemma4.paths(block))
     paths += (f"{delta.path(block)}.",) if delta.is_delta(block) else ()
     paths += (f"{latent.path(block)}.",) if latent.is_latent(block) else ()
     prefix = f"{block.path}."
@@ -604,6 +614,8 @@ def _rope_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     if kind == "llama3":
         plain = rope["rope_theta"] ** -(torch.arange(0, count, 2).float() / count)
         yield "rope_freqs.weight", plain / cast(Any, _rotary(model)).inv_freq.float().cpu()
+    if kind == "proportional":
+        yield "rope_freqs.weight", gemma4.rope_factors(_rotary(model), rope["rope_theta"])
     if kind == "longrope":
         yield "rope_factors_long.weight", torch.tensor(rope["long_factor"])
         yield "rope_factors_short.weight", torch.tensor(rope["short_factor"])

@@ -48,7 +48,7 @@ def refusals(blocks: Sequence[Block], name: str, mixture: Mixture | None, places
     if not some:
         return
     if mixture is None:
-        yield f"llama.cpp's {name} has no experts"
+        yield f"experts are not written for llama.cpp's {name}: take a model of the family without"
         return
     if [block.index for block in dense] != list(range(len(dense) if mixture.leading else 0)):
         yield (

@@ -61,6 +61,7 @@ def _path(name: str, families: str, asks: Constraint, **settings: Any) -> LoadPa
 
 
 _HELD = Constraint(whole_heads=True, first_attention=True)
+_OWN_SIZES = Constraint(whole_heads=True, dense_biases=True, every_attention=True, every_ffn=True)
 _ALIKE = Constraint(whole_heads=True, uniform=True, every_attention=True, every_ffn=True)
 _PLAIN = dataclasses.replace(_ALIKE, dense_biases=True)
 _DENSE = dataclasses.replace(_PLAIN, dense_heads=True)
@@ -76,10 +77,11 @@ LOAD_PATHS: dict[Runtime, tuple[LoadPath, ...]] = {  # per runtime, the first pa
         _path(
             "openelm",
             "qwen3",
-            _Q8_0 & Constraint(whole_heads=True, dense_biases=True, every_attention=True, every_ffn=True),
+            _Q8_0 & _OWN_SIZES,
             tie_word_embeddings=True,
             attention_bias=False,
         ),
+        _path(_OWN, "gemma4_text", _Q8_0 & _OWN_SIZES),
         _path(
             _OWN,
             "qwen3 gemma gemma2 gemma3_text smollm3 ministral3 glm4 ernie4_5 seed_oss hunyuan_v1_dense arcee nemotron",
