@@ -1,6 +1,7 @@
 """Text decoders of models that see: the decoder is pruned, all else stays, and images and text still run."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,10 @@ def test_commands_prune_plan_and_export_it(
     assert not main(["export", "out", "--to=hf,gguf,decilm", "--output=exported", "--seq_len=16", "--max_windows=2"])
     rows = {row["format"].split()[0]: row for row in json.loads(Path("exported/parity.json").read_text())["rows"]}
     assert rows["hf"]["difference"] == 0.0
-    assert all(len(rows[name]["refused"]) == 1 and kind in rows[name]["refused"][0] for name in ("gguf", "decilm"))
+    assert len(rows["decilm"]["refused"]) == 1
+    assert kind in rows["decilm"]["refused"][0]
+    assert not rows["gguf"]["refused"]
+    assert find_spec("xllamacpp") is None or rows["gguf"]["difference"] < 1e-4
     assert not main(["plan", "dense", "--method=FLAP"])
     assert "4 blocks of: 4 kv heads" in capsys.readouterr().out
 

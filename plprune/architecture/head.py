@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from plprune.architecture.discovery import alone
+from plprune.architecture.modeling_plprune import WHOLE, PrunedConfigMixin
 from plprune.architecture.modules import replaced_forwards
 from plprune.architecture.probing import Probes, weightless
 from plprune.architecture.wrappers import text_config
@@ -37,6 +39,20 @@ def logit_scale(kind: type[PreTrainedModel], config: PreTrainedConfig) -> float 
             logits = torch.atanh(logits / cap) * cap
         before, after = (_ratio(*pair) for pair in ((seen[0][0], last), (logits, seen[0][1])))
         return before * after if before and after else None
+
+
+def family_of(config: PreTrainedConfig) -> type[PreTrainedConfig]:
+    """The family's class of configs, also of a pruned model."""
+    return next(kind for kind in type(config).__mro__ if not issubclass(kind, PrunedConfigMixin))
+
+
+def like_alone(config: PreTrainedConfig) -> bool:
+    """Whether a model with towers makes its logits as its text decoder does where that is a model of its own."""
+    own, family = text_config(config), family_of(config)
+    whole: Any = next(mapping[family] for _, mapping in WHOLE if family in mapping)  # type: ignore[index]
+    decoder: Any = MODEL_FOR_CAUSAL_LM_MAPPING[family_of(own)]
+    scale = logit_scale(whole, config)
+    return scale is not None and scale == logit_scale(decoder, own)
 
 
 def _ratio(a: Tensor, b: Tensor) -> float | None:

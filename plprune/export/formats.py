@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plprune.architecture.blocks import blocks_of
+from plprune.architecture.modeling_plprune import is_wrapper
 from plprune.checkpoint.model_card import record_of, write_card
 from plprune.checkpoint.save import write_model
 from plprune.checkpoint.weights import check_saved, without_tied
@@ -28,6 +29,7 @@ from plprune.pruning.constraints import device_counts
 FORMATS = ("hf", "gguf", "decilm", "vllm")
 GgufDtype = Literal["f32", "f16", "bf16", "q8_0"]
 HF = FORMATS[0]
+TEXT_ALONE = "the text decoder alone: what sees or hears is not written"
 SAME_AS: dict[torch.dtype, GgufDtype] = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
@@ -197,7 +199,8 @@ def _write_format(
             _gguf().write(model, tokenizer, room / file, dtype)
     except ValueError as error:  # llama.cpp lacks the tokenizer
         return Row(format, refused=[str(error)])
-    return Row(format, file, bytes=_size(room / file), note=note)
+    row = Row(format, file, bytes=_size(room / file), note=note)
+    return row.noted(TEXT_ALONE) if kind == "gguf" and is_wrapper(type(model.config)) else row
 
 
 def _pad_for_blocks(model: PreTrainedModel, options: Options) -> str:

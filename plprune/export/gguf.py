@@ -1,7 +1,7 @@
 """Writes dense and pruned models to GGUF files for llama.cpp.
 
 A model is written as the first of its family's architectures that computes it; `deci`, which has sizes per block, comes
-last.
+last. Of a model that sees or hears, the text decoder is written: llama.cpp has the other parts in files of their own.
 
 Some graphs rotate neighbouring pairs (`normal`), others pairs of halves, as transformers does. For the former, the rows
 of Q and K are reordered.
@@ -31,8 +31,10 @@ except ImportError as error:
     raise ImportError("writing GGUF needs the package gguf: pip install 'plprune[export]'") from error
 
 from plprune.architecture.blocks import Block, UnitGroup, anatomy_of, blocks_of
-from plprune.architecture.modeling_plprune import Gather, Scatter
+from plprune.architecture.head import like_alone
+from plprune.architecture.modeling_plprune import Gather, Scatter, is_wrapper
 from plprune.architecture.modules import innermost, matrix, tied
+from plprune.architecture.wrappers import text_config, text_parts
 from plprune.checkpoint.weights import check_finite
 from plprune.export import delta, gemma4, latent, mixtures, vocabulary
 from plprune.export.architectures import ARCHS, FFN_IN, LAYOUTS, QKV, Arch, Layout
@@ -61,10 +63,10 @@ HEAD, QUERY_NORM = "lm_head.weight", ".q_norm."
 
 def refusals(model: PreTrainedModel) -> list[str]:
     """The reasons why llama.cpp cannot run a model, with the settings to change; empty if it can."""
-    layout = LAYOUTS.get(model.config.model_type)
+    layout = LAYOUTS.get(_config(model).model_type)
     if layout is None:
         known = ", ".join(LAYOUTS)
-        return [f"llama.cpp has no architecture for {model.config.model_type!r}: take a model of {known}"]
+        return [f"llama.cpp has no architecture for {_config(model).model_type!r}: take a model of {known}"]
     return [*_family_refusals(model, layout), *_choose(model, layout)[1]]
 
 
@@ -76,7 +78,7 @@ def arch_of(model: PreTrainedModel) -> str:
     """
     if reasons := refusals(model):
         raise ValueError(f"llama.cpp cannot run this model: {'; '.join(reasons)}")
-    return _choose(model, LAYOUTS[model.config.model_type])[0]
+    return _choose(model, LAYOUTS[_config(model).model_type])[0]
 
 
 def write(
@@ -223,11 +225,16 @@ def _family_refusals(model: PreTrainedModel, layout: Layout) -> Iterator[str]:
                 f"block {block.index} has no FFN channels, which llama.cpp computes wrongly: keep some in every block, "
                 "as `drop_ffns` 0 does"
             )
+    if is_wrapper(type(model.config)) and not like_alone(model.config):
+        yield (
+            f"{model.config.model_type} makes its logits otherwise than {_config(model).model_type} does alone, which "
+            "is what llama.cpp computes: take a model of the decoder alone"
+        )
     for key, allowed in layout.fixed.items():
-        if getattr(model.config, key, allowed[0]) not in allowed:
-            yield f"{key} is {getattr(model.config, key)!r}, and llama.cpp computes {allowed[0]!r} only"
+        if getattr(_config(model), key, allowed[0]) not in allowed:
+            yield f"{key} is {getattr(_config(model), key)!r}, and llama.cpp computes {allowed[0]!r} only"
     for key in layout.keys:
-        if getattr(model.config, key, None) is None:
+        if getattr(_config(model), key, None) is None:
             yield f"{key} is not set, and llama.cpp always applies it"
 
 
@@ -238,9 +245,10 @@ def _arch_refusals(model: PreTrainedModel, name: str) -> Iterator[str]:
     arch = ARCHS[name]
     if arch.head == "tied" and not tied(model):
         yield f"the output head is not tied to the embedding, as llama.cpp's {name} requires: tie them"
-    if _windowed(model.config, arch) and not any(_windows(model.config)):
+    if _windowed(_config(model), arch) and not any(_windows(_config(model))):
         yield f"no block has a sliding window, and llama.cpp's {name} does not run without one"
-    if name == "smollm3" and any(bool(r) == (not (i + 1) % NOPE) for i, r in enumerate(model.config.no_rope_layers)):
+    nope = _config(model).no_rope_layers if name == "smollm3" else ()
+    if any(bool(rotated) == (not (i + 1) % NOPE) for i, rotated in enumerate(nope)):
         yield f"llama.cpp's smollm3 leaves every {NOPE}th block without rotary embedding, this model others"
     if lost := [own for own, target in _names(model, name).items() if target is None and own != HEAD]:
         yield f"llama.cpp's {name} has no place for {lost[0]}{f' and {len(lost) - 1} others' if lost[1:] else ''}"
@@ -253,9 +261,9 @@ def _size_refusals(model: PreTrainedModel, name: str) -> Iterator[str]:
     if arch.delta:
         yield from delta.refusals(blocks, name)
     if arch.kinds:
-        yield from gemma4.refusals(blocks, model.config)
+        yield from gemma4.refusals(blocks, _config(model))
     if arch.latent:
-        yield from latent.refusals(blocks[0], len(blocks), model.config.vocab_size)
+        yield from latent.refusals(blocks[0], len(blocks), _config(model).vocab_size)
     yield from mixtures.refusals(blocks, name, arch.mixture, places)
     widths = sorted({block.channels for block in blocks})
     heads = sorted({_heads(block) for block in _attending(model)})
@@ -276,10 +284,11 @@ def _size_refusals(model: PreTrainedModel, name: str) -> Iterator[str]:
         yield f"query heads share kv heads, and in llama.cpp's {name} each has its own"
     if len(blocks) in arch.depths:
         yield f"there are {len(blocks)} blocks, at which llama.cpp's {name} computes another model: drop a block"
-    unfilled = [query for query, _ in heads if query * _head_dim(model) != model.config.hidden_size]
+    hidden = _config(model).hidden_size
+    unfilled = [query for query, _ in heads if query * _head_dim(model) != hidden]
     if arch.fills and unfilled:
         yield (
-            f"{unfilled[0]} heads of {_head_dim(model)} do not fill the hidden size {model.config.hidden_size}, which "
+            f"{unfilled[0]} heads of {_head_dim(model)} do not fill the hidden size {hidden}, which "
             f"llama.cpp's {name} takes for granted: prune no heads"
         )
     added = sorted(
@@ -301,7 +310,7 @@ def _rope_refusals(model: PreTrainedModel, name: str) -> Iterator[str]:
     arch = ARCHS[name]
     if arch.kinds:  # has its own
         return
-    rope, sliding = _rope(model.config)
+    rope, sliding = _rope(_config(model))
     kind, other = _scaling(rope), sliding.get("rope_type", "default")
     if kind not in SCALINGS or (kind in FACTORS and not arch.factors):
         yield f"llama.cpp's {name} does not scale rotary embeddings by {rope['rope_type']!r} as it is set here"
@@ -321,7 +330,7 @@ def _rope_refusals(model: PreTrainedModel, name: str) -> Iterator[str]:
 
 
 def _fields(model: PreTrainedModel, name: str) -> dict[str, Any]:
-    config, arch, blocks = model.config, ARCHS[name], blocks_of(model)
+    config, arch, blocks = _config(model), ARCHS[name], blocks_of(model)
     attending = {block.index for block in _attending(model)}
     heads = [_heads(block) if block.index in attending else (0, 0) for block in blocks]
     sizes = {
@@ -353,13 +362,13 @@ def _fields(model: PreTrainedModel, name: str) -> dict[str, Any]:
     if windowed and _windows(config) != [bool((i + 1) % arch.windows) for i in range(len(blocks))]:
         fields[Keys.Attention.SLIDING_WINDOW_PATTERN] = _windows(config)
     # llama.cpp treats some names specially, so an unnamed model gets none.
-    label = os.path.basename((config.name_or_path or "").rstrip("/"))
+    label = os.path.basename((model.config.name_or_path or "").rstrip("/"))
     named = {Keys.General.NAME: label} if label else {}
     return named | {key.format(arch=name): value for key, value in fields.items()}
 
 
 def _rope_fields(model: PreTrainedModel) -> dict[str, Any]:
-    rope, sliding = _rope(model.config)
+    rope, sliding = _rope(_config(model))
     if not rope:
         return {}
     fields = {Keys.Rope.DIMENSION_COUNT: _rotated(model), Keys.Rope.FREQ_BASE: float(rope["rope_theta"])}
@@ -371,7 +380,7 @@ def _rope_fields(model: PreTrainedModel) -> dict[str, Any]:
     if kind in ("linear", "yarn"):
         fields[Keys.Rope.SCALING_FACTOR] = factor
     if kind in ("yarn", "longrope"):
-        fields[Keys.Rope.SCALING_ORIG_CTX_LEN] = _original_context(model.config)
+        fields[Keys.Rope.SCALING_ORIG_CTX_LEN] = _original_context(_config(model))
     if beta := rope.get("llama_4_scaling_beta"):
         fields[Keys.Attention.TEMPERATURE_SCALE] = float(beta)
     prefix = "full_attention_" if sliding else ""
@@ -379,6 +388,11 @@ def _rope_fields(model: PreTrainedModel) -> dict[str, Any]:
     if kind == "yarn":  # llama.cpp multiplies by this factor itself
         attention /= 1 + 0.1 * math.log(factor)
     return fields if attention == 1 else fields | {Keys.Rope.SCALING_ATTN_FACTOR: attention}
+
+
+def _config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The config of the text decoder, which is all that a file holds."""
+    return text_config(model.config)
 
 
 def _scaling(rope: Rope) -> str:
@@ -408,13 +422,14 @@ def _original_context(config: PreTrainedConfig) -> int:
 
 
 def _rotary(model: PreTrainedModel) -> nn.Module | None:
-    return next((module for name, module in model.named_modules() if name.endswith("rotary_emb")), None)
+    decoder = text_parts(model, anatomy_of(model).blocks)[0]
+    return next((module for name, module in decoder.named_modules() if name.endswith("rotary_emb")), None)
 
 
 def _rotated(model: PreTrainedModel) -> int:
     if latent.is_latent(blocks_of(model)[0]):
-        return model.config.qk_rope_head_dim
-    return int(_head_dim(model) * _rope(model.config)[0].get("partial_rotary_factor", 1.0))
+        return _config(model).qk_rope_head_dim
+    return int(_head_dim(model) * _rope(_config(model))[0].get("partial_rotary_factor", 1.0))
 
 
 def _context(config: PreTrainedConfig, arch: Arch) -> int:
@@ -467,14 +482,14 @@ def _apart(block: Block) -> bool:
 def _tensors(model: PreTrainedModel, name: str, meta: bool = False) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a file by name, converted one at a time."""
     for own, value in _made(model, name, meta):
-        factor = _factor(model.config, name, own)
+        factor = _factor(_config(model), name, own)
         yield own, _times(value, factor)
 
 
 def _made(model: PreTrainedModel, name: str, meta: bool) -> Iterator[tuple[str, Tensor]]:
-    inside, names = f"{anatomy_of(model).blocks}.", _name_map(model, name)
-    gain = LAYOUTS[model.config.model_type].gain
-    outside = {own: value for own, value in model.named_parameters() if not own.startswith(inside)}
+    names = _name_map(model, name)
+    gain = LAYOUTS[_config(model).model_type].gain
+    outside = _outside(model)
     if HEAD in names:  # even if it is tied to the embedding
         outside[HEAD] = model.get_output_embeddings().weight  # type: ignore[union-attr,assignment]
     for own, value in outside.items():
@@ -482,13 +497,13 @@ def _made(model: PreTrainedModel, name: str, meta: bool) -> Iterator[tuple[str, 
     yield from _rope_tensors(model)
     for block in blocks_of(model):
         with contextlib.nullcontext() if meta else block.present():
-            yield from _projections(block, model.config, name, meta)
+            yield from _projections(block, _config(model), name, meta)
             special = (each.tensors(block, meta) for each in (latent, delta, gemma4, mixtures))
             for own, value in itertools.chain.from_iterable(special):
                 yield f"blk.{block.index}.{own}", value
             for own, value in _others(block):
                 if own in names:  # not the norm before a removed attention
-                    factor = _query_factor(block, model.config, name) if QUERY_NORM in own else 1
+                    factor = _query_factor(block, _config(model), name) if QUERY_NORM in own else 1
                     yield names[own], _times(_plain(own, value, gain, meta), factor)
 
 
@@ -591,15 +606,29 @@ def _name_map(model: PreTrainedModel, name: str) -> dict[str, str]:
 
 
 def _names(model: PreTrainedModel, name: str) -> dict[str, str | None]:
-    blocks, inside = blocks_of(model), f"{anatomy_of(model).blocks}."
-    own = [own for own, _ in model.named_parameters() if not own.startswith(inside)]
-    folded = LAYOUTS[model.config.model_type].scales and not ARCHS[name].scaled
+    blocks, own = blocks_of(model), list(_outside(model))
+    folded = LAYOUTS[_config(model).model_type].scales and not ARCHS[name].scaled
     own += [HEAD] if ARCHS[name].head == "own" or folded else []
     own += [own for block in blocks for own, _ in _others(block)]
     names = gguf.get_tensor_name_map(_number(name), len(blocks))
-    found = {each: names.get_name(each, (".weight", ".bias")) for each in own}
+    around = f"{anatomy_of(model).blocks.rpartition('.')[0]}."
+    found = {each: names.get_name(_unwrapped(each, around), (".weight", ".bias")) for each in own}
     bare = {each: f"{name}.weight" for each, name in found.items() if name and not each.endswith((".weight", ".bias"))}
     return found | bare
+
+
+def _outside(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The parameters of the text decoder and of the head outside the blocks."""
+    blocks = anatomy_of(model).blocks
+    read = {id(value) for part in text_parts(model, blocks) for value in part.parameters()}
+    return {
+        own: value for own, value in model.named_parameters() if not own.startswith(f"{blocks}.") and id(value) in read
+    }
+
+
+def _unwrapped(own: str, around: str) -> str:
+    """The name of a decoder's parameter where the decoder is not inside a larger model."""
+    return f"model.{own.removeprefix(around)}" if "." in around[:-1] and own.startswith(around) else own
 
 
 def _number(name: str) -> Any:
@@ -609,7 +638,7 @@ def _number(name: str) -> Any:
 
 def _rope_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """The divisors of rotary frequencies, if they differ between frequencies."""
-    rope, _ = _rope(model.config)
+    rope, _ = _rope(_config(model))
     kind, count = _scaling(rope), _rotated(model)
     if kind == "llama3":
         plain = rope["rope_theta"] ** -(torch.arange(0, count, 2).float() / count)

@@ -24,8 +24,9 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from plprune.architecture.blocks import Block
-from plprune.architecture.head import logit_scale
-from plprune.architecture.modeling_plprune import WHOLE, PrunedConfigMixin
+from plprune.architecture.head import family_of, logit_scale
+from plprune.architecture.modeling_plprune import WHOLE
+from plprune.architecture.wrappers import text_config
 from plprune.pruning.constraints import FREE, Constraint
 
 Runtime = Literal["llama.cpp", "vllm", "decilm", "transformers"]
@@ -50,7 +51,7 @@ class _Backend(LoadPath):
     """vLLM's own attention and head in the place of those of transformers."""
 
     def takes(self, config: PreTrainedConfig) -> bool:
-        family = next(kind for kind in type(config).__mro__ if not issubclass(kind, PrunedConfigMixin))
+        family = family_of(config)
         mappings: Any = (MODEL_FOR_CAUSAL_LM_MAPPING, *(mapping for _, mapping in WHOLE))
         kinds = [mapping[family] for mapping in mappings if family in mapping]
         return any(kind.is_backend_compatible() and logit_scale(kind, config) is not None for kind in kinds)
@@ -144,7 +145,8 @@ def _constraint_of(
     runtime: Runtime, conflicts: Callable[[Constraint], list[str]], config: PreTrainedConfig | None
 ) -> Constraint:
     """The constraint of the first load path that the method can honour."""
-    paths = [path for path in LOAD_PATHS[runtime] if config is None or path.takes(config)]
+    read = config if config is None or runtime != "llama.cpp" else text_config(config)  # all that a GGUF file holds
+    paths = [path for path in LOAD_PATHS[runtime] if read is None or path.takes(read)]
     if not paths and config is not None:
         raise ValueError(f"{runtime} has no architecture for {config.model_type!r}: remove {runtime} from `serve_on`")
     reasons: dict[str, list[str]] = {}

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from plprune import CFSP, prune, save_pruned
-from plprune.architecture.head import logit_scale
+from plprune.architecture.head import like_alone, logit_scale
 from tests.builders import tiny, windows
+from tests.wrappers import build as seeing
 from tests.zoo import build
 
 SCALES = {"llama": 1.0, "granite": 1 / 3, "cohere2": 0.5, "minicpm3": 4.0, "gemma2": 1.0}
@@ -53,3 +54,8 @@ def test_a_folder_says_the_scale_where_vllm_looks(family: str, said: float | Non
     save_pruned(model, tmp_path / "out")
     found = json.loads((tmp_path / "out/config.json").read_text()).get("logit_scale")
     assert found == (None if said is None else pytest.approx(said))
+
+
+@pytest.mark.parametrize(("kind", "alike"), [("llava", True), ("gemma4", True), ("aya_vision", False)])
+def test_a_model_that_sees_may_make_its_logits_as_its_decoder_does_alone(kind: str, alike: bool) -> None:
+    assert like_alone(seeing(kind).config) == alike

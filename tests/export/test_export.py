@@ -21,6 +21,7 @@ from plprune.export import decilm, parity
 from plprune.export.parity import Reading, Row
 from plprune.pruning.surgery import apply, pad, plan_of, widen
 from tests.builders import FAMILIES, logits, tiny, tokenizer, windows
+from tests.wrappers import build as seeing
 
 HERE = find_spec("xllamacpp") is not None
 
@@ -40,6 +41,16 @@ def exported(folder: Path, *options: str) -> dict[str, Any]:
 
 
 # ---- the command
+
+
+def test_the_text_decoder_of_a_model_that_sees_is_said_to_be_alone(tmp_path: Path) -> None:
+    model = seeing("llava")
+    prune(model, FASP(0.25, attention="none", bias=False), list(windows(4, 12).split(2)))
+    save_pruned(model, tmp_path / "model", tokenizer())
+    row = exported(tmp_path / "model", "--to", "gguf")["gguf"]
+    assert not row["refused"]
+    assert row["note"].startswith("the text decoder alone: what sees or hears is not written")
+    assert not HERE or row["difference"] < 1e-4
 
 
 @pytest.mark.parametrize(

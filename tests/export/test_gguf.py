@@ -31,12 +31,14 @@ from plprune.pruning.surgery import drop_attention, drop_ffn, shrink
 from plprune.streaming import open_streamed
 from tests.builders import FAMILIES, PAIRS, method, save_tiny, tiny, tokenizer, windows
 from tests.shared import SMOLLM2, gemma, needs_smollm2, shared
+from tests.wrappers import build as seeing
 
 needs_llama_cpp = pytest.mark.skipif(
     find_spec("xllamacpp") is None, reason="llama.cpp is not here: pip install xllamacpp"
 )
 EOS = 2
 OWN: dict[str, dict[str, Any]] = {"smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}}
+SEEING = ("qwen3_5", "mistral3", "idefics3", "internvl", "llava_onevision", "ovis2", "smolvlm", "got_ocr2")
 KNOWN = [family for family in FAMILIES if family in gguf.LAYOUTS]
 
 
@@ -354,6 +356,44 @@ def test_settings_that_llama_cpp_does_not_compute_are_refused(
     family: str, settings: dict[str, Any], reason: str
 ) -> None:
     assert reason in refused(tiny(family, **settings))
+
+
+# Models that see
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(
+    ("kind", "tolerance"),
+    [
+        ("llava", 1e-4),
+        ("gemma3", 0.01),
+        *(pytest.param(kind, 1e-4, marks=pytest.mark.slow) for kind in SEEING),
+        pytest.param("gemma4", 0.01, marks=pytest.mark.slow),
+    ],
+)
+def test_the_text_decoder_of_a_model_that_sees_is_written(kind: str, tolerance: float, tmp_path: Path) -> None:
+    model = seeing(kind)
+    torch.manual_seed(1)
+    for value in model.parameters():
+        value.data = value.data + 0.1 * torch.randn_like(value) if value.ndim == 1 else 6 * value.data
+    check(model, path := written(model, tmp_path), tolerance=tolerance)
+    assert not [t.name for t in GGUFReader(path).tensors if t.name.startswith(("v.", "mm."))]
+    path.unlink()
+    prune(model, method("TwoSSP without stage 2", 0.2), list(windows(4, 12).split(2)))
+    assert gguf.refusals(model) == []
+    check(model, written(model, tmp_path), tolerance=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("aya_vision", "aya_vision makes its logits otherwise than cohere2 does alone"),
+        ("qwen3_vl", "no architecture for 'qwen3_vl_text'"),
+        ("paligemma", "use_bidirectional_attention is True"),
+    ],
+)
+def test_a_model_that_sees_whose_decoder_llama_cpp_does_not_compute_is_refused(kind: str, reason: str) -> None:
+    assert reason in refused(seeing(kind))
 
 
 # The file

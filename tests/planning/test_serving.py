@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BloomConfig, PreTrainedModel
 
 from plprune import CFSP, FASP, FLAP, Calibration, PruningMethod, PruningPlan, Target, TwoSSP, load_pruned, prune
 from plprune.architecture.blocks import Block, blocks_of
@@ -30,6 +30,7 @@ from plprune.pruning.surgery import plan_of
 from plprune.streaming import open_streamed, prune_streamed
 from tests.builders import FAMILIES, numbers, save_tiny, tiny, windows
 from tests.ranks import in_ranks
+from tests.wrappers import build as seeing
 
 SPARSITY = 0.3
 ALIKE: dict[str, Any] = {  # what leaves all blocks alike, their heads and biases as they were
@@ -256,6 +257,17 @@ def test_vllm_takes_every_size(method: PruningMethod) -> None:
     prune(free, method, [windows()])
     prune(served, method, [windows()], serve_on=["vllm"])
     assert torch.equal(free(windows()).logits, served(windows()).logits)
+
+
+def test_llama_cpp_reads_the_text_decoder_of_a_model_that_sees() -> None:
+    def conflicts(_: Constraint) -> list[str]:
+        return []
+
+    for kind, decoder in (("gemma3", "gemma3_text"), ("gemma4", "gemma4_text"), ("llava", "llama")):
+        configs = [seeing(kind).config, CONFIG_MAPPING[decoder]()]
+        assert len({serving.constraint(["llama.cpp"], 1, conflicts, config) for config in configs}) == 1
+    with pytest.raises(ValueError, match="has no architecture for 'qwen3_vl'"):
+        serving.constraint(["llama.cpp"], 1, conflicts, seeing("qwen3_vl").config)
 
 
 def test_vllm_needs_a_family_whose_attention_can_be_replaced() -> None:
