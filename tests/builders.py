@@ -174,7 +174,7 @@ def judge_only(path: str) -> None:
         raise ValueError(f"cannot import {module or name} ({error}): start pytest where the file is") from error
     if not (isinstance(found, type) and issubclass(found, PruningMethod)):
         raise ValueError(f"{path} is not a subclass of plprune.PruningMethod: name one as MODULE.CLASS")
-    METHODS[name] = found
+    EVERY[name] = found
     OWN.append(name)
 
 

@@ -101,7 +101,7 @@ def test_it_runs_from_the_first_cell_to_the_last(name: str, tmp_path: Path) -> N
 
 
 def test_the_contract_battery_takes_a_method_by_its_dotted_path(monkeypatch) -> None:
-    monkeypatch.setattr(builders, "METHODS", {})
+    monkeypatch.setattr(builders, "EVERY", {})
     monkeypatch.setattr(builders, "OWN", [])
     builders.judge_only("plprune.methods.cfsp.CFSP")
     assert builders.OWN == ["CFSP"]

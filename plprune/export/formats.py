@@ -162,8 +162,7 @@ def _refusals(kind: str, model: PreTrainedModel, devices: int = 1) -> list[str]:
 
 def _shares(model: PreTrainedModel, devices: int) -> list[str]:
     """The reason why so many devices cannot share a model, if there is one."""
-    able = device_counts(blocks_of(model))
-    if devices in able:
+    if devices == 1 or devices in (able := device_counts(blocks_of(model))):
         return []
     others = f", but {', '.join(map(str, able))} can" if able != [1] else ""
     return [
