@@ -172,11 +172,14 @@ def test_observing_again_sees_the_changed_block() -> None:
 
 @pytest.mark.slow
 def test_several_hidden_states_of_a_token_are_no_samples() -> None:
-    model, ids, seen = build("deepseek_v4"), windows(4, 6), {}
+    model, ids = build("deepseek_v4"), windows(4, 6)
+    seen: dict[int, Any] = {}
+
+    def note(index: int) -> Any:
+        return lambda _, args: seen.update({index: args[0]})
+
     parts = {block.index: block.part(block.ffn.consumer.path) for block in blocks_of(model)}
-    handles = [
-        part.register_forward_pre_hook(lambda _, args, i=i: seen.update({i: args[0]})) for i, part in parts.items()
-    ]
+    handles = [part.register_forward_pre_hook(note(index)) for index, part in parts.items()]
     logits(model, ids)
     for handle in handles:
         handle.remove()
