@@ -591,11 +591,12 @@ class Pruning(CFSP):
 @dataclass(frozen=True)
 class Saving(CFSP):
     def prune(self, model, batches):
-        save = model.save_pretrained
+        family = type(model)
+        save = family.save_pretrained
         def save_and_wait(*args, **kwargs):
             save(*args, **kwargs)
             wait()
-        model.save_pretrained = save_and_wait
+        family.save_pretrained = save_and_wait
         return super().prune(model, batches)
 
 class Training(pl.Callback):
