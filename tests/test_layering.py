@@ -87,7 +87,8 @@ ORDER = {
         ["trials"],
         ["cutting", "probing"],
         ["anatomy", "attached", "wrappers"],
-        ["modeling_plprune", "modules"],
+        ["modules"],
+        ["modeling_plprune"],
     ],
     "io": [
         ["text"],

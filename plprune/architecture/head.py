@@ -18,8 +18,18 @@ def logit_scale(kind: type[PreTrainedModel], config: PreTrainedConfig) -> float 
     """The number by which models of a class multiply what their head makes of the last hidden states.
 
     A soft cap, `final_logit_softcapping` in the config, is undone first. Models that compute their logits otherwise
-    have no such number.
+    have no such number. What was found is kept.
     """
+    key = kind, config.to_json_string()
+    if key not in _SCALES:
+        _SCALES[key] = _logit_scale(kind, config)
+    return _SCALES[key]
+
+
+_SCALES: dict[tuple[type, str], float | None] = {}
+
+
+def _logit_scale(kind: type[PreTrainedModel], config: PreTrainedConfig) -> float | None:
     with alone():
         model, seen = weightless(kind, config), list[tuple[Tensor, Tensor]]()
         head: Any = model.get_output_embeddings()

@@ -361,8 +361,12 @@ class NoFFN(nn.Module):
         self.returned = returned
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        zeros = torch.zeros_like(hidden_states)
-        return (zeros, *[None] * (self.returned - 1)) if self.returned else zeros
+        return returned(torch.zeros_like(hidden_states), self.returned)
+
+
+def returned(hidden: Tensor, length: int) -> Any:
+    """What a block or sub-block returns: its output as the first of a tuple of some length, or alone if that is 0."""
+    return (hidden, *[None] * (length - 1)) if length else hidden
 
 
 class BlockConfig:

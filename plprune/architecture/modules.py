@@ -16,6 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from plprune.architecture.modeling_plprune import returned
+
 
 def lacks_weights(model: nn.Module) -> bool:
     """Whether some parameters are on the meta device."""
@@ -76,11 +78,6 @@ def replaced_forwards(modules: Sequence[nn.Module], forwards: Sequence[Callable[
             del module.forward
             if forward is not None:
                 cast(Any, module).forward = forward
-
-
-def returned(hidden: Tensor, length: int) -> Any:
-    """What a block returns: its output as the first of a tuple of some length, or alone if that is 0."""
-    return (hidden, *[None] * (length - 1)) if length else hidden
 
 
 def passing(length: int) -> Callable[..., Any]:
@@ -199,6 +196,11 @@ def width(module: nn.Module, side: Side) -> int:
 def kept_rows(module: nn.Module) -> Tensor:
     """Indices of the output channels that a projection computes: all, except for a scatter."""
     return cast(Tensor, module.index).cpu() if hasattr(module, "index") else torch.arange(width(module, "out_features"))
+
+
+def detached(value: Tensor, meta: bool) -> Tensor:
+    """A parameter's values; or their shape alone, on the meta device."""
+    return value.detach().to("meta") if meta else value.detach()
 
 
 def dense_weight(module: nn.Module) -> Tensor:  # [d_out, d_in]

@@ -120,6 +120,7 @@ ARCHS: dict[str, Arch] = {
 
 RMS = {"rms_norm_eps": (Keys.Attention.LAYERNORM_RMS_EPS, float)}
 LAYER_NORM = {"layer_norm_eps": (Keys.Attention.LAYERNORM_EPS, float)}
+WINDOW = {"sliding_window": (Keys.Attention.SLIDING_WINDOW, int)}
 SILU = {"hidden_act": ("silu",)}
 ROUTED = {
     "routed_scaling_factor": (Keys.LLM.EXPERT_WEIGHTS_SCALE, float),
@@ -169,6 +170,13 @@ class Layout:
     rounded: bool = False
 
 
+LATENT = Layout(
+    ("deepseek2",),
+    keys=RMS | ROUTED | GROUPS,
+    fixed=SILU | {"rope_interleave": (True,)},
+    neighbours=True,
+    constants=SIGMOID,
+)
 LAYOUTS: dict[str, Layout] = {
     "llama": Layout(("llama", "deci")),
     "mistral": Layout(("llama", "deci")),
@@ -178,8 +186,8 @@ LAYOUTS: dict[str, Layout] = {
     "gemma2": Layout(
         ("gemma2",),
         keys=RMS
+        | WINDOW
         | {
-            "sliding_window": (Keys.Attention.SLIDING_WINDOW, int),
             "attn_logit_softcapping": (Keys.LLM.ATTN_LOGIT_SOFTCAPPING, float),
             "final_logit_softcapping": (Keys.LLM.FINAL_LOGIT_SOFTCAPPING, float),
         },
@@ -188,7 +196,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "gemma3_text": Layout(
         ("gemma3",),
-        keys=RMS | {"sliding_window": (Keys.Attention.SLIDING_WINDOW, int)},
+        keys=RMS | WINDOW,
         fixed={
             "hidden_activation": ("gelu_pytorch_tanh",),
             "attn_logit_softcapping": (None,),
@@ -217,11 +225,7 @@ LAYOUTS: dict[str, Layout] = {
     "smollm3": Layout(("smollm3",)),
     "cohere2": Layout(
         ("cohere2",),
-        keys=LAYER_NORM
-        | {
-            "sliding_window": (Keys.Attention.SLIDING_WINDOW, int),
-            "logit_scale": (Keys.LLM.LOGIT_SCALE, float),
-        },
+        keys=LAYER_NORM | WINDOW | {"logit_scale": (Keys.LLM.LOGIT_SCALE, float)},
         neighbours=True,
     ),
     "mixtral": Layout(("llama",)),
@@ -230,7 +234,7 @@ LAYOUTS: dict[str, Layout] = {
     "olmoe": Layout(("olmoe",), fixed=SILU | {"norm_topk_prob": (False,), "clip_qkv": (None,)}),
     "gpt_oss": Layout(
         ("gpt-oss",),
-        keys=RMS | {"sliding_window": (Keys.Attention.SLIDING_WINDOW, int)},
+        keys=RMS | WINDOW,
         fixed={"swiglu_alpha": (1.702,), "swiglu_limit": (7.0,)},
         rounded=True,
     ),
@@ -241,7 +245,7 @@ LAYOUTS: dict[str, Layout] = {
     "dots1": Layout(("dots1",), keys=RMS | ROUTED, fixed=SILU | {"n_group": (1,)}, constants=SIGMOID),
     "seed_oss": Layout(("seed_oss",)),
     "exaone4": Layout(("exaone4",), fixed=SILU | {"sliding_window": (None,)}),
-    "olmo3": Layout(("olmo2",), keys=RMS | {"sliding_window": (Keys.Attention.SLIDING_WINDOW, int)}),
+    "olmo3": Layout(("olmo2",), keys=RMS | WINDOW),
     "granitemoe": Layout(("granitemoe",), scales=GRANITE),
     "granitemoeshared": Layout(("granitemoe",), scales=GRANITE),
     "deepseek_v2": Layout(
@@ -251,20 +255,8 @@ LAYOUTS: dict[str, Layout] = {
         neighbours=True,
         constants=SOFTMAX | {Keys.LLM.EXPERT_WEIGHTS_NORM: False},
     ),
-    "deepseek_v3": Layout(
-        ("deepseek2",),
-        keys=RMS | ROUTED | GROUPS,
-        fixed=SILU | {"rope_interleave": (True,)},
-        neighbours=True,
-        constants=SIGMOID,
-    ),
-    "glm4_moe_lite": Layout(
-        ("deepseek2",),
-        keys=RMS | ROUTED | GROUPS,
-        fixed=SILU | {"rope_interleave": (True,)},
-        neighbours=True,
-        constants=SIGMOID,
-    ),
+    "deepseek_v3": LATENT,
+    "glm4_moe_lite": LATENT,
     "lfm2": Layout(("lfm2",), keys=CONVOLUTION, fixed={"conv_bias": (False,)}),
     "lfm2_moe": Layout(
         ("lfm2moe",),
@@ -306,7 +298,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "gemma4_text": Layout(
         ("gemma4",),
-        keys=RMS | {"sliding_window": (Keys.Attention.SLIDING_WINDOW, int)},
+        keys=RMS | WINDOW,
         fixed={
             "hidden_activation": ("gelu_pytorch_tanh",),
             "attention_bias": (False,),

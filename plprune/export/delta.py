@@ -11,7 +11,7 @@ from gguf import Keys
 from torch import Tensor
 
 from plprune.architecture.blocks import Block
-from plprune.architecture.modules import matrix
+from plprune.architecture.modules import detached, matrix
 
 
 def is_delta(block: Block) -> bool:
@@ -78,10 +78,11 @@ def tensors(block: Block, meta: bool = False) -> Iterator[tuple[str, Tensor]]:
         "ssm_norm.weight": (mixer.norm.weight, torch.arange(size)),
     }
     for name, (value, index) in rows.items():
-        taken = value.detach().to("meta") if meta else value.detach()[index.to(value.device)]
+        value = detached(value, meta)
+        taken = value[index.to(value.device)]
         yield name, -taken.float().exp() if name == "ssm_a" else taken
-    out = matrix(mixer.out_proj).detach()
-    yield "ssm_out.weight", out.to("meta") if meta else out[:, values.to(out.device)].contiguous()
+    out = detached(matrix(mixer.out_proj), meta)
+    yield "ssm_out.weight", out[:, values.to(out.device)].contiguous()
 
 
 def _key_heads(mixer: Any) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plprune.architecture.blocks import blocks_of
+from plprune.architecture.blocks import blocks_of, dense_class
 from plprune.architecture.modeling_plprune import is_wrapper
 from plprune.checkpoint.model_card import record_of, write_card
 from plprune.checkpoint.save import write_model
@@ -153,7 +153,7 @@ def _refusals(kind: str, model: PreTrainedModel, devices: int = 1) -> list[str]:
     if kind == HF:
         return []
     if kind == "vllm":
-        takes = any(path.takes(model.config) for path in LOAD_PATHS["vllm"])
+        takes = any(path.takes(dense_class(model)[1]) for path in LOAD_PATHS["vllm"])
         return _shares(model, devices) if takes else ["its backend for transformers does not take this family"]
     if kind in unknown_formats():
         return ["it needs the package gguf: pip install 'plprune[export]'"]

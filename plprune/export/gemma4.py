@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from plprune.architecture.blocks import Block
-from plprune.architecture.modules import innermost, matrix
+from plprune.architecture.modules import detached, innermost, matrix
 
 ATTENTION = "self_attn"
 PROJECTIONS = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
@@ -94,18 +94,14 @@ def tensors(block: Block, meta: bool = False) -> Iterator[tuple[str, Tensor]]:
     if not is_own(block):
         return
     for name, module in _projections(_mixer(block)).items():
-        yield f"{name}.weight", _held(matrix(module), meta)
-    yield "layer_output_scale.weight", _held(cast(Any, block.module).layer_scalar, meta)
+        yield f"{name}.weight", detached(matrix(module), meta)
+    yield "layer_output_scale.weight", detached(cast(Any, block.module).layer_scalar, meta)
 
 
 def _projections(mixer: Any) -> dict[str, nn.Module]:
     """The projections that an attention has, by llama.cpp's names."""
     found = {name: getattr(mixer, own, None) for own, name in PROJECTIONS.items()}
     return {name: module for name, module in found.items() if module is not None}
-
-
-def _held(value: Tensor, meta: bool) -> Tensor:
-    return value.detach().to("meta") if meta else value.detach()
 
 
 def _heads(mixer: Any, name: str) -> int:

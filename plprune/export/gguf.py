@@ -33,7 +33,7 @@ except ImportError as error:
 from plprune.architecture.blocks import Block, UnitGroup, anatomy_of, blocks_of
 from plprune.architecture.head import like_alone
 from plprune.architecture.modeling_plprune import Gather, Scatter, is_wrapper
-from plprune.architecture.modules import innermost, matrix, tied
+from plprune.architecture.modules import detached, innermost, matrix, tied
 from plprune.architecture.wrappers import text_config, text_parts
 from plprune.checkpoint.weights import check_finite
 from plprune.export import delta, gemma4, latent, mixtures, vocabulary
@@ -531,10 +531,9 @@ def _projection(block: Block, part: str, kind: str, config: PreTrainedConfig, na
     """The weight or bias of a projection, converted for an architecture."""
     path, rows = _parts(block)[part]
     module = block.part(path)
-    value = (matrix(module) if kind == "weight" else innermost(module).bias).detach()
+    value = detached(matrix(module) if kind == "weight" else innermost(module).bias, meta)
     if len(rows) != len(value) or not torch.equal(rows, torch.arange(len(rows))):
-        value = value.new_empty(len(rows), *value.shape[1:], device="meta") if meta else value[rows.to(value.device)]
-    value = value.to("meta") if meta else value
+        value = value[rows.to(value.device)]
     if part in QKV[:2] and ARCHS[name].normal and not LAYOUTS[config.model_type].neighbours:
         value = value.unflatten(0, (-1, 2, block.head_dim // 2)).transpose(1, 2).flatten(0, 2)
     normed = any(QUERY_NORM in own for own, _ in _others(block))
@@ -593,7 +592,7 @@ def _others(block: Block) -> list[tuple[str, Tensor]]:
 
 def _plain(name: str, value: Tensor, gain: float, meta: bool) -> Tensor:
     """A tensor unchanged, or a norm's weight with the gain added; a convolution of each channel is a matrix."""
-    value = value.detach().to("meta") if meta else value.detach()
+    value = detached(value, meta)
     value = value.squeeze(1) if value.ndim == 3 else value
     return value.float() + gain if gain and "norm" in name and name.endswith("weight") else value
 

@@ -11,7 +11,7 @@ from gguf import Keys
 from torch import Tensor, nn
 
 from plprune.architecture.blocks import Block
-from plprune.architecture.modules import matrix
+from plprune.architecture.modules import detached, matrix
 
 LITE = (26, 27)  # numbers of blocks at which llama.cpp expects queries without a latent of their own
 SHORT = (48, 128256)  # so are this number of blocks with this vocabulary
@@ -66,8 +66,7 @@ def tensors(block: Block, meta: bool = False) -> Iterator[tuple[str, Tensor]]:
     """The tensors that unfold the latent, by llama.cpp's names; none if the block has no latent attention."""
     if not is_latent(block):
         return
-    value, mixer = matrix(block.part(path(block))).detach(), _mixer(block)
-    value = value.to("meta") if meta else value
+    value, mixer = detached(matrix(block.part(path(block))), meta), _mixer(block)
     keys, values = value.unflatten(0, (block.kv_heads, -1)).split([mixer.qk_nope_head_dim, mixer.v_head_dim], dim=1)
     yield "attn_k_b.weight", keys.mT.contiguous()
     yield "attn_v_b.weight", values.contiguous()

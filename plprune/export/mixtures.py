@@ -12,6 +12,7 @@ from torch import Tensor
 
 from plprune.architecture.blocks import Block
 from plprune.architecture.cutting import held
+from plprune.architecture.modules import detached
 
 PARTS = ("ffn_gate_exps", "ffn_up_exps")
 CORRECTION = "exp_probs_b.bias"  # added to what a router chooses experts by
@@ -142,8 +143,7 @@ def _has_place(own: str, places: Collection[str], mixture: Mixture) -> bool:
 
 
 def _held(block: Block, path: str, meta: bool) -> Tensor:
-    value = cast(Tensor, held(block.module, path)).detach()
-    return value.to("meta") if meta else value
+    return detached(cast(Tensor, held(block.module, path)), meta)
 
 
 def _taken(value: Tensor, rows: Tensor, axis: int) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plprune.architecture.blocks import Block, UnitGroup, blocks_of
-from plprune.architecture.modules import lacks_weights, passing, replaced_forwards, returned
+from plprune.architecture.modeling_plprune import returned
+from plprune.architecture.modules import lacks_weights, passing, replaced_forwards
 from plprune.architecture.wrappers import text_config
 from plprune.io import distributed
 from plprune.pruning.hidden_states import HiddenStates

@@ -1,6 +1,7 @@
 """2SSP: the paper's numbers, and the second stage against a plain loop over perplexities."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from plprune import CFSP, FLAP, TwoSSP, load_pruned, prune, save_pruned
+from plprune import CFSP, FLAP, PruningPlan, TwoSSP, load_pruned, prune, save_pruned
 from plprune.architecture.blocks import blocks_of
 from plprune.architecture.modules import innermost, passing, replaced_forwards
 from plprune.commands.plan import predicted
@@ -148,15 +149,21 @@ def perplexity_without(model: Any, gone: list[int], ids: torch.Tensor) -> float:
         return float(model(input_ids=ids, labels=ids).loss)
 
 
-def test_blocks_are_dropped_as_a_plain_loop_would() -> None:
-    ids, expected = windows(1, 24), deep()
-    plan = prune(deep(), TwoSSP(sparsity=0.4, drop_blocks=2), [ids])
-    for block in blocks_of(expected):
+def by_a_plain_loop(model: Any, plan: PruningPlan, loss: Callable[..., float], ids: torch.Tensor) -> list[int]:
+    """The two of five blocks whose absence raises a loss least, one after the other, where FFNs are cut by a plan."""
+    for block in blocks_of(model):
         shrink(block, block.groups("none")[0], plan.keep[f"blocks.{block.index}.ffn"])
     gone: list[int] = []
     for _ in range(2):
         rest = [i for i in range(5) if i not in gone]
-        gone.append(min(rest, key=lambda i: perplexity_without(expected, [*gone, i], ids)))
+        gone.append(min(rest, key=lambda i: loss(model, [*gone, i], ids)))
+    return gone
+
+
+def test_blocks_are_dropped_as_a_plain_loop_would() -> None:
+    ids, expected = windows(1, 24), deep()
+    plan = prune(deep(), TwoSSP(sparsity=0.4, drop_blocks=2), [ids])
+    gone = by_a_plain_loop(expected, plan, perplexity_without, ids)
     assert plan.dropped == sorted(gone)
 
 
@@ -264,12 +271,7 @@ def loss_without_ffns(model: Any, gone: list[int], ids: torch.Tensor) -> float:
 def test_whole_ffns_are_dropped_as_a_plain_loop_would() -> None:
     ids, model, expected = windows(1, 24), deep(), deep()
     plan = prune(model, TwoSSP(sparsity=0.45, drop_ffns=2), [ids])
-    for block in blocks_of(expected):
-        shrink(block, block.groups("none")[0], plan.keep[f"blocks.{block.index}.ffn"])
-    gone: list[int] = []
-    for _ in range(2):
-        rest = [i for i in range(5) if i not in gone]
-        gone.append(min(rest, key=lambda i: loss_without_ffns(expected, [*gone, i], ids)))
+    gone = by_a_plain_loop(expected, plan, loss_without_ffns, ids)
     assert [name for name, keep in plan.keep.items() if not len(keep)] == [f"blocks.{i}.whole_ffn" for i in gone]
     assert float(model(input_ids=ids, labels=ids).loss) == pytest.approx(loss_without_ffns(expected, gone, ids))
     assert plan.reached == pytest.approx(0.45, abs=0.01)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from plprune.architecture.blocks import blocks_of
@@ -11,6 +12,7 @@ from plprune.pruning.gate_training import (
     COLD,
     LIKELIEST,
     Costs,
+    Factors,
     align,
     by_group,
     frozen,
@@ -141,6 +143,16 @@ def test_gains_are_in_the_columns_of_the_weights(family: str) -> None:
     torch.testing.assert_close(found, logits(other), atol=1e-5, rtol=1e-5)
 
 
+def check_scaled(model: PreTrainedModel, other: PreTrainedModel, factors: Factors) -> None:
+    """Checks that factors make the logits of another model, within the context alone."""
+    before = logits(model)
+    with scaled_inputs(factors), torch.no_grad():
+        found = logits(model)
+    torch.testing.assert_close(found, logits(other))
+    assert not torch.equal(found, before)
+    assert torch.equal(logits(model), before)
+
+
 MIXTURES = ["mixtral", "gpt_oss", "nemotron_h"]  # plain; transposed, with biases; without gates
 
 
@@ -153,12 +165,7 @@ def test_factors_of_the_channels_of_experts_are_in_the_columns_of_their_weights(
             own = torch.rand(block.expert_count, block.expert_width, generator=generator).round(decimals=0)
             factors.append((block.part(block.experts.path), own))
             surgery.scale(same, block.experts.channels.consumer.path, own)
-    before = logits(model)
-    with scaled_inputs(factors), torch.no_grad():
-        found = logits(model)
-    torch.testing.assert_close(found, logits(other))
-    assert not torch.equal(found, before)
-    assert torch.equal(logits(model), before)
+    check_scaled(model, other, factors)
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
@@ -173,12 +180,7 @@ def test_the_gate_of_an_expert_multiplies_what_it_adds(kind: str) -> None:
                     tensor = held(same.module, path)
                     assert tensor is not None
                     tensor.data *= own.view(-1, *[1] * (tensor.ndim - 1))
-    before = logits(model)
-    with scaled_inputs(factors), torch.no_grad():
-        found = logits(model)
-    torch.testing.assert_close(found, logits(other))
-    assert not torch.equal(found, before)
-    assert torch.equal(logits(model), before)
+    check_scaled(model, other, factors)
 
 
 def test_experts_of_all_blocks_have_the_same_scores_and_so_have_their_groups() -> None:
