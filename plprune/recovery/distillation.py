@@ -1,7 +1,8 @@
 r"""Distillation: a pruned model learns from the dense model, its teacher, in addition to the next tokens of a text.
 
 The teacher's outputs for a window never change, and the teacher takes as much memory as its weights. Therefore it
-answers each window once before training, the answers are stored on disk, and the teacher is freed.
+answers each window once before training, the answers are stored on disk, and the teacher is freed. Processes share the
+windows. Where they hold shards of the model, they hold shards of the teacher as well, and answer in step.
 
 **Logits.** The teacher's k likeliest tokens :math:`t_1, \dots, t_k` at a position are k events, and all other tokens
 together are one more. The loss is the divergence of the model's distribution p over these events from the teacher's q:
@@ -29,7 +30,8 @@ import contextlib
 import gc
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,15 +40,18 @@ from typing import Literal, cast, get_args
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plprune.architecture.blocks import blocks_of
+from plprune.architecture.modules import lacks_weights
 from plprune.architecture.wrappers import text_config
-from plprune.checkpoint.load import load_model, load_skeleton
+from plprune.checkpoint.load import load_model, load_skeleton, load_tokenizer
 from plprune.checkpoint.stored import Dtype
+from plprune.io import distributed
 from plprune.io.atomic import staged
 from plprune.io.cache import digest
 from plprune.io.checks import check_sizes
+from plprune.io.distributed import ProcessGroup
 from plprune.io.progress import Progress
 from plprune.io.text import IGNORED
 from plprune.io.units import format_value
@@ -66,7 +71,8 @@ class Distillation:
     Its answers are stored under `teacher/` in the trainer's `default_root_dir`, keyed by the contents of model and
     window, so that resumed and later runs reuse them. They take about 6 bytes per token for each of `top_k`, and 2 for
     each value of a hidden state. With another data module than `RecoveryData`, the teacher runs on a window when it is
-    first trained on, and stays in memory to the end of that epoch. Not under ZeRO-3 and FSDP2.
+    first trained on, and stays in memory to the end of that epoch. Under ZeRO-3 and FSDP2 the teacher is sharded like
+    the model; the first process reads it into CPU memory.
 
     Args:
         of: The target: the distribution of the next token (logits), the outputs of four blocks (hidden), or both with
@@ -74,7 +80,8 @@ class Distillation:
         temperature: Divisor of the logits; above 1, unlikely tokens count more.
         weight: The weight of distillation in the loss, in [0, 1]; the next-token loss has the rest.
         top_k: The number of the teacher's likeliest tokens that count individually; all others count as one event.
-        teacher: Name or path of the dense model; by default the model that the plan names as its origin.
+        teacher: Name or path of the dense model, which has the tokenizer of the model; by default the model that the
+            plan names as its origin.
     """
 
     of: Literal["logits", "hidden", "both"] = "logits"
@@ -207,24 +214,37 @@ def choose_teacher(
     return TeacherModel(first.origin.get("model", name), first.origin.get("weights"), dtype)
 
 
-def check_teacher(settings: Distillation, model: PreTrainedModel) -> None:
-    """Raises ValueError if the teacher in the settings does not exist, or does not match the model's sizes."""
+def check_teacher(settings: Distillation, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that a teacher in the settings has the sizes and the tokens of the model.
+
+    Raises:
+        ValueError: It has not, or does not exist.
+    """
     if settings.teacher is None:
         return
+    remedy = "name the dense model by model.distill.teacher"
     theirs, ours = text_config(load_skeleton(settings.teacher).config), text_config(model.config)
     names = ["vocab_size", *(["hidden_size", "num_hidden_layers"] if settings.of != "logits" else [])]
     for name in names:
         if getattr(theirs, name) != getattr(ours, name):
             raise ValueError(
                 f"{settings.teacher} cannot be the teacher, as its {name} is {getattr(theirs, name)} and the model's "
-                f"{getattr(ours, name)}: name the dense model by model.distill.teacher"
+                f"{getattr(ours, name)}: {remedy}"
             )
+    unlike = load_tokenizer(settings.teacher).get_vocab().items() ^ tokenizer.get_vocab().items()
+    if unlike:
+        token, i = min(unlike, key=lambda pair: pair[1])
+        raise ValueError(
+            f"{settings.teacher} cannot be the teacher, as its tokenizer is not the model's ({token!r} is token {i} in "
+            f"only one of them): {remedy}"
+        )
 
 
 class Teacher:
     """Runs the dense model once on each window, and stores its answers on disk.
 
-    It runs window by window, so that an answer does not depend on the rest of a batch.
+    It runs window by window, so that an answer does not depend on the rest of a batch. All methods but :meth:`file` are
+    called by all processes together.
 
     Args:
         settings: The settings of distillation.
@@ -232,42 +252,50 @@ class Teacher:
         dtype: The dtype in which it runs.
         device: The device that it runs on.
         root: The folder for the answers of all teachers.
+        shard: Distributes a model, whose weights only the first process has, in shards over all processes, and returns
+            what runs it; by default every process holds the whole model.
     """
 
     def __init__(
-        self, settings: Distillation, source: TeacherModel, dtype: Dtype, device: torch.device, root: Path
+        self,
+        settings: Distillation,
+        source: TeacherModel,
+        dtype: Dtype,
+        device: torch.device,
+        root: Path,
+        shard: Callable[[PreTrainedModel], nn.Module] | None = None,
     ) -> None:
-        self.settings, self.source, self.dtype, self.device, self.root = settings, source, dtype, device, root
+        self.settings, self.source, self.device, self.root = settings, source, device, root
+        self.dtype: Dtype = dtype
+        self._shard = shard
         self._model: PreTrainedModel | None = None
+        self._forward: nn.Module | None = None  # runs the model once it is on its devices
 
     def prepare(self, windows: Iterable[dict[str, Tensor]], quiet: bool = False) -> None:  # [1, s] each
-        """Runs the teacher on all windows without a stored answer, and frees it."""
+        """Runs the teacher on all windows without a stored answer, each in one process, and frees it."""
         files = {self.file(given): given for given in map(model_inputs, windows)}
-        missing = {file: given for file, given in files.items() if not file.exists()}
-        with Progress(len(missing), "asking the teacher", "window", quiet=quiet) as progress:
-            for i, (file, given) in enumerate(missing.items()):
-                self._ask(file, given)
-                progress.update()
-                if not i and not quiet:
-                    size = format_value(file.stat().st_size * len(missing), "bytes")
-                    log.info("answers of %s to %d windows: %s in %s", self.source.name, len(missing), size, self.folder)
+        group = distributed.world()
+        mine = share([file.name for file in files if not file.exists()], group)
+        self._ask_all({file: given for file, given in files.items() if file.name in mine}, quiet)
+        distributed.gather_objects(None, group)  # waits for the others, whose answers may be on another machine
+        self._ask_all({file: given for file, given in files.items() if not file.exists()}, quiet)
         self.free()
 
     @torch.autocast("cpu", enabled=False)  # autocast cannot stack float16 tensors
     def answers(self, given: dict[str, Tensor]) -> Answers:  # [b, s] each
         """Returns the answers to the windows of a batch, stacked; the teacher runs only on new windows."""
-        found, device = [], given["input_ids"].device
-        for rows in zip(*(each.cpu().split(1) for each in given.values()), strict=True):
-            row = dict(zip(given, rows, strict=True))
-            if not (file := self.file(row)).exists():
-                self._ask(file, row)
-            found.append(load_file(file))
+        device, rows = given["input_ids"].device, zip(*(each.cpu().split(1) for each in given.values()), strict=True)
+        windows = [dict(zip(given, row, strict=True)) for row in rows]
+        files = [self.file(window) for window in windows]
+        missing = {file: window for file, window in zip(files, windows, strict=True) if not file.exists()}
+        self._ask_all(missing, quiet=True)
+        found = [load_file(file) for file in files]
         return {name: torch.stack([each[name] for each in found]).to(device) for name in found[0]}
 
     def free(self) -> None:
         """Removes the model from memory."""
         if self._model is not None:
-            self._model = None
+            self._model = self._forward = None
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -276,7 +304,7 @@ class Teacher:
     def folder(self) -> Path:
         """The folder of the answers by this model with these settings."""
         key: dict[str, object] = {"of": self.settings.of, "dtype": self.dtype, "blocks": BLOCKS}
-        key["weights"] = self.source.weights or fingerprint(self._loaded().named_parameters())
+        key["weights"] = self.source.weights or self._fingerprint()
         if self.settings.uses_logits:
             key |= {"top_k": self.settings.top_k, "temperature": self.settings.temperature}
         return self.root / digest(key)
@@ -286,25 +314,78 @@ class Teacher:
         name = fingerprint(((name, each[0]) for name, each in given.items()), values=1 << 30)
         return self.folder / name[:2] / f"{name}.safetensors"  # few files per folder, as `staged` lists it
 
-    @torch.no_grad()
+    def _ask_all(self, missing: dict[Path, dict[str, Tensor]], quiet: bool) -> None:  # [1, s] each
+        """Asks for answers; of a sharded teacher all processes ask equally often."""
+        count = max(distributed.gather_objects(len(missing), distributed.world())) if self._shard else len(missing)
+        with Progress(count, "asking the teacher", "window", quiet=quiet or not count) as progress:
+            for i, (file, given) in enumerate(missing.items()):
+                self._ask(file, given)
+                progress.update()
+                if not i and not quiet:
+                    size = format_value(file.stat().st_size * len(missing), "bytes")
+                    log.info("answers of %s to %d windows: %s in %s", self.source.name, len(missing), size, self.folder)
+            for _ in range(count - len(missing)):  # what the others gather shards for
+                self._run({"input_ids": torch.zeros(1, 2, dtype=torch.int64)})
+
     def _ask(self, file: Path, given: dict[str, Tensor]) -> None:
+        answer = self._run(given)
+        with staged(file, overwrite=True) as temporary:  # another process may write the same answer
+            save_file(answer, temporary)
+
+    @torch.no_grad()
+    def _run(self, given: dict[str, Tensor]) -> Answers:
         model, settings, answer = self._loaded(), self.settings, {}
+        if self._forward is None:
+            self._forward = self._shard(model) if self._shard else model.to(self.device)  # type: ignore[arg-type]
         blocks = settings.blocks(len(blocks_of(model)))
         fewer = {} if settings.uses_logits else {"logits_to_keep": 1}  # saves most of the head's time
         with recorded_outputs(model, blocks) as states:
             on_device = {name: each.to(self.device) for name, each in given.items()}
-            logits = model(**on_device, use_cache=False, **fewer).logits[0, :-1]
+            logits = self._forward(**on_device, use_cache=False, **fewer).logits[0, :-1]
         if settings.uses_logits:
             values, tokens = top_k_log_probs(logits, settings.top_k, settings.temperature)
             answer |= {"values": values.clamp(min=LEAST).half().cpu(), "tokens": tokens.int().cpu()}
         if blocks:
             answer["hidden"] = torch.cat(states)[:, :-1].bfloat16().cpu().contiguous()
-        with staged(file, overwrite=True) as temporary:  # another process may write the same answer
-            save_file(answer, temporary)
+        return answer
 
     def _loaded(self) -> PreTrainedModel:
+        """The teacher; of one that is sharded, only the first process has the weights."""
         if self._model is None:
             random = [self.device] if self.device.type == "cuda" else []
             with torch.random.fork_rng(random):  # loading must not change the random numbers of training
-                self._model = self.source.load(self.dtype).to(self.device)  # type: ignore[arg-type]
+                self._model = self._load_first() if self._shard else self.source.load(self.dtype)
         return self._model
+
+    def _load_first(self) -> PreTrainedModel:
+        """Loads the weights in the first process; an error there is raised in all."""
+        group, model, fault = distributed.world(), None, None
+        if not distributed.rank(group):
+            try:
+                model = self.source.load(self.dtype)
+            except ValueError as error:
+                fault = str(error)
+        if fault := distributed.broadcast_object(fault, group):
+            raise ValueError(fault)
+        return model or load_skeleton(self.source.name, self.dtype)
+
+    def _fingerprint(self) -> str:
+        """Identifies the teacher's weights."""
+        model = self._loaded()
+        own = None if lacks_weights(model) else fingerprint(model.named_parameters())
+        return cast(str, distributed.broadcast_object(own, distributed.world() if self._shard else None))
+
+
+def share(own: Iterable[str], group: ProcessGroup) -> set[str]:
+    """Divides work among processes: the names that this process does, of those that it asks for.
+
+    Args:
+        own: The names of what this process asks for; others may ask for the same.
+        group: The processes, each of which calls this.
+    """
+    asked = [set(names) for names in distributed.gather_objects(list(own), group)]
+    parts: list[set[str]] = [set() for _ in asked]
+    askers = Counter(name for names in asked for name in names)
+    for name in sorted(askers, key=lambda name: (askers[name], name)):  # first what only one process asks for
+        min((part for part, names in zip(parts, asked, strict=True) if name in names), key=len).add(name)
+    return parts[distributed.rank(group)]

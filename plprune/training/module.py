@@ -1,5 +1,6 @@
 """The LightningModule that recovers a pruned (or dense) causal language model."""
 
+import functools
 import logging
 import math
 import sys
@@ -38,7 +39,16 @@ from plprune.training.foreign_callbacks import check_callbacks
 from plprune.training.objective import Objective
 from plprune.training.optimisation import gradient_norms, warmup_cosine
 from plprune.training.run_identity import Run, check_parameters, check_same_run, check_written_by_recovery, identify
-from plprune.training.strategies import cast_frozen, check_strategy, description, fusable, local_part, shard, shards
+from plprune.training.strategies import (
+    cast_frozen,
+    check_strategy,
+    description,
+    fusable,
+    local_part,
+    shard,
+    shard_frozen,
+    shards,
+)
 from plprune.training.throughput import Throughput
 
 log = logging.getLogger(__name__)
@@ -118,7 +128,7 @@ class Recovery(pl.LightningModule):
         self._not_finite_step = torch.tensor(-1)  # the first step whose loss was not finite
         self._teacher: Teacher | None = None
         if distill is not None:
-            check_teacher(distill, self.model)
+            check_teacher(distill, self.model, self.tokenizer)
 
     @property
     def is_prepared(self) -> bool:
@@ -328,12 +338,11 @@ class Recovery(pl.LightningModule):
         settings = self.distill
         if settings is None or not settings.weight:
             return
-        if shards(self.trainer.strategy):
-            raise ValueError("a teacher needs room for a whole model, unlike ZeRO-3 and FSDP2: leave out model.distill")
-        dtype, weights = self._loaded_in, self._base["weights"]
+        strategy, dtype, weights = self.trainer.strategy, self._loaded_in, self._base["weights"]
         teacher = choose_teacher(settings, plan_of(self.model), self.name_or_path, weights, dtype)
         folder = Path(self.trainer.default_root_dir) / "teacher"
-        self._teacher = Teacher(settings, teacher, dtype, self.trainer.strategy.root_device, folder)
+        spread = functools.partial(shard_frozen, strategy=strategy) if shards(strategy) else None
+        self._teacher = Teacher(settings, teacher, dtype, strategy.root_device, folder, spread)
 
     def _coming_windows(self) -> Iterable[dict[str, Tensor]]:  # [1, s] each
         """The windows that this process will train on, if the data module can tell."""

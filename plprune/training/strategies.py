@@ -286,6 +286,21 @@ def shard(model: PreTrainedModel, strategy: Strategy) -> None:
         _shard_zero3(model, cast(DeepSpeedStrategy, strategy))
 
 
+def shard_frozen(model: PreTrainedModel, strategy: Strategy) -> nn.Module:
+    """Shards a model that is not trained, as :func:`shard` does; returns the module whose forward pass runs it."""
+    model.requires_grad_(False)
+    shard(model, strategy)
+    if isinstance(strategy, ModelParallelStrategy):
+        return model
+    import deepspeed
+
+    zero = {name: value for name, value in _zero(strategy).items() if name != "offload_optimizer"}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine.eval()
+    return cast(nn.Module, engine)
+
+
 def check_config(config: dict[str, Any], trainer: pl.Trainer) -> None:
     """Refuses a DeepSpeed config that contradicts the Trainer, and removes the keys that only repeat it.
 

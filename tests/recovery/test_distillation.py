@@ -17,6 +17,7 @@ from plprune.cli import main
 from plprune.comparison.engine import compare
 from plprune.comparison.study import Study, Training
 from plprune.evaluation.perplexity import Protocol
+from plprune.io import distributed
 from plprune.io.text import IGNORED
 from plprune.pruning.losses import divergence, next_token_loss, top_k_log_probs
 from plprune.pruning.plan import fingerprint
@@ -27,6 +28,7 @@ from plprune.recovery.distillation import (
     hidden_distances,
     loss_denominators,
     recorded_outputs,
+    share,
 )
 from plprune.training.data import collate
 from tests.builders import VOCABULARY, jsonl, logits, numbers, save_tiny, tiny, windows
@@ -209,6 +211,18 @@ def test_the_model_is_loaded_for_what_is_new_only_and_freed(folder: str, tmp_pat
     assert not any(again.file({name: each[:1] for name, each in apart.items()}) == file for file in files)
 
 
+def test_every_window_is_asked_for_by_one_of_the_processes_that_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [["a", "b", "e", "f"], ["b", "c", "e", "f"], ["d"]]
+    monkeypatch.setattr(distributed, "gather_objects", lambda own, group: asked)
+    parts = []
+    for rank, own in enumerate(asked):
+        monkeypatch.setattr(distributed, "rank", lambda group, rank=rank: rank)
+        parts.append(share(own, None))
+    assert all(part <= set(own) for part, own in zip(parts, asked, strict=True))
+    assert sorted(name for part in parts for name in part) == ["a", "b", "c", "d", "e", "f"]
+    assert [len(part) for part in parts] in ([3, 2, 1], [2, 3, 1])
+
+
 def test_random_numbers_are_as_without_a_teacher(folder: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)
@@ -364,6 +378,14 @@ def test_a_teacher_that_cannot_teach_is_refused_at_once(folder: str, tmp_path: P
             Recovery(folder, distill=Distillation(cast(Any, of), teacher=other))
     with pytest.raises(ValueError, match="does not exist"):
         Recovery(folder, distill=Distillation(teacher=str(tmp_path / "none")))
+    stranger = Path(save_tiny(tmp_path / "stranger"))
+    file = stranger / "tokenizer.json"
+    file.write_text(file.read_text().replace('"</s>"', '"<end>"'))
+    (stranger / "tokenizer_config.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"as its tokenizer is not the model's \('</?(s|end)>' is token 2 in only one of"
+    ):
+        Recovery(folder, distill=Distillation(teacher=str(stranger)))
 
 
 def test_it_is_asked_for_on_the_command_line(folder: str, text: str, tmp_path: Path, monkeypatch) -> None:

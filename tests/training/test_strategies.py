@@ -136,6 +136,37 @@ def test_tokens_weigh_the_same_in_whatever_process_and_batch_they_are(
         torch.testing.assert_close(rank["adapters"], expected["adapters"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.multi_process
+@pytest.mark.parametrize("strategy", UNLIKE)
+def test_the_dense_model_teaches_as_in_one_process(
+    taught_in_one_process: dict[str, Any], source: Path, tmp_path: Path, strategy: str
+) -> None:
+    expected = taught_in_one_process
+    run, found = ended(start(source, tmp_path / strategy, strategy, *conversations(source), **TAUGHT))
+    for rank in found:
+        torch.testing.assert_close(rank["losses"][1::2], expected["losses"], rtol=0, atol=1e-4)
+        torch.testing.assert_close(rank["adapters"], expected["adapters"], rtol=0, atol=1e-4)
+    assert len(list((run.folder / "teacher").rglob("*.safetensors"))) == expected["answers"]
+
+
+TAUGHT: dict[str, Any] = {"distill": {"of": "both", "weight": 0.7, "top_k": 9}}
+TAUGHT["callbacks"] = PROBE | {"Prune": {"method": {"class_path": "FLAP", "init_args": {"sparsity": 0.3}}}}
+
+
+def conversations(source: Path) -> tuple[str, ...]:
+    """Answers in documents kept apart, for more than one epoch."""
+    return answers(source), "--data.max_documents=40", "--data.intra_document_masking=true"
+
+
+@pytest.fixture(scope="module")
+def taught_in_one_process(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    together = (*conversations(source), "--trainer.accumulate_grad_batches=1", "--data.batch_size=8")
+    folder = tmp_path_factory.mktemp("taught") / "run"
+    _, (found,) = ended(start(source, folder, "one-process", *together, ranks=1, **TAUGHT))
+    return found | {"answers": len(list((folder / "teacher").rglob("*.safetensors")))}
+
+
 @pytest.mark.multi_process
 @pytest.mark.parametrize("strategy", EVERY)
 def test_the_table_is_that_of_one_process(runs: Callable[[str], Ended], strategy: str) -> None:
