@@ -5,8 +5,9 @@ opens or closes them (`plprune.pruning.gate_training`). The scores thus account 
 need no separate measure of a block's importance. No paper describes this method. It needs gradients, hence the whole
 model in memory, and about six times the work of a forward pass per calibration window.
 
-The loss is the divergence from the dense model's next-token distributions, as in `plprune.recovery.distillation`. Gates
-trained on the text's next tokens overfit.
+The loss is the divergence from the dense model's next-token distributions, as in `plprune.recovery.distillation`. They
+come from the last block's outputs in the pass that gives the initial scores. Gates trained on the text's next tokens
+overfit.
 
 Two repairs follow. The first is least squares, toward the outputs of the dense FFNs (`plprune.pruning.repair`). The
 second trains a gain for every input of every projection in the blocks. Gains start at 1. Their loss is half that
@@ -35,6 +36,7 @@ trains only gains.
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterable, Sequence
 
@@ -46,7 +48,7 @@ from plprune.architecture.blocks import Block, blocks_of
 from plprune.architecture.modules import lacks_weights, on_device
 from plprune.architecture.wrappers import text_config
 from plprune.io import distributed
-from plprune.io.progress import Progress
+from plprune.io.checks import check_sizes
 from plprune.methods.base import Repairing
 from plprune.planning import whole_experts
 from plprune.planning.extremes import extreme_sizes, orders, unique_cases
@@ -84,6 +86,7 @@ from plprune.pruning.statistics import Norms
 from plprune.pruning.stream import observe, stream, values
 from plprune.pruning.surgery import Surgery
 
+log = logging.getLogger(__name__)
 SPREAD = 6.0  # initial difference between the best and the worst score of a block
 
 
@@ -93,8 +96,10 @@ class LearnedGates(Repairing):
 
     Args:
         sparsity: The fraction of the decoder blocks' parameters to remove, in [0, 1).
-        passes: Number of passes over the calibration windows, for gates and again for gains; each window is a step.
-            Gates overfit in many passes: prefer more windows.
+        passes: Number of passes over the calibration windows, for gates and again for gains. Gates overfit in many
+            passes: prefer more windows.
+        gate_share: The fraction of the calibration windows that train gates, the first ones; all of them train gains.
+        windows_per_step: The number of windows per step of training, which several processes share.
         learning_rate: Learning rate of the scores; the best and the worst of a block initially differ by 6.
         gain_rate: Learning rate of the gains, which multiply the inputs of all projections and start at 1; 0 trains no
             gains.
@@ -105,6 +110,8 @@ class LearnedGates(Repairing):
 
     sparsity: float = 0.25
     passes: int = 1
+    gate_share: float = dataclasses.field(default=1.0, kw_only=True)
+    windows_per_step: int = dataclasses.field(default=1, kw_only=True)
     learning_rate: float = 0.1
     gain_rate: float = 0.01
     experts: bool = False
@@ -114,6 +121,9 @@ class LearnedGates(Repairing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_sizes(windows_per_step=self.windows_per_step)
+        if not 0 < self.gate_share <= 1:
+            raise ValueError(f"`gate_share` is {self.gate_share}, but must be above 0 and at most 1")
         if not 1 <= self.passes < 2**31 or not 0 < self.learning_rate < math.inf or not 0 <= self.gain_rate < math.inf:
             raise ValueError(
                 "gates are trained in at least one of `passes`, with a positive `learning_rate`, and gains with a "
@@ -132,6 +142,7 @@ class LearnedGates(Repairing):
             )
         rows, norms, distances = [], [], []
         saliencies: list[Tensor] = []  # [experts] each
+        hidden: Iterable[Tensor] = []  # after the last block, [b, s, d] each
         for block, inputs in stream(model, calibration, "LearnedGates"):
             for group, seen in observe(block, inputs, Norms, attention="none"):
                 rows.append((block, group))
@@ -139,10 +150,12 @@ class LearnedGates(Repairing):
                 if isinstance(seen, PerExpert):
                     saliencies.append(seen.saliency.mean)
             distances.append(inputs.influence.distance("angular"))
+            if block.index == len(blocks) - 1 and self.sparsity:
+                hidden = inputs.outputs()
         u, surgery = importance(distances), Surgery(model)
         fractions = kept_fractions(u[[block.index for block, _ in rows]], p, [len(group) for _, group in rows]).tolist()
         scores = [initial_scores(norm, k) for norm, k in zip(norms, fractions, strict=True)]
-        samples, leaving = self._teacher_samples(model, calibration) if self.sparsity else [], {}
+        samples, leaving = self._teacher_samples(model, calibration, hidden) if self.sparsity else [], {}
         if samples and self.experts:
             units, first, remove = self._experts(blocks, budget, saliencies)
             every, scores = [*units, *rows], [*first, *scores]
@@ -160,7 +173,7 @@ class LearnedGates(Repairing):
         decided = whole_experts.with_leaving(decided, leaving)
         repairer.carry_out(surgery, decided, "LearnedGates repair")
         if samples and self.gain_rate:
-            self._learn_gains(surgery, samples)
+            self._learn_gains(surgery, samples, calibration.group)
         return surgery.plan("LearnedGates", dataclasses.asdict(self), u)
 
     def predict_sizes(self, model: PreTrainedModel, constraint: Constraint = FREE) -> list[dict[str, int]]:
@@ -188,18 +201,19 @@ class LearnedGates(Repairing):
         return unique_cases(budget.rows, [alike, *cases])
 
     def work(self, model: PreTrainedModel, count: int, length: int, constraint: Constraint = FREE) -> Work:
-        """The cost of the dense model's forward pass, of a forward and a backward pass for each step of gates and of
-        gains, with the activations kept for it, and of the repair pass.
+        """The cost of the dense model's head, of a forward and a backward pass for each window of gates and of gains,
+        with the activations kept for it, and of the repair pass.
         """
         blocks, size = blocks_of(model), next(model.parameters()).element_size()
         once = count * length * sum(block_flops(block, length) for block in blocks)
-        d = text_config(model.config).hidden_size
+        text = text_config(model.config)
+        d, head = text.hidden_size, 2 * count * length * text.hidden_size * text.vocab_size
         inner = sum(b.channels + (b.experts.active * b.expert_width if b.expert_count else 0) for b in blocks)
         kept = length * size * (8 * d * len(blocks) + 4 * inner)
         repairs = self.repair_work(model, count * length, length, "none")
-        passes = self.passes * (2 if self.gain_rate else 1)
+        passes = self.passes * (self.gate_share + bool(self.gain_rate))
         teacher = count * length * LIKELIEST * 8
-        return Work((1 + 3 * passes) * once + repairs.flops, repairs.single, teacher + max(kept, repairs.bytes))
+        return Work(head + 3 * passes * once + repairs.flops, repairs.single, teacher + max(kept, repairs.bytes))
 
     @property
     def ranks_experts(self) -> bool:
@@ -230,19 +244,29 @@ class LearnedGates(Repairing):
         by_group = [s.view(b.experts.groups, -1) for (b, _), s in zip(units, saliencies, strict=True)]
         return units, [initial_scores(own, 1 - remove).flatten() for own in by_group], remove
 
-    def _teacher_samples(self, model: PreTrainedModel, calibration: Calibration) -> list[TeacherSample]:
-        """The dense model's distributions for each step."""
-        device = calibration.device or model.device
-        windows, samples = calibration.windows(sum(len(ids) for ids in calibration)), []
-        with (
-            evaluating(model),
-            on_device(model, device),
-            Progress(len(windows), "asking the dense model", "window") as bar,
-        ):
-            for ids in windows:
-                samples.append(teacher_sample(model, ids.to(device)))
-                bar.update()
-        return samples * self.passes
+    def _teacher_samples(
+        self, model: PreTrainedModel, calibration: Calibration, hidden: Iterable[Tensor]
+    ) -> list[TeacherSample]:
+        """The dense model's distributions in all windows, from the last block's outputs in those of this process."""
+        device, samples = calibration.device or model.device, []
+        with evaluating(model), on_device(model, device):
+            for ids, states in zip(calibration.share(), hidden, strict=True):
+                rows = zip(ids.to(device).split(1), states.to(device).split(1), strict=True)
+                samples += [teacher_sample(model, *row) for row in rows]
+        if calibration.group is None:
+            return samples
+        every = distributed.gather_objects([sample.to("cpu") for sample in samples], calibration.group)
+        return [sample.to(device) for own in every for sample in own]
+
+    def _steps(self, samples: Sequence[TeacherSample], group: distributed.ProcessGroup) -> list[list[TeacherSample]]:
+        """The samples of each step."""
+        n = self.windows_per_step
+        if n % distributed.size(group):
+            log.warning(
+                "%d processes share the %d windows of a step, so some wait: give a multiple by `windows_per_step`",
+                *(distributed.size(group), n),
+            )
+        return [list(samples[i : i + n]) for i in range(0, len(samples), n)] * self.passes
 
     def _learn_gates(
         self,
@@ -256,12 +280,14 @@ class LearnedGates(Repairing):
         """Trains the scores; all processes get those of the first process, and their gates."""
         device = samples[0].ids.device
         theta = torch.cat([s.flatten() for s in scores]).to(device)
+        steps = self._steps(samples[: max(1, round(self.gate_share * len(samples)))], calibration.group)
         with trainable(model, device):
-            gates = train_gates(model, rows, theta, Costs.of(rows, device), 1 - p, samples, self.learning_rate)
+            costs = Costs.of(rows, device)
+            gates = train_gates(model, rows, theta, costs, 1 - p, steps, self.learning_rate, calibration.group)
         both = distributed.broadcast(torch.stack([theta, gates]), 0, calibration.group).cpu()
         return by_group(both[0], rows), by_group(both[1], rows)
 
-    def _learn_gains(self, surgery: Surgery, samples: Sequence[TeacherSample]) -> None:
+    def _learn_gains(self, surgery: Surgery, samples: Sequence[TeacherSample], group: distributed.ProcessGroup) -> None:
         """Trains gains of the pruned model, and multiplies them into the weights."""
         places = [(block, path) for block in surgery.blocks for path in block.projections]
         mixtures, device = [block for block in surgery.blocks if block.expert_count], samples[0].ids.device
@@ -271,7 +297,7 @@ class LearnedGates(Repairing):
                 ones = torch.ones(block.expert_count, block.expert_width, device=device)
                 places.append((block, block.experts.channels.consumer.path))
                 gains.append((block.part(block.experts.path), ones))
-            train_gains(surgery.model, gains, samples, self.gain_rate)
+            train_gains(surgery.model, gains, self._steps(samples, group), self.gain_rate, group)
         for (block, path), (_, gain) in zip(places, gains, strict=True):
             surgery.scale(block, path, gain)
 

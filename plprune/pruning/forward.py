@@ -192,11 +192,16 @@ def logits_from(
     model: PreTrainedModel, ids: Tensor, hidden: Tensor
 ) -> Tensor:  # [b, s], [b, s, d] -> [b, s, vocabulary]
     """Computes the logits from the last block's output, by the model's own code."""
+    with after_blocks(model, hidden):
+        return model(input_ids=ids.to(model.device), use_cache=False).logits
+
+
+def after_blocks(model: PreTrainedModel, hidden: Tensor) -> contextlib.AbstractContextManager[None]:  # [b, s, d]
+    """Within the context, the model runs no block: `hidden` is what the last one returns."""
     blocks = blocks_of(model)
     forwards: list[Callable[..., Any]] = [passing(block.anatomy.returned) for block in blocks[:-1]]
     forwards.append(lambda *_, **__: returned(hidden, blocks[-1].anatomy.returned))
-    with replaced_forwards([block.module for block in blocks], forwards):
-        return model(input_ids=ids.to(model.device), use_cache=False).logits
+    return replaced_forwards([block.module for block in blocks], forwards)
 
 
 def run_block(block: Block, hidden: Tensor, call: Call) -> Tensor:  # [b, s, d] -> [b, s, d]

@@ -2,8 +2,8 @@
 
 Gates lie between 0 and 1 and share one budget; as their temperature falls, each one opens or closes. The channels of
 a block's experts have the same scores, each expert's in an order of its own, so that as many gates of each are open;
-so have the experts of all blocks. Gains are unbounded. The weights stay fixed. Each calibration window is one step of
-Adam.
+so have the experts of all blocks. Gains are unbounded. The weights stay fixed. A step of Adam takes one calibration
+window or several, which processes share.
 """
 
 import contextlib
@@ -17,11 +17,21 @@ from transformers import PreTrainedModel
 
 from plprune.architecture.modules import innermost, matrix, on_device
 from plprune.architecture.probing import has_interface
+from plprune.io import distributed
 from plprune.io.progress import Progress
 from plprune.pruning.allocation import Rows, ranked
 from plprune.pruning.expert_inputs import gated
-from plprune.pruning.forward import evaluating
-from plprune.pruning.losses import divergence, next_token_loss, top_k_log_probs
+from plprune.pruning.forward import after_blocks, evaluating
+from plprune.pruning.losses import (
+    Criterion,
+    HeadInputs,
+    counted_positions,
+    divergence,
+    head_inputs,
+    next_token_criterion,
+    top_k_log_probs,
+    weighted_loss,
+)
 
 # projections with the factors of their inputs, [d_in]; experts with those of their channels, [experts, channels], or
 # of what they add, [experts]
@@ -44,13 +54,24 @@ class TeacherSample:
     values: Tensor
     tokens: Tensor
 
-    def divergence(self, logits: Tensor) -> Tensor:  # [1, s, v]
-        """The mean divergence from the dense model's next-token distributions."""
-        return divergence(logits[0, :-1], self.values[0], self.tokens[0], temperature=1.0) / (self.ids.numel() - 1)
+    def to(self, device: torch.device | str) -> "TeacherSample":
+        """The sample on a device."""
+        return TeacherSample(self.ids.to(device), self.values.to(device), self.tokens.to(device))
 
-    def loss(self, logits: Tensor) -> Tensor:  # [1, s, v]
+    def divergence(self, states: HeadInputs) -> Tensor:
+        """The mean divergence from the dense model's distributions, of a model with these :func:`states_of`."""
+        return self._mean(states, [self._criterion])
+
+    def loss(self, states: HeadInputs) -> Tensor:
         """The mean of the divergence and the loss on the text's next tokens."""
-        return (self.divergence(logits) + next_token_loss(logits, self.ids)) / 2
+        return self._mean(states, [self._criterion, next_token_criterion(self.ids, counted_positions(self.ids))])
+
+    def _criterion(self, logits: Tensor, where: slice) -> Tensor:
+        return divergence(logits, self.values[0, where], self.tokens[0, where], temperature=1.0)
+
+    def _mean(self, states: HeadInputs, criteria: list[Criterion]) -> Tensor:
+        weight = 1 / (len(criteria) * len(states.values))
+        return weighted_loss(states, criteria, [weight] * len(criteria))[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +121,24 @@ class Costs:
 
 
 @torch.no_grad()
-def teacher_sample(model: PreTrainedModel, ids: Tensor) -> TeacherSample:  # [1, s]
-    """Runs a model on a window, and keeps its next-token distributions."""
-    values, tokens = top_k_log_probs(model(input_ids=ids, use_cache=False).logits[:, :-1], LIKELIEST, temperature=1.0)
+def teacher_sample(model: PreTrainedModel, ids: Tensor, hidden: Tensor | None = None) -> TeacherSample:
+    """A window with a model's next-token distributions.
+
+    Args:
+        model: The model.
+        ids: Token ids, [1, s].
+        hidden: The output of its last block, [1, s, d]; by default the blocks run.
+    """
+    with contextlib.nullcontext() if hidden is None else after_blocks(model, hidden):
+        states = states_of(model, ids)
+    parts = [top_k_log_probs(logits, LIKELIEST, temperature=1.0) for logits, _ in states.logits()]
+    values, tokens = (torch.cat(each)[None] for each in zip(*parts, strict=True))
     return TeacherSample(ids, values, tokens.int())
+
+
+def states_of(model: PreTrainedModel, ids: Tensor) -> HeadInputs:  # [1, s]
+    """Runs a model on a window up to its head, for every position with a next token."""
+    return head_inputs(model, {"input_ids": ids}, counted_positions(ids))
 
 
 def unit_gains(projections: Iterable[nn.Module], device: torch.device) -> Factors:
@@ -117,8 +152,9 @@ def train_gates(
     scores: Tensor,  # [units]
     cost: Costs,
     keep: float,
-    samples: Sequence[TeacherSample],
+    batches: Sequence[Sequence[TeacherSample]],
     rate: float,
+    group: distributed.ProcessGroup = None,
 ) -> Tensor:  # [units]
     """Trains scores in place while the temperature of their gates falls.
 
@@ -128,8 +164,9 @@ def train_gates(
         scores: One per unit, group after group; of channels of experts one per expert and channel.
         cost: Of the units.
         keep: The fraction of the total cost to keep.
-        samples: One per step.
+        batches: The samples of each step.
         rate: The highest learning rate.
+        group: The processes that share the samples of a step.
 
     Returns:
         The gates in the end.
@@ -139,12 +176,12 @@ def train_gates(
         block.part(block.experts.path if group.kind.startswith("expert") else group.consumer.path)
         for block, group in rows
     ]
-    for done, sample in steps([scores], rate, samples, "training gates"):
+    for done, samples in steps([scores], rate, batches, "training gates", group):
         align(scores, rows)
         gates = gate_values(scores, cost, budget, WARM * (COLD / WARM) ** done).requires_grad_()
         with torch.enable_grad():  # the caller may have disabled gradients
             factors = list(zip(consumers, by_group(gates, rows), strict=True))
-        (gradient,) = gradients(model, sample.ids, factors, sample.divergence, [gates])
+        (gradient,) = mean_gradients(model, samples, factors, TeacherSample.divergence, [gates], group)
         scores.grad = within_budget(gates.detach(), gradient, cost)
     align(scores, rows)
     return gate_values(scores, cost, budget, COLD)
@@ -180,51 +217,70 @@ def _align(alike: list[Tensor]) -> None:  # [n, units] each
         own.scatter_(1, order, mean.expand_as(own))
 
 
-def train_gains(model: PreTrainedModel, gains: Factors, samples: Sequence[TeacherSample], rate: float) -> None:
+def train_gains(
+    model: PreTrainedModel,
+    gains: Factors,
+    batches: Sequence[Sequence[TeacherSample]],
+    rate: float,
+    group: distributed.ProcessGroup = None,
+) -> None:
     """Trains gains in place.
 
     Args:
         model: In evaluation mode; its parameters need no gradients.
         gains: The model's projections with their gains.
-        samples: One per step.
+        batches: The samples of each step.
         rate: The highest learning rate.
+        group: The processes that share the samples of a step.
     """
     trained = [gain.detach().requires_grad_() for _, gain in gains]  # these share memory with `gains`
     factors = [(part, own) for (part, _), own in zip(gains, trained, strict=True)]
-    for _, sample in steps(trained, rate, samples, "training gains"):
-        for gain, gradient in zip(trained, gradients(model, sample.ids, factors, sample.loss, trained), strict=True):
+    for _, samples in steps(trained, rate, batches, "training gains", group):
+        found = mean_gradients(model, samples, factors, TeacherSample.loss, trained, group)
+        for gain, gradient in zip(trained, found, strict=True):
             gain.grad = gradient
 
 
 def steps(
-    parameters: list[Tensor], rate: float, samples: Sequence[TeacherSample], title: str
-) -> Iterator[tuple[float, TeacherSample]]:
-    """Yields each sample with the fraction of steps done; then takes a step of Adam by the `grad` that the caller set.
+    parameters: list[Tensor],
+    rate: float,
+    batches: Sequence[Sequence[TeacherSample]],
+    title: str,
+    group: distributed.ProcessGroup,
+) -> Iterator[tuple[float, Sequence[TeacherSample]]]:
+    """Yields each batch with the fraction of steps done; then takes a step of Adam by the `grad` that the caller set.
 
     The learning rate warms up over the first sixteenth of the steps, and decays to a tenth over all steps.
     """
-    optimizer, count = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.95)), len(samples)
+    optimizer, count = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.95)), len(batches)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, 16 * (step + 1) / count) * (1 - 0.9 * step / count)
     )
-    with Progress(count, title, "window") as bar:
-        for step, sample in enumerate(samples):
-            yield step / count, sample
+    with Progress(count, title, "step", quiet=distributed.rank(group) > 0) as bar:
+        for step, samples in enumerate(batches):
+            yield step / count, samples
             optimizer.step()
             schedule.step()
             bar.update()
 
 
-def gradients(
+def mean_gradients(
     model: PreTrainedModel,
-    ids: Tensor,  # [1, s]
+    samples: Sequence[TeacherSample],
     factors: Factors,
-    loss: Callable[[Tensor], Tensor],  # of the logits
+    loss: Callable[[TeacherSample, HeadInputs], Tensor],
     of: list[Tensor],
-) -> Sequence[Tensor]:
-    """Gradients of a loss with respect to the tensors in `of`; the factors depend on them."""
-    with torch.enable_grad(), scaled_inputs(factors):
-        return torch.autograd.grad(loss(model(input_ids=ids, use_cache=False).logits), of)
+    group: distributed.ProcessGroup,
+) -> list[Tensor]:
+    """Gradients of the mean loss of all samples with respect to the tensors in `of`; the factors depend on them."""
+    sizes = [each.numel() for each in of]
+    total = torch.zeros(sum(sizes), device=of[0].device, dtype=of[0].dtype)
+    for sample in samples[distributed.rank(group) :: distributed.size(group)]:
+        with torch.enable_grad(), scaled_inputs(factors):
+            own = torch.autograd.grad(loss(sample, states_of(model, sample.ids)), of)
+        total += torch.cat([each.flatten() for each in own])
+    mean = distributed.all_reduce_sum(total, group) / len(samples)
+    return [part.view_as(each) for part, each in zip(mean.split(sizes), of, strict=True)]
 
 
 def gate_values(theta: Tensor, cost: Costs, budget: float, temperature: float) -> Tensor:  # [units] -> [units]

@@ -54,14 +54,8 @@ def divergence(
     temperature: float,
 ) -> Tensor:
     """KL divergence of a model from a teacher's :func:`top_k_log_probs`, summed, times the temperature squared."""
-    index = tokens.long()
-    ours = logits.gather(-1, index).float() / temperature
-    if values.shape[-1] > index.shape[-1]:
-        # In place on a new tensor: this is the only copy as wide as the vocabulary.
-        others = (logits.float() / temperature).scatter_(-1, index, -torch.inf)
-        ours = torch.cat([ours, others.logsumexp(-1, keepdim=True)], -1)
     theirs = values.float().log_softmax(-1)  # stored values are rounded, so they are normalised again
-    return temperature**2 * nn.functional.kl_div(ours.log_softmax(-1), theirs, log_target=True, reduction="sum")
+    return _Divergence.apply(logits, theirs, tokens.long(), temperature)  # type: ignore[no-any-return]
 
 
 def next_token_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:  # [b, s, v], [b, s]
@@ -146,7 +140,7 @@ def head_inputs(model: PreTrainedModel, given: dict[str, Tensor], positions: Ten
             return model(**given, use_cache=False)
 
     def head(values: Tensor) -> Tensor:
-        return after_base(values).logits[0]
+        return after_base(values).logits.flatten(0, 1)
 
     trained = [p for p in cast(nn.Module, model.get_output_embeddings()).parameters() if p.requires_grad]
     loads, routed = None, getattr(output, "router_logits", None)
@@ -191,6 +185,37 @@ class _CrossEntropy(torch.autograd.Function):
         logs, labels = ctx.saved_tensors
         gradient = logs.exp_().mul_(scale).scatter_add_(1, labels, -scale.expand(labels.shape))
         return gradient.to(ctx.dtype), None
+
+
+class _Divergence(torch.autograd.Function):
+    """:func:`divergence`, with log-probabilities that are normalised.
+
+    One copy of the logits is made. It becomes the exponentials of the tokens that the teacher pools, and then the
+    gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, theirs: Tensor, index: Tensor, temperature: float) -> Tensor:
+        others = logits.float() / temperature
+        ours, total = others.gather(-1, index), None
+        if theirs.shape[-1] > index.shape[-1]:
+            others.scatter_(-1, index, -torch.inf)
+            largest = others.amax(-1, keepdim=True)
+            total = others.sub_(largest).exp_().sum(-1, keepdim=True)
+            ours = torch.cat([ours, largest + total.log()], -1)
+        logs = ours.log_softmax(-1)
+        ctx.save_for_backward(others, logs.exp() - theirs.exp(), index, total)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        return temperature**2 * nn.functional.kl_div(logs, theirs, log_target=True, reduction="sum")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None, None]:
+        gradient, of_events, index, total = ctx.saved_tensors
+        of_events = of_events * (scale * ctx.temperature)
+        if total is not None:
+            gradient.mul_(of_events[..., -1:] / total)
+        return gradient.scatter_(-1, index, of_events[..., : index.shape[-1]]).to(ctx.dtype), None, None, None
 
 
 class _WeightedLoss(torch.autograd.Function):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune import Calibration, prune
+from plprune import Calibration, LearnedGates, prune
 from plprune.architecture.modules import set_parameter
 from plprune.checkpoint import sharing
 from plprune.io import distributed
@@ -29,6 +29,7 @@ RUNS = [("llama", name) for name in (*METHODS, *REPAIRED)]
 RUNS += [(family, "FASP kv_heads") for family in FAMILIES if family != "llama"]
 RUNS += [("gpt_oss", name) for name in ("FLAP experts", "FASP none", "FLAP restore", "REAP")]
 ONE = [windows(1, 64)]
+STEPS = [(2, [windows(4), windows(3, seed=2)]), (3, [windows(2), windows(1, 9)])]  # windows per step of gates
 SHORT = [torch.arange(3, 3 + length)[None] for length in (5, 5, 9)]  # windows of unlike lengths
 
 
@@ -74,12 +75,19 @@ def pruned(family: str, name: str, batches: list[Tensor]) -> tuple[PruningPlan, 
     return plan, logits(model)
 
 
+def learned(windows_per_step: int, batches: list[Tensor]) -> tuple[PruningPlan, Tensor]:
+    model, calibration = tiny(), Calibration(batches, group=distributed.world())
+    plan = prune(model, LearnedGates(0.3, windows_per_step=windows_per_step, gain_rate=0.05), calibration, seed=0)
+    return plan, logits(model)
+
+
 def everything() -> dict[str, Any]:
     group = distributed.world()
     found: dict[str, Any] = {
         "merged": [merged(items) for items in (SEVEN, SEVEN[:1])],
         "pruned": {run: pruned(*run, [windows(4), windows(3, seed=2)]) for run in RUNS},
         "short": [pruned("llama", name, ONE) for name in ("FLAP AL-AM", "FASP kv_heads", "TwoSSP", "CFSP relative")],
+        "steps": [learned(n, batches) for n, batches in STEPS],
         "ragged": pruned("llama", "FLAP AL-AM", SHORT),
         "same": distributed.broadcast_object(f"from {distributed.rank(group)}", group),
         "sent": distributed.broadcast(torch.tensor([distributed.rank(group)]), 1, group),
@@ -190,6 +198,17 @@ def test_fewer_windows_than_processes(ranks: list[dict[str, Any]]) -> None:
         for theirs, logits_there in found:
             assert {n: k.tolist() for n, k in theirs.keep.items()} == {n: k.tolist() for n, k in plan.keep.items()}
             torch.testing.assert_close(logits_there, expected)
+
+
+def test_processes_share_the_windows_of_a_step_of_gates_and_gains(ranks: list[dict[str, Any]]) -> None:
+    for i, (n, batches) in enumerate(STEPS):
+        plan, expected = learned(n, batches)
+        for rank in ranks:
+            theirs, found = rank["steps"][i]
+            assert all(torch.equal(theirs.keep[name], keep) for name, keep in plan.keep.items())
+            torch.testing.assert_close(found, expected)
+        assert torch.equal(ranks[0]["steps"][i][1], ranks[1]["steps"][i][1])
+    assert not torch.allclose(learned(1, STEPS[0][1])[1], learned(2, STEPS[0][1])[1])
 
 
 def test_windows_of_unlike_lengths(ranks: list[dict[str, Any]]) -> None:

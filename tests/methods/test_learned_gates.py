@@ -1,14 +1,18 @@
 """Learned gates: what training is for, and what is refused."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from plprune import CFSP, FLAP, LearnedGates, prune
 from plprune.architecture.blocks import blocks_of
 from plprune.architecture.modules import matrix
+from plprune.methods import learned_gates
 from plprune.methods.learned_gates import initial_scores
 from plprune.pruning.gate_training import (
     TeacherSample,
+    states_of,
     teacher_sample,
 )
 from tests.builders import logits, tiny, windows
@@ -32,7 +36,7 @@ def test_gates_lower_the_divergence_that_a_pruning_by_norms_has_and_gains_lower_
     ):
         model = tiny()
         prune(model, method, text)
-        said = [logits(model, each.ids) for each in samples]
+        said = [states_of(model, each.ids) for each in samples]
         found.append([sum(map(of, samples, said)) for of in (TeacherSample.divergence, TeacherSample.loss)])
     assert found[1][0] < 0.9 * found[0][0]
     assert found[2][1] < 0.9 * found[1][1]
@@ -60,6 +64,23 @@ def test_more_passes_are_more_steps() -> None:
     assert plans[0].digest != plans[1].digest
 
 
+def test_gates_take_a_share_of_the_windows_and_gains_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, text = {}, windows(7)
+    for name in ("train_gates", "train_gains"):
+        own = getattr(learned_gates, name)
+
+        def spy(*args: Any, name: str = name, own: Any = own) -> Any:
+            (steps,) = [each for each in args if isinstance(each, list) and isinstance(each[0], list)]
+            taken[name] = [torch.cat([sample.ids for sample in step]) for step in steps]
+            return own(*args)
+
+        monkeypatch.setattr(learned_gates, name, spy)
+    prune(tiny(), LearnedGates(0.3, gate_share=0.4, windows_per_step=2, passes=2), [text[:4], text[4:]])
+    for name, windows_of_steps in (("train_gates", [text[:2], text[2:3]]), ("train_gains", text.split(2))):
+        assert all(map(torch.equal, taken[name], [*windows_of_steps, *windows_of_steps])), name
+        assert len(taken[name]) == 2 * len(windows_of_steps)
+
+
 def test_experts_lose_as_many_channels_each_its_own_and_lower_the_divergence_that_norms_have() -> None:
     text = list(windows(4, 48).split(1))
     samples, found = [teacher_sample(build("mixtral"), ids) for ids in text], []
@@ -67,7 +88,7 @@ def test_experts_lose_as_many_channels_each_its_own_and_lower_the_divergence_tha
     for method in (CFSP(0.25), LearnedGates(0.25, gain_rate=0.0, **own), LearnedGates(0.25, gain_rate=0.02, **own)):
         model = build("mixtral")
         plan = prune(model, method, text)
-        said = [logits(model, each.ids) for each in samples]
+        said = [states_of(model, each.ids) for each in samples]
         found.append([sum(map(of, samples, said)) for of in (TeacherSample.divergence, TeacherSample.loss)])
     assert found[1][0] < 0.9 * found[0][0]
     assert found[2][1] < found[1][1]
@@ -87,7 +108,7 @@ def test_whole_experts_compete_with_channels_and_every_block_keeps_as_many() -> 
     for method in (FLAP(0.4, experts=True, repair="none"), LearnedGates(0.4, experts=True, **own)):
         model = build("mixtral")
         plan = prune(model, method, text)
-        found.append(sum(sample.divergence(logits(model, sample.ids)) for sample in samples))
+        found.append(sum(sample.divergence(states_of(model, sample.ids)) for sample in samples))
     assert found[1] < 0.9 * found[0]
     assert plan.reached == pytest.approx(0.4, abs=0.01)
     (count,) = {len(keep) for name, keep in plan.keep.items() if name.endswith("expert")}
@@ -115,3 +136,9 @@ def test_a_dense_model_has_no_experts() -> None:
 def test_what_does_not_train_is_refused(wrong) -> None:
     with pytest.raises(ValueError, match="at least one of `passes`, with a positive `learning_rate`, and gains"):
         LearnedGates(**wrong)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5, -1.0])
+def test_a_share_of_the_windows_is_a_fraction(share: float) -> None:
+    with pytest.raises(ValueError, match=f"`gate_share` is {share}, but must be above 0 and at most 1"):
+        LearnedGates(gate_share=share)

@@ -8,16 +8,20 @@ from transformers.pytorch_utils import Conv1D
 from plprune.architecture.blocks import blocks_of
 from plprune.architecture.cutting import held
 from plprune.architecture.modules import matrix
+from plprune.pruning import losses
 from plprune.pruning.gate_training import (
     COLD,
     LIKELIEST,
     Costs,
     Factors,
+    TeacherSample,
     align,
     by_group,
     frozen,
     gate_values,
+    mean_gradients,
     scaled_inputs,
+    states_of,
     teacher_sample,
     train_gains,
     train_gates,
@@ -25,6 +29,7 @@ from plprune.pruning.gate_training import (
     within_budget,
 )
 from plprune.pruning.surgery import Surgery
+from plprune.recovery.distillation import recorded_outputs
 from tests.builders import logits, tiny, windows
 from tests.zoo import build
 
@@ -143,6 +148,10 @@ def test_gains_are_in_the_columns_of_the_weights(family: str) -> None:
     torch.testing.assert_close(found, logits(other), atol=1e-5, rtol=1e-5)
 
 
+def logits_with_gradient(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, use_cache=False).logits
+
+
 def check_scaled(model: PreTrainedModel, other: PreTrainedModel, factors: Factors) -> None:
     """Checks that factors make the logits of another model, within the context alone."""
     before = logits(model)
@@ -211,14 +220,50 @@ def test_experts_of_a_block_have_the_same_scores_in_their_own_order() -> None:
 
 def test_a_teacher_sample_is_what_the_model_says_and_with_what_the_text_says_a_loss() -> None:
     teacher, model, ids = tiny(), tiny(seed=1), windows(1)
-    sample, said = teacher_sample(teacher, ids), logits(model, ids)
+    sample, states = teacher_sample(teacher, ids), states_of(model, ids)
     right, own = (logits(m, ids)[0, :-1].double().softmax(-1) for m in (teacher, model))
     best = right.topk(LIKELIEST).indices
     p, q = (torch.cat([e.gather(-1, best), 1 - e.gather(-1, best).sum(-1, keepdim=True)], -1) for e in (own, right))
     following = -own.gather(-1, ids[0, 1:, None]).log().mean()
     divergence = (q * (q / p).log()).sum(-1).mean()
-    torch.testing.assert_close(sample.divergence(said).double(), divergence, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(sample.loss(said).double(), (divergence + following) / 2, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sample.divergence(states).double(), divergence, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sample.loss(states).double(), (divergence + following) / 2, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma2", "cohere2"])  # logits are capped, and scaled
+def test_gradients_of_a_step_are_those_of_all_logits(family: str) -> None:
+    teacher, model, text = tiny(family), tiny(family, seed=1), windows(3, 24).split(1)
+    samples = [teacher_sample(teacher, ids) for ids in text]
+    generator, parts = torch.Generator().manual_seed(0), [b.part(p) for b in blocks_of(model) for p in b.projections]
+    gains = unit_gains(parts, model.device)
+    of = [gain.uniform_(0.5, 1.5, generator=generator).requires_grad_() for _, gain in gains]
+    total = torch.zeros((), dtype=torch.float64)
+    for ids in text:
+        with scaled_inputs(gains), frozen(model):
+            own = logits_with_gradient(model, ids)[0, :-1].double().softmax(-1)
+        right = logits(teacher, ids)[0, :-1].double().softmax(-1)
+        best = right.topk(LIKELIEST).indices
+        p, q = (torch.cat([e.gather(-1, best), 1 - e.gather(-1, best).sum(-1, keepdim=True)], -1) for e in (own, right))
+        following = -own.gather(-1, ids[0, 1:, None]).log().mean()
+        total = total + ((q * (q / p).log()).sum(-1).mean() + following) / 2
+    wanted = torch.autograd.grad(total / 3, of)
+    with frozen(model):
+        found = mean_gradients(model, samples, gains, TeacherSample.loss, of, None)
+    largest = max(float(each.abs().max()) for each in wanted)
+    torch.testing.assert_close(found, list(wanted), rtol=1e-3, atol=1e-5 * largest)
+
+
+def test_a_teacher_speaks_from_its_last_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "LEAST_ROWS", 5)
+    monkeypatch.setattr(losses, "CHUNK_BYTES_ON_CPU", 0)
+    model, ids = tiny("gemma2"), windows(1)
+    with recorded_outputs(model, [2]) as outputs:
+        expected = teacher_sample(model, ids)
+    for block in blocks_of(model):
+        block.part(block.ffn.consumer.path).register_forward_hook(lambda *_: pytest.fail("a block ran"))
+    found = teacher_sample(model, ids, outputs[0])
+    torch.testing.assert_close(found.values, expected.values)
+    assert torch.equal(found.tokens, expected.tokens)
 
 
 def test_training_leaves_the_model_as_it_was() -> None:
@@ -231,8 +276,8 @@ def test_training_leaves_the_model_as_it_was() -> None:
     start, blocks = theta.clone(), blocks_of(model)
     gains = unit_gains([block.part(path) for block in blocks for path in block.projections], model.device)
     with frozen(model):
-        train_gates(model, rows, theta, Costs(torch.ones(len(theta))), 0.5, samples, 0.1)
-        train_gains(model, gains, samples, 0.1)
+        train_gates(model, rows, theta, Costs(torch.ones(len(theta))), 0.5, [samples[:3], samples[3:]], 0.1)
+        train_gains(model, gains, [samples[:3], samples[3:]], 0.1)
     assert [p.requires_grad for p in model.parameters()] == before
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(logits(model), logits(tiny()))
@@ -246,6 +291,6 @@ def test_in_the_end_gates_are_open_or_closed() -> None:
     theta = torch.cat([torch.linspace(-3, 3, len(group)) for _, group in rows])
     cost = torch.ones(len(theta))
     with frozen(model):
-        train_gates(model, rows, theta, Costs(cost), 0.5, [teacher_sample(model, ids) for ids in text], 0.1)
+        train_gates(model, rows, theta, Costs(cost), 0.5, [[teacher_sample(model, ids)] for ids in text], 0.1)
     gates = gate_values(theta, Costs(cost), 0.5 * len(theta), COLD)
     assert float(((gates > 0.1) & (gates < 0.9)).sum()) <= 0.05 * len(gates)

@@ -111,6 +111,29 @@ def test_several_losses_by_their_weights_and_a_head_that_is_trained(count: int) 
     torch.testing.assert_close(torch.autograd.grad(5 * found, trained), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("top_k", [3, VOCABULARY])
+@pytest.mark.parametrize("spread", [1.0, 40.0])  # 40: almost everything is one token's
+def test_the_gradient_of_the_divergence_is_that_of_its_definition(
+    top_k: int, temperature: float, spread: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    theirs, ours = (spread * torch.randn(4, VOCABULARY, generator=generator, dtype=torch.float64) for _ in range(2))
+    values, tokens = top_k_log_probs(theirs.float(), top_k, temperature)
+    z = ours.float().requires_grad_()
+    found = 0.3 * divergence(z, values, tokens, temperature)
+    ours = ours.float().double().requires_grad_()
+    logs = (ours / temperature).log_softmax(-1)
+    events = logs.gather(-1, tokens)
+    if top_k < VOCABULARY:
+        rest = torch.ones_like(logs).scatter(-1, tokens, 0.0).log() + logs
+        events = torch.cat([events, rest.logsumexp(-1, keepdim=True)], -1)
+    wanted = 0.3 * temperature**2 * (values.double().exp() * (values.double() - events)).sum()
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    (own,), (gradient,) = torch.autograd.grad(found, z), torch.autograd.grad(wanted, ours)
+    torch.testing.assert_close(own.double(), gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_a_teacher_is_compared_at_the_positions_that_count() -> None:
     (ids, labels), settings = batch(), Distillation(temperature=2.0, top_k=5)
     ours, (values, tokens) = logits(tiny(), ids), top_k_log_probs(logits(tiny(seed=1), ids)[:, :-1], 5, 2.0)
