@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import families, quantised
+from plprune.training import recipes
+from tests.benchmarks import curve, families, quantised
 from tests.benchmarks.gpu.__main__ import main
 from tests.benchmarks.gpu.running import SECTIONS
 from tests.builders import numbers, save_tiny
@@ -38,6 +39,44 @@ def test_every_section_measures_and_goes_on(tmp_path: Path, capsys: pytest.Captu
     assert record["plan"]["cells"]["OPT-125M: FASP"]["foretold"] > 0
     main(["--limit=0", *command])  # all is there
     assert file.read_text() == written
+
+
+@pytest.mark.slow
+def test_a_curve_goes_on_and_is_what_recipes_foretell_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, model, out = numbers(tmp_path / "text.txt", stop=800), save_tiny(tmp_path / "model"), tmp_path / "out"
+    fit = ["--recipe", "fast", model, "--data", text, "--sparsity=0.3", "--data.seq_len=16", "--data.batch_size=2"]
+    fit += [
+        "--data.num_samples=4",
+        "--trainer.accelerator=cpu",
+        "--trainer.logger=false",
+        "--trainer.callbacks.method=CFSP",
+    ]
+    asked = [
+        str(out),
+        "--text",
+        text,
+        "--counts",
+        "64",
+        "96",
+        "--windows=2",
+        "--length=32",
+        "--names",
+        "tiny",
+        "numbers",
+    ]
+    curve.main([*asked, "--", *fit])
+    written = (out / "points.jsonl").read_text()
+    found = curve.read(out / "points.jsonl")
+    assert [(point.tokens, point.run) for point in found] == [(0, 96), (64, 96), (96, 96)]
+    assert len({point.ratio for point in found}) == 3
+    assert (found[0].model, found[0].text, found[0].method) == ("tiny", "numbers", "CFSP")
+    curve.main([*asked, "--", *fit])  # all is there
+    assert (out / "points.jsonl").read_text() == written
+    monkeypatch.setattr(recipes, "folder", lambda: tmp_path)
+    monkeypatch.setattr(curve, "folder", lambda: tmp_path)
+    for _ in range(2):
+        curve.main([str(out), "--write"])
+        assert recipes.points() == found
 
 
 def test_the_list_of_families_is_the_recorded_one() -> None:

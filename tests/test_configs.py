@@ -13,10 +13,13 @@ from tests.builders import save_tiny
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
+RECIPES = sorted((FOLDER / "recipes").glob("*.yaml"))
 STRATEGIES = sorted((FOLDER / "strategy").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [*CONFIGS, *(pytest.param(p, marks=pytest.mark.slow) for p in RECIPES)], ids=lambda path: path.stem
+)
 def test_config_runs_on_a_tiny_model(path: Path, tmp_path: Path, monkeypatch) -> None:
     """Only what a tiny model and a machine without a network force is changed: names, sizes and the accelerator."""
     monkeypatch.chdir(tmp_path)
@@ -41,7 +44,7 @@ def test_config_runs_on_a_tiny_model(path: Path, tmp_path: Path, monkeypatch) ->
     assert plan.reached > 0
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*CONFIGS, *RECIPES], ids=lambda path: path.stem)
 def test_config_keeps_its_runs_apart(path: Path) -> None:
     root = yaml.safe_load(path.read_text())["trainer"]["default_root_dir"]
     assert root == f"runs/{path.stem}"

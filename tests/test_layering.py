@@ -18,7 +18,7 @@ ORDER = {
     "training": [
         ["lightning_cli"],
         ["callbacks"],
-        ["rounds"],
+        ["recipes", "rounds"],
         ["resume"],
         ["checkpointing", "module"],
         [

@@ -63,7 +63,7 @@ def small_world(tmp_path: Path, monkeypatch) -> Path:
 @pytest.mark.slow
 def test_every_command_runs(small_world: Path) -> None:
     commands = set(re.findall(r"^plprune .*", "".join(blocks("bash")), re.M))
-    assert len(commands) == 17
+    assert len(commands) == 18
 
     def order(command: str) -> tuple[Any, ...]:  # rounds go on with nothing, and so come last
         return "--rounds" in command, "--resume" in command, list(SMALL).index(command.split()[1]), command

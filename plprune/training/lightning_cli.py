@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 import lightning.pytorch as pl
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import SUPPRESS, Namespace
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning_utilities.core.enums import StrEnum
@@ -22,7 +22,7 @@ from plprune.checkpoint.remote_code import allow_remote_code
 from plprune.io.atomic import check_output, remove_leftovers, resolve_path
 from plprune.io.checks import check_sizes
 from plprune.methods import Request, preflight
-from plprune.training import console, preemption, rounds
+from plprune.training import console, preemption, recipes, rounds
 from plprune.training.callbacks.export import Export
 from plprune.training.callbacks.prune import Prune
 from plprune.training.callbacks.report import Report
@@ -60,7 +60,11 @@ class RecoveryCLI(OpenCLI):
 
     def __init__(self, args: list[str] | None) -> None:
         self._since = time.monotonic()
-        given = (sys.argv[1:] if args is None else args)[:1]
+        every = sys.argv[1:] if args is None else args
+        given, self._by_recipe = every[:1], False
+        if given == ["fit"]:
+            args = recipes.expanded(every)
+            self._by_recipe = args != every
         self._stages = [stage for stage in STAGES if stage in given] or list(STAGES)
         super().__init__(
             Recovery,
@@ -82,6 +86,8 @@ class RecoveryCLI(OpenCLI):
         if subcommand == "fit":
             parser.add_argument("--resume", action="store_true", help=RESUME)
             parser.add_argument("--rounds", type=int, default=1, help=ROUNDS)
+            for name, text in recipes.HELP.items():  # replaced before anything is parsed
+                parser.add_argument(f"--{name}", type=str, default=SUPPRESS, help=text)
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -90,6 +96,12 @@ class RecoveryCLI(OpenCLI):
     def before_instantiate_classes(self) -> None:
         """Refuses options with which the run would fail, before the model is loaded."""
         config = self.config[cast(str, self.subcommand)]
+        if alone := [name for name in recipes.OPTIONS if name in config]:
+            raise ValueError(
+                f"{alone[0]} is for the command line, after --recipe: give the options that it is short for"
+            )
+        if self._by_recipe and config.data.train is None:
+            raise ValueError("this recipe needs more text than comes with plprune: give one by --data")
         for section in ("trainer", "model", "data"):
             if not isinstance(config[section], Namespace):
                 raise ValueError(f"{section} is {config[section]}, but must hold options: give some, or leave it out")
@@ -104,7 +116,10 @@ class RecoveryCLI(OpenCLI):
             allow_remote_code(config.model.name_or_path)
         for each in trainer.callbacks or []:
             if each.class_path.endswith("Prune"):
-                preflight(_request(each), lambda: load_skeleton(config.model.name_or_path, config.model.dtype))
+                request = _request(each)
+                preflight(request, lambda: load_skeleton(config.model.name_or_path, config.model.dtype))
+                if self._by_recipe and not rank_zero_only.rank:
+                    print(recipes.forecast(request, config.model, config.data, trainer))
 
     def instantiate_classes(self) -> None:
         """Loads nothing for rounds, which run in separate processes."""
