@@ -86,6 +86,7 @@ METHODS: dict[str, Any] = {
     "CFSP activation": CFSP,
     "CFSP relative": functools.partial(CFSP, score="relative"),
     "LearnedGates": LearnedGates,
+    "LearnedGates kv_heads": functools.partial(LearnedGates, attention="kv_heads"),
     "TwoSSP": TwoSSP,
     "TwoSSP without stage 2": functools.partial(TwoSSP, drop_attentions=0),
 }

@@ -14,6 +14,8 @@ second trains a gain for every input of every projection in the blocks. Gains st
 divergence and half the loss on next tokens; they are then multiplied into the weights. Gains are a thousandth of all
 parameters, few enough to learn from few tokens. They come second because least squares would undo them.
 
+With `attention`, kv heads have gates too, each one for the outputs of its query heads.
+
 Experts of a mixture have a gate and a gain for each of their channels. All experts of a block share one set of scores,
 each in an order of its own, so that as many gates of each are open. With `experts`, each expert has a gate too, which
 multiplies what it adds. The experts of all blocks share one set of scores, so that as many of each block stay; these
@@ -39,21 +41,23 @@ import dataclasses
 import logging
 import math
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plprune.architecture.blocks import Block, blocks_of
+from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.architecture.modules import lacks_weights, on_device
 from plprune.architecture.wrappers import text_config
 from plprune.io import distributed
 from plprune.io.checks import check_sizes
 from plprune.methods.base import Repairing
 from plprune.planning import whole_experts
-from plprune.planning.extremes import extreme_sizes, orders, unique_cases
+from plprune.planning.extremes import attention_by_span, extreme_sizes, orders, unique_cases
 from plprune.planning.needs import Work
 from plprune.planning.sizes import block_flops
+from plprune.planning.structures import Competition
 from plprune.pruning.allocation import (
     Budget,
     Rows,
@@ -104,6 +108,7 @@ class LearnedGates(Repairing):
         gain_rate: Learning rate of the gains, which multiply the inputs of all projections and start at 1; 0 trains no
             gains.
         experts: Whether whole experts of a mixture have gates too, under the same budget; every block keeps as many.
+        attention: Whether kv heads have gates too, each with its query heads, under the same budget. They start open.
         repair: Repair of consumers that lose inputs, before the gains. none; compensate: adds the mean contribution of
             the removed inputs to the bias; restore: adjusts the kept weights by least squares to replace them.
     """
@@ -115,6 +120,7 @@ class LearnedGates(Repairing):
     learning_rate: float = 0.1
     gain_rate: float = 0.01
     experts: bool = False
+    attention: Literal["none", "kv_heads"] = dataclasses.field(default="none", kw_only=True)
     repair: Repair = dataclasses.field(default="restore", kw_only=True)
     damping: Damping = dataclasses.field(default=0.1, kw_only=True)
     bias: bool = dataclasses.field(default=False, kw_only=True)
@@ -122,6 +128,8 @@ class LearnedGates(Repairing):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_sizes(windows_per_step=self.windows_per_step)
+        if self.experts and self.attention != "none":
+            raise ValueError("`experts` and heads are not ranked together: set `attention` to none")
         if not 0 < self.gate_share <= 1:
             raise ValueError(f"`gate_share` is {self.gate_share}, but must be above 0 and at most 1")
         if not 1 <= self.passes < 2**31 or not 0 < self.learning_rate < math.inf or not 0 <= self.gain_rate < math.inf:
@@ -144,9 +152,9 @@ class LearnedGates(Repairing):
         saliencies: list[Tensor] = []  # [experts] each
         hidden: Iterable[Tensor] = []  # after the last block, [b, s, d] each
         for block, inputs in stream(model, calibration, "LearnedGates"):
-            for group, seen in observe(block, inputs, Norms, attention="none"):
+            for group, seen in observe(block, inputs, Norms, attention=self.attention):
                 rows.append((block, group))
-                norms.append(values(seen, lambda n: n.pooled).cpu())
+                norms.append(_norms_of_units(group, values(seen, lambda n: n.pooled).cpu()))
                 if isinstance(seen, PerExpert):
                     saliencies.append(seen.saliency.mean)
             distances.append(inputs.influence.distance("angular"))
@@ -154,7 +162,10 @@ class LearnedGates(Repairing):
                 hidden = inputs.outputs()
         u, surgery = importance(distances), Surgery(model)
         fractions = kept_fractions(u[[block.index for block, _ in rows]], p, [len(group) for _, group in rows]).tolist()
-        scores = [initial_scores(norm, k) for norm, k in zip(norms, fractions, strict=True)]
+        scores = [
+            initial_scores(norm, 1.0 if group.kind == "attention" else k)
+            for (_, group), norm, k in zip(rows, norms, fractions, strict=True)
+        ]
         samples, leaving = self._teacher_samples(model, calibration, hidden) if self.sparsity else [], {}
         if samples and self.experts:
             units, first, remove = self._experts(blocks, budget, saliencies)
@@ -176,8 +187,16 @@ class LearnedGates(Repairing):
             self._learn_gains(surgery, samples, calibration.group)
         return surgery.plan("LearnedGates", dataclasses.asdict(self), u)
 
+    def conflicts(self, constraint: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
+        alike = "no head may leave" if constraint.dense_heads else "all blocks must have the same sizes"
+        fixed = self.attention != "none" and (constraint.dense_heads or constraint.uniform)
+        return [f"{alike}: set `attention` to none"] * fixed + super().conflicts(constraint, blocks)
+
     def predict_sizes(self, model: PreTrainedModel, constraint: Constraint = FREE) -> list[dict[str, int]]:
         blocks, cases = blocks_of(model), []
+        if self.attention != "none":
+            p, budget = self._settled(blocks, constraint)
+            return Competition("AL-AM").predict(budget, attention_by_span(model, budget.rows), p, self.biased)
         for wanted in whole_experts.possible(blocks, self.sparsity, "LearnedGates") if self.experts else [None]:
             p, budget = self._settled(blocks, constraint, wanted)
             cases += [case | whole_experts.sizes(budget) for case in self._cases(budget, p)]
@@ -210,7 +229,7 @@ class LearnedGates(Repairing):
         d, head = text.hidden_size, 2 * count * length * text.hidden_size * text.vocab_size
         inner = sum(b.channels + (b.experts.active * b.expert_width if b.expert_count else 0) for b in blocks)
         kept = length * size * (8 * d * len(blocks) + 4 * inner)
-        repairs = self.repair_work(model, count * length, length, "none")
+        repairs = self.repair_work(model, count * length, length, self.attention)
         passes = self.passes * (self.gate_share + bool(self.gain_rate))
         teacher = count * length * LIKELIEST * 8
         return Work(head + 3 * passes * once + repairs.flops, repairs.single, teacher + max(kept, repairs.bytes))
@@ -225,8 +244,9 @@ class LearnedGates(Repairing):
         """The fraction of channels to remove (p), and the budget, with the number of experts nearest to `wanted`."""
 
         def settle(left: int | None) -> tuple[float, Budget]:
-            p = fraction_to_remove(self.sparsity, blocks, "none", "the FFN", self.biased, left)
-            budget = Budget(blocks, 1 - p, constraint, each_block=constraint.uniform, left=left)
+            what = "the FFN" if self.attention == "none" else "what LearnedGates prunes"
+            p = fraction_to_remove(self.sparsity, blocks, self.attention, what, self.biased, left)
+            budget = Budget(blocks, 1 - p, constraint, self.attention, constraint.uniform, left)
             budget.check(self.sparsity)
             return p, budget
 
@@ -308,6 +328,10 @@ class LearnedGates(Repairing):
             return chosen
         counts = budget.fit([len(keep) for keep in chosen])
         return [top_k(score, count) for score, count in zip(scores, counts, strict=True)]
+
+
+def _norms_of_units(group: UnitGroup, norms: Tensor) -> Tensor:  # of inputs of the group's consumer -> of units
+    return norms[group.consumer.index].norm(dim=1) if group.kind == "attention" else norms
 
 
 def initial_scores(norm: Tensor, fraction: float) -> Tensor:  # [..., n] -> [..., n]

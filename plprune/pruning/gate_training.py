@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from plprune.architecture.blocks import UnitGroup
 from plprune.architecture.modules import innermost, matrix, on_device
 from plprune.architecture.probing import has_interface
 from plprune.io import distributed
@@ -180,7 +181,8 @@ def train_gates(
         align(scores, rows)
         gates = gate_values(scores, cost, budget, WARM * (COLD / WARM) ** done).requires_grad_()
         with torch.enable_grad():  # the caller may have disabled gradients
-            factors = list(zip(consumers, by_group(gates, rows), strict=True))
+            own = [_of_inputs(each, group) for each, (_, group) in zip(by_group(gates, rows), rows, strict=True)]
+            factors = list(zip(consumers, own, strict=True))
         (gradient,) = mean_gradients(model, samples, factors, TeacherSample.divergence, [gates], group)
         scores.grad = within_budget(gates.detach(), gradient, cost)
     align(scores, rows)
@@ -193,6 +195,14 @@ def by_group(values: Tensor, rows: Rows) -> list[Tensor]:  # [units] or [experts
     return [
         part.view(group.experts, -1) if group.experts else part for part, (_, group) in zip(parts, rows, strict=True)
     ]
+
+
+def _of_inputs(gates: Tensor, group: UnitGroup) -> Tensor:  # [units] -> [inputs of the consumer]
+    """The gate of each input of a group's consumer; that of a head is of all its channels."""
+    if group.kind != "attention":
+        return gates
+    index = group.consumer.index.to(gates.device)
+    return gates.new_ones(index.numel()).index_copy(0, index.flatten(), gates.repeat_interleave(index.shape[1]))
 
 
 def align(scores: Tensor, rows: Rows) -> None:

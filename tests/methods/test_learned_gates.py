@@ -10,8 +10,13 @@ from plprune.architecture.blocks import blocks_of
 from plprune.architecture.modules import matrix
 from plprune.methods import learned_gates
 from plprune.methods.learned_gates import initial_scores
+from plprune.pruning import gate_training
+from plprune.pruning.constraints import Constraint
 from plprune.pruning.gate_training import (
+    WARM,
     TeacherSample,
+    by_group,
+    gate_values,
     states_of,
     teacher_sample,
 )
@@ -116,6 +121,58 @@ def test_whole_experts_compete_with_channels_and_every_block_keeps_as_many() -> 
     for block in blocks_of(model):
         assert plan.keep[f"blocks.{block.index}.expert_channel"].shape == (count, block.expert_width)
     assert not plan.repaired
+
+
+def test_heads_compete_with_channels_and_what_leaves_matters_less() -> None:
+    text, own = list(windows(4, 24).split(1)), {"passes": 30, "learning_rate": 0.3, "repair": "none"}
+    samples, found = [teacher_sample(tiny(), ids) for ids in text], []
+    for method in (
+        FLAP(0.6, repair="none"),
+        LearnedGates(0.6, gain_rate=0.0, attention="kv_heads", **own),
+    ):
+        model = tiny()
+        plan = prune(model, method, text)
+        found.append(sum(sample.divergence(states_of(model, sample.ids)) for sample in samples))
+    assert found[1] < 0.9 * found[0]
+    heads = [len(keep) for name, keep in plan.keep.items() if name.endswith("attention")]
+    assert 3 <= sum(heads) < 12
+    assert plan.reached == pytest.approx(0.6, abs=0.02)
+
+
+def test_the_gate_of_a_head_scales_its_query_heads_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, dense, taken = tiny(), tiny(), []
+    rows = [(block, group) for block in blocks_of(model) for group in block.groups("kv_heads")]
+
+    def spy(_: Any, samples: Any, factors: Any, *others: Any) -> list[torch.Tensor]:
+        taken.append(factors)
+        return [torch.zeros_like(others[1][0])]
+
+    monkeypatch.setattr(gate_training, "mean_gradients", spy)
+    theta = torch.cat([torch.linspace(-3, 3, len(group)) for _, group in rows])
+    costs = gate_training.Costs.of(rows, model.device)
+    gate_training.train_gates(model, rows, theta, costs, 0.5, [[teacher_sample(model, windows(1))]], 0.0)
+    gates = by_group(gate_values(theta, costs, 0.5 * float(costs.spent(torch.ones_like(theta))), WARM), rows)
+    for (block, group), own, (part, factor) in zip(rows, gates, taken[0], strict=True):
+        other, scaled = blocks_of(dense)[block.index].part(group.consumer.path), matrix(part) * factor
+        for unit, columns in enumerate(group.consumer.index):
+            torch.testing.assert_close(scaled[:, columns], matrix(other)[:, columns] * own[unit])
+
+
+@pytest.mark.parametrize(
+    ("constraint", "said"),
+    [
+        (Constraint(dense_heads=True), "no head may leave: set `attention` to none"),
+        (Constraint(uniform=True), "all blocks must have the same sizes: set `attention` to none"),
+    ],
+)
+def test_heads_that_must_stay(constraint: Constraint, said: str) -> None:
+    assert said in LearnedGates(attention="kv_heads").conflicts(constraint)
+    assert LearnedGates().conflicts(constraint) == []
+
+
+def test_heads_and_experts_are_not_ranked_together() -> None:
+    with pytest.raises(ValueError, match="`experts` and heads are not ranked together: set `attention` to none"):
+        LearnedGates(experts=True, attention="kv_heads")
 
 
 def test_groups_of_experts_keep_as_many_each() -> None:
