@@ -4,9 +4,9 @@
         [--sparsities 0.25 0.5] [--windows 64] [--length 512] [--seeds 0] [--settings '{"gate_share": 0.25}' ...]
 
 One model at a time is pruned, in float32, by CFSP and by LearnedGates with each of the settings. Seconds are those that
-processors worked, from the dense model to the pruned one, so they say the same on a machine with other work. Calibration
-windows and perplexity are those of `plprune compare` with `join: "\\n\\n"`. Each result is a line of the output; a run
-that goes on repeats none.
+processors worked, from the dense model to the pruned one, so they say the same on a machine with other work.
+Calibration windows and perplexity are those of `plprune compare` with `join: "\\n\\n"`. Each result is a line of the
+output; a run that goes on repeats none.
 """
 
 import argparse
