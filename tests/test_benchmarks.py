@@ -1,4 +1,4 @@
-"""The benchmark for GPUs, on the CPU, and what those of families and of quantised models have recorded."""
+"""The benchmark for GPUs, on the CPU, and what those of families, of quantised and of served models have recorded."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from plprune.training import recipes
-from tests.benchmarks import curve, families, quantised
+from tests.benchmarks import curve, families, quantised, serving
 from tests.benchmarks.gpu.__main__ import main
 from tests.benchmarks.gpu.running import SECTIONS
 from tests.builders import numbers, save_tiny
@@ -86,6 +86,7 @@ def test_the_list_of_families_is_the_recorded_one() -> None:
     assert {"llama", "qwen3_moe", "gpt_oss", "mamba2"} <= set(pruned)
 
 
-def test_the_page_has_the_recorded_table_of_quantised_models() -> None:
-    page = Path(__file__).parents[1] / "plprune" / "export" / "README.md"
-    assert quantised.table(json.loads(quantised.RESULTS.read_text())) in page.read_text(encoding="utf-8")
+def test_the_page_has_the_recorded_tables_of_quantised_and_of_served_models() -> None:
+    page = (Path(__file__).parents[1] / "plprune" / "export" / "README.md").read_text(encoding="utf-8")
+    assert quantised.table(json.loads(quantised.RESULTS.read_text())) in page
+    assert serving.speed_table(json.loads(serving.SPEED.read_text())) in page

@@ -7,7 +7,7 @@ built from the config before pruning; then its parameters are cut to their new s
 `blocks`       path of the list of decoder blocks
 `attention`    path of the attention in a block
 `layers`       changes by block, with the following keys:
-`shapes`       shapes of parameters that were cut or added (biases)
+`shapes`       shapes of parameters that were cut, padded or added (biases)
 `counts`       attributes from which the forward pass reads numbers of heads, and their values
 `gather`       projections that read only some inputs, and the full input width; `index` is in the weights
 `scatter`      projections that compute only some outputs, and the full output width; `index` likewise
@@ -249,7 +249,7 @@ def replace(block: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def resize(block: nn.Module, name: str, shape: list[int]) -> None:
-    """Cuts the tensor with a dotted name to another shape, or adds it with zeros."""
+    """Cuts the tensor with a dotted name to another shape; one that was padded beyond it, or added, is of zeros."""
     path, _, last = name.rpartition(".")
     owner: Any = block.get_submodule(path)
     old = getattr(owner, last)
@@ -257,7 +257,9 @@ def resize(block: nn.Module, name: str, shape: list[int]) -> None:
         owner.index = old[: shape[0]]
         return
     like = owner.weight if old is None else old
-    value = like.new_zeros(shape) if old is None else old[tuple(slice(n) for n in shape)].clone()
+    value = like.new_zeros(shape)
+    if old is not None and all(map(int.__le__, shape, old.shape)):
+        value = old[tuple(slice(n) for n in shape)].clone()
     if old is not None and not isinstance(old, nn.Parameter):
         setattr(owner, last, value)  # stays a buffer
         return

@@ -186,6 +186,19 @@ def test_padding_keeps_the_function(family: str, multiple: int) -> None:
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_blocks_are_padded_beyond_the_dense_width(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", CFSP(0.25))
+    widths = [block.channels for block in blocks_of(model)]
+    assert max(widths) <= 48  # as the dense ones
+    row = exported(tmp_path / "model", "--to", "hf", "--pad_to", "32")["hf"]
+    assert (row["difference"], row["same_text"]) == (0, True)
+    found = load_file(tmp_path / "exported" / "hf" / "model.safetensors")
+    names = [f"model.layers.{i}.mlp.down_proj.weight" for i in range(len(widths))]
+    assert [found[name].shape[1] for name in names] == [-(-width // 32) * 32 for width in widths]
+    assert max(widths) > 32
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_widening_keeps_the_function(family: str) -> None:
     model = tiny(family)
