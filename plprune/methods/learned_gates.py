@@ -278,14 +278,9 @@ class LearnedGates(Repairing):
         every = distributed.gather_objects([sample.to("cpu") for sample in samples], calibration.group)
         return [sample.to(device) for own in every for sample in own]
 
-    def _steps(self, samples: Sequence[TeacherSample], group: distributed.ProcessGroup) -> list[list[TeacherSample]]:
+    def _steps(self, samples: Sequence[TeacherSample]) -> list[list[TeacherSample]]:
         """The samples of each step."""
         n = self.windows_per_step
-        if n % distributed.size(group):
-            log.warning(
-                "%d processes share the %d windows of a step, so some wait: give a multiple by `windows_per_step`",
-                *(distributed.size(group), n),
-            )
         return [list(samples[i : i + n]) for i in range(0, len(samples), n)] * self.passes
 
     def _learn_gates(
@@ -300,7 +295,13 @@ class LearnedGates(Repairing):
         """Trains the scores; all processes get those of the first process, and their gates."""
         device = samples[0].ids.device
         theta = torch.cat([s.flatten() for s in scores]).to(device)
-        steps = self._steps(samples[: max(1, round(self.gate_share * len(samples)))], calibration.group)
+        steps = self._steps(samples[: max(1, round(self.gate_share * len(samples)))])
+        if self.windows_per_step % (count := distributed.size(calibration.group)):
+            log.warning(
+                "%d processes share the windows of a step, of which there are %d, so some processes wait: set "
+                "`windows_per_step` to a multiple of %d",
+                *(count, self.windows_per_step, count),
+            )
         with trainable(model, device):
             costs = Costs.of(rows, device)
             gates = train_gates(model, rows, theta, costs, 1 - p, steps, self.learning_rate, calibration.group)
@@ -317,7 +318,7 @@ class LearnedGates(Repairing):
                 ones = torch.ones(block.expert_count, block.expert_width, device=device)
                 places.append((block, block.experts.channels.consumer.path))
                 gains.append((block.part(block.experts.path), ones))
-            train_gains(surgery.model, gains, self._steps(samples, group), self.gain_rate, group)
+            train_gains(surgery.model, gains, self._steps(samples), self.gain_rate, group)
         for (block, path), (_, gain) in zip(places, gains, strict=True):
             surgery.scale(block, path, gain)
 

@@ -86,6 +86,14 @@ def test_gates_take_a_share_of_the_windows_and_gains_all(monkeypatch: pytest.Mon
         assert len(taken[name]) == 2 * len(windows_of_steps)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_processes_that_will_wait_are_told(count: int, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    monkeypatch.setattr(learned_gates.distributed, "size", lambda _: 2)
+    prune(tiny(), LearnedGates(0.3, windows_per_step=count, repair="none"), [windows(4)])
+    said = f"of which there are {count}, so some processes wait: set `windows_per_step` to a multiple of 2"
+    assert [said in message for message in caplog.messages] == [True] * (count % 2)
+
+
 def test_experts_lose_as_many_channels_each_its_own_and_lower_the_divergence_that_norms_have() -> None:
     text = list(windows(4, 48).split(1))
     samples, found = [teacher_sample(build("mixtral"), ids) for ids in text], []
