@@ -94,6 +94,8 @@ REPAIRED: dict[str, Any] = {  # not as the papers have it: restored in a walk of
     "FLAP restore": functools.partial(FLAP, repair="restore", damping="auto"),
     "CFSP restore": functools.partial(CFSP, repair="restore"),
     "TwoSSP restore": functools.partial(TwoSSP, repair="restore", bias=False),
+    "CFSP reconstruct": functools.partial(CFSP, repair="reconstruct", repair_passes=2),
+    "FASP reconstruct": functools.partial(FASP, repair="reconstruct", repair_passes=1),
 }
 OF_EXPERTS: dict[str, Any] = {
     "REAP": REAP,

@@ -73,10 +73,10 @@ ORDER = {
         ["attention_search", "observations", "plan_summary", "repair"],
         ["stream"],
         ["block_sources"],
-        ["gate_training"],
+        ["gate_training", "reconstruction"],
         ["losses", "surgery"],
         ["allocation", "calibration", "expert_inputs", "forward", "model_state"],
-        ["constraints", "journal", "plan", "statistics"],
+        ["constraints", "descent", "journal", "plan", "statistics"],
         ["hidden_states"],
     ],
     "architecture": [

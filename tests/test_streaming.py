@@ -307,6 +307,8 @@ def stops(run: Callable[..., Any], count: int) -> bool:
     ("name", "offload"),
     [
         ("FASP value_channels", "disk"),
+        ("CFSP reconstruct", "disk"),
+        pytest.param("FASP reconstruct", None, marks=pytest.mark.slow),
         pytest.param("FLAP AL-AM", "disk", marks=pytest.mark.slow),
         pytest.param("TwoSSP", "cpu", marks=pytest.mark.slow),
         pytest.param("FLAP restore", "disk", marks=pytest.mark.slow),
@@ -638,6 +640,7 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param("deepseek_v3", "FLAP experts", marks=pytest.mark.slow),
         pytest.param("gpt_oss", "FASP kv_heads", marks=pytest.mark.slow),
         ("gpt_oss", "FLAP restore"),
+        pytest.param("qwen2_moe", "CFSP reconstruct", marks=pytest.mark.slow),
     ],
 )
 def test_mixtures_stream(kind: str, name: str, mixtures: Path, tmp_path: Path) -> None:

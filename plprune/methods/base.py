@@ -1,6 +1,7 @@
 """The base classes of all pruning methods."""
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
@@ -97,15 +98,20 @@ class Repairing(PruningMethod):
 
     Args:
         repair: Repair of consumers that lose inputs. none; compensate: adds the mean contribution of the removed inputs
-            to the bias; restore: adjusts the kept weights by least squares to replace the removed inputs.
+            to the bias; restore: adjusts the kept weights by least squares to replace the removed inputs; reconstruct:
+            restores, then trains all weights of each block by gradient toward the dense model's hidden states.
         damping: Regularisation of a restoration, relative to the mean diagonal of the inputs' second moments. auto:
             chooses among 0.0001, 0.001, ..., 1 by the error on every fourth calibration window, which is held out.
         bias: Whether a repair may add a bias to consumers. Without it, a restoration does not centre the inputs.
+        repair_passes: Passes over the calibration windows of a reconstruction; a step takes four windows.
+        repair_rate: Learning rate of a reconstruction, relative to the root mean square of each weight.
     """
 
     repair: Repair = dataclasses.field(default="none", kw_only=True)
     damping: Damping = dataclasses.field(default=0.01, kw_only=True)
     bias: bool = dataclasses.field(default=True, kw_only=True)
+    repair_passes: int = dataclasses.field(default=4, kw_only=True)
+    repair_rate: float = dataclasses.field(default=0.01, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,6 +119,8 @@ class Repairing(PruningMethod):
             raise ValueError("compensation is a bias: set `bias` to true, or `repair` to none or restore")
         if self.damping != "auto" and not self.damping >= 0:
             raise ValueError(f"`damping` is {self.damping}, but it is auto, or a number that is not negative like 0.01")
+        if self.repair_passes < 1 or not 0 < self.repair_rate < math.inf:
+            raise ValueError("a reconstruction takes at least one of `repair_passes`, and a positive `repair_rate`")
 
     @property
     def biased(self) -> bool:
@@ -125,16 +133,18 @@ class Repairing(PruningMethod):
 
     def repairer(self, calibration: Calibration) -> Repairer:
         """Repairs consumers as the settings say."""
-        return Repairer(self.repair, self.damping, self.bias, calibration)
+        return Repairer(self.repair, self.damping, self.bias, calibration, self.repair_passes, self.repair_rate)
 
     def repair_work(self, model: PreTrainedModel, tokens: int, length: int, attention: AttentionUnit) -> Work:
         """The cost of the repair pass: each block runs once per group and once pruned. `restore` adds the second
         moments of the consumers' inputs (half a matrix) and one factorisation per damping, of each expert its own.
+        `reconstruct` adds a forward and a backward pass for each of its passes, two passes that measure errors, and the
+        dense model's; it keeps two more streams of hidden states, and five numbers per weight of a block in float32.
         """
         blocks, d = blocks_of(model), text_config(model.config).hidden_size
         rows = [(block, group) for block in blocks for group in block.groups(attention)]
         runs = sum(block_flops(block, length) for block in (*blocks, *(block for block, _ in rows)))
-        if self.repair != "restore":
+        if self.repair in ("none", "compensate"):
             return Work(tokens * runs if self.repair == "compensate" else 0)
         factors, matrices = (1 + len(DAMPINGS), 6) if self.damping == "auto" else (1, 3)
         single, most = 0.0, 0
@@ -143,4 +153,8 @@ class Repairing(PruningMethod):
             seen = block.experts.active if group.experts else 1  # how many times each token is
             single += seen * tokens * n**2 + experts * factors * (n**3 / 3 + 2 * d * n**2)
             most = max(most, 8 * (matrices + experts - 1) * n**2)
-        return Work(tokens * runs, single, most)
+        if self.repair == "restore":
+            return Work(tokens * runs, single, most)
+        runs += (3 * self.repair_passes + 3) * sum(block_flops(block, length) for block in blocks)
+        states = 2 * tokens * d * next(model.parameters()).element_size()
+        return Work(tokens * runs, single, max(most, 20 * max(block.parameters() for block in blocks)) + states)

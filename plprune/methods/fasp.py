@@ -59,18 +59,21 @@ class FASP(Repairing):
         surgery, repairer = Surgery(model), self.repairer(calibration)
 
         def prune_block(block: Block, inputs: BlockInputs) -> None:
-            for group, seen in observe(block, inputs, repairer.statistic, self.attention):
-                weight, norm = block.weight(group), values(seen, lambda n: n.norm)
-                if group.experts:
-                    pairs = zip(weight.unbind(1), norm, strict=True)
-                    score = torch.stack([column_score(w[..., None], x[:, None]) for w, x in pairs])
-                else:
-                    score = column_score(weight, norm[group.consumer.index])
-                repairer.keep(surgery, block, group, top_k(score, counts[group.name]), seen)
+            with repairer.reconstructing(surgery, block, inputs):
+                for group, seen in observe(block, inputs, repairer.statistic, self.attention):
+                    score = self._score(block, group, values(seen, lambda n: n.norm))
+                    repairer.keep(surgery, block, group, top_k(score, counts[group.name]), seen)
 
-        influences = prune_blocks(model, calibration, "FASP", prune_block)
+        influences = prune_blocks(model, repairer.text, "FASP", prune_block, repairer.reconstructs)
         distances = [influence.distance("angular") for influence in influences]
         return surgery.plan("FASP", dataclasses.asdict(self), importance(distances))
+
+    def _score(self, block: Block, group: UnitGroup, norm: Tensor) -> Tensor:  # [units], or [experts, channels]
+        weight = block.weight(group)
+        if not group.experts:
+            return column_score(weight, norm[group.consumer.index])
+        pairs = zip(weight.unbind(1), norm, strict=True)
+        return torch.stack([column_score(w[..., None], x[:, None]) for w, x in pairs])
 
     def conflicts(self, constraint: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
         reasons = []

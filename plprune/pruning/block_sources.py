@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.pruning.calibration import Calibration, Observations, Observed
 from plprune.pruning.forward import BlockInputs, Call, checksums, record_inputs, same_values
-from plprune.pruning.hidden_states import HiddenStates, MemoryStates
+from plprune.pruning.hidden_states import HiddenStates, MemoryStates, Part
 from plprune.pruning.journal import BlockRecord, Journal, PassLog
 from plprune.pruning.model_state import journal_of
 from plprune.pruning.statistics import BlockInfluence, Stateful, Statistic
@@ -42,13 +42,14 @@ class Fresh:
     Args:
         model: The model.
         calibration: The calibration text.
+        dense: Whether the hidden states of the dense model are followed too. They come after the others in `hidden`.
 
     Raises:
         ValueError: The model has a journal but several processes prune it, or has none but `offload` is disk.
     """
 
-    def __init__(self, model: PreTrainedModel, calibration: Calibration) -> None:
-        self.model, self.calibration, self.journal = model, calibration, journal_of(model)
+    def __init__(self, model: PreTrainedModel, calibration: Calibration, dense: bool = False) -> None:
+        self.model, self.calibration, self.journal, self.dense = model, calibration, journal_of(model), dense
         self.log = PassLog(self.journal) if isinstance(self.journal, Journal) else None
         if self.log and calibration.group is not None:
             raise ValueError("a model that streams from disk is pruned by one process: start it without others")
@@ -68,6 +69,8 @@ class Fresh:
         for hidden, calls in records:
             self.hidden.append(hidden)
             every.append(calls)
+        for i in range(len(every) if self.dense else 0):
+            self.hidden.append(self.hidden[i])
         return every
 
     def states(self) -> HiddenStates:
@@ -95,6 +98,10 @@ class Fresh:
         with block.present(self.device):
             yield inputs
             leaving = inputs.outputs() if block.index < len(blocks_of(self.model)) - 1 else None
+            if leaving is not None and self.dense:
+                for hidden in inputs.targets:
+                    leaving.append(hidden)
+            inputs.targets.discard()
         if self.log:
             self.log.append(_record_of(block, inputs, version), leaving)
             self.entering(block).discard()
@@ -106,7 +113,8 @@ class Fresh:
 
     def _inputs(self, block: Block) -> BlockInputs:
         hidden, calls = self.entering(block), [calls[block.index] for calls in self.calls]
-        return BlockInputs(block, hidden, calls, self.device, self.states, self.calibration.group)
+        own, dense = Part(hidden, range(len(calls))), Part(hidden, range(len(calls), len(hidden)))
+        return BlockInputs(block, own, calls, self.device, self.states, self.calibration.group, dense)
 
 
 class Replayed:

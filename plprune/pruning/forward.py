@@ -18,7 +18,7 @@ from plprune.architecture.modeling_plprune import returned
 from plprune.architecture.modules import lacks_weights, passing, replaced_forwards
 from plprune.architecture.wrappers import text_config
 from plprune.io import distributed
-from plprune.pruning.hidden_states import HiddenStates
+from plprune.pruning.hidden_states import HiddenStates, MemoryStates
 from plprune.pruning.journal import NotFinite
 from plprune.pruning.statistics import BlockInfluence, Stateful, Statistic
 
@@ -48,6 +48,7 @@ class BlockInputs:
         device: The device that it runs on.
         states: Makes an empty collection for its outputs.
         group: The processes that share the batches.
+        dense: The hidden states that enter the block in the dense model, if they are followed too.
     """
 
     pruned = False  # whether an interrupted run has already pruned the block
@@ -61,11 +62,13 @@ class BlockInputs:
         device: torch.device,
         states: Callable[[], HiddenStates],
         group: distributed.ProcessGroup = None,
+        dense: Sequence[Tensor] = (),
     ) -> None:
-        self.block, self.hidden, self.calls = block, hidden, calls
+        self.block, self.hidden, self.calls, self.dense = block, hidden, calls, dense
         self.device, self.states, self.group = device, states, group
         self.influence = BlockInfluence()
         self.observed: list[Mapping[str, Stateful]] = []  # statistics by consumer, for each observation
+        self.targets = states() if dense else MemoryStates(device)  # what leaves the block in the dense model
         self._outputs: HiddenStates | None = None
         self._weights: dict[str, Tensor] = {}  # checksums of the weights that produced the outputs
 
@@ -100,6 +103,12 @@ class BlockInputs:
                 f"NaN or infinity in the activations of block {self.block.index}: load the model in float32 or "
                 "bfloat16, and check its weights"
             )
+
+    @torch.no_grad()
+    def aim(self) -> None:
+        """Runs the block, not yet pruned, on the dense model's hidden states; the results are its targets."""
+        for hidden, call in zip(self.dense, self.calls, strict=True):
+            self.targets.append(run_block(self.block, hidden.to(self.device), call.to(self.device)))
 
     def outputs(self) -> HiddenStates:
         """Returns the outputs of the block with its current weights, and runs it again only if these have changed."""

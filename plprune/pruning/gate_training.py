@@ -19,8 +19,8 @@ from plprune.architecture.blocks import UnitGroup
 from plprune.architecture.modules import innermost, matrix, on_device
 from plprune.architecture.probing import has_interface
 from plprune.io import distributed
-from plprune.io.progress import Progress
 from plprune.pruning.allocation import Rows, ranked
+from plprune.pruning.descent import steps
 from plprune.pruning.expert_inputs import gated
 from plprune.pruning.forward import after_blocks, evaluating
 from plprune.pruning.losses import (
@@ -177,7 +177,7 @@ def train_gates(
         block.part(block.experts.path if group.kind.startswith("expert") else group.consumer.path)
         for block, group in rows
     ]
-    for done, samples in steps([scores], rate, batches, "training gates", group):
+    for done, samples in steps([{"params": [scores], "lr": rate}], batches, "training gates", group):
         align(scores, rows)
         gates = gate_values(scores, cost, budget, WARM * (COLD / WARM) ** done).requires_grad_()
         with torch.enable_grad():  # the caller may have disabled gradients
@@ -245,33 +245,10 @@ def train_gains(
     """
     trained = [gain.detach().requires_grad_() for _, gain in gains]  # these share memory with `gains`
     factors = [(part, own) for (part, _), own in zip(gains, trained, strict=True)]
-    for _, samples in steps(trained, rate, batches, "training gains", group):
+    for _, samples in steps([{"params": trained, "lr": rate}], batches, "training gains", group):
         found = mean_gradients(model, samples, factors, TeacherSample.loss, trained, group)
         for gain, gradient in zip(trained, found, strict=True):
             gain.grad = gradient
-
-
-def steps(
-    parameters: list[Tensor],
-    rate: float,
-    batches: Sequence[Sequence[TeacherSample]],
-    title: str,
-    group: distributed.ProcessGroup,
-) -> Iterator[tuple[float, Sequence[TeacherSample]]]:
-    """Yields each batch with the fraction of steps done; then takes a step of Adam by the `grad` that the caller set.
-
-    The learning rate warms up over the first sixteenth of the steps, and decays to a tenth over all steps.
-    """
-    optimizer, count = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.95)), len(batches)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, 16 * (step + 1) / count) * (1 - 0.9 * step / count)
-    )
-    with Progress(count, title, "step", quiet=distributed.rank(group) > 0) as bar:
-        for step, samples in enumerate(batches):
-            yield step / count, samples
-            optimizer.step()
-            schedule.step()
-            bar.update()
 
 
 def mean_gradients(

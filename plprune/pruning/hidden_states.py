@@ -58,3 +58,21 @@ class DiskStates(Sequence[Tensor]):
 
 
 HiddenStates = MemoryStates | DiskStates
+
+
+class Part(Sequence[Tensor]):
+    """Some of the hidden states of a collection, which stay where they are.
+
+    Args:
+        states: The collection.
+        places: The places of these in it.
+    """
+
+    def __init__(self, states: HiddenStates, places: range) -> None:
+        self.states, self.places = states, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.states[self.places[index]]

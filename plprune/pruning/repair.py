@@ -1,4 +1,4 @@
-r"""Repairs consumers of removed units in closed form: least-squares restoration and bias compensation.
+r"""Repairs what removed units leave: bias compensation, least-squares restoration, reconstruction of whole blocks.
 
 Once a method has chosen the units of all blocks, a second pass prunes and repairs. In each block it first repairs the
 consumer of the attention, then that of the FFN, on the inputs that the repaired attention and earlier blocks produce.
@@ -7,6 +7,8 @@ An expert is repaired by its own tokens: those that its router sends it, at leas
 as many as it keeps channels; others stay as they are. Experts have a bias in few families; where they have none, they
 are not compensated, and restored by inputs that are not centred.
 
+A reconstruction starts from the restored consumers, and then trains the whole block (`plprune.pruning.reconstruction`).
+
 Damping pulls restored weights toward the old ones, which matters where few tokens determine them. Inputs are centred if
 a bias may be added: on the calibration text, restoration is then no worse than compensation.
 
@@ -14,8 +16,9 @@ Symbols: W the consumer's weight, X its inputs with mean :math:`\mu` and second 
 removed ones, :math:`\lambda` the damping.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -31,12 +34,13 @@ from plprune.io import distributed
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.expert_inputs import FEW, PerExpert
 from plprune.pruning.forward import BlockInputs
+from plprune.pruning.reconstruction import WINDOWS, reconstruct
 from plprune.pruning.statistics import Gram, HoldoutGram, Moments
 from plprune.pruning.stream import observe_groups, prune_blocks
 from plprune.pruning.surgery import Surgery
 
 log = logging.getLogger(__name__)
-Repair = Literal["none", "compensate", "restore"]
+Repair = Literal["none", "compensate", "restore", "reconstruct"]
 Damping = float | Literal["auto"]
 Seen = Moments | Gram | HoldoutGram
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # the candidates of `auto`
@@ -47,10 +51,13 @@ class Repairer:
     """Removes units and repairs their consumers.
 
     Args:
-        repair: none; compensate, by a bias; or restore, by new values of the kept weights.
+        repair: none; compensate, by a bias; restore, by new values of the consumer's kept weights; or reconstruct, by
+            new values of all weights of the block.
         damping: Regularisation of a restoration; auto chooses it for each consumer on held-out windows.
         bias: Whether a bias may be added to a consumer.
         calibration: The calibration text.
+        passes: Over the text, of a reconstruction.
+        rate: Its learning rate, relative to the root mean square of each weight.
 
     Raises:
         ValueError: `damping` is auto, but there is only one window.
@@ -60,18 +67,37 @@ class Repairer:
     damping: Damping
     bias: bool
     calibration: Calibration
+    passes: int
+    rate: float
 
     def __post_init__(self) -> None:
-        if self.repair == "restore" and self.damping == "auto" and len(self.calibration.windows(2)) < 2:
+        if self.restores and self.damping == "auto" and len(self.calibration.windows(2)) < 2:
             raise ValueError(
                 "`damping` auto holds out every fourth calibration window, but there is only one: raise num_samples, "
                 "or give `damping` a number"
             )
 
     @property
+    def restores(self) -> bool:
+        """Whether consumers get restored weights."""
+        return self.repair in ("restore", "reconstruct")
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether blocks are trained toward those of the dense model."""
+        return self.repair == "reconstruct"
+
+    @property
+    def text(self) -> Calibration:
+        """The calibration text of the pass that repairs; a reconstruction takes a step for each batch of it."""
+        if not self.reconstructs:
+            return self.calibration
+        return self.calibration.in_batches_of(max(1, WINDOWS // distributed.size(self.calibration.group)))
+
+    @property
     def statistic(self) -> Callable[[], Seen]:
         """The statistic of a consumer's inputs that the repair needs."""
-        if self.repair != "restore":
+        if not self.restores:
             return Moments
         return partial(HoldoutGram, self.calibration.first) if self.damping == "auto" else Gram
 
@@ -92,10 +118,28 @@ class Repairer:
         rows = {index: list(own) for index, own in groupby(chosen, lambda row: row[0].index)}
         prune_blocks(
             surgery.model,
-            self.calibration,
+            self.text,
             title,
-            lambda block, inputs: self._prune_block(surgery, inputs, rows.get(block.index, [])),
+            lambda block, inputs: self._prune_block(surgery, block, inputs, rows.get(block.index, [])),
+            self.reconstructs,
         )
+
+    @contextlib.contextmanager
+    def reconstructing(self, surgery: Surgery, block: Block, inputs: BlockInputs) -> Iterator[None]:
+        """Trains a block, if it is to be reconstructed, after the context has pruned and restored it.
+
+        A block without groups stays as it is.
+        """
+        if not self.reconstructs:
+            yield
+            return
+        inputs.aim()
+        done = len(surgery.journal.decisions)
+        yield
+        if len(surgery.journal.decisions) > done:
+            before, after = reconstruct(block, inputs, self.passes, self.rate)
+            log.info("%s: error of the hidden states %.4f, %.4f before it was reconstructed", block.path, after, before)
+            surgery.changed(block)
 
     def keep(
         self,
@@ -117,22 +161,23 @@ class Repairer:
     def _repairs(self, block: Block, group: UnitGroup, keep: Tensor) -> bool:
         if group.kind == "expert":
             return False
-        able = not group.experts or self.repair == "restore" or bool(block.expert_bias)
+        able = not group.experts or self.restores or bool(block.expert_bias)
         return self.repair != "none" and keep.shape[-1] < len(group) and able
 
     def _prune_block(
-        self, surgery: Surgery, inputs: BlockInputs, chosen: Sequence[tuple[Block, UnitGroup, Tensor]]
+        self, surgery: Surgery, block: Block, inputs: BlockInputs, chosen: Sequence[tuple[Block, UnitGroup, Tensor]]
     ) -> None:
-        for block, group, keep in chosen:
-            if not self._repairs(block, group, keep):
-                surgery.keep(block, group, keep)
-            elif group.experts:
-                own = PerExpert(group.experts, len(group), self.statistic)
-                observe_groups(block, inputs, self.statistic, [], own)
-                self.keep(surgery, block, group, keep, own)
-            else:
-                ((_, seen),) = observe_groups(block, inputs, self.statistic, [group])
-                self.keep(surgery, block, group, keep, seen)
+        with self.reconstructing(surgery, block, inputs):
+            for _, group, keep in chosen:
+                if not self._repairs(block, group, keep):
+                    surgery.keep(block, group, keep)
+                elif group.experts:
+                    own = PerExpert(group.experts, len(group), self.statistic)
+                    observe_groups(block, inputs, self.statistic, [], own)
+                    self.keep(surgery, block, group, keep, own)
+                else:
+                    ((_, seen),) = observe_groups(block, inputs, self.statistic, [group])
+                    self.keep(surgery, block, group, keep, seen)
 
     def _values_of_experts(
         self,
@@ -143,7 +188,7 @@ class Repairer:
     ) -> tuple[Tensor | None, Tensor | None]:  # [experts, d, kept], [experts, d]
         """Like `_values`, of all experts of a block."""
         weights, biased = block.weight(group).unbind(1), self.bias and bool(block.expert_bias)
-        least = max(FEW, keep.shape[1] if self.repair == "restore" else 0)
+        least = max(FEW, keep.shape[1] if self.restores else 0)
         restored, gains, few = [], [], 0
         parts = cast(list[Seen], seen.parts)
         for own, columns, part, tokens in zip(weights, keep, parts, seen.tokens, strict=True):
@@ -160,7 +205,7 @@ class Repairer:
                 *(block.path, few, len(weights), least),
                 " or none of the held-out ones" if self.statistic is not Moments and self.damping == "auto" else "",
             )
-        return torch.stack(restored) if self.repair == "restore" else None, torch.stack(gains) if biased else None
+        return torch.stack(restored) if self.restores else None, torch.stack(gains) if biased else None
 
     def _values(
         self,

@@ -29,7 +29,10 @@ E = TypeVar("E", bound=ExpertStatistic)
 
 
 def stream(
-    model: PreTrainedModel, batches: Calibration | Iterable[Tensor], title: str = "calibrating"
+    model: PreTrainedModel,
+    batches: Calibration | Iterable[Tensor],
+    title: str = "calibrating",
+    dense: bool = False,
 ) -> Iterator[tuple[Block, BlockInputs]]:
     """Yields the blocks in depth order, each with its inputs.
 
@@ -40,12 +43,14 @@ def stream(
         model: A dense or pruned model.
         batches: Calibration token ids, [b, s] each.
         title: Title of the progress bar.
+        dense: Whether the inputs in the dense model are followed too (`BlockInputs.dense`). The caller must call
+            `inputs.aim` before it changes a block.
 
     Raises:
         ValueError: Activations are NaN or infinite; the message names the block.
     """
     calibration, blocks = Calibration.of(batches), blocks_of(model)
-    fresh = Fresh(model, calibration)
+    fresh = Fresh(model, calibration, dense)
     source, done, quiet = _first_source(fresh), fresh.next, distributed.rank(calibration.group) > 0
     with (
         evaluating(model),
@@ -65,6 +70,7 @@ def prune_blocks(
     batches: Calibration | Iterable[Tensor],
     title: str,
     prune_block: Callable[[Block, BlockInputs], None],
+    dense: bool = False,
 ) -> list[BlockInfluence]:
     """Prunes the blocks in depth order, each by the inputs that the pruned blocks before it produce.
 
@@ -73,12 +79,13 @@ def prune_blocks(
         batches: Calibration token ids, [b, s] each.
         title: Title of the progress bar.
         prune_block: Prunes one block by `Surgery.keep`; not called for blocks that an interrupted run has pruned.
+        dense: As for :func:`stream`.
 
     Returns:
         How far each block moves its hidden states, as `prune_block` has observed it.
     """
     influences = []
-    for block, inputs in stream(model, batches, title):
+    for block, inputs in stream(model, batches, title, dense):
         if not inputs.pruned:
             prune_block(block, inputs)
         influences.append(inputs.influence)
@@ -193,5 +200,5 @@ def _first_source(fresh: Fresh) -> BlockSource:
     """The source for the first block."""
     if fresh.log is not None:
         return Replayed(fresh, fresh.log) if fresh.log.done else fresh
-    known = fresh.calibration.known
+    known = None if fresh.dense else fresh.calibration.known
     return Recalled(fresh, known) if known and known.are_of(fresh.model, fresh.calibration) else fresh

@@ -98,6 +98,16 @@ class Surgery:
         linear.weight = like(linear.weight, linear.weight.detach() * (gain[:, None] if is_transposed(linear) else gain))
         self._scaled.append(self._name(linear.weight))
 
+    def changed(self, block: Block) -> None:
+        """Records that all parameters of a block have new values; the block was pruned last."""
+        now = next(group for group in block.recorded_groups if group.name == self.journal.decisions[-1].group)
+        everything = torch.arange(len(now)).expand(*([now.experts] if now.experts else []), len(now))
+        names = [f"{block.path}.{name}" for name, _ in block.module.named_parameters()]
+        decision = Decision(now.name, everything, len(now), names)
+        if block.home is not None:
+            block.home.note(decision)
+        self.journal.decisions.append(decision)
+
     def drop_blocks(self, gone: Sequence[int]) -> None:
         """Removes whole blocks, as the last change: it numbers the others anew.
 
