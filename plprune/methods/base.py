@@ -153,8 +153,14 @@ class Repairing(PruningMethod):
             seen = block.experts.active if group.experts else 1  # how many times each token is
             single += seen * tokens * n**2 + experts * factors * (n**3 / 3 + 2 * d * n**2)
             most = max(most, 8 * (matrices + experts - 1) * n**2)
-        if self.repair == "restore":
+        if self.repair != "reconstruct":
             return Work(tokens * runs, single, most)
-        runs += (3 * self.repair_passes + 3) * sum(block_flops(block, length) for block in blocks)
         states = 2 * tokens * d * next(model.parameters()).element_size()
-        return Work(tokens * runs, single, max(most, 20 * max(block.parameters() for block in blocks)) + states)
+        most = max(most, 20 * max(block.parameters() for block in blocks)) + states
+        return Work(tokens * runs + self.training_flops(model, tokens, length), single, most)
+
+    def training_flops(self, model: PreTrainedModel, tokens: int, length: int) -> float:
+        """The operations that train all blocks in a reconstruction, measure their errors, and give their targets."""
+        if self.repair != "reconstruct":
+            return 0.0
+        return (3 * self.repair_passes + 3) * tokens * sum(block_flops(block, length) for block in blocks_of(model))

@@ -95,9 +95,11 @@ class FASP(Repairing):
         return [{group.name: count for (_, group), count in zip(budget.rows, counts, strict=True)}]
 
     def work(self, model: PreTrainedModel, count: int, length: int, constraint: Constraint = FREE) -> Work:
-        """The cost of a second pass and of the restoration."""
-        again = count * length * sum(block_flops(block, length) for block in blocks_of(model))
-        return dataclasses.replace(self.repair_work(model, count * length, length, self.attention), flops=again)
+        """The cost of a second pass and of the repair."""
+        tokens = count * length
+        again = tokens * sum(block_flops(block, length) for block in blocks_of(model))
+        flops = again + self.training_flops(model, tokens, length)
+        return dataclasses.replace(self.repair_work(model, tokens, length, self.attention), flops=flops)
 
 
 def column_score(

@@ -157,7 +157,7 @@ class FLAP(Repairing):
 
     def work(self, model: PreTrainedModel, count: int, length: int, constraint: Constraint = FREE) -> Work:
         """The cost of the second pass, which only restoration needs."""
-        if self.repair != "restore":
+        if self.repair in ("none", "compensate"):
             return Work()
         return self.repair_work(model, count * length, length, unit(constraint))
 

@@ -15,17 +15,23 @@ from plprune.architecture.blocks import blocks_of
 from plprune.checkpoint.load import load_pruned
 from plprune.checkpoint.save import save_pruned
 from plprune.pruning.calibration import Calibration
+from plprune.pruning.repair import Repair
 from plprune.pruning.surgery import plan_of
 from tests.builders import logits, tiny, windows
 from tests.ranks import in_ranks
 
 METHODS: dict[str, Any] = {"FLAP": FLAP, "FASP": FASP, "CFSP": CFSP, "LearnedGates": LearnedGates, "TwoSSP": TwoSSP}
+BOTH: tuple[Repair, ...] = ("restore", "reconstruct")
 OWN: dict[str, dict[str, Any]] = {"TwoSSP": {"drop_attentions": 0}, "LearnedGates": {"gain_rate": 0.0}}
+
+
+def pair(kind: str = "llama") -> dict[Repair, PreTrainedModel]:
+    return {repair: tiny(kind) for repair in BOTH}
 
 
 def states(model: PreTrainedModel, ids: Tensor, index: int) -> Tensor:  # [b, s] -> [b, s, d]
     """What leaves a block."""
-    found: list[Tensor] = []
+    found: list[Any] = []
     keep = blocks_of(model)[index].module.register_forward_hook(lambda _, __, y: found.append(y))
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
@@ -41,10 +47,8 @@ def distance(model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor, index:
 @pytest.mark.parametrize("name", METHODS)
 def test_by_every_method_the_hidden_states_come_closer_to_the_dense_ones(name: str) -> None:
     ids, own, dense = windows(16), OWN.get(name, {}), tiny()
-    models = {repair: tiny() for repair in ("restore", "reconstruct")}
-    plans = {
-        repair: prune(model, METHODS[name](0.3, repair=repair, **own), [ids]) for repair, model in models.items()
-    }
+    models = pair()
+    plans = {repair: prune(model, METHODS[name](0.3, repair=repair, **own), [ids]) for repair, model in models.items()}
     after = {repair: distance(model, dense, ids, 2) for repair, model in models.items()}
     assert after["reconstruct"] < 0.9 * after["restore"]
     assert set(plans["reconstruct"].repaired) == {
@@ -103,9 +107,11 @@ def test_the_batch_size_does_not_matter() -> None:
 
 def test_weights_in_bfloat16_learn_too() -> None:
     ids, dense = windows(16), tiny().bfloat16()
-    models = {repair: tiny().bfloat16() for repair in ("restore", "reconstruct")}
+    models = pair()
     for repair, model in models.items():
-        prune(model, CFSP(0.3, repair=repair, repair_rate=0.003), [ids])  # steps below the rounding of a weight
+        prune(
+            model.bfloat16(), CFSP(0.3, repair=repair, repair_rate=0.003), [ids]
+        )  # steps below the rounding of a weight
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     after = {repair: distance(model.float(), copy.deepcopy(dense).float(), ids, 2) for repair, model in models.items()}
     assert after["reconstruct"] < 0.95 * after["restore"]
@@ -123,7 +129,7 @@ def test_what_is_saved_is_what_was_trained(tmp_path: Any) -> None:
 @pytest.mark.parametrize("kind", ["qwen2_moe", "gpt_oss"])
 def test_blocks_with_experts_are_reconstructed(kind: str) -> None:
     ids, dense = windows(16), tiny(kind)
-    models = {repair: tiny(kind) for repair in ("restore", "reconstruct")}
+    models = pair(kind)
     for repair, model in models.items():
         prune(model, CFSP(0.25, repair=repair), [ids])
     after = {repair: distance(model, dense, ids, 3) for repair, model in models.items()}

@@ -263,13 +263,21 @@ def test_where_no_bias_may_be_added_a_restoration_without_one_is_named(name: str
 def test_what_a_repair_takes_is_foreseen() -> None:
     model = tiny()
     for kind in EVERY.values():
-        plain, means, restored, auto = (
+        plain, means, restored, auto, trained = (
             kind(0.3, repair=repair, damping=damping).work(model, 4, 16)
-            for repair, damping in (("none", 0.01), ("compensate", 0.01), ("restore", 0.01), ("restore", "auto"))
+            for repair, damping in (
+                ("none", 0.01),
+                ("compensate", 0.01),
+                ("restore", 0.01),
+                ("restore", "auto"),
+                ("reconstruct", 0.01),
+            )
         )
         assert plain.flops <= means.flops <= restored.flops == auto.flops
         assert plain.single == means.single == 0 < restored.single < auto.single
         assert 0 < restored.bytes < auto.bytes
+        assert trained.flops > 3 * restored.flops
+        assert trained.bytes > restored.bytes
 
 
 # ---- experts, each by its own tokens
