@@ -1,6 +1,7 @@
 """Callbacks that write down what each process of a run sees, or end it."""
 
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from plprune.pruning.surgery import plan_of
+from plprune.recovery.distillation import Teacher
 from plprune.training.strategies import gather
 
 
@@ -62,6 +64,22 @@ class Memory(pl.Callback):
             _save(trainer, {"peak": 1024 * (_kilobytes("VmHWM") - before)}, "memory")
 
         pl_module.configure_model = measured  # type: ignore[method-assign]
+
+
+class Freed(pl.Callback):
+    """Saves how many numbers of a teacher each rank holds after it was freed, to `freed/<rank>.pt`."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        own = Teacher.free
+
+        def free(teacher: Teacher) -> None:
+            weights = [weakref.ref(p) for p in teacher._model.parameters()] if teacher._model else []
+            own(teacher)
+            left = [p for each in weights if (p := each()) is not None]
+            if weights:
+                _save(trainer, {"before": len(weights), "held": sum(map(_held, left))}, "freed")
+
+        Teacher.free = free  # type: ignore[method-assign]
 
 
 def _save(trainer: pl.Trainer, found: dict[str, Any], name: str) -> None:

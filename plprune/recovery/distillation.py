@@ -253,7 +253,7 @@ class Teacher:
         device: The device that it runs on.
         root: The folder for the answers of all teachers.
         shard: Distributes a model, whose weights only the first process has, in shards over all processes, and returns
-            what runs it; by default every process holds the whole model.
+            what runs it and what frees it; by default every process holds the whole model.
     """
 
     def __init__(
@@ -263,13 +263,14 @@ class Teacher:
         dtype: Dtype,
         device: torch.device,
         root: Path,
-        shard: Callable[[PreTrainedModel], nn.Module] | None = None,
+        shard: Callable[[PreTrainedModel], tuple[nn.Module, Callable[[], None]]] | None = None,
     ) -> None:
         self.settings, self.source, self.device, self.root = settings, source, device, root
         self.dtype: Dtype = dtype
         self._shard = shard
         self._model: PreTrainedModel | None = None
         self._forward: nn.Module | None = None  # runs the model once it is on its devices
+        self._release: Callable[[], None] = lambda: None  # what a sharded model needs to be freed
 
     def prepare(self, windows: Iterable[dict[str, Tensor]], quiet: bool = False) -> None:  # [1, s] each
         """Runs the teacher on all windows without a stored answer, each in one process, and frees it."""
@@ -295,7 +296,8 @@ class Teacher:
     def free(self) -> None:
         """Removes the model from memory."""
         if self._model is not None:
-            self._model = self._forward = None
+            self._release()
+            self._model, self._forward, self._release = None, None, lambda: None
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -336,7 +338,7 @@ class Teacher:
     def _run(self, given: dict[str, Tensor]) -> Answers:
         model, settings, answer = self._loaded(), self.settings, {}
         if self._forward is None:
-            self._forward = self._shard(model) if self._shard else model.to(self.device)  # type: ignore[arg-type]
+            self._forward, self._release = self._placed(model)
         blocks = settings.blocks(len(blocks_of(model)))
         fewer = {} if settings.uses_logits else {"logits_to_keep": 1}  # saves most of the head's time
         with recorded_outputs(model, blocks) as states:
@@ -348,6 +350,11 @@ class Teacher:
         if blocks:
             answer["hidden"] = torch.cat(states)[:, :-1].bfloat16().cpu().contiguous()
         return answer
+
+    def _placed(self, model: PreTrainedModel) -> tuple[nn.Module, Callable[[], None]]:
+        if self._shard:
+            return self._shard(model)
+        return model.to(self.device), lambda: None  # type: ignore[arg-type]
 
     def _loaded(self) -> PreTrainedModel:
         """The teacher; of one that is sharded, only the first process has the weights."""

@@ -7,7 +7,7 @@ weights only the first process has loaded.
 
 import importlib.util
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -286,19 +286,30 @@ def shard(model: PreTrainedModel, strategy: Strategy) -> None:
         _shard_zero3(model, cast(DeepSpeedStrategy, strategy))
 
 
-def shard_frozen(model: PreTrainedModel, strategy: Strategy) -> nn.Module:
-    """Shards a model that is not trained, as :func:`shard` does; returns the module whose forward pass runs it."""
+def shard_frozen(model: PreTrainedModel, strategy: Strategy) -> tuple[nn.Module, Callable[[], None]]:
+    """Shards a model that is not trained, as :func:`shard` does.
+
+    Returns:
+        The module whose forward pass runs it, and what frees its memory once nothing else holds it.
+    """
     model.requires_grad_(False)
     shard(model, strategy)
     if isinstance(strategy, ModelParallelStrategy):
-        return model
+        return model, lambda: None
     import deepspeed
 
     zero = {name: value for name, value in _zero(strategy).items() if name != "offload_optimizer"}
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
-    return cast(nn.Module, engine)
+
+    def free() -> None:
+        engine.destroy()
+        for parameter in model.parameters():  # DeepSpeed keeps the modules, and with them the shards
+            for tensor in (cast(Any, parameter).ds_tensor, parameter):
+                tensor.data = tensor.new_empty(0)
+
+    return cast(nn.Module, engine), free
 
 
 def check_config(config: dict[str, Any], trainer: pl.Trainer) -> None:

@@ -148,10 +148,15 @@ def test_the_dense_model_teaches_as_in_one_process(
         torch.testing.assert_close(rank["losses"][1::2], expected["losses"], rtol=0, atol=1e-4)
         torch.testing.assert_close(rank["adapters"], expected["adapters"], rtol=0, atol=1e-4)
     assert len(list((run.folder / "teacher").rglob("*.safetensors"))) == expected["answers"]
+    freed = [torch.load(run.folder / "freed" / f"{rank}.pt") for rank in range(2)]
+    assert all(each["before"] > 20 and not each["held"] for each in freed)
 
 
 TAUGHT: dict[str, Any] = {"distill": {"of": "both", "weight": 0.7, "top_k": 9}}
-TAUGHT["callbacks"] = PROBE | {"Prune": {"method": {"class_path": "FLAP", "init_args": {"sparsity": 0.3}}}}
+TAUGHT["callbacks"] = PROBE | {
+    "tests.probes.Freed": {},
+    "Prune": {"method": {"class_path": "FLAP", "init_args": {"sparsity": 0.3}}},
+}
 
 
 def conversations(source: Path) -> tuple[str, ...]:
