@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -58,11 +58,10 @@ class Calibration:
         """The batches of this process; can be empty."""
         if self.group is None:
             return self.batches
-        return _joined(distributed.shard(self.windows(), self.group), max(len(ids) for ids in self.batches))
-
-    def in_batches_of(self, size: int) -> "Calibration":
-        """The same windows in batches of another size."""
-        return replace(self, batches=_joined(self.windows(), size))
+        size = max(len(ids) for ids in self.batches)
+        mine = distributed.shard(self.windows(), self.group)
+        by_length = [list(run) for _, run in itertools.groupby(mine, lambda ids: ids.shape[1])]
+        return [torch.cat(run[i : i + size]) for run in by_length for i in range(0, len(run), size)]
 
     @property
     def first(self) -> int:
@@ -74,12 +73,6 @@ class Calibration:
         """A hash of the windows, independent of the batch size."""
         ids, lengths = [ids.flatten() for ids in self], [ids.shape[1] for ids in self for _ in ids]
         return fingerprint([("ids", torch.cat(ids).cpu()), ("lengths", torch.tensor(lengths))], values=1 << 30)
-
-
-def _joined(windows: list[Tensor], size: int) -> list[Tensor]:  # [1, s] each -> [b, s] each
-    """Batches of up to `size` windows, each of windows of one length."""
-    by_length = [list(run) for _, run in itertools.groupby(windows, lambda ids: ids.shape[1])]
-    return [torch.cat(run[i : i + size]) for run in by_length for i in range(0, len(run), size)]
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ Symbols: :math:`f_W` the block with its weights W, x its inputs in the pruned mo
 for quantised models; https://arxiv.org/abs/2510.14444 for pruned ones.
 """
 
+import contextlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +43,7 @@ def reconstruct(block: Block, inputs: BlockInputs, passes: int, rate: float) -> 
 
     Args:
         block: The block, in memory.
-        inputs: Its inputs, which know the outputs of the dense model (:meth:`BlockInputs.aim`). In a step, each process
-            takes one batch.
+        inputs: Its inputs in batches of one window, with the outputs of the dense model (:meth:`BlockInputs.aim`).
         passes: Over the inputs.
         rate: The highest learning rate, relative to the root mean square of each weight.
 
@@ -57,7 +57,7 @@ def reconstruct(block: Block, inputs: BlockInputs, passes: int, rate: float) -> 
     weights = [p for p in block.module.parameters() if p.is_floating_point() and bool(p.detach().any())]
     first, trained = [p.detach().clone() for p in weights], [p.detach().float().clone() for p in weights]
     own_rates = [{"params": [p], "lr": rate * float(p.square().mean().sqrt())} for p in trained]
-    for _, step in steps(own_rates, _order(inputs, passes)):
+    for _, step in steps(own_rates, _windows(inputs, passes)):
         _put(weights, trained)
         for weight, gradient in zip(trained, _gradients(inputs, step, weights, variance), strict=True):
             weight.grad = gradient
@@ -103,39 +103,50 @@ def _variance(inputs: BlockInputs) -> Tensor:  # [d]
     return variance.clamp(min=LEAST * float(variance.mean())).float()
 
 
-def _order(inputs: BlockInputs, passes: int) -> list[int]:
-    """The batch of each step: all batches in each pass, shuffled anew. Processes have equally many, or one fewer."""
-    count = max(distributed.gather_objects(len(inputs.calls), inputs.group))
+def _windows(inputs: BlockInputs, passes: int) -> list[list[int]]:
+    """This process's windows in each step. The steps are the same for every number of processes."""
+    counts = distributed.gather_objects(len(inputs.calls), inputs.group)
+    first, count = sum(counts[: distributed.rank(inputs.group)]), sum(counts)
+    stride, mine = -(-count // WINDOWS), range(len(inputs.calls))
+    own = [[i - first for i in range(start, count, stride) if i - first in mine] for start in range(stride)]
     generator = torch.Generator().manual_seed(0)
-    return [i for _ in range(passes) for i in torch.randperm(count, generator=generator).tolist()]
+    return [own[i] for _ in range(passes) for i in torch.randperm(stride, generator=generator).tolist()]
 
 
 def _gradients(
     inputs: BlockInputs,
-    step: int,
+    step: Sequence[int],
     weights: Sequence[nn.Parameter],
     variance: Tensor,  # [d]
 ) -> list[Tensor]:
-    """The gradients of the mean error over the batches of all processes, in float32."""
+    """The gradients of the mean error over the windows of a step, of all processes, in float32."""
     total, tokens = [torch.zeros_like(w, dtype=torch.float32) for w in weights], 0
-    if step < len(inputs.calls):
-        asked = [w.requires_grad for w in weights]
-        for weight in weights:
-            weight.requires_grad_(True)
-        with torch.enable_grad():
-            x = inputs.hidden[step].to(inputs.device)
-            outputs = run_block(inputs.block, x, inputs.calls[step].to(inputs.device))
-            errors = _errors(outputs, inputs.targets[step].to(outputs.device), variance)
+    for i in step:
+        with torch.enable_grad(), _learning(weights):
+            outputs = run_block(inputs.block, inputs.hidden[i].to(inputs.device), inputs.calls[i].to(inputs.device))
+            errors = _errors(outputs, inputs.targets[i].to(outputs.device), variance)
             found = torch.autograd.grad(errors.sum(), weights, allow_unused=True)
-        for weight, before in zip(weights, asked, strict=True):
-            weight.requires_grad_(before)
-        tokens = len(errors)
-        total = [zero if own is None else own.float() for zero, own in zip(total, found, strict=True)]
+        tokens += len(errors)
+        for sum_, own in zip(total, found, strict=True):
+            if own is not None:
+                sum_ += own
     if inputs.group is not None:
         flat = torch.cat([*(each.flatten() for each in total), total[0].new_tensor([float(tokens)])])
         *parts, count = distributed.all_reduce_sum(flat, inputs.group).split([*(w.numel() for w in weights), 1])
         total, tokens = [part.view_as(w) for part, w in zip(parts, weights, strict=True)], float(count)
     return [each / tokens for each in total]
+
+
+@contextlib.contextmanager
+def _learning(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    asked = [weight.requires_grad for weight in weights]
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight, before in zip(weights, asked, strict=True):
+            weight.requires_grad_(before)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ removed ones, :math:`\lambda` the damping.
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from typing import Literal, cast
@@ -34,7 +34,7 @@ from plprune.io import distributed
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.expert_inputs import FEW, PerExpert
 from plprune.pruning.forward import BlockInputs
-from plprune.pruning.reconstruction import WINDOWS, reconstruct
+from plprune.pruning.reconstruction import reconstruct
 from plprune.pruning.statistics import Gram, HoldoutGram, Moments
 from plprune.pruning.stream import observe_groups, prune_blocks
 from plprune.pruning.surgery import Surgery
@@ -89,10 +89,8 @@ class Repairer:
 
     @property
     def text(self) -> Calibration:
-        """The calibration text of the pass that repairs; a reconstruction takes a step for each batch of it."""
-        if not self.reconstructs:
-            return self.calibration
-        return self.calibration.in_batches_of(max(1, WINDOWS // distributed.size(self.calibration.group)))
+        """The calibration text of the pass that repairs; for a reconstruction in batches of one window."""
+        return replace(self.calibration, batches=self.calibration.windows()) if self.reconstructs else self.calibration
 
     @property
     def statistic(self) -> Callable[[], Seen]:
