@@ -4,18 +4,14 @@ Blocks are trained one by one, so that only one of them is on the device. A bloc
 blocks before it produce, toward the states that leave it in the dense model. So it also makes up for what those blocks
 lost. No gradient leaves the block.
 
-.. math:: L(W) = \frac{1}{T d} \sum_{t,i} \frac{(f_W(x_t) - h_t)_i^2}{\lVert h_t \rVert^2 \, v_i}, \qquad
-    v_i = \mathrm{Var}_t \frac{h_{ti}}{\lVert h_t \rVert}
-
-The error of a token is relative to its length, as norms scale tokens to one length. That of a dimension is relative to
-its variance: else a few dimensions, which hold most of the length in trained models, would hide the others.
+.. math:: L(W) = \frac1T \sum_t \frac{\lVert f_W(x_t) - h_t \rVert^2}{\lVert h_t \rVert^2}
 
 Adam changes a copy of the weights in float32. The rate of each weight is relative to the root mean square of its
 values. A block that did not come closer to the dense one keeps the weights that it had.
 
 Symbols: :math:`f_W` the block with its weights W, x its inputs in the pruned model and h its outputs in the dense one,
-[d] each, t one of T tokens, i one of d dimensions. Reconstruction by blocks: BRECQ (https://arxiv.org/abs/2102.05426)
-for quantised models; https://arxiv.org/abs/2510.14444 for pruned ones.
+[d] each, t one of T tokens. Reconstruction by blocks: BRECQ (https://arxiv.org/abs/2102.05426) for quantised models;
+https://arxiv.org/abs/2510.14444 for pruned ones.
 """
 
 import contextlib
@@ -35,7 +31,6 @@ from plprune.pruning.journal import NotFinite
 log = logging.getLogger(__name__)
 WINDOWS = 4  # per step, of all processes together
 ROUNDING = 1e-9  # an error below it is rounding, from which nothing is learned
-LEAST = 1e-4  # of the mean variance of all dimensions
 
 
 def reconstruct(block: Block, inputs: BlockInputs, passes: int, rate: float) -> tuple[float, float]:
@@ -48,10 +43,9 @@ def reconstruct(block: Block, inputs: BlockInputs, passes: int, rate: float) -> 
         rate: The highest learning rate, relative to the root mean square of each weight.
 
     Returns:
-        The error before and after.
+        The mean error of a token before and after, relative to the dense output.
     """
-    variance = _variance(inputs)
-    before = relative_error(inputs, variance)
+    before = relative_error(inputs)
     if before < ROUNDING:
         return before, before
     weights = [p for p in block.module.parameters() if p.is_floating_point() and bool(p.detach().any())]
@@ -59,10 +53,10 @@ def reconstruct(block: Block, inputs: BlockInputs, passes: int, rate: float) -> 
     own_rates = [{"params": [p], "lr": rate * float(p.square().mean().sqrt())} for p in trained]
     for _, step in steps(own_rates, _windows(inputs, passes)):
         _put(weights, trained)
-        for weight, gradient in zip(trained, _gradients(inputs, step, weights, variance), strict=True):
+        for weight, gradient in zip(trained, _gradients(inputs, step, weights), strict=True):
             weight.grad = gradient
     _put(weights, trained)
-    after = relative_error(inputs, variance)
+    after = relative_error(inputs)
     if not after < before:
         _put(weights, first)
         log.warning("%s did not come closer to the dense model, and keeps its weights: lower `repair_rate`", block.path)
@@ -70,37 +64,22 @@ def reconstruct(block: Block, inputs: BlockInputs, passes: int, rate: float) -> 
     return before, after
 
 
-def relative_error(inputs: BlockInputs, variance: Tensor) -> float:  # [d]
-    """The error over the tokens of all processes; NaN if the block diverged."""
+def relative_error(inputs: BlockInputs) -> float:
+    """The mean error of a token, relative to the dense output, over all processes; NaN if the block diverged."""
     try:
         outputs = inputs.outputs()
     except NotFinite:
         return math.nan
-    sums = [_errors(y, h.to(y.device), variance) for y, h in zip(outputs, inputs.targets, strict=True)]
+    sums = [_errors(y, h.to(y.device)) for y, h in zip(outputs, inputs.targets, strict=True)]
     count = torch.tensor([float(sum(len(each) for each in sums)), 0.0])
     count[1] = sum(float(each.sum()) for each in sums)
     tokens, total = distributed.all_reduce_sum(count, inputs.group).tolist()
     return total / tokens
 
 
-def _errors(outputs: Tensor, targets: Tensor, variance: Tensor) -> Tensor:  # [b, s, d] twice, [d] -> [b * s]
-    off = (outputs.float() - targets.float()) / _length(targets)
-    return (off.square() / variance.to(off.device)).mean(-1).flatten()
-
-
-def _length(hidden: Tensor) -> Tensor:  # [b, s, d] -> [b, s, 1]
-    return hidden.float().norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-
-
-def _variance(inputs: BlockInputs) -> Tensor:  # [d]
-    """The variance of each dimension of the dense outputs, scaled to one length, over the tokens of all processes."""
-    sums = torch.zeros(())
-    for hidden in inputs.targets:
-        unit = (hidden.float() / _length(hidden)).flatten(0, -2).double()
-        sums = sums + torch.stack([unit.sum(0), unit.square().sum(0), unit.new_full(unit.shape[1:], len(unit))])
-    total, squares, tokens = distributed.all_reduce_sum(sums, inputs.group)
-    variance = squares / tokens - (total / tokens).square()
-    return variance.clamp(min=LEAST * float(variance.mean())).float()
+def _errors(outputs: Tensor, targets: Tensor) -> Tensor:  # [b, s, d] each -> [b * s]
+    off, size = (outputs.float() - targets.float()).square().sum(-1), targets.float().square().sum(-1)
+    return (off / size.clamp(min=torch.finfo(size.dtype).tiny)).flatten()
 
 
 def _windows(inputs: BlockInputs, passes: int) -> list[list[int]]:
@@ -113,18 +92,13 @@ def _windows(inputs: BlockInputs, passes: int) -> list[list[int]]:
     return [own[i] for _ in range(passes) for i in torch.randperm(stride, generator=generator).tolist()]
 
 
-def _gradients(
-    inputs: BlockInputs,
-    step: Sequence[int],
-    weights: Sequence[nn.Parameter],
-    variance: Tensor,  # [d]
-) -> list[Tensor]:
+def _gradients(inputs: BlockInputs, step: Sequence[int], weights: Sequence[nn.Parameter]) -> list[Tensor]:
     """The gradients of the mean error over the windows of a step, of all processes, in float32."""
     total, tokens = [torch.zeros_like(w, dtype=torch.float32) for w in weights], 0
     for i in step:
         with torch.enable_grad(), _learning(weights):
             outputs = run_block(inputs.block, inputs.hidden[i].to(inputs.device), inputs.calls[i].to(inputs.device))
-            errors = _errors(outputs, inputs.targets[i].to(outputs.device), variance)
+            errors = _errors(outputs, inputs.targets[i].to(outputs.device))
             found = torch.autograd.grad(errors.sum(), weights, allow_unused=True)
         tokens += len(errors)
         for sum_, own in zip(total, found, strict=True):
