@@ -90,7 +90,7 @@ def test_in_calibration(here: Path, limit: Limit, capsys: Any, device: torch.dev
 
 
 def test_in_learned_gates(here: Path, limit: Limit, capsys: Any, device: torch.device) -> None:
-    limit(28 << 20, gate_training, "gradients")
+    limit(28 << 20, gate_training, "mean_gradients")
     sizes = (*SIZES, "--num_samples=4", "--batch_size=1", f"--device={device.type}")
     line = complaint(capsys, "prune", "model", "--method=LearnedGates", *sizes)
     assert "choose a method that needs memory for one block only: any but LearnedGates" in line
