@@ -5,7 +5,7 @@
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -196,6 +196,19 @@ def width(module: nn.Module, side: Side) -> int:
 def kept_rows(module: nn.Module) -> Tensor:
     """Indices of the output channels that a projection computes: all, except for a scatter."""
     return cast(Tensor, module.index).cpu() if hasattr(module, "index") else torch.arange(width(module, "out_features"))
+
+
+@contextlib.contextmanager
+def requiring_grad(parameters: Iterable[nn.Parameter], wanted: bool) -> Iterator[None]:
+    """Includes parameters in gradients, or excludes them, within the context."""
+    changed = [p for p in parameters if p.requires_grad != wanted]
+    for p in changed:
+        p.requires_grad_(wanted)
+    try:
+        yield
+    finally:
+        for p in changed:
+            p.requires_grad_(not wanted)
 
 
 def detached(value: Tensor, meta: bool) -> Tensor:

@@ -18,7 +18,7 @@ from plprune.pruning.allocation import check_sparsity
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.constraints import FREE, Constraint
 from plprune.pruning.plan import PruningPlan
-from plprune.pruning.repair import DAMPINGS, Damping, Repair, Repairer
+from plprune.pruning.repair import DAMPINGS, RESTORING, Damping, Repair, Repairer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Repairing(PruningMethod):
         blocks, d = blocks_of(model), text_config(model.config).hidden_size
         rows = [(block, group) for block in blocks for group in block.groups(attention)]
         runs = sum(block_flops(block, length) for block in (*blocks, *(block for block, _ in rows)))
-        if self.repair in ("none", "compensate"):
+        if self.repair not in RESTORING:
             return Work(tokens * runs if self.repair == "compensate" else 0)
         factors, matrices = (1 + len(DAMPINGS), 6) if self.damping == "auto" else (1, 3)
         single, most = 0.0, 0

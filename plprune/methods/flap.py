@@ -46,7 +46,7 @@ from plprune.pruning.calibration import Calibration
 from plprune.pruning.constraints import FREE, Constraint
 from plprune.pruning.expert_inputs import PerExpert
 from plprune.pruning.plan import PruningPlan
-from plprune.pruning.repair import Repair, compensation, say_uncompensated
+from plprune.pruning.repair import RESTORING, Repair, compensation, say_uncompensated
 from plprune.pruning.statistics import Moments
 from plprune.pruning.stream import observe, stream, values
 from plprune.pruning.surgery import Surgery
@@ -157,7 +157,7 @@ class FLAP(Repairing):
 
     def work(self, model: PreTrainedModel, count: int, length: int, constraint: Constraint = FREE) -> Work:
         """The cost of the second pass, which only restoration needs."""
-        if self.repair in ("none", "compensate"):
+        if self.repair not in RESTORING:
             return Work()
         return self.repair_work(model, count * length, length, unit(constraint))
 

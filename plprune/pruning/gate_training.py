@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import UnitGroup
-from plprune.architecture.modules import innermost, matrix, on_device
+from plprune.architecture.modules import innermost, matrix, on_device, requiring_grad
 from plprune.architecture.probing import has_interface
 from plprune.io import distributed
 from plprune.pruning.allocation import Rows, ranked
@@ -322,18 +322,5 @@ def scaled_inputs(factors: Factors) -> Iterator[None]:
 @contextlib.contextmanager
 def trainable(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
     """Puts the model on a device, in evaluation mode and without gradients, within the context."""
-    with evaluating(model), on_device(model, device), frozen(model):
+    with evaluating(model), on_device(model, device), requiring_grad(model.parameters(), False):
         yield
-
-
-@contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Excludes the parameters from gradients within the context."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    for p in trainable:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in trainable:
-            p.requires_grad_(True)

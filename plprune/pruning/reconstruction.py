@@ -14,15 +14,15 @@ Symbols: :math:`f_W` the block with its weights W, x its inputs in the pruned mo
 https://arxiv.org/abs/2510.14444 for pruned ones.
 """
 
-import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from plprune.architecture.blocks import Block
+from plprune.architecture.modules import requiring_grad
 from plprune.io import distributed
 from plprune.pruning.descent import steps
 from plprune.pruning.forward import BlockInputs, run_block
@@ -51,10 +51,11 @@ def reconstruct(block: Block, inputs: BlockInputs, passes: int, rate: float) -> 
     weights = [p for p in block.module.parameters() if p.is_floating_point() and bool(p.detach().any())]
     first, trained = [p.detach().clone() for p in weights], [p.detach().float().clone() for p in weights]
     own_rates = [{"params": [p], "lr": rate * float(p.square().mean().sqrt())} for p in trained]
-    for _, step in steps(own_rates, _windows(inputs, passes)):
-        _put(weights, trained)
-        for weight, gradient in zip(trained, _gradients(inputs, step, weights), strict=True):
-            weight.grad = gradient
+    with requiring_grad(weights, True):
+        for _, step in steps(own_rates, _windows(inputs, passes)):
+            _put(weights, trained)
+            for weight, gradient in zip(trained, _gradients(inputs, step, weights), strict=True):
+                weight.grad = gradient
     _put(weights, trained)
     after = relative_error(inputs)
     if not after < before:
@@ -70,10 +71,9 @@ def relative_error(inputs: BlockInputs) -> float:
         outputs = inputs.outputs()
     except NotFinite:
         return math.nan
-    sums = [_errors(y, h.to(y.device)) for y, h in zip(outputs, inputs.targets, strict=True)]
-    count = torch.tensor([float(sum(len(each) for each in sums)), 0.0])
-    count[1] = sum(float(each.sum()) for each in sums)
-    tokens, total = distributed.all_reduce_sum(count, inputs.group).tolist()
+    errors = [_errors(y, h.to(y.device)) for y, h in zip(outputs, inputs.targets, strict=True)]
+    sums = torch.tensor([float(sum(map(len, errors))), sum(float(each.sum()) for each in errors)])
+    tokens, total = distributed.all_reduce_sum(sums, inputs.group).tolist()
     return total / tokens
 
 
@@ -96,7 +96,7 @@ def _gradients(inputs: BlockInputs, step: Sequence[int], weights: Sequence[nn.Pa
     """The gradients of the mean error over the windows of a step, of all processes, in float32."""
     total, tokens = [torch.zeros_like(w, dtype=torch.float32) for w in weights], 0
     for i in step:
-        with torch.enable_grad(), _learning(weights):
+        with torch.enable_grad():
             outputs = run_block(inputs.block, inputs.hidden[i].to(inputs.device), inputs.calls[i].to(inputs.device))
             errors = _errors(outputs, inputs.targets[i].to(outputs.device))
             found = torch.autograd.grad(errors.sum(), weights, allow_unused=True)
@@ -109,18 +109,6 @@ def _gradients(inputs: BlockInputs, step: Sequence[int], weights: Sequence[nn.Pa
         *parts, count = distributed.all_reduce_sum(flat, inputs.group).split([*(w.numel() for w in weights), 1])
         total, tokens = [part.view_as(w) for part, w in zip(parts, weights, strict=True)], float(count)
     return [each / tokens for each in total]
-
-
-@contextlib.contextmanager
-def _learning(weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    asked = [weight.requires_grad for weight in weights]
-    for weight in weights:
-        weight.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for weight, before in zip(weights, asked, strict=True):
-            weight.requires_grad_(before)
 
 
 @torch.no_grad()

@@ -41,6 +41,7 @@ from plprune.pruning.surgery import Surgery
 
 log = logging.getLogger(__name__)
 Repair = Literal["none", "compensate", "restore", "reconstruct"]
+RESTORING: tuple[Repair, ...] = ("restore", "reconstruct")  # those that give consumers restored weights
 Damping = float | Literal["auto"]
 Seen = Moments | Gram | HoldoutGram
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # the candidates of `auto`
@@ -80,7 +81,7 @@ class Repairer:
     @property
     def restores(self) -> bool:
         """Whether consumers get restored weights."""
-        return self.repair in ("restore", "reconstruct")
+        return self.repair in RESTORING
 
     @property
     def reconstructs(self) -> bool:

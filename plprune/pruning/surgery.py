@@ -75,10 +75,7 @@ class Surgery:
             shrink(block, group, keep)
             unchanged = keep.shape[-1] == size or (weight is None and bias_gain is None)
             repaired = [] if unchanged else self._repair(block, group, weight, bias_gain)
-            decision = Decision(group.name, keep.cpu(), size, repaired)
-            if block.home is not None:
-                block.home.note(decision)
-        self.journal.decisions.append(decision)
+            self._record(block, Decision(group.name, keep.cpu(), size, repaired))
 
     def scale(self, block: Block, path: str, gain: Tensor) -> None:  # [d_in], or [experts, channels]
         """Multiplies each column of a projection's weight, or of the last one of each expert, by a gain.
@@ -103,10 +100,7 @@ class Surgery:
         now = next(group for group in block.recorded_groups if group.name == self.journal.decisions[-1].group)
         everything = torch.arange(len(now)).expand(*([now.experts] if now.experts else []), len(now))
         names = [f"{block.path}.{name}" for name, _ in block.module.named_parameters()]
-        decision = Decision(now.name, everything, len(now), names)
-        if block.home is not None:
-            block.home.note(decision)
-        self.journal.decisions.append(decision)
+        self._record(block, Decision(now.name, everything, len(now), names))
 
     def drop_blocks(self, gone: Sequence[int]) -> None:
         """Removes whole blocks, as the last change: it numbers the others anew.
@@ -147,6 +141,12 @@ class Surgery:
         )
         set_plan(self.model, plan)
         return plan
+
+    def _record(self, block: Block, decision: Decision) -> None:
+        """Keeps a decision about a block, which is in memory."""
+        if block.home is not None:
+            block.home.note(decision)
+        self.journal.decisions.append(decision)
 
     def _repair(self, block: Block, group: UnitGroup, weight: Tensor | None, bias_gain: Tensor | None) -> list[str]:
         """Sets the consumer's weight and bias, and returns the names of the changed parameters."""

@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from plprune.architecture.blocks import blocks_of
 from plprune.architecture.cutting import held
-from plprune.architecture.modules import matrix
+from plprune.architecture.modules import matrix, requiring_grad
 from plprune.pruning import losses
 from plprune.pruning.gate_training import (
     COLD,
@@ -17,7 +17,6 @@ from plprune.pruning.gate_training import (
     TeacherSample,
     align,
     by_group,
-    frozen,
     gate_values,
     mean_gradients,
     scaled_inputs,
@@ -239,7 +238,7 @@ def test_gradients_of_a_step_are_those_of_all_logits(family: str) -> None:
     of = [gain.uniform_(0.5, 1.5, generator=generator).requires_grad_() for _, gain in gains]
     total = torch.zeros((), dtype=torch.float64)
     for ids in text:
-        with scaled_inputs(gains), frozen(model):
+        with scaled_inputs(gains), requiring_grad(model.parameters(), False):
             own = logits_with_gradient(model, ids)[0, :-1].double().softmax(-1)
         right = logits(teacher, ids)[0, :-1].double().softmax(-1)
         best = right.topk(LIKELIEST).indices
@@ -247,7 +246,7 @@ def test_gradients_of_a_step_are_those_of_all_logits(family: str) -> None:
         following = -own.gather(-1, ids[0, 1:, None]).log().mean()
         total = total + ((q * (q / p).log()).sum(-1).mean() + following) / 2
     wanted = torch.autograd.grad(total / 3, of)
-    with frozen(model):
+    with requiring_grad(model.parameters(), False):
         found = mean_gradients(model, samples, gains, TeacherSample.loss, of, None)
     largest = max(float(each.abs().max()) for each in wanted)
     torch.testing.assert_close(found, list(wanted), rtol=1e-3, atol=1e-5 * largest)
@@ -275,7 +274,7 @@ def test_training_leaves_the_model_as_it_was() -> None:
     samples = [teacher_sample(model, ids) for ids in text]
     start, blocks = theta.clone(), blocks_of(model)
     gains = unit_gains([block.part(path) for block in blocks for path in block.projections], model.device)
-    with frozen(model):
+    with requiring_grad(model.parameters(), False):
         train_gates(model, rows, theta, Costs(torch.ones(len(theta))), 0.5, [samples[:3], samples[3:]], 0.1)
         train_gains(model, gains, [samples[:3], samples[3:]], 0.1)
     assert [p.requires_grad for p in model.parameters()] == before
@@ -290,7 +289,7 @@ def test_in_the_end_gates_are_open_or_closed() -> None:
     rows = rows_of(model)
     theta = torch.cat([torch.linspace(-3, 3, len(group)) for _, group in rows])
     cost = torch.ones(len(theta))
-    with frozen(model):
+    with requiring_grad(model.parameters(), False):
         train_gates(model, rows, theta, Costs(cost), 0.5, [[teacher_sample(model, ids)] for ids in text], 0.1)
     gates = gate_values(theta, Costs(cost), 0.5 * len(theta), COLD)
     assert float(((gates > 0.1) & (gates < 0.9)).sum()) <= 0.05 * len(gates)
