@@ -58,7 +58,7 @@ ORDER = {
         ["configuration_decilm"],
     ],
     "evaluation": [["lm_eval", "measurement", "sensitivity"], ["perplexity", "speed", "task_results"], ["standalone"]],
-    "recovery": [["lora"], ["consumers", "distillation", "routers"], ["masters"]],
+    "recovery": [["lora", "whole_weights"], ["consumers", "distillation", "full", "routers"], ["masters"]],
     "checkpoint": [
         ["save"],
         ["load"],

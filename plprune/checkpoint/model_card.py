@@ -141,7 +141,7 @@ def _quality(record: dict[str, Any]) -> str:
     if text := record.get("text"):
         lines += ["", "Measured on held-out text of the run: " + _listed(text) + "."] if rows else []
     if training := record.get("training"):
-        lines += ["", "Recovered by LoRA: " + _listed(training) + "."]
+        lines += ["", "Recovered: " + _listed(training) + "."]
     return "\n".join(lines)
 
 
@@ -152,12 +152,15 @@ def _listed(values: dict[str, Any]) -> str:
 def _origin(plan: PruningPlan, record: dict[str, Any]) -> str:
     origin = plan.origin
     versions = ", ".join(f"{name} {number}" for name, number in origin.get("versions", {}).items())
+    calibration = "not recorded, as the method was called by itself and not by `plprune.prune`"
+    if "tokens" in origin:
+        seed, text = origin.get("seed"), origin.get("calibration")
+        calibration = f"{origin['tokens']:,} tokens, fingerprint {text}, seed {seed}"
     return "\n".join(
         [
             f"- Base model: {plan.chain()[0].origin.get('model')}, weights {plan.chain()[0].origin.get('weights')}",
             f"- Licence: {record.get('licence') or UNKNOWN}",
-            f"- Calibration: {origin.get('tokens'):,} tokens, fingerprint {origin.get('calibration')}, "
-            f"seed {origin.get('seed')}",
+            "- Calibration: " + calibration,
             f"- Plan {plan.digest}; {versions}",
         ]
     )

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +17,7 @@ from plprune.methods import PruningMethod, Request
 from plprune.planning.serving import Runtime
 from plprune.recovery.distillation import Distillation
 from plprune.recovery.lora import LoRA
+from plprune.recovery.whole_weights import Train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Training:
         batch_size: Windows of a step.
         learning_rate: Peak of the learning rate.
         lora: The adapters.
-        train: The weights to train: adapters (lora), the projections whose inputs were pruned (consumers), or the
-            routers of mixtures of experts (routers).
+        train: The weights to train: adapters (lora), the projections whose inputs were pruned (consumers), the routers
+            of mixtures of experts (routers), or all of the text decoder (all).
         distill: Distillation from the dense model; none if not given.
         name: Names the stage of the recovered models, beside `dense` and `pruned`.
         rounds: Number of rounds of pruning and recovery that reach the sparsity; they share the steps. With more than
@@ -44,7 +45,7 @@ class Training:
     batch_size: int = 4
     learning_rate: float = 5e-4
     lora: LoRA = dataclasses.field(default_factory=LoRA)
-    train: Literal["lora", "consumers", "routers"] = "lora"
+    train: Train = "lora"
     distill: Distillation | None = None
     name: str = "recovered"
     rounds: int = 1

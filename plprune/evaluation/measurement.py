@@ -47,8 +47,8 @@ def saved_bytes(model: PreTrainedModel) -> int:
     others = [value for name, value in model.state_dict().items() if name not in names]
     size = sum(value.numel() * value.element_size() for value in (*others, *saved_config(model)[1].values()))
     for name, parameter in base_parameters(model):
-        owner = model.get_submodule(name.rpartition(".")[0])
-        size += _numel(parameter) * saved_dtype(owner, parameter).itemsize
+        path, _, own = name.rpartition(".")
+        size += _numel(parameter) * saved_dtype(model.get_submodule(path), own).itemsize
     return size
 
 

@@ -67,32 +67,37 @@ def calibration_need(
 
 
 def recovery_need(
-    model: PreTrainedModel, machine: Machine, batches: tuple[int, int, int], rank: int, checkpointing: bool = False
+    model: PreTrainedModel,
+    machine: Machine,
+    batches: tuple[int, int, int],
+    rank: int | None,
+    checkpointing: bool = False,
 ) -> Need:
-    """Estimates what training by LoRA needs on one device.
+    """Estimates what training by LoRA, or of all weights, needs on one device.
 
     Args:
         model: The pruned model; its parameters may be on the meta device.
         machine: The machine that trains.
         batches: The number of steps, the windows per step, and the tokens per window.
-        rank: The mean rank of the adapters.
+        rank: The mean rank of the adapters; None if all weights are trained instead, in float32.
         checkpointing: Whether activations are recomputed in the backward pass.
     """
     steps, batch, length = batches
     blocks, size, tokens, text = blocks_of(model), model.dtype.itemsize, batch * length, text_config(model.config)
-    weights = sum(p.numel() for p in model.parameters()) * size
-    trained = sum(
-        rank * (m.weight.numel() // len(m.weight) + len(m.weight)) for b in blocks for m in linear_layers(b.module)
-    )
+    every = sum(p.numel() for p in model.parameters())
+    weights, trained = every * (4 if rank is None else size), every
+    if rank is not None:
+        layers = [m for block in blocks for m in linear_layers(block.module)]
+        trained = sum(rank * (m.weight.numel() // len(m.weight) + len(m.weight)) for m in layers)
     activations = [_kept_for_backward(block, size, text.hidden_size) for block in blocks]
     kept = len(blocks) * text.hidden_size * size + max(activations) if checkpointing else sum(activations)
     vocabulary = text.vocab_size
     rows = min(tokens, rows_per_chunk(vocabulary, on_cpu=not machine.separate))
     logits = rows * vocabulary * (2 * size + 12)  # logits and gradients; in float32 also log-probabilities
-    memory = weights + 16 * trained + tokens * kept + logits
+    memory = weights + (12 if rank is None else 16) * trained + tokens * kept + logits
     flops = 2 * structure(model, length).reading_flops  # forward, and backward for inputs only
     flops += _flops_of_blocks(model, length) if checkpointing else 0
-    flops += 3 * 2 * trained
+    flops += structure(model, length).reading_flops if rank is None else 3 * 2 * trained  # backward for weights
     seconds = steps * tokens * flops / machine.rate(model.dtype)
     return Need(seconds, memory, weights if machine.separate else memory)
 

@@ -160,8 +160,9 @@ class Surgery:
             linear.weight = like(linear.weight, weight.T if is_transposed(linear) else weight)
             repaired.append(self._name(linear.weight))
         if bias_gain is not None:
-            old = linear.bias if linear.bias is not None else linear.weight.new_zeros(len(matrix(linear)))
-            linear.bias = like(old, old.double() + bias_gain.to(old.device))
+            if linear.bias is None:
+                linear.bias = like(linear.weight, linear.weight.new_zeros(len(matrix(linear))))
+            linear.bias = like(linear.bias, linear.bias.double() + bias_gain.to(linear.bias.device))
             repaired.append(self._name(linear.bias))
         return repaired
 

@@ -62,4 +62,4 @@ def _convert_input(linear: nn.Linear, args: tuple[Tensor, ...]) -> Tensor:
 
 
 def _convert_output(linear: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return output.to(saved_dtype(linear, linear.weight))
+    return output.to(saved_dtype(linear, "weight"))

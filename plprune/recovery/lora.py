@@ -213,10 +213,10 @@ def merged_state(model: nn.Module, whole: Callable[[Tensor], Tensor]) -> Iterato
     """
     layers = {f"{_plain(name)}.{_weight_name(layer)}": layer for name, layer in adapters(model)}
     for name, parameter in base_parameters(model):
-        path, value = name.rpartition(".")[0], whole(parameter)
+        (path, _, own), value = name.rpartition("."), whole(parameter)
         if layer := layers.get(_plain(name)):
             value = _merged(layer, value, whole)
-        yield _plain(name), value.to(saved_dtype(model.get_submodule(path), parameter))
+        yield _plain(name), value.to(saved_dtype(model.get_submodule(path), own))
     for name, buffer in saved_buffers(model).items():  # which no strategy shards
         yield _plain(name), buffer.cpu()
 

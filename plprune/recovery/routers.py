@@ -53,8 +53,7 @@ def _rounded_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     names = [name for name, p in module.named_parameters(recurse=False) if p.requires_grad]
     own = vars(module)  # what is there hides a parameter of the same name
     for name in names:
-        parameter = getattr(module, name)
-        own[name] = parameter.to(saved_dtype(module, parameter))
+        own[name] = getattr(module, name).to(saved_dtype(module, name))
     try:
         return type(module).forward(module, *args, **kwargs)
     finally:

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -29,10 +29,11 @@ from plprune.io.text import IGNORED
 from plprune.pruning.losses import counted_positions
 from plprune.pruning.plan import fingerprint
 from plprune.pruning.surgery import plan_of
-from plprune.recovery import consumers, routers
 from plprune.recovery import lora as adapters
+from plprune.recovery import whole_weights
 from plprune.recovery.distillation import Distillation, Teacher, check_teacher, choose_teacher
 from plprune.recovery.lora import LoRA
+from plprune.recovery.whole_weights import Train
 from plprune.training import lightning_internals, random_states
 from plprune.training.data import Lookahead
 from plprune.training.foreign_callbacks import check_callbacks
@@ -84,8 +85,8 @@ class Recovery(pl.LightningModule):
         gradient_checkpointing: Whether to save memory by computing activations again in the backward pass.
         compile: Whether to compile the blocks for training batches, which takes minutes at the first step.
         train: What to train: adapters (lora), or, without adapters, the weights and biases of the projections whose
-            inputs were pruned (consumers: `o_proj` and `down_proj` of llama), of all blocks if nothing was pruned, or
-            those of the routers of mixtures of experts (routers).
+            inputs were pruned (consumers: `o_proj` and `down_proj` of llama), of all blocks if nothing was pruned,
+            those of the routers of mixtures of experts (routers), or all parameters of the text decoder (all).
         distill: How to learn from the dense model; if not given, only the text is learnt.
         trust_remote_code: Whether to run the Python files that come with the model, for families that transformers
             lacks. Read them first.
@@ -101,7 +102,7 @@ class Recovery(pl.LightningModule):
         warmup: float = 0.05,
         gradient_checkpointing: bool = False,
         compile: bool = False,
-        train: Literal["lora", "consumers", "routers"] = "lora",
+        train: Train = "lora",
         distill: Distillation | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -308,11 +309,8 @@ class Recovery(pl.LightningModule):
         lacking = modules.lacks_weights(self.model)
         weights = distributed.broadcast_object(None if lacking else fingerprint(self.model.named_parameters()), group)
         self._base = {"weights": weights, "plan": plan.digest if plan else None}
-        if self.trains == "consumers":
-            log.info("%d consumers are trained, in float32", len(consumers.unfreeze(self.model, plan)))
-            return
-        if self.trains == "routers":
-            log.info("%d parameters of routers are trained, in float32", len(routers.unfreeze(self.model)))
+        if self.trains != "lora":
+            whole_weights.unfreeze(self.model, self.trains, plan)
             return
         self.ranks = adapters.inject(self.model, self.lora, plan)
         log.info("LoRA ranks by %s: %s", self.lora.by if plan else "nothing, as there is no plan", self.ranks)

@@ -198,7 +198,7 @@ def forecast(request: Request, model: Any, data: Any, trainer: Any) -> str:
     batches = max(0, trainer.max_steps) * trainer.accumulate_grad_batches
     tokens = batches * data.batch_size * data.seq_len
     if batches:
-        training, rank = (batches, data.batch_size, data.seq_len), model.lora.rank
+        training, rank = (batches, data.batch_size, data.seq_len), None if model.train == "all" else model.lora.rank
         parts["recovery"] = needs.recovery_need(pruned, where, training, rank, model.gradient_checkpointing)
     if model.distill and tokens:
         parts["teacher"] = _reading(network, tokens, data.seq_len, where)

@@ -13,7 +13,8 @@ def test_state_is_read_by_its_type_and_replaced() -> None:
     attach(module, "state")
     assert (attached(module, str), attached(module, int)) == ("state", None)
     attach(module, 7)
-    assert (attached(module, str), attached(module, int)) == (None, 7)
+    attach(module, "another")
+    assert (attached(module, str), attached(module, int)) == ("another", 7)
 
 
 def test_state_goes_into_copies_but_not_into_the_weights() -> None:

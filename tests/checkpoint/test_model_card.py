@@ -28,6 +28,10 @@ def test_it_says_where_it_comes_from() -> None:
     assert f"- Licence: {UNKNOWN}" in text
 
 
+def test_a_plan_without_its_origin_has_a_card_too() -> None:
+    assert "- Calibration: not recorded" in card(plan(), {})
+
+
 @pytest.mark.parametrize(("model", "named"), [("org/base", True), ("./org", False), ("/org/base", False), ("a", False)])
 def test_only_a_name_on_the_hub_is_its_base_model(model: str, named: bool) -> None:
     head = card(plan(origin=ORIGIN | {"model": model}), {"licence": "mit"}).split("---")[1]
@@ -38,11 +42,11 @@ def test_only_a_name_on_the_hub_is_its_base_model(model: str, named: bool) -> No
 
 def test_it_shows_what_the_run_has_measured() -> None:
     record = {"perplexity": {"dense": 8.0, "recovered": 9.126}, "text": {"train": "a.txt", "validation": None}}
-    text = card(plan(origin=ORIGIN), record | {"training": {"steps": 50, "learning rate": 1e-4}}, "| parity |")
+    text = card(plan(origin=ORIGIN), record | {"training": {"trained": "lora", "steps": 50}}, "| parity |")
     assert "## What it cost\n\n|  | perplexity |\n|---|---|\n| dense | 8.00 |\n| recovered | 9.13 |" in text
-    assert "held-out text of the run: train a.txt.\n\nRecovered by LoRA: steps 50, learning rate 0.0001.\n" in text
+    assert "held-out text of the run: train a.txt.\n\nRecovered: trained lora, steps 50.\n" in text
     assert "## Checked\n\n| parity |\n\n" in text
-    assert "## Recovery\n\n\nRecovered by LoRA" in card(plan(origin=ORIGIN), {"training": {"steps": 5}})
+    assert "## Recovery\n\n\nRecovered: steps 5." in card(plan(origin=ORIGIN), {"training": {"steps": 5}})
     assert not any(head in card(plan(origin=ORIGIN), {}) for head in ("## What it cost", "## Recovery", "## Checked"))
 
 

@@ -304,6 +304,15 @@ def test_streaming_and_checkpointing_need_less_memory() -> None:
         assert again.seconds > kept.seconds
 
 
+def test_training_all_weights_takes_half_the_time_more_than_none_and_16_bytes_for_each() -> None:
+    skeleton, here, batches = bare(tiny()), hardware.Machine("here", 1e9, 1e9, 1e9, False), (10, 4, 16)
+    none, every = (needs.recovery_need(skeleton, here, batches, rank) for rank in (0, None))
+    assert every.seconds == pytest.approx(1.5 * none.seconds)
+    each = every.device_bytes - needs.recovery_need(skeleton, here, batches, 0).device_bytes
+    count = sum(p.numel() for p in skeleton.parameters())
+    assert each == (16 - skeleton.dtype.itemsize) * count
+
+
 @pytest.mark.parametrize("method", [CFSP, FASP, FLAP, LearnedGates, TwoSSP])
 def test_calibration_takes_the_time_of_its_passes(method: Any) -> None:
     skeleton, where = bare(tiny()), hardware.Machine("here", 1e9, 1e9, 1e9, False)

@@ -193,6 +193,15 @@ def test_surgery_writes_down_what_it_did() -> None:
     assert (plan.method, plan.sparsity, plan.config["model_type"]) == ("Mine", 0.3, "llama")
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_bias_that_repair_adds_is_trained_as_the_weight_beside_it_is(trained: bool) -> None:
+    model = tiny().requires_grad_(trained)
+    prune(model, FLAP(0.3), [windows()])
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+    assert biases
+    assert all(bias.requires_grad == trained for bias in biases)
+
+
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
 def test_a_bias_gain_is_added_to_the_bias_or_makes_one(family: str) -> None:
     model = tiny(family)

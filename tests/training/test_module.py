@@ -140,6 +140,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "dropout": {"lora": LoRA(rank=2, dropout=0.3)},
     "dora": {"lora": LoRA(rank=2, dropout=0.3, dora=True, rslora=True)},
     "consumers": {"train": "consumers", "dtype": "bfloat16"},
+    "all": {"train": "all", "dtype": "bfloat16"},
 }
 
 
@@ -154,7 +155,7 @@ def way_of(root: Path, folder: str, text: str, way: str, **settings: Any) -> tup
 
 
 @pytest.mark.parametrize(
-    ("way", "stops"), [("lora", (3, 4, 7)), ("dropout", (3, 4, 7)), ("dora", (3,)), ("consumers", (3,))]
+    ("way", "stops"), [("lora", (3, 4, 7)), ("dropout", (3, 4, 7)), ("dora", (3,)), ("consumers", (3,)), ("all", (3,))]
 )
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     folder: str, text: str, tmp_path: Path, way: str, stops: tuple[int, ...], monkeypatch
@@ -374,7 +375,7 @@ def test_bfloat16_weights_with_float32_adapters(folder: str, text: str, tmp_path
     assert load_pruned(tmp_path / "out").dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("train", ["lora", "consumers"])
+@pytest.mark.parametrize("train", ["lora", "consumers", "all"])
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), ("16-true", torch.float16)])
 def test_what_is_trained_stays_float32_in_half_precision(
     folder: str, text: str, tmp_path: Path, train: Any, precision: Any, dtype: torch.dtype
@@ -383,8 +384,9 @@ def test_what_is_trained_stays_float32_in_half_precision(
     run = trainer(tmp_path, Prune(CFSP(0.3)), Export(str(tmp_path / "out")), steps=2, precision=precision)
     run.fit(module, datamodule=data(text))
     assert {p.dtype for p in losses(module).values()} == {torch.float32}
-    assert {p.dtype for p in module.model.parameters() if not p.requires_grad} == {dtype}
-    assert load_pruned(tmp_path / "out").dtype == dtype
+    frozen = {p.dtype for p in module.model.parameters() if not p.requires_grad}
+    assert frozen == (set() if train == "all" else {dtype})
+    assert {p.dtype for p in load_pruned(tmp_path / "out").parameters()} == {dtype}
 
 
 @pytest.mark.parametrize("where", ["loss", "weight"])

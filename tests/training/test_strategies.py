@@ -175,6 +175,31 @@ def taught_in_one_process(source: Path, tmp_path_factory: pytest.TempPathFactory
     return found | {"answers": len(list((folder / "teacher").rglob("*.safetensors")))}
 
 
+@pytest.mark.slow
+@pytest.mark.multi_process
+@pytest.mark.parametrize("strategy", UNLIKE)
+def test_all_weights_are_trained_as_in_one_process(
+    trained_whole_by_one_process: dict[str, Any], source: Path, tmp_path: Path, strategy: str
+) -> None:
+    expected = trained_whole_by_one_process
+    run, found = ended(start(source, tmp_path / strategy, strategy, **WHOLE))
+    assert_trained_alike(found, expected, 1e-4)
+    assert found[0]["adapters"].keys() == {name for name, _ in tiny().named_parameters()}
+    saved = load_pruned(run.folder / "out")
+    torch.testing.assert_close(dict(saved.named_parameters()), expected["adapters"], rtol=0, atol=1e-4)
+
+
+WHOLE: dict[str, Any] = {"train": "all", "learning_rate": 1e-3}
+WHOLE["callbacks"] = PROBE | {"Export": {"output": "out"}, "Prune": TAUGHT["callbacks"]["Prune"]}
+
+
+@pytest.fixture(scope="module")
+def trained_whole_by_one_process(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    together = ("--trainer.accumulate_grad_batches=1", "--data.batch_size=8")
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return ended(start(source, folder, "one-process", *together, ranks=1, **WHOLE))[1][0]
+
+
 @pytest.mark.multi_process
 @pytest.mark.parametrize("strategy", EVERY)
 def test_the_table_is_that_of_one_process(runs: Callable[[str], Ended], strategy: str) -> None:

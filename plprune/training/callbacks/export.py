@@ -15,6 +15,8 @@ from plprune.training.callbacks.evaluate import Evaluate
 from plprune.training.callbacks.lookup import datamodule_of, model_of
 from plprune.training.callbacks.order import check_order
 from plprune.training.checkpointing import is_dry
+from plprune.training.module import Recovery
+from plprune.training.recipes import recovery_kind
 from plprune.training.strategies import gather, shards
 
 log = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ def card_facts(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any
     data, callbacks = datamodule_of(trainer), cast(Any, trainer).callbacks
     rows = [row for each in callbacks if isinstance(each, Evaluate) for row in each.rows.items()]
     training = {
+        "trained": recovery_kind(module.trains, bool(module.distill)) if isinstance(module, Recovery) else None,
         "steps": trainer.global_step,
         "learning rate": getattr(module, "learning_rate", None),
         "windows a step": getattr(data, "batch_size", None),
