@@ -20,7 +20,7 @@ from plprune.checkpoint.load import load_pruned
 from plprune.checkpoint.remote_code import allow_remote_code
 from plprune.checkpoint.save import save_pruned
 from plprune.evaluation.perplexity import perplexity
-from plprune.methods import CFSP, FASP, FLAP, REAP, LearnedGates, PruningMethod, TwoSSP, prune
+from plprune.methods import CFSP, FASP, FLAP, REAP, BestOf, LearnedGates, PruningMethod, TwoSSP, prune
 from plprune.planning.targets import Target
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.plan import PruningPlan
@@ -43,6 +43,7 @@ __all__ = [
     "FASP",
     "FLAP",
     "REAP",
+    "BestOf",
     "Calibration",
     "Checkpoint",
     "Distillation",

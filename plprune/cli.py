@@ -20,7 +20,7 @@ from plprune.checkpoint.remote_code import allow_remote_code
 from plprune.commands import COMMANDS
 from plprune.commands.options import HELP
 from plprune.io.distributed import local_rank
-from plprune.methods import CFSP, FASP, FLAP, REAP, LearnedGates, TwoSSP
+from plprune.methods import CFSP, FASP, FLAP, REAP, BestOf, LearnedGates, TwoSSP
 from plprune.planning.targets import Target
 from plprune.training.callbacks.evaluate import Evaluate
 from plprune.training.callbacks.export import Export
@@ -33,7 +33,7 @@ from plprune.training.lightning_cli import STAGES, RecoveryCLI, check_values_giv
 from plprune.training.module import Recovery
 from plprune.training.preemption import preemptible
 
-BUILT_IN = [CFSP, FASP, FLAP, LearnedGates, REAP, TwoSSP]
+BUILT_IN = [BestOf, CFSP, FASP, FLAP, LearnedGates, REAP, TwoSSP]
 CLASSES = [*BUILT_IN, Prune, Evaluate, Report, Export, Checkpoint]
 METHODS = "known methods: " + ", ".join(method.__name__ for method in BUILT_IN)
 TRUST, MODELS = "trust_remote_code", ("model", "models")  # an option, and parameters that name models

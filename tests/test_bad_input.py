@@ -131,11 +131,11 @@ def test_sparsity_out_of_reach(complain_of_pruning: Complain, method: str) -> No
     [
         (
             "--method=CFP",
-            "no method 'CFP'; known methods: CFSP, FASP, FLAP, LearnedGates, REAP, TwoSSP; did you mean CFSP?",
+            "no method 'CFP'; known methods: BestOf, CFSP, FASP, FLAP, LearnedGates, REAP, TwoSSP; did you mean CFSP?",
         ),
         (
             "--method=flap",
-            "no method 'flap'; known methods: CFSP, FASP, FLAP, LearnedGates, REAP, TwoSSP; did you mean FLAP?",
+            "no method 'flap'; known methods: BestOf, CFSP, FASP, FLAP, LearnedGates, REAP, TwoSSP; did you mean FLAP?",
         ),
         ("--method=no.such.Method", "no.such.Method: No module named 'no'"),
         ("--method=plprune.FLOP", "no attribute 'FLOP'; did you mean FLAP?"),
@@ -199,7 +199,7 @@ def test_unknown_command(complain: Complain, given: str, meant: str) -> None:
         ({"trainer__max_step": 1}, "no option 'trainer.max_step'; did you mean trainer.max_steps?"),
         ({"model__dtype": "float8"}, "model.dtype: expected 'float32', 'bfloat16', 'float16'. Got value: float8"),
         ({"data__max_windows": "all"}, "data.max_windows: expected int. Got value: all"),
-        ({"plprune.Prune__method": {"class_path": "CFP"}}, "no method 'CFP'; known methods: CFSP, FASP"),
+        ({"plprune.Prune__method": {"class_path": "CFP"}}, "no method 'CFP'; known methods: BestOf, CFSP, FASP"),
         ({"plprune.Prune__methd": 1}, "plprune.Prune: no option 'methd'; did you mean method?"),
         ({"plprune.Prnue__method": 1}, "has no attribute 'Prnue'; did you mean Prune?"),
         ({"plprune.Prune__method": {"class_path": "FLAP", "init_args": {"sparsity": 2}}}, "sparsity is 2.0, but"),

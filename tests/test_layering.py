@@ -39,7 +39,7 @@ ORDER = {
     # the Lightning line
     "streaming": [],
     "report": [["comparison", "sensitivity"], ["records", "run", "summary"], ["page"], ["charts", "samples"], ["svg"]],
-    "methods": [["cfsp", "fasp", "flap", "learned_gates", "reap", "run", "two_ssp"], ["base"]],
+    "methods": [["best_of", "cfsp", "fasp", "flap", "learned_gates", "reap", "run", "two_ssp"], ["base"]],
     "export": [
         ["formats"],
         ["gguf", "parity"],

@@ -114,11 +114,14 @@ def _summary(plan: PruningPlan) -> str:
 
 def _step(plan: PruningPlan) -> str:
     """Method, settings and a table of the blocks of one pruning."""
-    settings = ", ".join(f"`{name}: {value}`" for name, value in plan.settings.items())
+    by, given = plan.method, plan.settings
+    if best := plan.origin.get("best"):
+        by, given = f"{best['method']}, the best of {len(given['candidates'])} candidates,", best
+    settings = ", ".join(f"`{name}: {value}`" for name, value in given.items() if name != "method")
     rows = [["block", "parameters left", "what stays"]]
     for i, (before, after) in enumerate(zip(plan.before, plan.after, strict=True)):
         rows.append([str(i), f"{after:,} of {before:,}", _kept(plan, i)])
-    return f"By {plan.method} ({settings}): {plan.reached:.1%} of the blocks' parameters.\n\n{markdown_table(rows)}"
+    return f"By {by} ({settings}): {plan.reached:.1%} of the blocks' parameters.\n\n{markdown_table(rows)}"
 
 
 def _kept(plan: PruningPlan, block: int) -> str:

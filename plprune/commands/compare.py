@@ -50,8 +50,8 @@ def compare(
 
     Args:
         models: Names on the hub, folders, `.gguf` files, or `package://PACKAGE/FILE.gguf`.
-        methods: FLAP, FASP, CFSP, TwoSSP, LearnedGates, REAP or dotted paths of other classes, each with its settings
-            (`class_path`, `init_args`).
+        methods: FLAP, FASP, CFSP, TwoSSP, LearnedGates, REAP, BestOf or dotted paths of other classes, each with its
+            settings (`class_path`, `init_args`).
         output: Folder to write: `report.html`, `report.json`, and a cache of single results. Results that are there are
             used.
         text: Text that perplexity is measured on: a `.txt`, `.jsonl`, `.json` or `.parquet` file,

@@ -9,8 +9,8 @@ import docstring_parser
 Command = TypeVar("Command", bound=Callable[..., None])
 HELP = {
     "model": "A folder, a name on the hub, a `.gguf` file, or `package://PACKAGE/FILE.gguf`.",
-    "method": "Pruning method: FLAP, FASP, CFSP, TwoSSP, LearnedGates, REAP, or the dotted path of another class. "
-    "`--method.help NAME` lists its settings.",
+    "method": "Pruning method: FLAP, FASP, CFSP, TwoSSP, LearnedGates, REAP, BestOf, or the dotted path of another "
+    "class. `--method.help NAME` lists its settings.",
     "target": "Upper limits for the pruned model. If given, the sparsity is computed from them, and "
     "`method.sparsity` is ignored.",
     "serve_on": "Programs that must load the result: llama.cpp, vllm, decilm (mlx-lm, SGLang), transformers. "

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -61,6 +62,16 @@ class PruningMethod(ABC):
         """
         remedy = "leave out `serve_on` and `tensor_parallel`"
         return [] if constraint == FREE else [f"{type(self).__name__} does not know how: {remedy}"]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings as a dictionary for the plan, by which a finished pruning is recognised."""
+        return dataclasses.asdict(self)
+
+    @property
+    def inner(self) -> "Sequence[PruningMethod]":
+        """Other methods that it calls."""
+        return ()
 
     @property
     def biased(self) -> bool:

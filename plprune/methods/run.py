@@ -25,7 +25,7 @@ from plprune.planning.serving import Runtime
 from plprune.planning.sizes import Ledger
 from plprune.planning.targets import Target, least_sparsity
 from plprune.pruning.calibration import Calibration
-from plprune.pruning.constraints import FREE, Constraint
+from plprune.pruning.constraints import Constraint
 from plprune.pruning.model_state import model_state
 from plprune.pruning.plan import PruningPlan, fingerprint
 from plprune.pruning.surgery import plan_of, set_plan
@@ -67,7 +67,7 @@ class Request:
         if self.target.active_parameters is None:  # earlier plans have no such setting
             del target["target_active_parameters"]
         place = {"serve_on": list(self.serve_on), "tensor_parallel": self.tensor_parallel}
-        return dataclasses.asdict(self.method) | target | place
+        return self.method.settings | target | place
 
     def constraint(self, model: PreTrainedModel) -> Constraint:
         """The constraint on the sizes of the pruned model.
@@ -87,11 +87,11 @@ class Request:
         Raises:
             ValueError: Pruning by this request would fail.
         """
-        return self.method.predict_sizes(model, *_given(self.constraint(model)))
+        return self.method.predict_sizes(model, *self.constraint(model).given)
 
     def work(self, model: PreTrainedModel, count: int, length: int) -> Work:
         """The cost of calibration beyond one pass through the blocks, as :meth:`PruningMethod.work` gives it."""
-        return self.method.work(model, count, length, *_given(self.constraint(model)))
+        return self.method.work(model, count, length, *self.constraint(model).given)
 
     def resolve_target(self, model: PreTrainedModel) -> "Request":
         """Replaces the target by the lowest sparsity that meets it on a model.
@@ -141,8 +141,10 @@ class Request:
             log.info(
                 "sparsity %.4f, for %s", resolved.method.sparsity, " and ".join(map(self._asked, self.target.limits))
             )
-        plan = resolved.method.prune(model, calibration, *_given(resolved.constraint(model)))
-        plan = dataclasses.replace(plan, settings=plan.settings | self.settings, origin=of | self.reached(model))
+        plan = resolved.method.prune(model, calibration, *resolved.constraint(model).given)
+        plan = dataclasses.replace(
+            plan, settings=plan.settings | self.settings, origin=plan.origin | of | self.reached(model)
+        )
         set_plan(model, plan)
         equalise(model, plan, calibration.group)
         return plan
@@ -229,7 +231,8 @@ def equalise(model: PreTrainedModel, plan: PruningPlan, group: distributed.Proce
 
 def source_of(method: PruningMethod) -> str:
     """A hash of the source code of a method and of the modules that it imports."""
-    own = {each.__module__ for each in type(method).__mro__ if issubclass(each, PruningMethod)}
+    kinds = {type(each) for each in (method, *method.inner)}
+    own = {each.__module__ for kind in kinds for each in kind.__mro__ if issubclass(each, PruningMethod)}
     return source_digest(*sorted({__name__, *own}))
 
 
@@ -244,11 +247,6 @@ def origin(model: PreTrainedModel, calibration: Calibration, seed: int | None = 
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("plprune", "torch", "transformers")},
     }
-
-
-def _given(constraint: Constraint) -> tuple[Any, ...]:
-    """The additional arguments of a method: none without a constraint, as it may not support constraints."""
-    return () if constraint == FREE else (constraint,)
 
 
 def _amount(name: str, size: float) -> str:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -54,13 +54,23 @@ class Calibration:
         """The first `count` windows, or all of them, one per batch."""
         return [ids[i : i + 1] for ids in self.batches for i in range(len(ids))][:count]
 
+    def part(self, first: int, last: int) -> "Calibration":
+        """The windows from `first` to before `last`, in batches as large as before."""
+        sizes = [len(ids) for ids in self.batches]
+        starts = [0, *itertools.accumulate(sizes)]
+        cut = [ids[max(0, first - at) : max(0, last - at)] for ids, at in zip(self.batches, starts, strict=False)]
+        return replace(self, batches=[ids for ids in cut if len(ids)])
+
+    def own_windows(self) -> list[Tensor]:  # [1, s] each
+        """The windows of this process; can be empty."""
+        return distributed.shard(self.windows(), self.group)
+
     def share(self) -> list[Tensor]:  # [b, s] each
         """The batches of this process; can be empty."""
         if self.group is None:
             return self.batches
         size = max(len(ids) for ids in self.batches)
-        mine = distributed.shard(self.windows(), self.group)
-        by_length = [list(run) for _, run in itertools.groupby(mine, lambda ids: ids.shape[1])]
+        by_length = [list(run) for _, run in itertools.groupby(self.own_windows(), lambda ids: ids.shape[1])]
         return [torch.cat(run[i : i + size]) for run in by_length for i in range(0, len(run), size)]
 
     @property

@@ -51,6 +51,11 @@ class Constraint:
             **{name: getattr(self, name) or getattr(other, name) for name in flags},
         )
 
+    @property
+    def given(self) -> "tuple[Constraint, ...]":
+        """The additional arguments of a method: none if nothing is required, as it may not support constraints."""
+        return () if self == FREE else (self,)
+
     def counts(self, block: Block, group: UnitGroup) -> Sequence[int]:
         """The numbers of units that a block may keep of a group, ascending.
 

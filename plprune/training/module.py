@@ -115,7 +115,8 @@ class Recovery(pl.LightningModule):
         self.model = load(name_or_path, dtype)
         self.name_or_path = name_or_path
         self._loaded_in: Dtype = cast(Dtype, str(self.model.dtype).removeprefix("torch."))
-        self.lora, self.trains, self.distill = lora, train, distill
+        self.lora, self.distill = lora, distill
+        self.trains: Train = train
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.gradient_checkpointing, self.compiles = gradient_checkpointing, compile
         self.val_perplexity = Perplexity(ignore_index=IGNORED)

@@ -4,9 +4,11 @@
         --sparsity 0.25 MODEL --data TEXT [other options of a fit]
 
 What follows `--` is a fit, whose length is the last count. It is measured before and after pruning, and whenever it has
-trained on a further count of tokens, with its adapters merged. Each point is a line in OUTPUT/points.jsonl as soon as
-it is measured. The same command goes on with a fit that was stopped. `--write` adds the points of OUTPUT to those that
-recipes foretell by, `configs/recipes/curve.json`, in place of earlier ones of the same settings.
+trained on a further count of tokens, with its adapters merged. MODEL may be a folder that was pruned before, for
+several curves from one start; `--data.num_samples` and `--data.calibration_seq_len` are then those of its pruning. Each
+point is a line in OUTPUT/points.jsonl as soon as it is measured. The same command goes on with a fit that was stopped.
+`--write` adds the points of OUTPUT to those that recipes foretell by, `configs/recipes/curve.json`, in place of earlier
+ones of the same settings.
 
 The learning rate falls to 0 at the end of the run, so that the last point of a run is lower than one on the way at the
 same count would be. A point therefore says how long its run was.
@@ -19,14 +21,16 @@ import io
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import yaml
 
 from plprune.architecture.modules import on_device
+from plprune.checkpoint.load import load_model
 from plprune.cli import main as plprune
 from plprune.evaluation.perplexity import Passage, Protocol, judge, passage
+from plprune.pruning.plan import FILE
 from plprune.pruning.surgery import plan_of
 from plprune.recovery.lora import merged
 from plprune.training.recipes import Point, expanded, folder, points, recovery_kind
@@ -56,10 +60,13 @@ class Curve(pl.Callback):
         self._passage: Passage | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        if plan_of(pl_module.model) is not None:
-            raise ValueError("the model is pruned, so its dense perplexity cannot be measured: give the dense model")
-        with on_device(pl_module.model, trainer.strategy.root_device):
-            self._dense = self._perplexity(pl_module)
+        plan, dense, data = plan_of(pl_module.model), pl_module.model, cast(Any, trainer).datamodule
+        if plan is not None:
+            if plan.origin["tokens"] != data.num_samples * data.calibration_seq_len:
+                raise ValueError("give --data.num_samples and --data.calibration_seq_len of the pruning")
+            dense = load_model(plan.chain()[0].origin["model"])
+        with on_device(dense, trainer.strategy.root_device):
+            self._dense = self._perplexity(pl_module, dense)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if not trainer.global_step:
@@ -82,13 +89,13 @@ class Curve(pl.Callback):
         if any(settings(point) == settings(each) for each in read(self.file)):
             return  # measured before the run was stopped
         with merged(module.model):
-            ratio = self._perplexity(module) / self._dense
+            ratio = self._perplexity(module, module.model) / self._dense
         with self.file.open("a") as lines:
             lines.write(json.dumps(dataclasses.asdict(dataclasses.replace(point, ratio=round(ratio, 4)))) + "\n")
 
-    def _perplexity(self, module: Any) -> float:
+    def _perplexity(self, module: Any, model: Any) -> float:
         self._passage = self._passage or passage(self.text, module.tokenizer, self.protocol, self.join)
-        return judge(module.model, self._passage).perplexity
+        return judge(model, self._passage).perplexity
 
 
 def _tokens(trainer: Any, steps: int) -> int:
@@ -138,7 +145,8 @@ def main(args: list[str] | None = None) -> None:
     own = {"output": str(given.output), "text": given.text, "counts": sorted(given.counts), "join": given.join}
     own |= {"names": given.names or [config["model"]["name_or_path"], given.text]}
     own |= {"seq_len": given.length, "windows": given.windows}
-    kept = [each for each in trainer["callbacks"] if each["class_path"].rpartition(".")[2] in ("Checkpoint", "Prune")]
+    needed = ["Checkpoint"] if (Path(config["model"]["name_or_path"]) / FILE).exists() else ["Checkpoint", "Prune"]
+    kept = [each for each in trainer["callbacks"] if each["class_path"].rpartition(".")[2] in needed]
     trainer["callbacks"] = [{"class_path": "tests.benchmarks.curve.Curve", "init_args": own}, *kept]
     plprune(["fit", f"--config={yaml.safe_dump(config)}", "--resume"])
 

@@ -28,6 +28,12 @@ def test_it_says_where_it_comes_from() -> None:
     assert f"- Licence: {UNKNOWN}" in text
 
 
+def test_it_names_the_best_of_several_candidates_with_its_settings() -> None:
+    best = {"method": "CFSP", "a": 3.0, "divergence": 0.25}
+    text = card(plan(origin=ORIGIN | {"best": best}, settings={"candidates": [{}, {}], "held_out": 2}), {})
+    assert "By CFSP, the best of 2 candidates, (`a: 3.0`, `divergence: 0.25`): " in text
+
+
 def test_a_plan_without_its_origin_has_a_card_too() -> None:
     assert "- Calibration: not recorded" in card(plan(), {})
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from plprune import CFSP, prune
 from plprune.recovery.full import unfreeze
@@ -56,11 +57,11 @@ def test_masters_in_float32_are_saved_in_the_dtype_that_each_had(family: str) ->
     assert not torch.equal(logits(model), logits(before))
 
 
-def mixed(family: str) -> torch.nn.Module:
+def mixed(family: str) -> PreTrainedModel:
     """A model in bfloat16; one with Mamba keeps some parameters in float32, in the same modules as others."""
     if family != "mamba-mixture":
-        return tiny(family).bfloat16()
-    model = build("nemotron_h").bfloat16()
+        return tiny(family).bfloat16()  # type: ignore[operator]
+    model = build("nemotron_h").bfloat16()  # type: ignore[operator]
     for name, parameter in model.named_parameters():
         if name.endswith(("A_log", ".D")):
             parameter.data = parameter.data.float()
