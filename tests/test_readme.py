@@ -29,7 +29,10 @@ SMALL = {"fit": FIT, "prune": "--num_samples 2 --seq_len 16", "evaluate": "--max
 SMALL |= {"export": "--seq_len 16 --max_windows 1", "plan": "--target.parameters 50K", "report": ""}
 SMALL["compare"] = "--models [tiny] --num_samples 2 --calibration_seq_len 16 --seq_len 16 --max_windows 2"
 SMALL["sensitivity"] = "--seq_len 16 --max_windows 1 --num_samples 2 --fractions 1"
-OF_THREE = "--method.sparsity 0.4 --method.drop_blocks 1"  # blocks, which the tiny model has
+FEWER = {  # than the tiny model has blocks, of which there are three, or than there are windows
+    "--method.drop_blocks": "--method.sparsity 0.4 --method.drop_blocks 1",
+    "--method.candidates": "--method.sparsity 0.4 --method.held_out 1",
+}
 
 
 def blocks(language: str, pages: Iterable[Path] = PAGES) -> list[str]:
@@ -63,16 +66,16 @@ def small_world(tmp_path: Path, monkeypatch) -> Path:
 @pytest.mark.slow
 def test_every_command_runs(small_world: Path) -> None:
     commands = set(re.findall(r"^plprune .*", "".join(blocks("bash")), re.M))
-    assert len(commands) == 18
+    assert len(commands) == 19
 
     def order(command: str) -> tuple[Any, ...]:  # rounds go on with nothing, and so come last
         return "--rounds" in command, "--resume" in command, list(SMALL).index(command.split()[1]), command
 
     for command in sorted(commands, key=order):
         _, *words = shlex.split(command.replace(REAL, "tiny"))
-        fewer = OF_THREE.split() if "--method.drop_blocks" in words else []
+        fewer = [option for name, options in FEWER.items() if name in words for option in options.split()]
         main([*words, *SMALL[words[0]].split(), *fewer])
-    outputs = ("two-ssp", "streamed", "served", "restored", "shallower")
+    outputs = ("two-ssp", "streamed", "served", "restored", "shallower", "best-of")
     assert all(Path(f"runs/{output}/plan.safetensors").exists() for output in outputs)
     assert all(Path(f"runs/{output}/report.html").exists() for output in ("quickstart", "compare/quick"))
     assert Path("runs/sensitivity/sensitivity.html").exists()
