@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from plprune.cli import main as plprune
 from plprune.training import recipes
 from tests.benchmarks import curve, families, quantised, serving
 from tests.benchmarks.gpu.__main__ import main
@@ -42,7 +43,9 @@ def test_every_section_measures_and_goes_on(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.slow
-def test_a_curve_goes_on_and_is_what_recipes_foretell_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_curve_goes_on_and_is_what_recipes_foretell_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     text, model, out = numbers(tmp_path / "text.txt", stop=800), save_tiny(tmp_path / "model"), tmp_path / "out"
     fit = ["--recipe", "fast", model, "--data", text, "--sparsity=0.3", "--data.seq_len=16", "--data.batch_size=2"]
     fit += [
@@ -72,6 +75,16 @@ def test_a_curve_goes_on_and_is_what_recipes_foretell_by(tmp_path: Path, monkeyp
     assert (found[0].model, found[0].text, found[0].method) == ("tiny", "numbers", "CFSP")
     curve.main([*asked, "--", *fit])  # all is there
     assert (out / "points.jsonl").read_text() == written
+    start = ["--method=CFSP", "--method.sparsity=0.3", f"--text={text}", "--num_samples=4", "--seq_len=16"]
+    plprune(["prune", model, *start, f"--output={tmp_path / 'pruned'}"])
+    fit[2] = str(tmp_path / "pruned")
+    curve.main([str(tmp_path / "again"), *asked[1:], "--", *fit])
+    again = curve.read(tmp_path / "again" / "points.jsonl")
+    assert [curve.settings(point) for point in again] == [curve.settings(point) for point in found]
+    assert again[0].ratio == pytest.approx(found[0].ratio, abs=0.02)  # other calibration windows
+    with pytest.raises(SystemExit):
+        curve.main([str(tmp_path / "other"), *asked[1:], "--", *fit, "--data.num_samples=5"])
+    assert "give --data.num_samples and --data.calibration_seq_len of the pruning" in capsys.readouterr().err
     monkeypatch.setattr(recipes, "folder", lambda: tmp_path)
     monkeypatch.setattr(curve, "folder", lambda: tmp_path)
     for _ in range(2):
