@@ -27,6 +27,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "distillation": {"distill": Distillation("both")},
     "dora": {"lora": LoRA(dora=True)},
     "consumers": {"train": "consumers"},
+    "all": {"train": "all"},
     "compiled": {"compile": True},
 }
 
@@ -69,7 +70,8 @@ def fit(
     """A fit of a few steps; `ckpt_path` goes on with a checkpoint."""
     pl.seed_everything(0)
     losses, ckpt_path = Losses(), settings.pop("ckpt_path", None)
-    module = Recovery(str(source / "model"), learning_rate=5e-3, **settings)
+    settings = {"learning_rate": 1e-3 if settings.get("train") == "all" else 5e-3} | settings
+    module = Recovery(str(source / "model"), **settings)
     data = RecoveryData(str(source / "text.txt"), seq_len=64, batch_size=4, num_samples=8)
     trainer = pl.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
@@ -116,7 +118,7 @@ def test_every_way_to_train(
 
 
 @pytest.mark.parametrize(("precision", "dtype"), PRECISIONS)
-@pytest.mark.parametrize("way", ["lora", "consumers", "distillation"])
+@pytest.mark.parametrize("way", ["lora", "consumers", "all", "distillation"])
 def test_a_stopped_run_goes_on_bit_for_bit(
     source: Path, tmp_path: Path, device: torch.device, precision: str, dtype: Any, way: str
 ) -> None:

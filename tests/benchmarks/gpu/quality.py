@@ -23,6 +23,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "damage": {"lora": LoRA(by="damage")},
     "consumers": {"train": "consumers"},
     "distilled": {"distill": Distillation()},
+    "all": {"train": "all", "learning_rate": 1e-4},
+    "all, distilled": {"train": "all", "learning_rate": 1e-4, "distill": Distillation()},
 }
 
 
