@@ -23,6 +23,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "gradient checkpointing": {"gradient_checkpointing": True},
     "consumers": {"train": "consumers"},
     "consumers of bfloat16": {"train": "consumers", "dtype": "bfloat16", "precision": "bf16-true"},
+    "all, in bf16-mixed": {"train": "all", "dtype": "bfloat16", "precision": "bf16-mixed"},
     "distillation": {"distill": Distillation("both")},
     "bf16-mixed": {"precision": "bf16-mixed", "dtype": "bfloat16"},
     "gradient checkpointing in bf16-mixed": {"gradient_checkpointing": True, "precision": "bf16-mixed"},
