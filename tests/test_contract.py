@@ -184,7 +184,7 @@ def test_the_budget_is_met_within_one_unit(family: str, name: str) -> None:
     elif "UL-MM" in name:  # a given number of heads, and the same number of channels everywhere, rounded down
         assert -blocks * unit["ffn"] <= off <= 0
     elif name.startswith(("FLAP", "CFSP", "LearnedGates")):  # widths are free: one unit in all, of what is ranked
-        heads = "AL-AM" in name or name in ("FLAP restore", "FLAP experts", "LearnedGates kv_heads")
+        heads = "AL-AM" in name or name in ("FLAP restore", "FLAP experts")
         bound = "attention" if heads else "ffn"
         assert abs(off) <= unit[bound]
     elif name == "REAP":  # the same number of experts everywhere

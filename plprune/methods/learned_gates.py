@@ -324,7 +324,7 @@ class LearnedGates(Repairing):
 
     def _choose(self, budget: Budget, scores: list[Tensor], p: float) -> list[Tensor]:
         alike = [score if score.ndim == 1 else ranked(score).mean(1) for score in scores]  # of experts each rank's
-        chosen = global_ranking(alike, budget.costs, p)
+        chosen = global_ranking(alike, budget.costs, p, exact=True)
         if not budget.restricted:
             return chosen
         counts = budget.fit([len(keep) for keep in chosen])

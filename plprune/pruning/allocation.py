@@ -353,15 +353,16 @@ def kept_fractions(u: Tensor, p: float, sizes: Sequence[int] | None = None) -> T
     return u / mean * (1 - p)
 
 
-def global_ranking(scores: list[Tensor], costs: list[int], p: float) -> list[Tensor]:
+def global_ranking(scores: list[Tensor], costs: list[int], p: float, exact: bool = False) -> list[Tensor]:
     """Ranks the units of all groups together and keeps the best, so that their cost is nearest to (1 - p) of the total.
 
-    Each group keeps at least its best unit.
+    Each group keeps at least its best unit. The cost can miss the budget by half the dearest unit.
 
     Args:
         scores: Scores of each group's units, [units] each, comparable between groups.
         costs: Parameters of one unit of each group.
         p: The fraction of the total cost to remove.
+        exact: Whether the cheapest units then make up for what is missing, or too much, by their rank.
 
     Returns:
         The indices of the units to keep in each group, ascending.
@@ -382,8 +383,16 @@ def global_ranking(scores: list[Tensor], costs: list[int], p: float) -> list[Ten
     order = flat.argsort(descending=True, stable=True)
     spent = cost[order].cumsum(0)
     check_best(costs, [len(s) for s in scores], p)
-    count = int((spent - (1 - p) * cost.sum()).abs().argmin()) + 1
+    budget = (1 - p) * cost.sum()
+    count = int((spent - budget).abs().argmin()) + 1
     kept = torch.zeros(len(flat), dtype=torch.bool).index_fill_(0, order[:count], True)
+    if exact:
+        cheapest = order[(cost[order] == cost.min()) & flat[order].isfinite()]
+        excess = int(((spent[count - 1] - budget) / cost.min()).round())
+        if excess > 0:
+            kept[cheapest[kept[cheapest]][-excess:]] = False
+        else:
+            kept[cheapest[~kept[cheapest]][:-excess]] = True
     return [kept[owner == i].nonzero().flatten() for i in range(len(scores))]
 
 

@@ -192,6 +192,34 @@ def test_the_global_ranking_is_the_nearest_of_all_counts() -> None:
     assert 0 < refused < 100
 
 
+def test_the_cheapest_units_make_up_for_what_dear_ones_miss_by_their_rank() -> None:
+    dice, changed = random.Random(1), 0
+    for _ in range(200):
+        groups = [[dice.gauss(0, 1) for _ in range(dice.randint(20, 30))] for _ in range(6)]
+        costs, p = [1, 1, 1, 1, 7, 12], dice.uniform(0.2, 0.6)
+        tensors = [torch.tensor(g, dtype=torch.float64) for g in groups]
+        nearest, exact = (global_ranking(tensors, costs, p, each) for each in (False, True))
+        whole = sum(cost * len(g) for cost, g in zip(costs, groups, strict=True))
+        spent = sum(cost * len(keep) for cost, keep in zip(costs, exact, strict=True))
+        assert abs(spent - (1 - p) * whole) <= 0.5
+        assert [keep.tolist() for keep in exact[4:]] == [keep.tolist() for keep in nearest[4:]]
+        for scores, keep in zip(tensors[:4], exact[:4], strict=True):
+            assert sorted(keep.tolist()) == sorted(scores.topk(len(keep)).indices.tolist())
+        kept, gone = (
+            [
+                float(s[i])
+                for s, keep in zip(tensors[:4], exact[:4], strict=True)
+                for i in range(len(s))
+                if (i in keep) == k
+            ]
+            for k in (True, False)
+        )
+        best = {float(s.max()) for s in tensors}  # these stay whatever they score
+        assert min([score for score in kept if score not in best], default=9.0) > max(gone, default=-9.0)
+        changed += [keep.tolist() for keep in exact] != [keep.tolist() for keep in nearest]
+    assert changed > 100
+
+
 def test_the_last_unit_of_a_group_is_protected_whatever_its_score() -> None:
     keep = global_ranking([torch.tensor([-9.0, -8.0]), torch.arange(20.0)], [1, 1], 0.5)
     assert keep[0].tolist() == [1]
