@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from plprune import load_pruned
+from plprune.checkpoint.load import load_model, load_tokenizer
 from plprune.cli import main as plprune
+from plprune.evaluation.perplexity import Protocol, judge, passage
 from plprune.training import recipes
 from tests.benchmarks import curve, families, quantised, serving
 from tests.benchmarks.gpu.__main__ import main
@@ -50,6 +53,7 @@ def test_a_curve_goes_on_and_is_what_recipes_foretell_by(
     fit = ["--recipe", "fast", model, "--data", text, "--sparsity=0.3", "--data.seq_len=16", "--data.batch_size=2"]
     fit += [
         "--data.num_samples=4",
+        "--data.calibration_seq_len=16",
         "--trainer.accelerator=cpu",
         "--trainer.logger=false",
         "--trainer.callbacks.method=CFSP",
@@ -75,13 +79,25 @@ def test_a_curve_goes_on_and_is_what_recipes_foretell_by(
     assert (found[0].model, found[0].text, found[0].method) == ("tiny", "numbers", "CFSP")
     curve.main([*asked, "--", *fit])  # all is there
     assert (out / "points.jsonl").read_text() == written
-    start = ["--method=CFSP", "--method.sparsity=0.3", f"--text={text}", "--num_samples=4", "--seq_len=16"]
+    start = [
+        "--method=CFSP",
+        "--method.sparsity=0.3",
+        "--method.repair=restore",
+        "--method.bias=false",
+        f"--text={text}",
+        "--num_samples=4",
+        "--seq_len=16",
+    ]
     plprune(["prune", model, *start, f"--output={tmp_path / 'pruned'}"])
     fit[2] = str(tmp_path / "pruned")
     curve.main([str(tmp_path / "again"), *asked[1:], "--", *fit])
     again = curve.read(tmp_path / "again" / "points.jsonl")
     assert [curve.settings(point) for point in again] == [curve.settings(point) for point in found]
-    assert again[0].ratio == pytest.approx(found[0].ratio, abs=0.02)  # other calibration windows
+    judged = passage(text, load_tokenizer(model), Protocol(32, max_windows=2), "\n\n")
+    pruned, dense = (
+        judge(load(folder), judged).perplexity for load, folder in ((load_pruned, fit[2]), (load_model, model))
+    )
+    assert again[0].ratio == pytest.approx(pruned / dense, abs=1e-4)
     with pytest.raises(SystemExit):
         curve.main([str(tmp_path / "other"), *asked[1:], "--", *fit, "--data.num_samples=5"])
     assert "give --data.num_samples and --data.calibration_seq_len of the pruning" in capsys.readouterr().err
