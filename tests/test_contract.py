@@ -183,9 +183,8 @@ def test_the_budget_is_met_within_one_unit(family: str, name: str) -> None:
         assert -blocks * (unit["attention"] + unit["ffn"]) <= off <= 0
     elif "UL-MM" in name:  # a given number of heads, and the same number of channels everywhere, rounded down
         assert -blocks * unit["ffn"] <= off <= 0
-    elif name.startswith(("FLAP", "CFSP", "LearnedGates")):  # widths are free: one unit in all, of what is ranked
-        heads = "AL-AM" in name or name in ("FLAP restore", "FLAP experts")
-        bound = "attention" if heads else "ffn"
+    elif name.startswith(("FLAP", "CFSP", "LearnedGates")):  # widths are free: one unit in all
+        bound = "attention" if "AL-AM" in name or name in ("FLAP restore", "FLAP experts") else "ffn"
         assert abs(off) <= unit[bound]
     elif name == "REAP":  # the same number of experts everywhere
         assert abs(off) <= blocks * unit["expert"] * 0.51

@@ -27,6 +27,7 @@ from plprune.architecture.modules import lacks_weights, on_device
 from plprune.io import distributed
 from plprune.io.checks import check_sizes
 from plprune.methods.base import PruningMethod
+from plprune.planning.extremes import distinct
 from plprune.planning.needs import Work
 from plprune.planning.sizes import block_flops
 from plprune.pruning.calibration import Calibration
@@ -70,8 +71,7 @@ class BestOf(PruningMethod):
 
     @property
     def settings(self) -> dict[str, Any]:
-        own = {"held_out": self.held_out, "first_share": self.first_share}
-        return {"sparsity": self.sparsity, "candidates": [_named(each) for each in self.candidates], **own}
+        return super().settings | {"candidates": [_named(each) for each in self.candidates]}
 
     @property
     def inner(self) -> Sequence[PruningMethod]:
@@ -103,21 +103,20 @@ class BestOf(PruningMethod):
         device = calibration.device or model.device
         with evaluating(model), on_device(model, device):
             samples = [teacher_sample(model, ids.to(device)) for ids in judges.own_windows()]
-        left, trials = list(self.candidates), []
-        for windows in self._rounds(count):
+        ranked, trials = list(self.candidates), []
+        for left, windows in self._rounds(count):
             found = []
-            for method in left:
+            for method in ranked[:left]:
                 trial = copy.deepcopy(model)
                 method.prune(trial, others.part(0, windows), *constraint.given)
                 found.append(_divergence(trial, samples, self.held_out, calibration))
                 trials.append(_named(method) | {"windows": windows, "divergence": round(found[-1], 4)})
                 log.info("%s on %d windows: divergence %.4f from the dense model", _name(method), windows, found[-1])
-            order = sorted(range(len(left)), key=found.__getitem__)
-            left = [left[i] for i in order[: (len(left) + 1) // 2]]
-        plan = left[0].prune(model, others, *constraint.given)
+            ranked = [ranked[i] for i in sorted(range(left), key=found.__getitem__)]
+        plan = ranked[0].prune(model, others, *constraint.given)
         final = _divergence(model, samples, self.held_out, calibration)
-        log.info("%s is the best: divergence %.4f on %d windows", _name(left[0]), final, count)
-        origin = {"trials": trials, "best": _named(left[0]) | {"windows": count, "divergence": round(final, 4)}}
+        log.info("%s is the best: divergence %.4f on %d windows", _name(ranked[0]), final, count)
+        origin = {"trials": trials, "best": _named(ranked[0]) | {"windows": count, "divergence": round(final, 4)}}
         return dataclasses.replace(plan, method="BestOf", settings=self.settings, origin=origin)
 
     def conflicts(self, constraint: Constraint, blocks: Sequence[Block] | None = None) -> list[str]:
@@ -126,28 +125,26 @@ class BestOf(PruningMethod):
 
     def predict_sizes(self, model: PreTrainedModel, constraint: Constraint = FREE) -> list[dict[str, int]]:
         cases = [case for each in self.candidates for case in each.predict_sizes(model, *constraint.given)]
-        return [case for i, case in enumerate(cases) if case not in cases[:i]]
+        return distinct(cases)
 
     def work(self, model: PreTrainedModel, count: int, length: int, constraint: Constraint = FREE) -> Work:
         """The cost of all trials: each calibrates and is judged; and a copy of the model. The dearest ones go on."""
         rest, once = max(1, count - self.held_out), sum(block_flops(block, length) for block in blocks_of(model))
         flops, single, most = self.held_out * length * once, 0.0, 0.0
-        left = len(self.candidates)
-        for windows in [*self._rounds(rest), rest]:
+        for left, windows in [*self._rounds(rest), (1, rest)]:
             works = [each.work(model, windows, length, *constraint.given) for each in self.candidates]
             works = sorted(works, key=lambda work: work.flops + work.single)[-left:]
             flops += sum(work.flops + (windows + self.held_out) * length * once for work in works)
             single += sum(work.single for work in works)
             most = max(most, *(work.bytes for work in works))
-            left = (left + 1) // 2
         copied = sum(p.numel() * p.element_size() for p in model.parameters())
         return Work(flops - rest * length * once, single, most + copied)
 
-    def _rounds(self, count: int) -> Iterator[int]:
-        """The number of windows that the candidates of each round are calibrated on."""
+    def _rounds(self, count: int) -> Iterator[tuple[int, int]]:
+        """The number of candidates of each round, and of windows that they are calibrated on."""
         left, share = len(self.candidates), self.first_share
         while left > 1:
-            yield max(1, round(min(1.0, share) * count))
+            yield left, max(1, round(min(1.0, share) * count))
             left, share = (left + 1) // 2, 2 * share
 
 

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.methods.base import Repairing
 from plprune.planning import whole_experts
-from plprune.planning.extremes import attention_by_span
+from plprune.planning.extremes import attention_by_span, distinct
 from plprune.planning.needs import Work
 from plprune.planning.structures import Competition, Structure, standardised
 from plprune.pruning.allocation import (
@@ -153,7 +153,7 @@ class FLAP(Repairing):
             p, budget = self._settled(blocks, constraint, wanted)
             found = self._competition.predict(budget, attention_by_span(model, budget.rows), p, self.biased)
             cases += [case | whole_experts.sizes(budget) for case in found]
-        return [case for i, case in enumerate(cases) if case not in cases[:i]]
+        return distinct(cases)
 
     def work(self, model: PreTrainedModel, count: int, length: int, constraint: Constraint = FREE) -> Work:
         """The cost of the second pass, which only restoration needs."""

@@ -54,7 +54,7 @@ from plprune.io import distributed
 from plprune.io.checks import check_sizes
 from plprune.methods.base import Repairing
 from plprune.planning import whole_experts
-from plprune.planning.extremes import attention_by_span, extreme_sizes, orders, unique_cases
+from plprune.planning.extremes import attention_by_span, distinct, extreme_sizes, orders, unique_cases
 from plprune.planning.needs import Work
 from plprune.planning.sizes import block_flops
 from plprune.planning.structures import Competition
@@ -200,7 +200,7 @@ class LearnedGates(Repairing):
         for wanted in whole_experts.possible(blocks, self.sparsity, "LearnedGates") if self.experts else [None]:
             p, budget = self._settled(blocks, constraint, wanted)
             cases += [case | whole_experts.sizes(budget) for case in self._cases(budget, p)]
-        return [case for i, case in enumerate(cases) if case not in cases[:i]]
+        return distinct(cases)
 
     def _cases(self, budget: Budget, p: float) -> list[dict[str, int]]:
         if not budget.restricted:

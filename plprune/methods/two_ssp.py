@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.methods.base import Repairing
+from plprune.planning.extremes import distinct
 from plprune.planning.needs import Work
 from plprune.planning.sizes import attention_spans, block_flops
 from plprune.pruning.allocation import Budget, Rows, check_sparsity, importance, top_k
@@ -163,7 +164,7 @@ class TwoSSP(Repairing):
             typical = next(case for case in cases if set(known) <= set(case))
             widths = self._sizes(blocks, constraint, lost if self.repair == "none" else typical)
             found.append(widths | dict.fromkeys(lost, 0))
-        return [case for i, case in enumerate(found) if case not in found[:i]]
+        return distinct(found)
 
     def work(self, model: PreTrainedModel, count: int, length: int, constraint: Constraint = FREE) -> Work:
         """The cost of the repair pass and of stage 2, whose trials run from the candidate's block to the head."""
@@ -198,7 +199,7 @@ class TwoSSP(Repairing):
             heads = [[b.groups()[0].name for b in some] for some in [spread, *_ends(model, able, drop)]]
             whole = [block_name(block.index) for block in left]
             cases += [[*whole, *own, *ffns] for own, ffns in itertools.product(heads, self._without_ffn(rest))]
-        return [case for i, case in enumerate(cases) if case not in cases[:i]]
+        return distinct(cases)
 
     def _check(self, blocks: list[Block], constraint: Constraint, lost: Collection[str]) -> None:
         """Raises ValueError if the sparsity is out of reach where some parts leave, whose names are `lost`."""

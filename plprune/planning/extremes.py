@@ -4,11 +4,14 @@ import bisect
 import math
 import operator
 from collections.abc import Sequence
+from typing import TypeVar
 
 from transformers import PreTrainedModel
 
 from plprune.planning.sizes import attention_spans
 from plprune.pruning.allocation import Budget, Rows, fit_counts
+
+T = TypeVar("T")
 
 
 def extreme_sizes(
@@ -74,6 +77,11 @@ def attention_by_span(model: PreTrainedModel, rows: Rows) -> list[int]:
     spans = attention_spans(model)
     heads = [i for i, (_, group) in enumerate(rows) if group.kind == "attention"]
     return sorted(heads, key=lambda i: spans[rows[i][0].index])
+
+
+def distinct(cases: Sequence[T]) -> list[T]:
+    """The cases without those that came before, also where they cannot be hashed."""
+    return [case for i, case in enumerate(cases) if case not in cases[:i]]
 
 
 def unique_cases(rows: Rows, cases: Sequence[Sequence[int]]) -> list[dict[str, int]]:

@@ -84,20 +84,21 @@ def recovery_need(
     """
     steps, batch, length = batches
     blocks, size, tokens, text = blocks_of(model), model.dtype.itemsize, batch * length, text_config(model.config)
-    every = sum(p.numel() for p in model.parameters())
-    weights, trained = every * (4 if rank is None else size), every
-    if rank is not None:
+    every, reading = sum(p.numel() for p in model.parameters()), structure(model, length).reading_flops
+    if rank is None:
+        weights, states, learning = 4 * every, 12 * every, reading  # learning: the backward pass for weights
+    else:
         layers = [m for block in blocks for m in linear_layers(block.module)]
         trained = sum(rank * (m.weight.numel() // len(m.weight) + len(m.weight)) for m in layers)
+        weights, states, learning = size * every, 16 * trained, 3 * 2 * trained
     activations = [_kept_for_backward(block, size, text.hidden_size) for block in blocks]
     kept = len(blocks) * text.hidden_size * size + max(activations) if checkpointing else sum(activations)
     vocabulary = text.vocab_size
     rows = min(tokens, rows_per_chunk(vocabulary, on_cpu=not machine.separate))
     logits = rows * vocabulary * (2 * size + 12)  # logits and gradients; in float32 also log-probabilities
-    memory = weights + (12 if rank is None else 16) * trained + tokens * kept + logits
-    flops = 2 * structure(model, length).reading_flops  # forward, and backward for inputs only
+    memory = weights + states + tokens * kept + logits
+    flops = 2 * reading + learning  # forward, and backward for inputs
     flops += _flops_of_blocks(model, length) if checkpointing else 0
-    flops += structure(model, length).reading_flops if rank is None else 3 * 2 * trained  # backward for weights
     seconds = steps * tokens * flops / machine.rate(model.dtype)
     return Need(seconds, memory, weights if machine.separate else memory)
 

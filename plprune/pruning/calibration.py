@@ -56,8 +56,7 @@ class Calibration:
 
     def part(self, first: int, last: int) -> "Calibration":
         """The windows from `first` to before `last`, in batches as large as before."""
-        sizes = [len(ids) for ids in self.batches]
-        starts = [0, *itertools.accumulate(sizes)]
+        starts = itertools.accumulate(map(len, self.batches), initial=0)
         cut = [ids[max(0, first - at) : max(0, last - at)] for ids, at in zip(self.batches, starts, strict=False)]
         return replace(self, batches=[ids for ids in cut if len(ids)])
 

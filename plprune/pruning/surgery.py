@@ -160,8 +160,7 @@ class Surgery:
             linear.weight = like(linear.weight, weight.T if is_transposed(linear) else weight)
             repaired.append(self._name(linear.weight))
         if bias_gain is not None:
-            if linear.bias is None:
-                linear.bias = like(linear.weight, linear.weight.new_zeros(len(matrix(linear))))
+            _ensure_bias(linear)
             linear.bias = like(linear.bias, linear.bias.double() + bias_gain.to(linear.bias.device))
             repaired.append(self._name(linear.bias))
         return repaired
@@ -375,9 +374,14 @@ def pad(model: PreTrainedModel, multiple: int) -> None:
 def _add_biases(model: PreTrainedModel, repaired: list[str]) -> None:
     for name in repaired:
         path, _, kind = name.rpartition(".")
-        linear = cast(nn.Linear, model.get_submodule(path))
-        if kind == "bias" and linear.bias is None:
-            linear.bias = like(linear.weight, linear.weight.new_zeros(len(matrix(linear))))
+        if kind == "bias":
+            _ensure_bias(cast(nn.Linear, model.get_submodule(path)))
+
+
+def _ensure_bias(linear: nn.Linear) -> None:
+    """Gives a projection without a bias one of zeros."""
+    if linear.bias is None:
+        linear.bias = like(linear.weight, linear.weight.new_zeros(len(matrix(linear))))
 
 
 def _check_fit(blocks: list[Block], plan: PruningPlan) -> None:

@@ -41,7 +41,8 @@ def saved_dtype(module: nn.Module, name: str) -> torch.dtype:
 @contextlib.contextmanager
 def weights_in_saved_dtype(model: nn.Module) -> Iterator[None]:
     """Converts all weights to the dtypes in which they are saved, for the duration of the context."""
-    kept = [(module.get_parameter(name), dtype) for module, name, dtype in _kept(model)]
+    owners = [(module, saved) for module in model.modules() if (saved := attached(module, SavedDtypes))]
+    kept = [(module.get_parameter(name), dtype) for module, saved in owners for name, dtype in saved.by_name.items()]
     values = [parameter.data for parameter, _ in kept]
     for parameter, dtype in kept:
         parameter.data = parameter.data.to(dtype)
@@ -50,9 +51,3 @@ def weights_in_saved_dtype(model: nn.Module) -> Iterator[None]:
     finally:
         for (parameter, _), value in zip(kept, values, strict=True):
             parameter.data = value
-
-
-def _kept(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.dtype]]:
-    for module in model.modules():
-        if saved := attached(module, SavedDtypes):
-            yield from ((module, name, dtype) for name, dtype in saved.by_name.items())

@@ -119,9 +119,14 @@ def answers(source: Path) -> str:
 
 @pytest.fixture(scope="module")
 def answers_of_one_process(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    together = (answers(source), "--trainer.accumulate_grad_batches=1", "--data.batch_size=8")
-    folder = tmp_path_factory.mktemp("answers") / "run"
-    return ended(start(source, folder, "one-process", *together, ranks=1, callbacks=PROBE))[1][0]
+    return in_one_process(source, tmp_path_factory.mktemp("answers"), answers(source), callbacks=PROBE)[1]
+
+
+def in_one_process(source: Path, root: Path, *args: str, **changes: Any) -> tuple[Run, dict[str, Any]]:
+    """A run of one process, whose steps are one batch each."""
+    together = ("--trainer.accumulate_grad_batches=1", "--data.batch_size=8")
+    run, (found,) = ended(start(source, root / "run", "one-process", *args, *together, ranks=1, **changes))
+    return run, found
 
 
 @pytest.mark.multi_process
@@ -169,10 +174,8 @@ def conversations(source: Path) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def taught_in_one_process(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    together = (*conversations(source), "--trainer.accumulate_grad_batches=1", "--data.batch_size=8")
-    folder = tmp_path_factory.mktemp("taught") / "run"
-    _, (found,) = ended(start(source, folder, "one-process", *together, ranks=1, **TAUGHT))
-    return found | {"answers": len(list((folder / "teacher").rglob("*.safetensors")))}
+    run, found = in_one_process(source, tmp_path_factory.mktemp("taught"), *conversations(source), **TAUGHT)
+    return found | {"answers": len(list((run.folder / "teacher").rglob("*.safetensors")))}
 
 
 @pytest.mark.slow
@@ -195,9 +198,7 @@ WHOLE["callbacks"] = PROBE | {"Export": {"output": "out"}, "Prune": TAUGHT["call
 
 @pytest.fixture(scope="module")
 def trained_whole_by_one_process(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    together = ("--trainer.accumulate_grad_batches=1", "--data.batch_size=8")
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    return ended(start(source, folder, "one-process", *together, ranks=1, **WHOLE))[1][0]
+    return in_one_process(source, tmp_path_factory.mktemp("whole"), **WHOLE)[1]
 
 
 @pytest.mark.multi_process
