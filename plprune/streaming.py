@@ -106,6 +106,7 @@ def prune_streamed(
     """
     if distributed.launched_count() > 1:
         raise ValueError("streaming from disk supports one process only: start the command without torchrun")
+    request.method.check_weights(model)
     check_run_output(output, True, resume, overwrite)
     if not has_unfinished_run(output):
         check_output(output, overwrite)

@@ -84,11 +84,13 @@ def plan(
     record, rehearsed = predicted(network, request, resolved, context or target.context)
     record |= {"model": model, "dtype": dtype}
     record["machine"] = dataclasses.asdict(where)
+    if stream and method.unstreamable:
+        raise ValueError(method.unstreamable)
     calibrating = (num_samples, seq_len, batch_size)
     work = resolved.work(network, num_samples, seq_len)
     record["calibration"] = {"num_samples": num_samples, "seq_len": seq_len, "batch_size": batch_size} | {
         way: dataclasses.asdict(needs.calibration_need(network, work, where, calibrating, way == "streamed"))
-        for way in ("in_memory", "streamed")
+        for way in ("in_memory", "streamed")[: 1 if method.unstreamable else 2]
     }
     training, largest = (steps, train_batch_size, train_seq_len), max(rehearsed, key=_parameters)
     record["recovery"] = {"steps": steps, "seq_len": train_seq_len, "batch_size": train_batch_size, "rank": rank} | {
@@ -291,7 +293,7 @@ def _needs(record: Record, stream: bool, checkpointing: bool) -> list[str]:
     windows = "{num_samples} windows of {seq_len} tokens, {batch_size} at once".format(**calibration)
     training = "{steps} steps of {batch_size} windows of {seq_len} tokens, rank {rank}".format(**recovery)
     needs = {f"calibration, {windows}": calibration["streamed" if stream else "in_memory"]}
-    if not stream:
+    if not stream and "streamed" in calibration:
         needs["  with --stream"] = calibration["streamed"]
     needs[f"recovery, {training}"] = recovery["checkpointed" if checkpointing else "plain"]
     if not checkpointing:

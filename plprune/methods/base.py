@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import AttentionUnit, Block, blocks_of
+from plprune.architecture.modules import lacks_weights
 from plprune.architecture.wrappers import text_config
 from plprune.io.checks import check_required
 from plprune.planning.needs import Work
@@ -82,6 +83,16 @@ class PruningMethod(ABC):
     def ranks_experts(self) -> bool:
         """Whether the text decides how many experts of a mixture stay."""
         return False
+
+    @property
+    def unstreamable(self) -> str:
+        """Why a model that streams from disk cannot be pruned with these settings, and what to do; empty if it can."""
+        return ""
+
+    def check_weights(self, model: PreTrainedModel) -> None:
+        """Raises ValueError if a model lacks the weights that pruning with these settings needs at once."""
+        if self.unstreamable and lacks_weights(model):
+            raise ValueError(self.unstreamable)
 
     def predict_sizes(self, model: PreTrainedModel) -> list[dict[str, int]]:
         """Predicts the number of units that each group keeps, without weights or text; a guess unless overridden.

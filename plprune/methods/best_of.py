@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import Block, blocks_of
-from plprune.architecture.modules import lacks_weights, on_device
+from plprune.architecture.modules import on_device
 from plprune.io import distributed
 from plprune.io.checks import check_sizes
 from plprune.methods.base import PruningMethod
@@ -85,14 +85,15 @@ class BestOf(PruningMethod):
     def ranks_experts(self) -> bool:
         return any(each.ranks_experts for each in self.candidates)
 
+    @property
+    def unstreamable(self) -> str:
+        return "candidates are tried on copies of the whole model: leave out --stream, or give one method"
+
     def prune(
         self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor], constraint: Constraint = FREE
     ) -> PruningPlan:
         calibration = Calibration.of(batches)
-        if lacks_weights(model):
-            raise ValueError(
-                "candidates are tried on copies of the whole model: leave out --stream, or give one method"
-            )
+        self.check_weights(model)
         count = len(calibration.windows()) - self.held_out
         if count < 1:
             raise ValueError(

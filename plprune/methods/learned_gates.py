@@ -48,7 +48,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plprune.architecture.blocks import Block, UnitGroup, blocks_of
-from plprune.architecture.modules import lacks_weights, on_device
+from plprune.architecture.modules import on_device
 from plprune.architecture.wrappers import text_config
 from plprune.io import distributed
 from plprune.io.checks import check_sizes
@@ -138,16 +138,16 @@ class LearnedGates(Repairing):
                 "`gain_rate` that is not negative"
             )
 
+    @property
+    def unstreamable(self) -> str:
+        return "gates are trained by gradients through the whole model: leave out --stream, or take another method"
+
     def prune(
         self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor], constraint: Constraint = FREE
     ) -> PruningPlan:
         calibration, blocks = Calibration.of(batches), blocks_of(model)
         (p, budget), repairer = self._settled(blocks, constraint), self.repairer(calibration)
-        if lacks_weights(model):
-            raise ValueError(
-                "gates are trained by gradients through the whole model: leave out --stream, or take CFSP, FASP, FLAP "
-                "or TwoSSP"
-            )
+        self.check_weights(model)
         rows, norms, distances = [], [], []
         saliencies: list[Tensor] = []  # [experts] each
         hidden: Iterable[Tensor] = []  # after the last block, [b, s, d] each

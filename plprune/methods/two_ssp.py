@@ -37,7 +37,6 @@ from plprune.pruning.attention_search import AttentionSearch
 from plprune.pruning.calibration import Calibration
 from plprune.pruning.constraints import FREE, Constraint
 from plprune.pruning.forward import evaluating
-from plprune.pruning.model_state import model_state
 from plprune.pruning.plan import PruningPlan, block_name, block_of
 from plprune.pruning.repair import Repair
 from plprune.pruning.statistics import Norms
@@ -85,6 +84,7 @@ class TwoSSP(Repairing):
     def prune(
         self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor], constraint: Constraint = FREE
     ) -> PruningPlan:
+        self.check_weights(model)
         calibration, blocks, first = Calibration.of(batches), blocks_of(model), int(constraint.first_attention)
         self._check_depth(model, first)
         cases, drop = self._cases(model, constraint), self._attentions(blocks, first > 0)
@@ -287,12 +287,15 @@ class TwoSSP(Repairing):
         ranked = sorted(blocks[first:], key=Block.parameters)
         return [first_to_leave(blocks, order, count) for order in (spread, ranked, ranked[::-1])]
 
+    @property
+    def unstreamable(self) -> str:
+        why = "`drop_blocks` needs the whole model in memory: leave out --stream, or set it to 0"
+        return why if self.drop_blocks else ""
+
     def _check_depth(self, model: PreTrainedModel, first: int) -> None:
         """Raises ValueError if blocks cannot leave the model."""
         if not self.drop_blocks:
             return
-        if model_state(model).journal is not None:
-            raise ValueError("`drop_blocks` needs the whole model in memory: leave out --stream, or set it to 0")
         for gone in self._leaving(blocks_of(model), first):
             check_depth(model, sorted(block.index for block in gone))
 

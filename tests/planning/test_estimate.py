@@ -353,6 +353,16 @@ def test_a_bare_configuration_is_enough(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"saved to {tmp_path}/plan.json" in out
 
 
+def test_no_streaming_is_estimated_for_what_cannot_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny().config.to_dict()))
+    command = ["plan", str(tmp_path), "--method=LearnedGates", "--device=h100"]
+    main(command)
+    assert "--stream" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*command, "--stream"])
+    assert "leave out --stream" in capsys.readouterr().err
+
+
 def test_the_formats_are_those_that_export_would_write(tmp_path: Path) -> None:
     skeleton = bare(tiny("llama", intermediate_size=512))
     for request in (Request(CFSP(0.2), serve_on=["decilm"]), Request(CFSP(0.2)), Request(FASP(0.2))):
