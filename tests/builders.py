@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from plprune import CFSP, FASP, FLAP, REAP, LearnedGates, PruningMethod, TwoSSP
+from plprune import CFSP, FASP, FLAP, REAP, BestOf, LearnedGates, PruningMethod, TwoSSP
 from tests.zoo import config_of
 
 VOCABULARY = 300
@@ -97,6 +97,7 @@ REPAIRED: dict[str, Any] = {  # not as the papers have it: restored in a walk of
     "CFSP reconstruct": functools.partial(CFSP, repair="reconstruct", repair_passes=2),
     "FASP reconstruct": functools.partial(FASP, repair="reconstruct", repair_passes=1),
 }
+TRYING: dict[str, Any] = {"BestOf": functools.partial(BestOf, candidates=(CFSP(), TwoSSP()), held_out=2)}
 OF_EXPERTS: dict[str, Any] = {
     "REAP": REAP,
     "FLAP experts": functools.partial(FLAP, experts=True),
@@ -119,9 +120,10 @@ def _judged(index: int, family: str) -> Iterable[str]:
 PAIRS = [(family, name) for i, family in enumerate(FAMILIES) for name in _judged(i, family)]
 PAIRS += [(each, DEFAULTS[i % len(DEFAULTS)]) for start in (len(FAMILIES), 1) for i, each in enumerate(VARIANTS, start)]
 PAIRS += itertools.product(REPAIRED_ON, REPAIRED)
-PAIRS += [("qwen2_moe", name) for name in (*DEFAULTS, *OF_EXPERTS)]
+PAIRS += itertools.product((each for each in FAMILIES if each not in LIKE_LLAMA), TRYING)
+PAIRS += [("qwen2_moe", name) for name in (*DEFAULTS, *TRYING, *OF_EXPERTS)]
 PAIRS += [("gpt_oss", name) for name in ("REAP", "FLAP experts", "FLAP restore", "FASP kv_heads", "CFSP relative")]
-EVERY = {**METHODS, **REPAIRED, **OF_EXPERTS}
+EVERY = {**METHODS, **REPAIRED, **TRYING, **OF_EXPERTS}
 REST = [pair for pair in itertools.product(MIXTURES, EVERY) if pair not in PAIRS and pair[1] not in NOT_OF_MIXTURES]
 OWN: list[str] = []  # of the option --method: the contract battery then judges these and no others
 
