@@ -125,7 +125,8 @@ class Repairing(PruningMethod):
         damping: Regularisation of a restoration, relative to the mean diagonal of the inputs' second moments. auto:
             chooses among 0.0001, 0.001, ..., 1 by the error on every fourth calibration window, which is held out.
         bias: Whether a repair may add a bias to consumers. Without it, a restoration does not centre the inputs.
-        repair_passes: Passes over the calibration windows of a reconstruction; a step takes four windows.
+        repair_share: The fraction of the calibration windows that a repair in a pass of its own sees, the first ones.
+        repair_passes: Passes over these windows of a reconstruction; a step takes four windows.
         repair_rate: Learning rate of a reconstruction, relative to the root mean square of each weight. Tiny models
             take ten times as much.
     """
@@ -133,6 +134,7 @@ class Repairing(PruningMethod):
     repair: Repair = dataclasses.field(default="none", kw_only=True)
     damping: Damping = dataclasses.field(default=0.01, kw_only=True)
     bias: bool = dataclasses.field(default=True, kw_only=True)
+    repair_share: float = dataclasses.field(default=1.0, kw_only=True)
     repair_passes: int = dataclasses.field(default=2, kw_only=True)
     repair_rate: float = dataclasses.field(default=0.003, kw_only=True)
 
@@ -142,6 +144,8 @@ class Repairing(PruningMethod):
             raise ValueError("compensation is a bias: set `bias` to true, or `repair` to none or restore")
         if self.damping != "auto" and not self.damping >= 0:
             raise ValueError(f"`damping` is {self.damping}, but it is auto, or a number that is not negative like 0.01")
+        if not 0 < self.repair_share <= 1:
+            raise ValueError(f"`repair_share` is {self.repair_share}, but must be above 0 and at most 1")
         if self.repair_passes < 1 or not 0 < self.repair_rate < math.inf:
             raise ValueError("a reconstruction takes at least one of `repair_passes`, and a positive `repair_rate`")
 
@@ -156,7 +160,8 @@ class Repairing(PruningMethod):
 
     def repairer(self, calibration: Calibration) -> Repairer:
         """Repairs consumers as the settings say."""
-        return Repairer(self.repair, self.damping, self.bias, calibration, self.repair_passes, self.repair_rate)
+        seen = calibration.part(0, math.ceil(self.repair_share * len(calibration.windows())))
+        return Repairer(self.repair, self.damping, self.bias, seen, self.repair_passes, self.repair_rate)
 
     def repair_work(self, model: PreTrainedModel, tokens: int, length: int, attention: AttentionUnit) -> Work:
         """The cost of the repair pass: each block runs once per group and once pruned. `restore` adds the second
@@ -165,6 +170,7 @@ class Repairing(PruningMethod):
         dense model's; it keeps two more streams of hidden states, and five numbers per weight of a block in float32.
         """
         blocks, d = blocks_of(model), text_config(model.config).hidden_size
+        tokens = math.ceil(self.repair_share * tokens)
         rows = [(block, group) for block in blocks for group in block.groups(attention)]
         runs = sum(block_flops(block, length) for block in (*blocks, *(block for block, _ in rows)))
         if self.repair not in RESTORING:

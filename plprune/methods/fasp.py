@@ -52,6 +52,11 @@ class FASP(Repairing):
     attention: Literal["value_channels", "kv_heads", "none"] = "value_channels"
     repair: Repair = dataclasses.field(default="restore", kw_only=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.repair_share != 1:
+            raise ValueError("FASP repairs in the pass that chooses channels, on all windows: leave out `repair_share`")
+
     def prune(
         self, model: PreTrainedModel, batches: Calibration | Iterable[Tensor], constraint: Constraint = FREE
     ) -> PruningPlan:
