@@ -93,7 +93,7 @@ METHODS: dict[str, Any] = {
 REPAIRED: dict[str, Any] = {  # not as the papers have it: restored in a walk of its own
     "FLAP restore": functools.partial(FLAP, repair="restore", damping="auto"),
     "CFSP restore": functools.partial(CFSP, repair="restore"),
-    "TwoSSP restore": functools.partial(TwoSSP, repair="restore", bias=False),
+    "TwoSSP restore": functools.partial(TwoSSP, repair="restore", bias=False, repair_share=0.5),
     "CFSP reconstruct": functools.partial(CFSP, repair="reconstruct", repair_passes=2),
     "FASP reconstruct": functools.partial(FASP, repair="reconstruct", repair_passes=1),
 }

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from plprune import CFSP, FASP, FLAP, PruningMethod, TwoSSP, prune
+from plprune import CFSP, FASP, FLAP, TwoSSP, prune
 from plprune.architecture.blocks import blocks_of
 from plprune.architecture.cutting import complement
 from plprune.architecture.modules import innermost
+from plprune.methods.base import Repairing
 from plprune.planning.sizes import Ledger
 from plprune.pruning.constraints import Constraint
 from plprune.pruning.expert_inputs import watched
@@ -153,10 +154,11 @@ def test_auto_needs_two_windows() -> None:
 
 
 EVERY: dict[str, Any] = {"FLAP": FLAP, "FASP": FASP, "CFSP": CFSP, "TwoSSP": TwoSSP}
-WALKING: list[PruningMethod] = [
+WALKING: list[Repairing] = [
     FLAP(0.3, repair="restore", damping=0.0),
     CFSP(0.3, repair="restore", damping=0.0),
     TwoSSP(0.3, drop_attentions=0, repair="restore", damping=0.0),
+    CFSP(0.3, repair="restore", damping=0.0, repair_share=0.45),
 ]
 
 
@@ -171,10 +173,11 @@ def behind(model: PreTrainedModel, ids: Tensor, block: int, kind: str) -> Tensor
     return traced(hybrid, ids)[0][f"blocks.{block}.{kind}"].flatten(0, 1)
 
 
-@pytest.mark.parametrize("how", WALKING, ids=lambda how: type(how).__name__)
-def test_consumers_are_restored_one_after_another_behind_the_pruned_ones(how: PruningMethod) -> None:
+@pytest.mark.parametrize("how", WALKING, ids=lambda how: f"{type(how).__name__} {how.repair_share}")
+def test_consumers_are_restored_one_after_another_behind_the_pruned_ones(how: Repairing) -> None:
     model, ids, restored = tiny(), windows(12, 16), 0
     plan = prune(model, how, list(ids.split(5)))
+    ids = ids[: {1.0: 12, 0.45: 6}[how.repair_share]]
     for group in (group for block in blocks_of(tiny()) for group in block.groups()):
         keep = plan.keep.get(group.name, torch.arange(len(group)))
         if len(keep) == len(group):
@@ -190,8 +193,18 @@ def test_consumers_are_restored_one_after_another_behind_the_pruned_ones(how: Pr
     assert restored >= (4 if isinstance(how, FLAP) else 3)
 
 
+def test_a_share_of_the_windows_repairs_and_all_of_them_choose() -> None:
+    whole, part = (prune(tiny(), CFSP(0.3, repair="restore", repair_share=share), [windows()]) for share in (1.0, 0.5))
+    assert part.keep.keys() == whole.keep.keys()
+    assert all(torch.equal(part.keep[name], keep) for name, keep in whole.keep.items())
+    with pytest.raises(ValueError, match="`repair_share` is 0, but must be above 0 and at most 1"):
+        CFSP(repair_share=0)
+    with pytest.raises(ValueError, match=r"FASP repairs in the pass that chooses channels.*leave out `repair_share`"):
+        FASP(repair_share=0.5)
+
+
 @pytest.mark.parametrize("how", [CFSP(0.3, repair="compensate"), TwoSSP(0.3, drop_attentions=0, repair="compensate")])
-def test_compensation_is_by_the_means_behind_the_pruned_prefix(how: PruningMethod) -> None:
+def test_compensation_is_by_the_means_behind_the_pruned_prefix(how: Repairing) -> None:
     model, ids = tiny(), windows()
     plan = prune(model, how, list(ids.split(4)))
     for block in range(3):
@@ -277,6 +290,10 @@ def test_what_a_repair_takes_is_foreseen() -> None:
         assert plain.single == means.single == 0 < restored.single < auto.single
         assert 0 < restored.bytes < auto.bytes
         assert trained.flops > 3 * restored.flops
+        if kind is not FASP:
+            half = kind(0.3, repair="restore", repair_share=0.5).work(model, 4, 16)
+            assert plain.flops <= half.flops < restored.flops
+            assert half.single < restored.single
         assert trained.bytes > restored.bytes
 
 
