@@ -107,6 +107,7 @@ def test_a_fit_by_a_recipe_says_what_it_takes_and_does_it(
     monkeypatch.chdir(tmp_path)
     speed = Machine("this machine", 1e9, 1e6, 1e6, False)  # a million operations a second
     monkeypatch.setattr(recipes, "machine", lambda device: speed)
+    monkeypatch.setattr(recipes, "points", list)  # nothing has been measured
     small = ["--data.seq_len=16", "--data.batch_size=2", "--data.num_samples=4", "--data.calibration_seq_len=32"]
     small += ["--trainer.max_steps=2", "--trainer.accelerator=cpu", "--trainer.logger=false", "--data.max_windows=2"]
     main(["fit", "--recipe", "fast", save_tiny(tmp_path / "tiny"), "--sparsity", "0.3", *small])
