@@ -79,18 +79,18 @@ def plan(
     return_freed_memory(size=1 << 24, reserve=1 << 26)
     dtype = resolve_dtype(stored_weights(model, fetch=False), dtype)
     network, where = load_skeleton(model, dtype), hardware.machine(device or default_device())
+    if stream:
+        method.check_weights(network)
     request = Request(method, target, serve_on, tensor_parallel)
     resolved = request.resolve_target(network)
     record, rehearsed = predicted(network, request, resolved, context or target.context)
-    record |= {"model": model, "dtype": dtype}
-    record["machine"] = dataclasses.asdict(where)
-    if stream and method.unstreamable:
-        raise ValueError(method.unstreamable)
+    record |= {"model": model, "dtype": dtype, "machine": dataclasses.asdict(where)}
     calibrating = (num_samples, seq_len, batch_size)
     work = resolved.work(network, num_samples, seq_len)
+    ways = ("in_memory",) if method.unstreamable else ("in_memory", "streamed")
     record["calibration"] = {"num_samples": num_samples, "seq_len": seq_len, "batch_size": batch_size} | {
         way: dataclasses.asdict(needs.calibration_need(network, work, where, calibrating, way == "streamed"))
-        for way in ("in_memory", "streamed")[: 1 if method.unstreamable else 2]
+        for way in ways
     }
     training, largest = (steps, train_batch_size, train_seq_len), max(rehearsed, key=_parameters)
     record["recovery"] = {"steps": steps, "seq_len": train_seq_len, "batch_size": train_batch_size, "rank": rank} | {

@@ -31,6 +31,13 @@ def check_non_negative(**values: float) -> None:
             raise ValueError(f"{name} is {value}, but must be a number that is not negative")
 
 
+def check_shares(**shares: float) -> None:
+    """Checks fractions of which something must be left."""
+    for name, share in shares.items():
+        if not 0 < share <= 1:
+            raise ValueError(f"`{name}` is {share}, but must be above 0 and at most 1")
+
+
 def check_required(settings: Any, within: str = "") -> None:
     """Checks that no setting of a dataclass is None unless its type allows it: parsers accept null for any type.
 

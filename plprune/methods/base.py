@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from plprune.architecture.blocks import AttentionUnit, Block, blocks_of
 from plprune.architecture.modules import lacks_weights
 from plprune.architecture.wrappers import text_config
-from plprune.io.checks import check_required
+from plprune.io.checks import check_required, check_shares
 from plprune.planning.needs import Work
 from plprune.planning.serving import adds_biases
 from plprune.planning.sizes import block_flops
@@ -144,8 +144,7 @@ class Repairing(PruningMethod):
             raise ValueError("compensation is a bias: set `bias` to true, or `repair` to none or restore")
         if self.damping != "auto" and not self.damping >= 0:
             raise ValueError(f"`damping` is {self.damping}, but it is auto, or a number that is not negative like 0.01")
-        if not 0 < self.repair_share <= 1:
-            raise ValueError(f"`repair_share` is {self.repair_share}, but must be above 0 and at most 1")
+        check_shares(repair_share=self.repair_share)
         if self.repair_passes < 1 or not 0 < self.repair_rate < math.inf:
             raise ValueError("a reconstruction takes at least one of `repair_passes`, and a positive `repair_rate`")
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from plprune.architecture.blocks import Block, blocks_of
 from plprune.architecture.modules import on_device
 from plprune.io import distributed
-from plprune.io.checks import check_sizes
+from plprune.io.checks import check_shares, check_sizes
 from plprune.methods.base import PruningMethod
 from plprune.planning.extremes import distinct
 from plprune.planning.needs import Work
@@ -63,8 +63,7 @@ class BestOf(PruningMethod):
         check_sizes(held_out=self.held_out)
         if not self.candidates:
             raise ValueError("`candidates` is empty: give the methods to try")
-        if not 0 < self.first_share <= 1:
-            raise ValueError(f"`first_share` is {self.first_share}, but must be above 0 and at most 1")
+        check_shares(first_share=self.first_share)
         object.__setattr__(
             self, "candidates", [dataclasses.replace(c, sparsity=self.sparsity) for c in self.candidates]
         )

@@ -51,7 +51,7 @@ from plprune.architecture.blocks import Block, UnitGroup, blocks_of
 from plprune.architecture.modules import on_device
 from plprune.architecture.wrappers import text_config
 from plprune.io import distributed
-from plprune.io.checks import check_sizes
+from plprune.io.checks import check_shares, check_sizes
 from plprune.methods.base import Repairing
 from plprune.planning import whole_experts
 from plprune.planning.extremes import attention_by_span, distinct, extreme_sizes, orders, unique_cases
@@ -130,8 +130,7 @@ class LearnedGates(Repairing):
         check_sizes(windows_per_step=self.windows_per_step)
         if self.experts and self.attention != "none":
             raise ValueError("`experts` and heads are not ranked together: set `attention` to none")
-        if not 0 < self.gate_share <= 1:
-            raise ValueError(f"`gate_share` is {self.gate_share}, but must be above 0 and at most 1")
+        check_shares(gate_share=self.gate_share)
         if not 1 <= self.passes < 2**31 or not 0 < self.learning_rate < math.inf or not 0 <= self.gain_rate < math.inf:
             raise ValueError(
                 "gates are trained in at least one of `passes`, with a positive `learning_rate`, and gains with a "
